@@ -1,0 +1,49 @@
+"""The layers a converted model is made of: plain PyTorch, plus a channel shuffle behind a conv."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def channel_shuffle(inputs: Tensor, groups: int) -> Tensor:
+    """Interleave the channels of ``groups`` equal blocks.
+
+    Output channel ``j * groups + g`` is input channel ``g * (C / groups) + j``, as in ShuffleNet
+    (Zhang, Zhou, Lin and Sun, 2018).
+
+    Args:
+        inputs: shape (N, C, *spatial), C divisible by ``groups``.
+        groups: number of blocks.
+
+    Returns:
+        A tensor of the shape of ``inputs``.
+    """
+    shape = inputs.shape
+    blocks = inputs.reshape(shape[0], groups, shape[1] // groups, *shape[2:])
+    return blocks.transpose(1, 2).reshape(shape)
+
+
+def shuffle_order(channels: int, groups: int) -> Tensor:
+    """Return the order with ``channel_shuffle(x, groups) == x[:, order]``; shape (channels,)."""
+    return torch.arange(channels).reshape(groups, channels // groups).t().reshape(-1)
+
+
+class ShuffledConv2d(nn.Conv2d):
+    """A grouped ``Conv2d`` followed by a channel shuffle over ``shuffle_groups`` blocks.
+
+    It keeps the state-dict keys of a plain ``Conv2d``, so that a converted model has the keys of
+    the dense one. Deployment moves the shuffle behind the activation or folds it away.
+    """
+
+    def __init__(self, *args: Any, shuffle_groups: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.shuffle_groups = shuffle_groups
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
+        return channel_shuffle(super().forward(input), self.shuffle_groups)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, shuffle_groups={self.shuffle_groups}"

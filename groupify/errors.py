@@ -1,0 +1,69 @@
+"""The exception tree.
+
+    GroupifyError            anything groupify refuses to do; the command line exits with 2
+    ├── SpecError            a model, weights, data set or option that cannot be resolved
+    ├── CheckpointError      a weight file that is missing, corrupt or belongs to another model
+    ├── DataError            data that cannot be read, is empty, or holds NaN or bad labels
+    ├── PlanError            no layer can be converted as asked
+    ├── ConversionError      a model or layer that cannot be converted
+    ├── ArtefactError        an output folder that cannot be read, trusted or written
+    └── ParityError          the exported file computes something else; exits with 3
+
+    GroupifyWarning          goes on, but the user should know
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class GroupifyError(Exception):
+    """Base of every error that groupify raises on purpose.
+
+    The message is one line: the offending value, what was expected, and what to do next.
+    """
+
+    exit_code = 2
+
+
+class SpecError(GroupifyError):
+    """A model, weights, data set or option that cannot be resolved."""
+
+
+class CheckpointError(GroupifyError):
+    """A weight file that is missing, corrupt or belongs to another model."""
+
+
+class DataError(GroupifyError):
+    """Data that cannot be read, is empty, or holds NaN or labels out of range."""
+
+
+class PlanError(GroupifyError):
+    """No layer can be converted as asked."""
+
+
+class ConversionError(GroupifyError):
+    """A model or layer that cannot be converted."""
+
+
+class ArtefactError(GroupifyError):
+    """An output folder that cannot be read, trusted or written."""
+
+
+class ParityError(GroupifyError):
+    """The exported file computes something else than the model."""
+
+    exit_code = 3
+
+
+class GroupifyWarning(UserWarning):
+    """Groupify goes on, but the result is not what the user may expect."""
+
+
+def near_names(name: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'a' or 'b'?"`` for the known names nearest to ``name``, or ``""``."""
+    matches = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    if not matches:
+        return ""
+    return "; did you mean " + " or ".join(repr(match) for match in matches) + "?"
