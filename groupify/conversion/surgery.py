@@ -1,0 +1,164 @@
+"""Replace the convolutions of a model by grouped ones, by name, in a copy."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from groupify.conversion.layers import ShuffledConv2d, shuffle_order
+from groupify.errors import ConversionError, near_names
+
+GROUPED = "grouped"
+GROUPED_POINTWISE = "grouped-pointwise"
+KINDS = (GROUPED, GROUPED_POINTWISE)
+
+
+@dataclass(frozen=True)
+class SiteRecipe:
+    """How one ``Conv2d`` is replaced.
+
+    Attributes:
+        name: qualified module name of the conv in the dense model.
+        kind: ``"grouped"``, or ``"grouped-pointwise"`` for a grouped conv and a dense 1×1 conv.
+        groups: number of groups after the conversion.
+        shuffle: whether a channel shuffle follows.
+    """
+
+    name: str
+    kind: str
+    groups: int
+    shuffle: bool = False
+
+
+def row_channels(out_channels: int, groups: int, shuffle: bool) -> Tensor:
+    """Return, for each filter of a grouped conv, the output channel that it computes; shape (O,)."""
+    if not shuffle:
+        return torch.arange(out_channels)
+    return torch.argsort(shuffle_order(out_channels, groups))
+
+
+def block_diagonal(weight: Tensor, groups: int, *, shuffle: bool = False) -> Tensor:
+    """Return the blocks of a dense weight that a grouped conv keeps (truncation).
+
+    Args:
+        weight: dense weight, shape (O, I, *kernel).
+        groups: number of groups; divides O and I.
+        shuffle: whether the grouped conv is followed by a channel shuffle.
+
+    Returns:
+        Shape (O, I / groups, *kernel).
+    """
+    out_channels, in_channels = weight.shape[:2]
+    rows = weight[row_channels(out_channels, groups, shuffle).to(weight.device)]
+    blocks = rows.reshape(groups, out_channels // groups, groups, in_channels // groups, *weight.shape[2:])
+    return torch.cat([blocks[group, :, group] for group in range(groups)])
+
+
+def _new_conv(dense: nn.Conv2d, groups: int, shuffle: bool, *, bias: bool) -> nn.Conv2d:
+    options = {
+        "stride": dense.stride,
+        "padding": dense.padding,
+        "dilation": dense.dilation,
+        "groups": groups,
+        "bias": bias,
+        "padding_mode": dense.padding_mode,
+        "device": dense.weight.device,
+        "dtype": dense.weight.dtype,
+    }
+    sizes = (dense.in_channels, dense.out_channels, dense.kernel_size)
+    # skip_init: random initialisation would only be thrown away, and would draw from the global generator.
+    if shuffle:
+        return nn.utils.skip_init(ShuffledConv2d, *sizes, shuffle_groups=groups, **options)
+    return nn.utils.skip_init(nn.Conv2d, *sizes, **options)
+
+
+def _replacement(dense: nn.Conv2d, site: SiteRecipe) -> nn.Module:
+    """Build the module that takes the place of ``dense``, with truncated weights."""
+    has_bias = dense.bias is not None
+    replacement: nn.Module
+    if site.kind == GROUPED:
+        conv = _new_conv(dense, site.groups, site.shuffle, bias=has_bias)
+        with torch.no_grad():
+            conv.weight.copy_(block_diagonal(dense.weight, site.groups, shuffle=site.shuffle))
+            if conv.bias is not None and dense.bias is not None:
+                rows = row_channels(dense.out_channels, site.groups, site.shuffle).to(dense.bias.device)
+                conv.bias.copy_(dense.bias[rows])
+        replacement = conv
+    else:
+        conv = _new_conv(dense, site.groups, shuffle=False, bias=False)
+        pointwise = nn.utils.skip_init(
+            nn.Conv2d,
+            dense.out_channels,
+            dense.out_channels,
+            1,
+            bias=has_bias,
+            device=dense.weight.device,
+            dtype=dense.weight.dtype,
+        )
+        with torch.no_grad():
+            conv.weight.copy_(block_diagonal(dense.weight, site.groups))
+            pointwise.weight.copy_(torch.eye(dense.out_channels).reshape(pointwise.weight.shape))
+            if pointwise.bias is not None and dense.bias is not None:
+                pointwise.bias.copy_(dense.bias)
+        replacement = nn.Sequential(OrderedDict([("grouped", conv), ("pointwise", pointwise)]))
+    for parameter in replacement.parameters():
+        parameter.requires_grad_(dense.weight.requires_grad)
+    return replacement.train(dense.training)
+
+
+def _check(site: SiteRecipe, model: nn.Module) -> nn.Conv2d:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    module = modules.get(site.name)
+    if module is None:
+        convs = [name for name, child in modules.items() if isinstance(child, nn.Conv2d)]
+        raise ConversionError(
+            f"the model has no layer {site.name!r}, so it is not the model that the plan was made for"
+            f"{near_names(site.name, convs)}"
+        )
+    if type(module) is not nn.Conv2d:
+        raise ConversionError(f"layer {site.name!r} is a {type(module).__name__}, expected a plain Conv2d")
+    if module.groups != 1:
+        raise ConversionError(f"layer {site.name!r} has {module.groups} groups already, expected a dense conv")
+    if site.kind not in KINDS:
+        raise ConversionError(f"layer {site.name!r}: unknown kind {site.kind!r}, expected one of {', '.join(KINDS)}")
+    if site.groups < 2 or module.in_channels % site.groups or module.out_channels % site.groups:
+        raise ConversionError(
+            f"layer {site.name!r}: {site.groups} groups do not divide its "
+            f"{module.in_channels} → {module.out_channels} channels"
+        )
+    if site.shuffle and site.kind != GROUPED:
+        raise ConversionError(f"layer {site.name!r}: a shuffle needs kind 'grouped', not {site.kind!r}")
+    return module
+
+
+def restructure(model: nn.Module, sites: Sequence[SiteRecipe]) -> nn.Module:
+    """Return a copy of ``model`` in which the named convs are replaced by grouped ones.
+
+    The new weights are the diagonal blocks of the dense ones (truncation). Every name under which
+    a shared conv is known gets the same replacement.
+
+    Args:
+        model: a dense model; it is left untouched.
+        sites: what to replace.
+
+    Raises:
+        ConversionError: a site does not name a dense ``Conv2d``, or its groups do not divide the channels.
+    """
+    converted = copy.deepcopy(model)
+    for site in sites:
+        dense = _check(site, converted)
+        replacement = _replacement(dense, site)
+        aliases = [
+            name for name, module in converted.named_modules(remove_duplicate=False) if module is dense and name
+        ]
+        if not aliases:
+            return replacement
+        for alias in aliases:
+            parent, _, attribute = alias.rpartition(".")
+            setattr(converted.get_submodule(parent), attribute, replacement)
+    return converted
