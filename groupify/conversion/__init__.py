@@ -1,0 +1,1 @@
+"""Grouped convs in the place of dense ones, with weights fitted to data."""

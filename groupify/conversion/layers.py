@@ -43,7 +43,10 @@ class ShuffledConv2d(nn.Conv2d):
         self.shuffle_groups = shuffle_groups
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
+        """Convolve, then shuffle; shapes as in ``Conv2d``."""
         return channel_shuffle(super().forward(input), self.shuffle_groups)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, shuffle_groups={self.shuffle_groups}"
+        """Say what ``repr`` shows of this layer."""
+        base: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{base}, shuffle_groups={self.shuffle_groups}"

@@ -6,6 +6,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,21 +61,23 @@ def block_diagonal(weight: Tensor, groups: int, *, shuffle: bool = False) -> Ten
 
 
 def _new_conv(dense: nn.Conv2d, groups: int, shuffle: bool, *, bias: bool) -> nn.Conv2d:
-    options = {
+    options: dict[str, Any] = {
+        # Built on the meta device: random initial weights would only be thrown away, and would draw
+        # from the global generator.
+        "device": "meta",
         "stride": dense.stride,
         "padding": dense.padding,
         "dilation": dense.dilation,
         "groups": groups,
         "bias": bias,
         "padding_mode": dense.padding_mode,
-        "device": dense.weight.device,
         "dtype": dense.weight.dtype,
     }
     sizes = (dense.in_channels, dense.out_channels, dense.kernel_size)
-    # skip_init: random initialisation would only be thrown away, and would draw from the global generator.
-    if shuffle:
-        return nn.utils.skip_init(ShuffledConv2d, *sizes, shuffle_groups=groups, **options)
-    return nn.utils.skip_init(nn.Conv2d, *sizes, **options)
+    conv = (
+        ShuffledConv2d(*sizes, shuffle_groups=groups, **options) if shuffle else nn.Conv2d(*sizes, **options)
+    )
+    return conv.to_empty(device=dense.weight.device)
 
 
 def _replacement(dense: nn.Conv2d, site: SiteRecipe) -> nn.Module:
@@ -91,15 +94,10 @@ def _replacement(dense: nn.Conv2d, site: SiteRecipe) -> nn.Module:
         replacement = conv
     else:
         conv = _new_conv(dense, site.groups, shuffle=False, bias=False)
-        pointwise = nn.utils.skip_init(
-            nn.Conv2d,
-            dense.out_channels,
-            dense.out_channels,
-            1,
-            bias=has_bias,
-            device=dense.weight.device,
-            dtype=dense.weight.dtype,
-        )
+        channels = dense.out_channels
+        pointwise = nn.Conv2d(
+            channels, channels, 1, bias=has_bias, device="meta", dtype=dense.weight.dtype
+        ).to_empty(device=dense.weight.device)
         with torch.no_grad():
             conv.weight.copy_(block_diagonal(dense.weight, site.groups))
             pointwise.weight.copy_(torch.eye(dense.out_channels).reshape(pointwise.weight.shape))
@@ -123,9 +121,13 @@ def _check(site: SiteRecipe, model: nn.Module) -> nn.Conv2d:
     if type(module) is not nn.Conv2d:
         raise ConversionError(f"layer {site.name!r} is a {type(module).__name__}, expected a plain Conv2d")
     if module.groups != 1:
-        raise ConversionError(f"layer {site.name!r} has {module.groups} groups already, expected a dense conv")
+        raise ConversionError(
+            f"layer {site.name!r} has {module.groups} groups already, expected a dense conv"
+        )
     if site.kind not in KINDS:
-        raise ConversionError(f"layer {site.name!r}: unknown kind {site.kind!r}, expected one of {', '.join(KINDS)}")
+        raise ConversionError(
+            f"layer {site.name!r}: unknown kind {site.kind!r}, expected one of {', '.join(KINDS)}"
+        )
     if site.groups < 2 or module.in_channels % site.groups or module.out_channels % site.groups:
         raise ConversionError(
             f"layer {site.name!r}: {site.groups} groups do not divide its "
@@ -154,7 +156,9 @@ def restructure(model: nn.Module, sites: Sequence[SiteRecipe]) -> nn.Module:
         dense = _check(site, converted)
         replacement = _replacement(dense, site)
         aliases = [
-            name for name, module in converted.named_modules(remove_duplicate=False) if module is dense and name
+            name
+            for name, module in converted.named_modules(remove_duplicate=False)
+            if module is dense and name
         ]
         if not aliases:
             return replacement

@@ -1,0 +1,1 @@
+"""ONNX export, parity check and measurements in ONNX Runtime."""

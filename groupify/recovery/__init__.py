@@ -1,0 +1,1 @@
+"""What uses labelled or unlabelled data after the conversion: fine-tuning."""

@@ -1,0 +1,1 @@
+"""Results as dataclasses and, apart from them, their formatters."""
