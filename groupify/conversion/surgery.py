@@ -65,6 +65,9 @@ def _new_conv(dense: nn.Conv2d, groups: int, shuffle: bool, *, bias: bool) -> nn
         # Built on the meta device: random initial weights would only be thrown away, and would draw
         # from the global generator.
         "device": "meta",
+        "in_channels": dense.in_channels,
+        "out_channels": dense.out_channels,
+        "kernel_size": dense.kernel_size,
         "stride": dense.stride,
         "padding": dense.padding,
         "dilation": dense.dilation,
