@@ -1,0 +1,125 @@
+"""The machine a number was measured on, and the channel block of its convolution kernel."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from groupify.errors import SpecError, near_names
+
+# ONNX Runtime's MlasNchwcGetBlockSize: 8 by default on x86-64, 16 where it finds AVX-512F, and 16 in arm64
+# builds that have the NEON kernels.
+_BLOCKS = {"avx512": 16, "avx2": 8, "arm64": 16, "any": 16}
+TARGETS = ("auto", *_BLOCKS)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a reader needs to judge a timing."""
+
+    cpu: str
+    simd: str  # "avx512" | "avx2" | "arm64" | "baseline"
+    cores: int  # that this process may use
+    system: str
+    python: str
+    torch: str
+    onnxruntime: str | None
+    onnx: str | None
+
+    def __str__(self) -> str:
+        cores = f"{self.cores} core" + ("s" if self.cores != 1 else "")
+        versions = f"Python {self.python}, torch {self.torch}, onnxruntime {self.onnxruntime or 'missing'}"
+        return f"{self.cpu} ({self.simd}, {cores}), {self.system}, {versions}"
+
+
+def describe_machine() -> Machine:
+    """Describe the machine at hand: CPU, vector unit, usable cores and versions."""
+    return Machine(
+        cpu=_cpu_name(),
+        simd=_simd(),
+        cores=_usable_cores(),
+        system=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+        torch=package_version("torch") or "missing",
+        onnxruntime=package_version("onnxruntime"),
+        onnx=package_version("onnx"),
+    )
+
+
+def blocked_width(target: str = "auto") -> int:
+    """Return the channels per block of ONNX Runtime's blocked convolution kernel.
+
+    A grouped conv runs in that kernel, at the machine's peak, only where its input and output channels
+    per group are multiples of this block; narrower groups are slower than fewer, wider ones.
+
+    Args:
+        target: "auto" (the CPU at hand), "avx512", "avx2", "arm64", or "any" (safe everywhere).
+
+    Raises:
+        SpecError: the target is unknown.
+    """
+    if target == "auto":
+        return _BLOCKS.get(_simd(), 8)
+    if target not in _BLOCKS:
+        raise SpecError(
+            f"unknown target {target!r}: expected one of {', '.join(TARGETS)}{near_names(target, TARGETS)}"
+        )
+    return _BLOCKS[target]
+
+
+def package_version(package: str) -> str | None:
+    """Return the installed version of a package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _usable_cores() -> int:
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@functools.cache
+def _cpu_flags() -> frozenset[str]:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            if line.startswith(("flags", "Features")):
+                return frozenset(line.partition(":")[2].split())
+    if sys.platform == "darwin":
+        return frozenset(_sysctl("machdep.cpu.leaf7_features").lower().split())
+    return frozenset()
+
+
+def _simd() -> str:
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return "arm64"
+    flags = _cpu_flags()
+    for name, flag in (("avx512", "avx512f"), ("avx2", "avx2")):
+        if flag in flags:
+            return name
+    return "baseline"
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    if sys.platform == "darwin":
+        return _sysctl("machdep.cpu.brand_string") or platform.machine()
+    return platform.processor() or platform.machine()
+
+
+def _sysctl(key: str) -> str:
+    result = subprocess.run(["sysctl", "-n", key], capture_output=True, text=True, check=False)
+    return result.stdout.strip()
