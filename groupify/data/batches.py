@@ -1,0 +1,267 @@
+"""Batches from data of any kind: map-style data sets, iterable ones, and loaders of ready batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, Subset
+
+from groupify.errors import DataError
+
+Data: TypeAlias = Dataset[Any] | Iterable[Any]
+"""A map-style ``Dataset`` or an ``IterableDataset`` of samples ``(image, label)`` or ``image``, or an
+iterable (a ``DataLoader``) of batches ``(images, labels)`` or ``images``; images are floating-point."""
+
+Batch: TypeAlias = tuple[Tensor, Tensor]
+
+UNLABELLED = -1
+"""The label of an image that has none."""
+
+# How many times the wanted images are looked at in a stream, whose length is unknown.
+_STREAM_FACTOR = 20
+
+
+@runtime_checkable
+class BatchDataset(Protocol):
+    """A map-style data set that reads many items at once, in place of one by one."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Tensor) -> Batch:
+        """Return images (n, C, H, W) as float32 and labels (n,) of the int64 ``indices`` (n,)."""
+
+
+def iterate_batches(
+    data: Data,
+    batch_size: int,
+    *,
+    shuffle_seed: int | None = None,
+    limit: int | None = None,
+    num_classes: int | None = None,
+) -> Iterator[Batch]:
+    """Iterate over ``(images, labels)``: float32 (n, C, H, W) and int64 (n,).
+
+    Args:
+        data: any of the kinds of :data:`Data`; a loader keeps its own batch size and order.
+        batch_size: images per batch; the last batch may be smaller.
+        shuffle_seed: a map-style data set is read in the random order of this seed; None = in order.
+        limit: stop after this many images.
+        num_classes: if given, labels outside 0 … ``num_classes`` - 1 are refused.
+
+    Raises:
+        DataError: no images, NaN or infinite images, labels out of range, images that are not
+            floating-point tensors, or images of different shapes in a batch.
+    """
+    if batch_size < 1 or (limit is not None and limit < 1):
+        raise DataError(f"batch size {batch_size}, limit {limit}: expected at least 1")
+    if is_map_style(data):
+        batches = _map_style_batches(cast(Dataset[Any], data), batch_size, shuffle_seed, limit)
+    elif isinstance(data, IterableDataset):
+        batches = _sample_stream(data, batch_size)
+    else:
+        batches = (_as_batch(item) for item in _iterate(data))
+    return _checked(batches, limit, num_classes)
+
+
+def calibration_images(data: Data, count: int, *, seed: int) -> Tensor:
+    """Return a random subset of the images, without replacement: float32 (count, C, H, W).
+
+    A map-style data set is sampled as a whole; of a stream, at most the first 20 × ``count`` images.
+    If there are fewer than ``count`` images, all of them are returned, in random order.
+
+    Raises:
+        DataError: as :func:`iterate_batches`.
+    """
+    if count < 1:
+        raise DataError(f"{count} calibration images: expected at least 1")
+    batch_size = min(count, 256)
+    if is_map_style(data):
+        batches = iterate_batches(data, batch_size, shuffle_seed=seed, limit=count)
+        return torch.cat([images for images, _ in batches])
+    # The images with the largest random keys are a uniform sample of the stream.
+    generator = torch.Generator().manual_seed(seed)
+    kept, keys = torch.empty(0), torch.empty(0)
+    for images, _ in iterate_batches(data, batch_size, limit=_STREAM_FACTOR * count):
+        keys = torch.cat([keys, torch.rand(len(images), generator=generator)])
+        kept = torch.cat([kept, images]) if len(kept) else images
+        keys, order = keys.topk(min(count, len(keys)))
+        kept = kept[order]
+    return kept
+
+
+def split_validation(data: Data, fraction: float, seed: int) -> tuple[Data, Data]:
+    """Split a map-style data set at random into ``(train, validation)``.
+
+    Args:
+        data: a map-style data set of at least two items.
+        fraction: the validation part, between 0 and 1; each part gets one item at least.
+        seed: the same seed gives the same parts.
+
+    Raises:
+        DataError: data that has no length to split, fewer than two items, or a bad fraction.
+    """
+    if not 0 < fraction < 1:
+        raise DataError(f"validation fraction {fraction}: expected a number between 0 and 1")
+    if not is_map_style(data):
+        raise DataError(
+            f"a {type(data).__name__} cannot be split: expected a map-style data set; "
+            "give the validation images as data of their own"
+        )
+    total = len(cast(Any, data))
+    if total < 2:
+        raise DataError(f"{total} images cannot be split: expected at least 2")
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = min(max(round(total * fraction), 1), total - 1)
+    dataset = cast(Dataset[Any], data)
+    return Subset(dataset, sorted(order[held_out:])), Subset(dataset, sorted(order[:held_out]))
+
+
+def is_map_style(data: Data) -> bool:
+    """Whether ``data`` is indexed sample by sample; a list or tuple holds ready batches."""
+    if isinstance(data, IterableDataset | list | tuple):
+        return False
+    return hasattr(data, "__getitem__") and hasattr(data, "__len__")
+
+
+def _map_style_batches(
+    data: Dataset[Any], batch_size: int, shuffle_seed: int | None, limit: int | None
+) -> Iterator[Batch]:
+    total = len(cast(Any, data))
+    if shuffle_seed is None:
+        order = torch.arange(total)
+    else:
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(shuffle_seed))
+    order = order[:limit]
+    for start in range(0, len(order), batch_size):
+        yield _gather(data, order[start : start + batch_size])
+
+
+def _gather(data: Dataset[Any], indices: Tensor) -> Batch:
+    if isinstance(data, Subset):
+        return _gather(data.dataset, torch.as_tensor(data.indices)[indices])
+    if isinstance(data, BatchDataset):
+        return data.batch(indices)
+    if hasattr(data, "__getitems__"):
+        return _collate(data.__getitems__(indices.tolist()))
+    return _collate([data[index] for index in indices.tolist()])
+
+
+def _sample_stream(data: Iterable[Any], batch_size: int) -> Iterator[Batch]:
+    samples: list[Any] = []
+    for sample in _iterate(data):
+        samples.append(sample)
+        if len(samples) == batch_size:
+            yield _collate(samples)
+            samples = []
+    if samples:
+        yield _collate(samples)
+
+
+def _iterate(data: Any) -> Iterator[Any]:
+    try:
+        return iter(data)
+    except TypeError as error:
+        raise DataError(
+            f"data of type {type(data).__name__}: expected a Dataset, an IterableDataset or a DataLoader"
+        ) from error
+
+
+def _collate(samples: Sequence[Any]) -> Batch:
+    pairs = [_split_item(sample) for sample in samples]
+    images = [_as_images(image) for image, _ in pairs]
+    shapes = sorted({tuple(image.shape) for image in images})
+    if len(shapes) > 1:
+        raise DataError(
+            f"images of shapes {shapes[0]} and {shapes[1]} in one data set: resize or crop them to one shape"
+        )
+    labels = [UNLABELLED if label is None else label for _, label in pairs]
+    return torch.stack(images), _as_labels(labels)
+
+
+def _as_batch(item: Any) -> Batch:
+    images, labels = _split_item(item)
+    images = _as_images(images)
+    if images.dim() < 4:
+        raise DataError(
+            f"a batch of images has shape {tuple(images.shape)}: expected (N, C, H, W); "
+            "give single samples as a Dataset or an IterableDataset"
+        )
+    if labels is None:
+        return images, torch.full((len(images),), UNLABELLED)
+    labels = _as_labels(labels)
+    if labels.shape != (len(images),):
+        raise DataError(
+            f"a batch of {len(images)} images has labels of shape {tuple(labels.shape)}: "
+            f"expected one class number per image, ({len(images)},)"
+        )
+    return images, labels
+
+
+def _split_item(item: Any) -> tuple[Any, Any]:
+    if isinstance(item, tuple | list):
+        if len(item) >= 2:
+            return item[0], item[1]
+        if len(item) == 1:
+            return item[0], None
+        raise DataError("an item of the data is empty: expected (image, label)")
+    return item, None
+
+
+def _as_images(value: Any) -> Tensor:
+    try:
+        images = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"an image is a {type(value).__name__}: expected a float tensor (C, H, W); "
+            "give the data set a transform that ends in a tensor"
+        ) from error
+    if not images.is_floating_point():
+        raise DataError(
+            f"the images are {images.dtype}: expected floats, normalised as in training; "
+            "scale and normalise them in the data set's transform"
+        )
+    return images.to(torch.float32)
+
+
+def _as_labels(value: Any) -> Tensor:
+    try:
+        labels = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"labels of type {type(value).__name__}: expected class numbers") from error
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise DataError(f"the labels are {labels.dtype}: expected class numbers (integers)")
+    return labels.long()
+
+
+def _checked(batches: Iterator[Batch], limit: int | None, num_classes: int | None) -> Iterator[Batch]:
+    seen = 0
+    for images, labels in batches:
+        if limit is not None and seen + len(images) > limit:
+            images, labels = images[: limit - seen], labels[: limit - seen]
+        if not bool(images.isfinite().all()):
+            bad = (~images.flatten(1).isfinite().all(1)).nonzero()[0].item()
+            raise DataError(f"image {seen + int(bad)} holds NaN or infinite values: clean or drop it")
+        if num_classes is not None:
+            check_labels(labels, num_classes)
+        if len(images):
+            yield images, labels
+        seen += len(images)
+        if limit is not None and seen >= limit:
+            break
+    if seen == 0:
+        raise DataError(
+            "the data set is empty: expected at least one image (a generator can be read only once)"
+        )
+
+
+def check_labels(labels: Tensor, num_classes: int, owner: str = "the model") -> None:
+    """Raise a DataError that names the first label outside 0 … ``num_classes`` - 1."""
+    bad = labels[(labels < 0) | (labels >= num_classes)]
+    if len(bad):
+        raise DataError(
+            f"label {int(bad[0])} is out of range: {owner} has {num_classes} classes, from 0 on; "
+            "use a model with one output per class of the data"
+        )

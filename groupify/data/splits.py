@@ -1,0 +1,198 @@
+"""A data set from a spec."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from groupify import demo
+from groupify.data.batches import UNLABELLED, Data, check_labels
+from groupify.data.cifar import read_cifar10
+from groupify.data.files import find_fashion_mnist, read_fashion_mnist
+from groupify.data.folders import read_image_folder
+from groupify.data.images import FlipAndShift, ImageArrays
+from groupify.errors import DataError, GroupifyError, GroupifyWarning, SpecError, near_names
+from groupify.zoo import ModelSpec, import_attribute
+from groupify.zoo.weights import one_line
+
+Augment = Callable[[Tensor, torch.Generator], Tensor]
+
+DATA_SPECS = ("demo", "fashion-mnist", "cifar10", "imagefolder", "synthetic")
+# Mean and standard deviation of the training images, pixel values in [0, 1].
+_CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
+_CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+
+
+@dataclass(frozen=True)
+class DataSplits:
+    """The training and the test part of a data set."""
+
+    spec: str
+    train: Data | None
+    test: Data | None
+    num_classes: int | None
+    """None where it is not known."""
+    augment: Augment | None
+    """The data set's standard augmentation of a normalised batch (N, C, H, W)."""
+    labelled: bool
+    """False for synthetic images: no accuracy is ever reported for them."""
+
+
+class SyntheticImages(Dataset[tuple[Tensor, Tensor]]):
+    """Unlabelled standard-normal images of a given shape; each depends on the seed and its index only."""
+
+    def __init__(self, count: int, shape: tuple[int, ...], seed: int) -> None:
+        self.count = count
+        self.shape = shape
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(self.seed * self.count + range(self.count)[index])
+        return torch.randn(self.shape, generator=generator), torch.tensor(UNLABELLED)
+
+
+def load_data(
+    spec: str, model_spec: ModelSpec, *, num_classes: int | None = None, seed: int = 0
+) -> DataSplits:
+    """Return the data set of a spec, prepared for the input of a model.
+
+    Args:
+        spec: ``demo``, ``fashion-mnist[:ROOT]``, ``cifar10:ROOT``, ``imagefolder:ROOT``, ``synthetic``,
+            or ``package.module:function``, a function without arguments that returns a
+            :class:`DataSplits`, a pair ``(train, test)``, a dict with these keys, or one data set (the
+            test part); each part a Dataset or a DataLoader.
+        model_spec: gives the input shape, to which images are resized and grey ones repeated, and the
+            preprocessing of ``imagefolder``. The other data sets are normalised with their own statistics.
+        num_classes: number of the model's outputs, to be checked against the labels.
+        seed: seed of ``synthetic``.
+
+    Raises:
+        SpecError: an unknown spec, or a function that cannot be imported or fails.
+        DataError: files that are missing or corrupt, or labels out of range.
+
+    Warns:
+        GroupifyWarning: the data set has fewer classes than the model.
+    """
+    splits = _resolve(spec, model_spec, seed)
+    if num_classes is not None and splits.num_classes is not None:
+        for part in (splits.train, splits.test):
+            if isinstance(part, ImageArrays):
+                check_labels(part.labels, num_classes)
+        if splits.num_classes > num_classes:
+            check_labels(torch.tensor([splits.num_classes - 1]), num_classes)
+        if splits.num_classes < num_classes:
+            warnings.warn(
+                f"{spec} has {splits.num_classes} classes, the model {num_classes}: its accuracy says little "
+                "unless their first classes are the same",
+                GroupifyWarning,
+                stacklevel=2,
+            )
+    return splits
+
+
+def _resolve(spec: str, model_spec: ModelSpec, seed: int) -> DataSplits:
+    kind, colon, argument = spec.partition(":")
+    root = Path(argument).expanduser()
+    if colon and not argument:
+        raise SpecError(f"data {spec!r} ends in a colon: expected a folder or a function behind it")
+    if spec == "demo":
+        return _fashion_mnist(spec, demo.DATA_FOLDER, model_spec)
+    if kind == "fashion-mnist":
+        return _fashion_mnist(spec, find_fashion_mnist(root if argument else None), model_spec)
+    if kind in ("cifar10", "imagefolder") and not argument:
+        raise SpecError(f"data {spec!r} needs its folder: give {kind}:ROOT")
+    if kind == "cifar10":
+        arrays = {split: read_cifar10(root, split) for split in ("train", "test")}
+        return _in_memory(spec, arrays, model_spec, _CIFAR10_MEAN, _CIFAR10_STD, shift=4)
+    if kind == "imagefolder":
+        train, test, classes = read_image_folder(root, model_spec)
+        return DataSplits(spec, train, test, len(classes), augment=None, labelled=True)
+    if spec == "synthetic":
+        shape = model_spec.input_shape
+        parts = [SyntheticImages(1024, shape, 2 * seed), SyntheticImages(1024, shape, 2 * seed + 1)]
+        return DataSplits(spec, parts[0], parts[1], None, augment=None, labelled=False)
+    if colon and kind not in DATA_SPECS:
+        return _from_function(spec)
+    expected = (
+        "demo, fashion-mnist[:ROOT], cifar10:ROOT, imagefolder:ROOT, synthetic or package.module:function"
+    )
+    raise SpecError(f"unknown data {spec!r}: expected {expected}{near_names(kind, DATA_SPECS)}")
+
+
+def _fashion_mnist(spec: str, folder: Path, model_spec: ModelSpec) -> DataSplits:
+    arrays = {split: read_fashion_mnist(folder, split) for split in ("train", "test")}
+    return _in_memory(spec, arrays, model_spec, demo.MEAN[:1], demo.STD[:1], shift=2)
+
+
+def _in_memory(
+    spec: str,
+    arrays: Mapping[str, tuple[Tensor, Tensor]],
+    model_spec: ModelSpec,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    *,
+    shift: int,
+) -> DataSplits:
+    channels, *size = model_spec.input_shape
+    if len(size) != 2:
+        raise DataError(f"{spec} does not fit input shape {model_spec.input_shape}: expected (C, H, W)")
+    parts = {
+        split: ImageArrays(images, labels, mean=mean, std=std, channels=channels, size=(size[0], size[1]))
+        for split, (images, labels) in arrays.items()
+    }
+    for part in parts.values():
+        check_labels(part.labels, 10, "the data set")
+    return DataSplits(spec, parts["train"], parts["test"], 10, FlipAndShift(shift), labelled=True)
+
+
+def _from_function(spec: str) -> DataSplits:
+    function = import_attribute(spec, "data")
+    try:
+        result = function()
+    except GroupifyError:
+        raise
+    except Exception as error:  # the user's code can raise anything
+        raise SpecError(f"data {spec!r}: {type(error).__name__}: {one_line(error)}") from error
+    if isinstance(result, DataSplits):
+        splits = replace(result, spec=spec)
+    elif isinstance(result, Mapping):
+        unknown = set(result) - {"train", "test", "val"}
+        if unknown or not result:
+            raise SpecError(
+                f"data {spec!r} returned the keys {sorted(map(str, result))}: expected train, test"
+            )
+        test = result.get("test", result.get("val"))
+        splits = DataSplits(spec, result.get("train"), test, None, None, labelled=True)
+    elif isinstance(result, tuple) and len(result) == 2:
+        splits = DataSplits(spec, result[0], result[1], None, None, labelled=True)
+    else:
+        splits = DataSplits(spec, None, result, None, None, labelled=True)
+    for name, part in (("train", splits.train), ("test", splits.test)):
+        _check_part(spec, name, part)
+    return splits
+
+
+def _check_part(spec: str, name: str, part: Any) -> None:
+    if part is None:
+        return
+    if isinstance(part, Iterator):
+        raise SpecError(
+            f"data {spec!r} returned a {type(part).__name__} for {name}, which can be read only once: "
+            "return a Dataset or a DataLoader"
+        )
+    if isinstance(part, Tensor | str) or not (hasattr(part, "__iter__") or hasattr(part, "__getitem__")):
+        raise SpecError(
+            f"data {spec!r} returned a {type(part).__name__} for {name}: expected a Dataset or a DataLoader"
+        )
+    if hasattr(part, "__len__") and len(part) == 0:
+        raise DataError(f"data {spec!r}: the {name} part is empty; expected at least one image")

@@ -1,0 +1,164 @@
+"""Weights from files and from torchvision's hub, checked against the model before anything is loaded."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from groupify.errors import CheckpointError, SpecError
+
+_WRAPPERS = ("state_dict", "model", "model_state_dict")
+# What DistributedDataParallel and torch.compile put in front of every key.
+_PREFIXES = ("module.", "_orig_mod.")
+_PROBE_SECONDS = 5.0
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an exception on one line, or its type if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file, or of a torch file read with ``weights_only=True``.
+
+    A ``{"state_dict": ...}`` or ``{"model": ...}`` wrapper and a ``module.`` prefix are taken off.
+
+    Raises:
+        CheckpointError: the file is missing, corrupt, or holds anything but tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint {path}: expected a safetensors or torch file")
+    try:
+        if path.suffix == ".safetensors":
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, EOFError) as error:
+        raise CheckpointError(f"{path} is corrupt or no checkpoint: {one_line(error)}") from error
+    except Exception as error:  # torch.load raises UnpicklingError, RuntimeError, KeyError, ...
+        raise CheckpointError(
+            f"{path} is corrupt, or holds more than tensors, which is not loaded for safety: "
+            "save model.state_dict(), best as safetensors"
+        ) from error
+    while isinstance(content, Mapping):
+        inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    if not isinstance(content, Mapping) or not content:
+        raise CheckpointError(f"{path} holds a {type(content).__name__}: expected tensors by name")
+    for key, value in content.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{path}: entry {key!r} is a {type(value).__name__}; expected tensors by name, "
+                "as model.state_dict() gives them"
+            )
+    state = {str(key): value for key, value in content.items()}
+    for prefix in _PREFIXES:
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
+    """Load tensors into ``model``, cast to the model's types; nothing is loaded if any does not fit.
+
+    Raises:
+        CheckpointError: names the first key that is missing, has another shape or kind, holds NaN or
+            infinite values, or that the model does not have. ``origin`` is named in the message.
+    """
+    expected = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+    fitting = {}
+    for key, own in expected.items():
+        if key not in state:
+            # Checkpoints older than this counter of batch norm lack it; nothing reads it in eval mode.
+            if key.endswith("num_batches_tracked"):
+                fitting[key] = own
+                continue
+            raise CheckpointError(
+                f"{origin} has no {key!r}, which the model has with shape {tuple(own.shape)}: "
+                "it belongs to another model"
+            )
+        value = state[key]
+        if value.shape != own.shape:
+            raise CheckpointError(
+                f"{origin}: {key!r} has shape {tuple(value.shape)}, the model's has {tuple(own.shape)}: "
+                "it belongs to another model or number of classes"
+            )
+        if value.is_floating_point() != own.is_floating_point() or value.is_quantized:
+            raise CheckpointError(f"{origin}: {key!r} is {value.dtype}, the model's is {own.dtype}")
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise CheckpointError(f"{origin}: {key!r} holds NaN or infinite values: the training diverged")
+        fitting[key] = value.to(own.dtype)
+    unexpected = next((key for key in state if key not in expected), None)
+    if unexpected is not None:
+        raise CheckpointError(
+            f"{origin} has {unexpected!r} of shape {tuple(state[unexpected].shape)}, the model does not: "
+            "it belongs to another model"
+        )
+    model.load_state_dict(fitting, strict=False)
+
+
+def load_checkpoint(model: nn.Module, path: str | Path) -> None:
+    """Load a weight file into ``model``: see :func:`read_checkpoint` and :func:`load_state`.
+
+    Raises:
+        CheckpointError: a file that is missing, corrupt or belongs to another model.
+    """
+    load_state(model, read_checkpoint(path), str(path))
+
+
+def fetch_torchvision_state(weights: Any) -> dict[str, Tensor]:
+    """Return the tensors of a torchvision weights enum member, from torch's cache or the hub.
+
+    Raises:
+        SpecError: not in the cache and not reachable, within seconds; or a damaged file.
+    """
+    url = str(weights.url)
+    cached = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(url).path).name)
+    if not cached.is_file():
+        problem = _reach(url)
+        if problem is not None:
+            raise SpecError(f"cannot reach {url} ({problem}), and it is not in the cache {cached.parent}")
+    try:
+        state: dict[str, Tensor] = weights.get_state_dict(
+            progress=sys.stderr.isatty(), check_hash=True, weights_only=True
+        )
+    except Exception as error:  # download, hash and file format each raise their own
+        raise SpecError(
+            f"cannot load {cached} ({one_line(error)}): delete it to download it again"
+        ) from error
+    return state
+
+
+def _reach(url: str) -> str | None:
+    """Return None if the server answers within seconds, or else what is wrong.
+
+    The look-up of a host name cannot be interrupted, so it runs in a thread that may be left behind.
+    """
+    outcome: list[str | None] = []
+
+    def probe() -> None:
+        try:
+            request = urllib.request.Request(url, method="HEAD")
+            with urllib.request.urlopen(request, timeout=_PROBE_SECONDS):
+                outcome.append(None)
+        except Exception as error:  # whatever it is, the weights cannot be had
+            reason = getattr(error, "reason", None)
+            outcome.append(one_line(reason if isinstance(reason, OSError) else error))
+
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(_PROBE_SECONDS)
+    return outcome[0] if outcome else f"no answer within {_PROBE_SECONDS:g} s"
