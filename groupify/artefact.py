@@ -1,0 +1,296 @@
+"""The artefact: a folder with ``recipe.json`` and ``model.safetensors``, saved and loaded.
+
+Nothing that is read here can run code: JSON against a strict schema, safetensors, and no import
+that the caller has not asked for. Whatever is wrong with a folder is one ``GroupifyError``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import stat
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from groupify.conversion.surgery import SiteRecipe, restructure
+from groupify.errors import ArtefactError, CheckpointError, GroupifyError
+from groupify.output_folder import MAX_RECIPE_BYTES, RECIPE_FILE, writing_folder
+from groupify.recipe import Recipe
+from groupify.zoo import ModelSpec, build_model
+
+__all__ = ["Recipe", "SiteRecipe", "load", "read_recipe", "save", "write_artefact", "writing_folder"]
+
+WEIGHTS_FILE = "model.safetensors"
+# What a recipe may ask of a model constructor without --trust: enough for torchvision's own options,
+# too little to make it build for hours or fill the memory.
+MAX_ARGUMENT = 65_536
+MAX_ARGUMENT_LIST = 16
+# groupify's own code; whole names, since "groupify.demo:nn..." would lead anywhere.
+_OWN_FACTORIES = ("groupify.demo:fashion_resnet18", "groupify.demo:fashion_vgg11_bn")
+_HEADER_BYTES = 2**20
+
+
+def save(folder: str | Path, model: nn.Module, recipe: Recipe, *, force: bool = False) -> Recipe:
+    """Write an artefact folder, whole or not at all.
+
+    Args:
+        folder: the folder to write.
+        model: the converted model.
+        recipe: what describes it; its ``sha256`` is filled in.
+        force: replace an existing artefact folder.
+
+    Returns:
+        The recipe as written.
+
+    Raises:
+        ArtefactError: the folder exists or cannot be written, or the recipe does not describe ``model``.
+    """
+    with writing_folder(folder, force) as temporary:
+        return write_artefact(temporary, model, recipe)
+
+
+def write_artefact(folder: Path, model: nn.Module, recipe: Recipe) -> Recipe:
+    """Write ``recipe.json`` and ``model.safetensors`` into an existing folder; see ``save``."""
+    state = _tensors(model)
+    if ":" not in recipe.model.name:
+        with torch.random.fork_rng(devices=[]):
+            _check_state(_skeleton(recipe, trust=True), state, "the recipe does not describe this model")
+    content = safetensors.torch.save(_unshared(state), metadata={"format": "pt"})
+    recipe = dataclasses.replace(recipe, sha256=hashlib.sha256(content).hexdigest())
+    text = recipe.dumps().encode()
+    if len(text) > MAX_RECIPE_BYTES:
+        raise ArtefactError(f"the recipe takes {len(text)} bytes, at most {MAX_RECIPE_BYTES} are allowed")
+    for name, data in ((WEIGHTS_FILE, content), (RECIPE_FILE, text)):
+        _write_file(folder / name, data)
+    return recipe
+
+
+def read_recipe(folder: str | Path) -> Recipe:
+    """Return the recipe of an artefact folder.
+
+    Raises:
+        ArtefactError: there is no such folder or recipe, or the recipe breaks the schema.
+    """
+    path = Path(folder) / RECIPE_FILE
+    try:
+        text = _read_file(path, MAX_RECIPE_BYTES).decode()
+        recipe = Recipe.loads(text)
+        if recipe.sha256 is None:
+            raise ArtefactError("weights.sha256 is null; expected 64 hexadecimal digits")
+    except UnicodeDecodeError as error:
+        raise ArtefactError(f"{path}: it is not UTF-8 text: {error}") from error
+    except ArtefactError as error:
+        raise ArtefactError(f"{path}: {error}") from error
+    return recipe
+
+
+def load(folder: str | Path, *, model: nn.Module | None = None, trust: bool = False) -> nn.Module:
+    """Return the converted model of an artefact folder, in eval mode.
+
+    Its outputs equal those of the saved model bit for bit, on the same kind of machine.
+
+    Args:
+        folder: an artefact folder.
+        model: a dense model of the recipe's architecture to build on, instead of the recipe's own
+            model spec; a copy of it is converted, on its device, and it is left untouched.
+        trust: let the recipe import and call its ``package.module:factory``, or pass any arguments
+            to a model constructor. Without it, a recipe runs no code but groupify's and torchvision's.
+
+    Raises:
+        ArtefactError: the folder or the recipe cannot be used.
+        CheckpointError: the weights are missing, corrupt, or belong to another model.
+        ConversionError: ``model`` does not have the recipe's convs.
+        SpecError: the recipe's model cannot be built.
+    """
+    recipe = read_recipe(folder)
+    path = Path(folder) / WEIGHTS_FILE
+    if model is not None and any(parameter.is_meta for parameter in model.parameters()):
+        raise ArtefactError("the given model is on the meta device: give one with values")
+    with torch.random.fork_rng(devices=[]):
+        converted = _skeleton(recipe, trust=trust) if model is None else _converted(model, recipe)
+        state = _read_weights(path, recipe, converted)
+        _check_state(converted, state, str(path))
+        if any(tensor.is_meta for tensor in converted.state_dict().values()):
+            converted = _converted(_dense(recipe.model, trust=trust), recipe)
+    _fill(converted, state, path)
+    return converted.eval()
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    state = model.state_dict()
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ArtefactError(
+                f"the model keeps a {type(value).__name__} under {key!r} in its state; expected tensors: "
+                "an artefact holds no pickled objects"
+            )
+        if value.is_meta:
+            raise ArtefactError(f"{key!r} is on the meta device and has no values: load the weights first")
+    return state
+
+
+def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous CPU tensors that share no memory, as safetensors wants them."""
+    return {
+        key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for key, value in state.items()
+    }
+
+
+def _dense(spec: ModelSpec, *, trust: bool) -> nn.Module:
+    """Build the dense architecture; whatever a constructor raises is a refusal of the recipe."""
+    if not trust:
+        _check_arguments(spec)
+    try:
+        return build_model(spec, trust=trust or spec.name in _OWN_FACTORIES)
+    except GroupifyError:
+        raise
+    except Exception as error:
+        raise ArtefactError(f"the model {spec.name!r} cannot be built: {_one_line(error)}") from error
+
+
+def _check_arguments(spec: ModelSpec) -> None:
+    for key, value in spec.arguments.items():
+        values = value if isinstance(value, list) else [value]
+        weights = key.startswith("weights") and value is not None
+        plain = all(entry is None or isinstance(entry, (bool, int, float, str)) for entry in values)
+        small = all(not isinstance(entry, (int, float)) or abs(entry) <= MAX_ARGUMENT for entry in values)
+        if weights or not plain or not small or len(values) > MAX_ARGUMENT_LIST:
+            raise ArtefactError(
+                f"the recipe passes {key}={str(value)[:60]!r} to the model {spec.name!r}; a recipe without "
+                f"trust passes texts, booleans and numbers up to {MAX_ARGUMENT}, and no weights: "
+                "use --trust (trust=True) if you know where it comes from"
+            )
+
+
+def _converted(dense: nn.Module, recipe: Recipe) -> nn.Module:
+    try:
+        return restructure(dense, recipe.sites)
+    except GroupifyError:
+        raise
+    except Exception as error:
+        raise ArtefactError(f"the model cannot be copied and converted: {_one_line(error)}") from error
+
+
+def _skeleton(recipe: Recipe, *, trust: bool = False) -> nn.Module:
+    """Build the converted architecture without memory where possible, to compare it with the weight file.
+
+    A few constructors (torchvision's RegNet) compute with tensors and need real ones.
+    """
+    try:
+        with torch.device("meta"):
+            dense = _dense(recipe.model, trust=trust)
+    except GroupifyError:
+        # If the missing memory is not the reason, the same error comes again.
+        dense = _dense(recipe.model, trust=trust)
+    return _converted(dense, recipe)
+
+
+def _read_weights(path: Path, recipe: Recipe, expected: nn.Module) -> dict[str, Tensor]:
+    """Read, verify and parse the weight file; at most as much of it as ``expected`` can need."""
+    state = expected.state_dict()
+    tensors = [value for value in state.values() if isinstance(value, Tensor)]
+    limit = _HEADER_BYTES + sum(8 * value.numel() for value in tensors) + sum(len(key) + 512 for key in state)
+    try:
+        content = _read_file(path, limit)
+    except ArtefactError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if hashlib.sha256(content).hexdigest() != recipe.sha256:
+        raise CheckpointError(
+            f"{path}: its SHA-256 is not the one in {RECIPE_FILE}: it is damaged or from another artefact: "
+            "copy the folder again"
+        )
+    try:
+        return safetensors.torch.load(content)
+    except Exception as error:
+        raise CheckpointError(f"{path}: it is not a safetensors file: {_one_line(error)}") from error
+
+
+def _check_state(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Compare keys, shapes and kinds of numbers; the first mismatch is named.
+
+    Raises:
+        CheckpointError: ``state`` does not fill ``model`` exactly.
+    """
+    expected: dict[str, Any] = model.state_dict()
+    for key, tensor in expected.items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{where}: {key!r} is no tensor in this model, and cannot be loaded")
+        if key not in state:
+            raise CheckpointError(f"{where}: {key!r} of shape {tuple(tensor.shape)} is missing")
+        found = state[key]
+        if found.shape != tensor.shape:
+            raise CheckpointError(
+                f"{where}: {key!r} has shape {tuple(found.shape)}, the model has {tuple(tensor.shape)}"
+            )
+        if found.dtype != tensor.dtype and not (found.is_floating_point() and tensor.is_floating_point()):
+            raise CheckpointError(f"{where}: {key!r} holds {found.dtype}, the model has {tensor.dtype}")
+    for key, tensor in state.items():
+        if key not in expected:
+            raise CheckpointError(
+                f"{where}: the model has no {key!r} (shape {tuple(tensor.shape)} in the file)"
+            )
+
+
+def _fill(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Copy ``state`` into ``model``, which takes the dtypes of ``state``."""
+    dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
+    try:
+        if len(dtypes) == 1:
+            model.to(dtypes.pop())
+        target = model.state_dict(keep_vars=True)
+        for key, tensor in target.items():
+            if tensor.dtype != state[key].dtype:
+                tensor.data = tensor.data.to(state[key].dtype)
+        filled = OrderedDict(state)
+        # Some modules (torchvision's MNASNet) refuse a state without their own version number.
+        filled._metadata = getattr(target, "_metadata", None)  # type: ignore[attr-defined]
+        model.load_state_dict(filled, strict=True)
+    except Exception as error:
+        raise CheckpointError(f"{path}: its weights do not go into the model: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+def _read_file(path: Path, limit: int) -> bytes:
+    """Return the content of a regular file of at most ``limit`` bytes; no symlink, pipe or device."""
+    # O_NONBLOCK: opening a pipe must not wait for a writer.
+    flags = (
+        os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    )
+    if not path.parent.is_dir():
+        raise ArtefactError(f"there is no folder {str(path.parent)!r}; expected one that groupify wrote")
+    if path.is_symlink():
+        raise ArtefactError("it is a symbolic link; expected a regular file: copy the file itself there")
+    try:
+        with os.fdopen(os.open(path, flags), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ArtefactError("it is not a regular file")
+            if status.st_size > limit:
+                raise ArtefactError(f"it has {status.st_size} bytes, expected at most {limit}")
+            return file.read(limit)
+    except FileNotFoundError as error:
+        raise ArtefactError("there is no such file; expected a folder that groupify wrote") from error
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"it cannot be read: {error}") from error
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    try:
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise ArtefactError(f"cannot write {path.name}: {error.strerror}; free some space") from error

@@ -1,0 +1,127 @@
+"""An output folder appears whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from groupify.errors import ArtefactError
+
+RECIPE_FILE = "recipe.json"
+MAX_RECIPE_BYTES = 16 * 2**20
+
+
+@contextlib.contextmanager
+def writing_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
+    """Yield a new empty folder beside ``path``, which becomes ``path`` when the block succeeds.
+
+    When the block fails or is interrupted (``KeyboardInterrupt`` included), the folder is removed,
+    and what was at ``path`` before is as it was. Everything that can be refused is refused before
+    the block runs.
+
+    Args:
+        path: the folder to write; missing parents are made.
+        force: replace an existing folder, at the end, provided that it is empty or an earlier
+            output of groupify. Anything else is refused: ``-o ~`` must not cost a home folder.
+
+    Raises:
+        ArtefactError: ``path`` exists and may not be replaced, or cannot be written.
+    """
+    try:
+        target = Path(path).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ArtefactError(f"{str(path)!r} is no usable folder name: {error}") from error
+    _check_target(target, force)
+    # Not tempfile.mkdtemp: the folder keeps its mode, which should follow the umask.
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    made: list[Path] = []
+    try:
+        _make_folders(temporary, made)
+        yield temporary
+        _check_target(target, force)
+        _replace(temporary, target)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for parent in reversed(made):
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise ArtefactError(
+                f"cannot write {target}: {error.strerror}; free some space or choose another folder with -o"
+            ) from error
+        raise
+
+
+def _make_folders(folder: Path, made: list[Path]) -> None:
+    """Make ``folder`` and its parents; the parents that were missing are appended to ``made``."""
+    try:
+        for parent in reversed([parent for parent in folder.parents if not parent.exists()]):
+            parent.mkdir()
+            made.append(parent)
+        folder.mkdir()
+    except OSError as error:
+        raise ArtefactError(
+            f"cannot write to {folder.parent}: {error.strerror}; choose another output folder with -o"
+        ) from error
+
+
+def _check_target(target: Path, force: bool) -> None:
+    try:
+        if not os.path.lexists(target):
+            return
+        if not target.is_dir():
+            raise ArtefactError(f"{target} is a file; expected a folder to write: choose another with -o")
+        if not force:
+            raise ArtefactError(
+                f"the folder {target} exists; pass --force to replace it, or choose another with -o"
+            )
+        if target == Path.home() or not (_is_empty(target) or _is_output(target)):
+            raise ArtefactError(
+                f"{target} is neither empty nor written by groupify, so --force does not replace it: "
+                "choose another folder with -o"
+            )
+    except OSError as error:
+        raise ArtefactError(f"cannot look into {target}: {error.strerror}") from error
+
+
+def _is_empty(folder: Path) -> bool:
+    return next(folder.iterdir(), None) is None
+
+
+def _is_output(folder: Path) -> bool:
+    """Whether groupify wrote the folder: it holds a recipe, and no folders (groupify makes none)."""
+    recipe = folder / RECIPE_FILE
+    if recipe.is_symlink() or not recipe.is_file() or recipe.stat().st_size > MAX_RECIPE_BYTES:
+        return False
+    if any(child.is_dir() for child in folder.iterdir()):
+        return False
+    try:
+        document = json.loads(recipe.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and document.get("format") == "groupify"
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    """Rename ``temporary`` to ``target``; what was there is removed last, or put back."""
+    old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
+    moved = False
+    try:
+        if target.exists():
+            target.rename(old)
+            moved = True
+        temporary.rename(target)
+    except BaseException as error:
+        if moved and not target.exists():
+            old.rename(target)
+        if isinstance(error, OSError):
+            raise ArtefactError(f"cannot write {target}: {error.strerror}") from error
+        raise
+    if moved:
+        shutil.rmtree(old, ignore_errors=True)
