@@ -165,7 +165,7 @@ def _load_torchvision(
         state = read_checkpoint(checkpoint)
     elif chosen is not None:
         try:
-            state = fetch_torchvision_state(chosen)
+            state = torchvision_models.modern_keys(fetch_torchvision_state(chosen))
         except SpecError as error:
             problem = str(error)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ from groupify.zoo.specs import Preprocessing
 
 _DEFAULT_INPUT_SHAPE = (3, 224, 224)
 _DEFAULT_FRAMES = 16
+# DenseNet's published weights have keys from before module names could not hold dots.
+_OLD_DENSENET_KEY = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)$")
 _AUXILIARY_HEADS = ("AuxLogits.", "aux1.", "aux2.")
 
 
@@ -79,6 +82,11 @@ def without_dropped_heads(state: Mapping[str, Tensor], arguments: Mapping[str, A
     if arguments.get("aux_logits", True):
         return state
     return {key: value for key, value in state.items() if not key.startswith(_AUXILIARY_HEADS)}
+
+
+def modern_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return ``state`` with the keys that torchvision's models have today."""
+    return {_OLD_DENSENET_KEY.sub(r"\1\2", key): value for key, value in state.items()}
 
 
 def builder(name: str) -> Callable[..., nn.Module]:
