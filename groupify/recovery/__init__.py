@@ -1,1 +1,1 @@
-"""What uses labelled or unlabelled data after the conversion: fine-tuning."""
+"""Recovery: whatever uses data after the conversion."""

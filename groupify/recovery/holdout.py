@@ -1,0 +1,139 @@
+"""Training data split into what is trained on and what the best weights are chosen on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, Subset
+
+from groupify.data.batches import Batch, Data, is_map_style, iterate_batches, split_validation
+from groupify.errors import DataError
+from groupify.recovery.settings import FinetuneSettings
+
+# A stream's held-out images stay in memory.
+_MAX_STREAM_IMAGES = 2_048
+
+
+@dataclass(frozen=True)
+class TrainingPart:
+    """What is trained on: ``data`` without its first ``skipped`` images.
+
+    Attributes:
+        data: what the batches are read from.
+        steps_per_epoch: batches of one pass.
+        skipped: the images at the start of a stream that are held out, shape (K, C, H, W).
+    """
+
+    data: Data
+    steps_per_epoch: int
+    skipped: Tensor | None = None
+
+    def batches(self, settings: FinetuneSettings, epoch: int) -> Iterator[Batch]:
+        """Return the batches of one pass, in an order that depends on the seed and the epoch only.
+
+        Raises:
+            DataError: bad data, or a stream that starts with other images than in the first pass.
+        """
+        # Spread, so that neighbouring seeds do not share the order of neighbouring epochs.
+        order_seed = settings.seed * 1_000_003 + epoch
+        batches = iterate_batches(self.data, settings.batch_size, shuffle_seed=order_seed)
+        return batches if self.skipped is None else _skip(batches, self.skipped)
+
+
+def hold_out(data: Data, validation: Data | None, settings: FinetuneSettings) -> tuple[TrainingPart, Data]:
+    """Split training data into the part that is trained on and the held-out part.
+
+    A map-style data set, or a ``DataLoader`` of one, is split at random. Of any other stream the
+    first images are held out, which is sound only if every pass starts with the same images; this
+    is checked in every pass.
+
+    Args:
+        data: the training data.
+        validation: held-out data of the caller's; ``data`` is then trained on as a whole.
+        settings: seed, fraction, batch size and, for data of unknown length, images per epoch.
+
+    Raises:
+        DataError: too little data, data of unknown length, or data that cannot be split.
+    """
+    if validation is not None:
+        return TrainingPart(data, _steps(data, _images_per_epoch(data, settings), settings)), validation
+    fraction, seed = settings.validation_fraction, settings.seed
+    if is_map_style(data):
+        train, held_out = split_validation(data, fraction, seed)
+        return TrainingPart(train, math.ceil(len(cast(Any, train)) / settings.batch_size)), held_out
+    if isinstance(data, DataLoader) and _can_be_rebuilt(data):
+        train, held_out = split_validation(data.dataset, fraction, seed)
+        shuffled = isinstance(data.sampler, RandomSampler)
+        loader = _rebuilt(data, cast("Subset[Any]", train), seed, shuffle=shuffled)
+        return TrainingPart(loader, len(loader)), _rebuilt(data, cast("Subset[Any]", held_out), seed)
+    images = _images_per_epoch(data, settings)
+    count = min(max(1, round(fraction * images)), _MAX_STREAM_IMAGES)
+    batches = list(iterate_batches(data, settings.batch_size, limit=count))
+    first = torch.cat([images for images, _ in batches])
+    return TrainingPart(data, _steps(data, images - len(first), settings), first), batches
+
+
+def _steps(data: Data, images: int, settings: FinetuneSettings) -> int:
+    """Number of batches that ``images`` images make."""
+    size = settings.batch_size
+    if not is_map_style(data):
+        # A loader has its own batch size.
+        size = len(next(iterate_batches(data, size))[0])
+    return max(1, math.ceil(images / size))
+
+
+def _images_per_epoch(data: Data, settings: FinetuneSettings) -> int:
+    if settings.images_per_epoch is not None:
+        return settings.images_per_epoch
+    if isinstance(data, DataLoader):
+        if data.batch_size is not None and hasattr(data.dataset, "__len__"):
+            return len(data) * data.batch_size
+    elif isinstance(data, list | tuple):
+        return sum(len(images) for images, _ in iterate_batches(data, settings.batch_size))
+    elif isinstance(data, Dataset) and hasattr(data, "__len__"):
+        return len(data)
+    raise DataError(
+        f"the length of the training data ({type(data).__name__}) is not known: "
+        "say how many images make an epoch, images_per_epoch=N"
+    )
+
+
+def _can_be_rebuilt(loader: DataLoader[Any]) -> bool:
+    standard = type(loader.sampler) in (RandomSampler, SequentialSampler)
+    return is_map_style(loader.dataset) and standard and type(loader.batch_sampler) is BatchSampler
+
+
+def _rebuilt(
+    loader: DataLoader[Any], dataset: Subset[Any], seed: int, *, shuffle: bool = False
+) -> DataLoader[Any]:
+    """Return a loader like ``loader`` for other data."""
+    return DataLoader(
+        dataset,
+        batch_size=loader.batch_size,
+        shuffle=shuffle,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def _skip(batches: Iterator[Batch], skipped: Tensor) -> Iterator[Batch]:
+    done = 0
+    for images, labels in batches:
+        count = min(len(images), len(skipped) - done)
+        if count and not torch.equal(images[:count], skipped[done : done + count]):
+            raise DataError(
+                "the training stream starts with other images than in its first pass, so none is held out: "
+                "give validation images apart, or a Dataset"
+            )
+        done += count
+        if count < len(images):
+            yield images[count:], labels[count:]
