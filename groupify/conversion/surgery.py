@@ -76,10 +76,11 @@ def _new_conv(dense: nn.Conv2d, groups: int, shuffle: bool, *, bias: bool) -> nn
         "padding_mode": dense.padding_mode,
         "dtype": dense.weight.dtype,
     }
-    sizes = (dense.in_channels, dense.out_channels, dense.kernel_size)
-    conv = (
-        ShuffledConv2d(*sizes, shuffle_groups=groups, **options) if shuffle else nn.Conv2d(*sizes, **options)
-    )
+    conv: nn.Conv2d
+    if shuffle:
+        conv = ShuffledConv2d(shuffle_groups=groups, **options)
+    else:
+        conv = nn.Conv2d(**options)
     return conv.to_empty(device=dense.weight.device)
 
 

@@ -333,7 +333,9 @@ class _Labeller(fx.Interpreter):
             return self._unknown(node, value)
         if target in (_MOVING_METHODS if method else _MOVING_FUNCTIONS):
             return self._move(node, value)
-        if target in (_ELEMENTWISE_METHODS if method else _ELEMENTWISE_FUNCTIONS) and len(labelled) == len(operands):
+        if target in (_ELEMENTWISE_METHODS if method else _ELEMENTWISE_FUNCTIONS) and len(labelled) == len(
+            operands
+        ):
             combined = self._combine(labelled)
             return combined if combined.shape == value.shape else self._unknown(node, value)
         if not method and target in _SPATIAL_FUNCTIONS and len(labelled) == 1:

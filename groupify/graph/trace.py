@@ -70,8 +70,12 @@ def on_same_graph(traced: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
     return fx.GraphModule(model, copy.deepcopy(traced.graph))
 
 
-def example_input(input_shape: tuple[int, ...], *, batch: int = 1, like: nn.Module | None = None) -> torch.Tensor:
+def example_input(
+    input_shape: tuple[int, ...], *, batch: int = 1, like: nn.Module | None = None
+) -> torch.Tensor:
     """Return seeded noise of shape (batch, *input_shape) on the device and in the dtype of ``like``."""
     values = torch.randn((batch, *input_shape), generator=torch.Generator().manual_seed(0))
-    reference = next((p for p in like.parameters() if p.is_floating_point()), None) if like is not None else None
+    reference = (
+        next((p for p in like.parameters() if p.is_floating_point()), None) if like is not None else None
+    )
     return values if reference is None else values.to(device=reference.device, dtype=reference.dtype)
