@@ -43,7 +43,7 @@ def save(folder: str | Path, model: nn.Module, recipe: Recipe, *, force: bool = 
     Args:
         folder: the folder to write.
         model: the converted model.
-        recipe: what describes it; its ``sha256`` is filled in.
+        recipe: what describes it; its ``sha256`` and ``memory_format`` are filled in.
         force: replace an existing artefact folder.
 
     Returns:
@@ -63,7 +63,9 @@ def write_artefact(folder: Path, model: nn.Module, recipe: Recipe) -> Recipe:
         with torch.random.fork_rng(devices=[]):
             _check_state(_skeleton(recipe, trust=True), state, "the recipe does not describe this model")
     content = safetensors.torch.save(_unshared(state), metadata={"format": "pt"})
-    recipe = dataclasses.replace(recipe, sha256=hashlib.sha256(content).hexdigest())
+    recipe = dataclasses.replace(
+        recipe, memory_format=_memory_format(state), sha256=hashlib.sha256(content).hexdigest()
+    )
     text = recipe.dumps().encode()
     if len(text) > MAX_RECIPE_BYTES:
         raise ArtefactError(f"the recipe takes {len(text)} bytes, at most {MAX_RECIPE_BYTES} are allowed")
@@ -120,6 +122,8 @@ def load(folder: str | Path, *, model: nn.Module | None = None, trust: bool = Fa
         if any(tensor.is_meta for tensor in converted.state_dict().values()):
             converted = _converted(_dense(recipe.model, trust=trust), recipe)
     _fill(converted, state, path)
+    if recipe.memory_format == "channels_last":
+        converted = converted.to(memory_format=torch.channels_last)
     return converted.eval()
 
 
@@ -134,6 +138,13 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
         if value.is_meta:
             raise ArtefactError(f"{key!r} is on the meta device and has no values: load the weights first")
     return state
+
+
+def _memory_format(state: Mapping[str, Tensor]) -> str:
+    spatial = [value for value in state.values() if value.dim() == 4 and not value.is_contiguous()]
+    if any(value.is_contiguous(memory_format=torch.channels_last) for value in spatial):
+        return "channels_last"
+    return "contiguous"
 
 
 def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

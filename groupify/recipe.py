@@ -36,6 +36,7 @@ MAX_SITES = 10_000
 MAX_GROUPS = 65_536
 MAX_SIDE = 65_536
 MAX_INPUT_VALUES = 2**27
+MEMORY_FORMATS = ("contiguous", "channels_last")
 _INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
 
 
@@ -62,6 +63,8 @@ class Recipe:
         recovery: how the model was trained afterwards; JSON values; None = not at all.
         metrics: what was measured; JSON values.
         versions: package name → version, at the time of the conversion.
+        memory_format: how the weights lie in memory, one of ``MEMORY_FORMATS``; kernels round
+            differently for each. Filled in when the recipe is saved.
         sha256: hash of ``model.safetensors`` in hexadecimal digits; None until the recipe is saved.
     """
 
@@ -72,6 +75,7 @@ class Recipe:
     recovery: Mapping[str, Any] | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=current_versions)
+    memory_format: str = "contiguous"
     sha256: str | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -90,7 +94,11 @@ class Recipe:
                 "input_shape": list(self.model.input_shape),
                 "preprocessing": preprocessing,
             },
-            "weights": {**asdict(self.weights), "sha256": self.sha256},
+            "weights": {
+                **asdict(self.weights),
+                "memory_format": self.memory_format,
+                "sha256": self.sha256,
+            },
             "plan": [asdict(site) for site in self.sites],
             "calibration": None if self.calibration is None else dict(self.calibration),
             "recovery": None if self.recovery is None else dict(self.recovery),
@@ -124,6 +132,7 @@ class Recipe:
             recovery=None if (value := top.take("recovery")) is None else plain_object(value, "recovery"),
             metrics=plain_object(top.take("metrics"), "metrics"),
             versions=_versions(top.take("versions")),
+            memory_format=weights.choice("memory_format", MEMORY_FORMATS),
             sha256=_sha256(weights.take("sha256")),
         )
         weights.finish()

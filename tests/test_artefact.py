@@ -188,11 +188,15 @@ def test_mixed_precision_comes_back(tmp_path: Path, tiny: nn.Module) -> None:
         assert torch.equal(value, model.state_dict()[key])
 
 
-def test_channels_last_weights_are_saved(tmp_path: Path, tiny: nn.Module) -> None:
+def test_the_memory_format_comes_back(tmp_path: Path, tiny: nn.Module) -> None:
     model = copy.deepcopy(tiny).to(memory_format=torch.channels_last)
     save(tmp_path / "out", model, recipe_of("user_models:tiny", SITES))
-    for key, value in load(tmp_path / "out", model=TinyNet()).state_dict().items():
+    loaded = load(tmp_path / "out", model=TinyNet())
+    for key, value in loaded.state_dict().items():
         assert torch.equal(value, model.state_dict()[key])
+        assert value.stride() == model.state_dict()[key].stride()
+    with torch.no_grad():
+        assert torch.equal(loaded(images()), model(images()))
 
 
 def test_the_global_random_state_is_left_alone(tmp_path: Path) -> None:
@@ -329,6 +333,21 @@ def test_state_that_needs_a_pickle_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ArtefactError, match="no pickled objects"):
         save(tmp_path / "out", Stateful(), recipe_of("user_models:stateful", ()))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_cannot_be_copied_is_refused(saved: Path) -> None:
+    model = TinyNet()
+    model.generator = (number for number in range(3))
+    with pytest.raises(ArtefactError, match="cannot be copied and converted: TypeError"):
+        load(saved, model=model)
+
+
+def test_a_recipe_that_is_too_large_is_not_saved(tmp_path: Path, tiny: nn.Module) -> None:
+    metrics = {str(index): "x" * 4096 for index in range(4200)}
+    recipe = dataclasses.replace(recipe_of("user_models:tiny", SITES), metrics=metrics)
+    with pytest.raises(ArtefactError, match="at most 16777216 are allowed"):
+        save(tmp_path / "out", tiny, recipe)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -107,6 +107,7 @@ def test_versions_are_those_that_run() -> None:
         (("model", "preprocessing", "resize"), -5, "preprocessing.resize is -5"),
         (("model", "preprocessing", "interpolation"), "lanczos", "'bilinear' or 'bicubic' or 'nearest'"),
         (("weights", "pretrained"), 1, "expected true or false"),
+        (("weights", "memory_format"), "tiled", "'contiguous' or 'channels_last'"),
         (("weights", "sha256"), "ABC", "64 hexadecimal digits"),
         (("plan",), {}, "plan is {}; expected a list"),
         (("plan",), [DOCUMENT["plan"][0]] * 10_001, "a list of 10001; expected a list of 0 to 10000"),

@@ -95,8 +95,8 @@ def _images_per_epoch(data: Data, settings: FinetuneSettings) -> int:
             return len(data) * data.batch_size
     elif isinstance(data, list | tuple):
         return sum(len(images) for images, _ in iterate_batches(data, settings.batch_size))
-    elif isinstance(data, Dataset) and hasattr(data, "__len__"):
-        return len(data)
+    elif is_map_style(data) or (isinstance(data, Dataset) and hasattr(data, "__len__")):
+        return len(cast(Any, data))
     raise DataError(
         f"the length of the training data ({type(data).__name__}) is not known: "
         "say how many images make an epoch, images_per_epoch=N"

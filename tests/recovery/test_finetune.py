@@ -285,6 +285,17 @@ def test_a_stream_in_changing_order_trains_with_validation_data(
     assert result.validation_images == 200
 
 
+@pytest.mark.parametrize("kind", ["map-style", "loader", "shuffled loader", "batches"])
+def test_with_validation_data_all_of_the_training_data_is_used(
+    student: nn.Module, data: TensorDataset, kind: str
+) -> None:
+    train = data if kind == "map-style" else SOURCES[kind](*make_data())
+    settings = dataclasses.replace(SETTINGS, epochs=1)
+    result = finetune(student, splits(train), settings=settings, validation=data)
+    assert result.steps == (13 if kind == "map-style" else 8)
+    assert result.validation_images == 200
+
+
 @pytest.mark.parametrize(
     ("changes", "options", "error", "message"),
     [
