@@ -338,7 +338,7 @@ def test_state_that_needs_a_pickle_is_refused(tmp_path: Path) -> None:
 
 def test_a_model_that_cannot_be_copied_is_refused(saved: Path) -> None:
     model = TinyNet()
-    model.generator = (number for number in range(3))
+    model.__dict__["generator"] = (number for number in range(3))
     with pytest.raises(ArtefactError, match="cannot be copied and converted: TypeError"):
         load(saved, model=model)
 
