@@ -92,7 +92,7 @@ def calibration_images(data: Data, count: int, *, seed: int) -> Tensor:
     return kept
 
 
-def split_validation(data: Data, fraction: float, seed: int) -> tuple[Data, Data]:
+def split_validation(data: Data, fraction: float, seed: int) -> tuple[Subset[Any], Subset[Any]]:
     """Split a map-style data set at random into ``(train, validation)``.
 
     Args:

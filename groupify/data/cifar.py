@@ -104,9 +104,12 @@ def _read_python(path: Path) -> tuple[Tensor, Tensor]:
     problem = f"{path} is not a batch of CIFAR-10's Python version"
     try:
         batch = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-        array, labels = batch[b"data"], torch.tensor(batch[b"labels"], dtype=torch.uint8)
+        array, numbers = batch[b"data"], batch[b"labels"]
         if not isinstance(array, _Array) or array.name not in ("u1", "uint8") or array.fortran:
             raise ValueError("data is no array of bytes")
+        if not all(isinstance(number, int) for number in numbers):
+            raise ValueError("labels are no numbers")
+        labels = torch.tensor(numbers, dtype=torch.uint8)
         pixels = np.frombuffer(array.content, np.uint8).reshape(-1, 3, 32, 32).copy()
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise DataError(f"{problem} ({error}): unpack the archive again") from error
