@@ -170,7 +170,7 @@ class _Training:
 
     def run(self, progress: bool) -> None:
         """Do all steps, with a validation after every few and after the last."""
-        interval = max(1, self.part.steps_per_epoch // self.settings.validations_per_epoch)
+        points = _validation_points(self.steps, self.part.steps_per_epoch, self.settings)
         losses: list[Tensor] = []
         images_seen = 0
         start = time.perf_counter()
@@ -184,7 +184,7 @@ class _Training:
                 images_seen += len(images)
                 self.step += 1
                 bar.update()
-                if self.step % interval and self.step < self.steps:
+                if self.step not in points:
                     continue
                 loss = float(torch.stack(losses).mean())
                 speed = images_seen / (time.perf_counter() - start)
@@ -239,6 +239,12 @@ class _Training:
         if better and math.isfinite(row.validation_loss):
             self.best = row
             self.best_state = copy.deepcopy(self.model.state_dict())
+
+
+def _validation_points(steps: int, steps_per_epoch: int, settings: FinetuneSettings) -> set[int]:
+    """Return the steps behind which to validate: evenly spread, the last one among them."""
+    count = min(steps, math.ceil(steps * settings.validations_per_epoch / steps_per_epoch))
+    return {(index + 1) * steps // count for index in range(count)}
 
 
 def _endless(part: TrainingPart, settings: FinetuneSettings) -> Iterator[Batch]:

@@ -69,8 +69,8 @@ def hold_out(data: Data, validation: Data | None, settings: FinetuneSettings) ->
     if isinstance(data, DataLoader) and _can_be_rebuilt(data):
         train, held_out = split_validation(data.dataset, fraction, seed)
         shuffled = isinstance(data.sampler, RandomSampler)
-        loader = _rebuilt(data, cast("Subset[Any]", train), seed, shuffle=shuffled)
-        return TrainingPart(loader, len(loader)), _rebuilt(data, cast("Subset[Any]", held_out), seed)
+        loader = _rebuilt(data, train, seed, shuffle=shuffled)
+        return TrainingPart(loader, len(loader)), _rebuilt(data, held_out, seed)
     images = _images_per_epoch(data, settings)
     count = min(max(1, round(fraction * images)), _MAX_STREAM_IMAGES)
     batches = list(iterate_batches(data, settings.batch_size, limit=count))
