@@ -31,10 +31,14 @@ def first_divergence(model: nn.Module, path: Path, batch: Tensor, *, tolerance: 
     expected = _module_outputs(model, batch)
     graph = require("onnx").load(str(path)).graph
     calls = _layer_calls(graph, {name: len(outputs) for name, outputs in expected.items()})
-    values, outputs = _run_exposed(path, batch, [call.output for call in calls])
+    values, outputs = _run_exposed(path, batch, [name for call in calls for name in call.outputs])
     last_good = None
     for call in calls:
-        if not _equal_up_to_channels(expected[call.module][call.index], values[call.output], tolerance):
+        reference = expected[call.module][call.index]
+        value = _whole(reference, [values[name] for name in call.outputs])
+        if value is None:
+            continue
+        if not _equal_up_to_channels(reference, value, tolerance):
             return f"first diverging node {call.node!r}" + (
                 f" (weights {call.weights!r})" if call.weights else ""
             )
@@ -51,7 +55,7 @@ class _LayerCall:
     module: str
     index: int  # of the call
     node: str  # the last one
-    output: str
+    outputs: tuple[str, ...]  # of all its nodes of the last one's kind: a split conv has several
     weights: str | None
     position: int
 
@@ -94,10 +98,11 @@ def _layer_calls(graph: Any, call_counts: dict[str, int]) -> list[_LayerCall]:
         step = len(members) // count
         for index in range(count):
             chunk = members[index * step : (index + 1) * step]
-            names = [name for _, node in chunk for name in node.input if name.endswith("weight")]
+            names = [name for _, node in chunk for name in node.input if ".weight" in name]
             position, last = chunk[-1]
+            outputs = tuple(node.output[0] for _, node in chunk if node.op_type == last.op_type)
             weights = names[0] if names else None
-            calls.append(_LayerCall(module, index, last.name, last.output[0], weights, position))
+            calls.append(_LayerCall(module, index, last.name, outputs, weights, position))
     return sorted(calls, key=lambda call: call.position)
 
 
@@ -117,9 +122,16 @@ def _run_exposed(path: Path, batch: Tensor, names: list[str]) -> tuple[dict[str,
     return dict(zip(names, results[len(own) :], strict=True)), results[: len(own)]
 
 
+def _whole(reference: Array, values: list[Array]) -> Array | None:
+    """Return a layer's output from its last node, or joined from those of a split one; None where unclear."""
+    if values[-1].size == reference.size:
+        return values[-1]
+    if sum(value.size for value in values) == reference.size and reference.ndim > 1:
+        return np.concatenate([value.reshape(len(value), -1, *reference.shape[2:]) for value in values], 1)
+    return None
+
+
 def _equal_up_to_channels(reference: Array, value: Array, tolerance: float) -> bool:
-    if reference.size != value.size or reference.shape[0] != value.shape[0]:
-        return False
     value = value.reshape(reference.shape)
     axis = 1 if reference.ndim > 1 else 0
     difference = np.max(np.abs(np.sort(reference, axis) - np.sort(value, axis)), initial=0.0)

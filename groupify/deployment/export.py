@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from groupify.deployment.machine import package_version
+from groupify.deployment.machine import blocked_width, package_version
 from groupify.deployment.runtime import require
 from groupify.errors import ArtefactError, ConversionError
 
@@ -40,6 +40,8 @@ class ExportedModel:
     file_bytes: int  # with the external data, if there is any
     input_name: str
     output_names: tuple[str, ...]
+    shuffles: int  # channel permutations that the model has
+    shuffles_left: int  # of them, those that still move data at run time
 
 
 def export_onnx(
@@ -50,8 +52,9 @@ def export_onnx(
     preprocessing: Preprocessing | None = None,
     static_batch: int | None = None,
     metadata: Mapping[str, str] | None = None,
+    target: str = "auto",
 ) -> ExportedModel:
-    """Export a model to ONNX, in evaluation mode, with its batch norms folded.
+    """Export a model to ONNX, in evaluation mode, with its batch norms and channel shuffles folded.
 
     The file has one input, ``input``, of shape (batch, *input_shape), float32. A model that returns a
     dictionary keeps its keys as output names. Weights go to a second file only above 2 GB. The file is
@@ -64,22 +67,27 @@ def export_onnx(
         preprocessing: what the inputs went through, recorded in the metadata.
         static_batch: a fixed batch size; None leaves it dynamic.
         metadata: more entries for the file's metadata.
+        target: the CPU to lower remaining shuffles for, as in :func:`blocked_width`; every CPU can run it.
 
     Raises:
         ConversionError: the model does not run on the input shape, or cannot be traced.
         ArtefactError: the file cannot be written.
+        SpecError: the target is unknown.
         GroupifyError: onnx or onnxscript is missing.
     """
     onnx = require("onnx")
     require("onnxscript")
-    target = Path(path)
+    from groupify.deployment.lowering import optimise  # needs onnx_ir, so not at the top
+
+    file = Path(path)
     with evaluation_mode(model):
         names = _output_names(model, input_shape)
         program = _trace(model, input_shape, names, static_batch)
     _name_nodes(program.model)
+    folding = optimise(program.model.graph, block=blocked_width(target))
     program.model.metadata_props.update(_metadata(input_shape, preprocessing, metadata))
-    size = _write(program, target, onnx)
-    return ExportedModel(target, OPSET, size, INPUT_NAME, names)
+    size = _write(program, file, onnx)
+    return ExportedModel(file, OPSET, size, INPUT_NAME, names, folding.found, folding.kept)
 
 
 @contextlib.contextmanager
