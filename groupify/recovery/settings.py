@@ -27,7 +27,8 @@ class FinetuneSettings:
             takes it to zero in the remaining ones.
         validation_fraction: share of the training images that is held out to choose the best weights.
         validations_per_epoch: how often the held-out images are evaluated; at the end as well.
-        augment: whether to use the data set's augmentation.
+        augment: whether to use the data set's augmentation; it pays in long runs only, since it moves the
+            batch norm statistics away from those of plain images.
         labels: False = distil only, and choose the weights by agreement with the teacher.
         amp: "bfloat16" = mixed precision; None = the model's own.
         images_per_epoch: for data of unknown length: how many images make an epoch.
@@ -39,7 +40,7 @@ class FinetuneSettings:
 
     epochs: float = 1.0
     batch_size: int = 64
-    learning_rate: float = 0.005
+    learning_rate: float = 0.02
     weight_decay: float = 1e-4
     momentum: float = 0.9
     distillation_weight: float = 0.9
@@ -48,7 +49,7 @@ class FinetuneSettings:
     warmup_fraction: float = 0.1
     validation_fraction: float = 0.1
     validations_per_epoch: int = 4
-    augment: bool = True
+    augment: bool = False
     labels: bool = True
     amp: str | None = None
     images_per_epoch: int | None = None
