@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from groupify.deployment.comparison import Array, compare_outputs, reference_outputs
-from groupify.deployment.export import evaluation_mode
+from groupify.deployment.export import PART, evaluation_mode
 from groupify.deployment.runtime import open_session, require
 
 
@@ -55,7 +55,7 @@ class _LayerCall:
     module: str
     index: int  # of the call
     node: str  # the last one
-    outputs: tuple[str, ...]  # of all its nodes of the last one's kind: a split conv has several
+    outputs: tuple[str, ...]  # one per part of a split node
     weights: str | None
     position: int
 
@@ -85,11 +85,14 @@ def _module_outputs(model: nn.Module, batch: Tensor) -> dict[str, list[Array]]:
 
 def _layer_calls(graph: Any, call_counts: dict[str, int]) -> list[_LayerCall]:
     """Return the calls of leaf modules that the graph's node names let us find, in graph order."""
-    nodes = defaultdict(list)
+    whole: dict[str, list[tuple[int, Any]]] = defaultdict(list)
     for position, node in enumerate(graph.node):
-        module, slash, _ = node.name.rpartition("/")
+        whole[node.name.partition(PART)[0]].append((position, node))
+    nodes = defaultdict(list)
+    for name, parts in whole.items():
+        module, slash, _ = name.rpartition("/")
         if slash:
-            nodes[module].append((position, node))
+            nodes[module].append((name, parts))
     calls = []
     for module, members in nodes.items():
         count = call_counts.get(module, 0)
@@ -98,11 +101,11 @@ def _layer_calls(graph: Any, call_counts: dict[str, int]) -> list[_LayerCall]:
         step = len(members) // count
         for index in range(count):
             chunk = members[index * step : (index + 1) * step]
-            names = [name for _, node in chunk for name in node.input if ".weight" in name]
-            position, last = chunk[-1]
-            outputs = tuple(node.output[0] for _, node in chunk if node.op_type == last.op_type)
-            weights = names[0] if names else None
-            calls.append(_LayerCall(module, index, last.name, outputs, weights, position))
+            inputs = [source for _, parts in chunk for _, node in parts for source in node.input]
+            weights = next((source for source in inputs if ".weight" in source), None)
+            name, last = chunk[-1]
+            outputs = tuple(node.output[0] for _, node in last)
+            calls.append(_LayerCall(module, index, name, outputs, weights, position=last[-1][0]))
     return sorted(calls, key=lambda call: call.position)
 
 
@@ -123,12 +126,9 @@ def _run_exposed(path: Path, batch: Tensor, names: list[str]) -> tuple[dict[str,
 
 
 def _whole(reference: Array, values: list[Array]) -> Array | None:
-    """Return a layer's output from its last node, or joined from those of a split one; None where unclear."""
-    if values[-1].size == reference.size:
-        return values[-1]
-    if sum(value.size for value in values) == reference.size and reference.ndim > 1:
-        return np.concatenate([value.reshape(len(value), -1, *reference.shape[2:]) for value in values], 1)
-    return None
+    """Join the parts of a layer's output; None where they are not that output after all."""
+    joined = values[0] if len(values) == 1 else np.concatenate(values, 1)
+    return joined if joined.size == reference.size else None
 
 
 def _equal_up_to_channels(reference: Array, value: Array, tolerance: float) -> bool:

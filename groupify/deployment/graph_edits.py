@@ -82,9 +82,10 @@ def replace_constant(graph: ir.Graph, node: ir.Node, index: int, array: npt.NDAr
     """Give a node a constant of its own in place of one that other nodes may share."""
     old = node.inputs[index]
     assert old is not None
-    node.replace_input_with(index, new_constant(graph, old.name or "constant", array))
-    if not old.uses() and old.name is not None:
-        graph.initializers.pop(old.name, None)
+    assert old.name is not None
+    if len(old.uses()) == 1 and old.is_initializer():
+        del graph.initializers[old.name]  # so that the new one keeps the name
+    node.replace_input_with(index, new_constant(graph, old.name, array))
 
 
 def new_constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
@@ -143,7 +144,7 @@ def replace_output(graph: ir.Graph, index: int, new: ir.Value) -> None:
 
 def _identity(graph: ir.Graph, value: ir.Value) -> ir.Value:
     output = ir.Value(name=f"{value.name}.copy", type=value.type, shape=value.shape)
-    name = free_node_name(graph, "output/Identity")
+    name = free_node_name(graph, "Identity.output")
     graph.append(ir.Node("", "Identity", [value], outputs=[output], name=name))
     return output
 

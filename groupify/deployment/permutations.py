@@ -68,11 +68,15 @@ def recognise_shuffles(graph: ir.Graph) -> int:
             split = transpose.inputs[0].producer()  # type: ignore[union-attr]
             source = split.inputs[0]  # type: ignore[union-attr]
             assert source is not None
-            name = (node.name or "shuffle").replace("/Reshape", "/Shuffle")
-            gathered = insert_gather(graph, source, order, name, node)
+            gathered = insert_gather(graph, source, order, _name(node), node)
             replace_value(graph, node.outputs[0], gathered)
     remove_dead(graph)
     return sum(isinstance(role_of(node), Permute) for node in graph)
+
+
+def _name(node: ir.Node) -> str:
+    # No slash, which would say that the gather computes the module's output.
+    return "Shuffle." + (node.name or "").rpartition("/")[0]
 
 
 def _shuffle_order(node: ir.Node) -> Order | None:
@@ -197,10 +201,9 @@ def _gather_for_reader(
     value = graph.outputs[edge.index] if edge.node is None else edge.node.inputs[edge.index]
     assert value is not None
     if edge.node is None:
-        replace_output(graph, edge.index, insert_gather(graph, value, order, "output/Shuffle", None))
+        replace_output(graph, edge.index, insert_gather(graph, value, order, "Shuffle.output", None))
         return
     key = (id(value), order.tobytes())
     if key not in gathered:
-        module = (edge.node.name or "node").rpartition("/")[0]
-        gathered[key] = insert_gather(graph, value, order, f"{module}/Shuffle", edge.node)
+        gathered[key] = insert_gather(graph, value, order, _name(edge.node), edge.node)
     edge.node.replace_input_with(edge.index, gathered[key])

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from groupify.deployment.export import PART
 from groupify.deployment.graph_edits import (
     Order,
     attribute,
@@ -177,7 +178,9 @@ def _split(graph: ir.Graph, stream: _Stream, parts: Sequence[Order]) -> None:
             assert producer is not None
             whole = _concat(graph, pieces[value], value, producer)
             after = whole.producer()
-            joined[value] = insert_gather(graph, whole, inverse(stored), "join/Shuffle", _next(graph, after))
+            joined[value] = insert_gather(
+                graph, whole, inverse(stored), "Shuffle.joined", _next(graph, after)
+            )
         node.replace_input_with(index, joined[value])
 
 
@@ -240,7 +243,7 @@ def _copy(
     first = inputs[0]
     count = size if size is not None else channels(first)
     shape = None if old.shape is None else ir.Shape([old.shape[0], count, *list(old.shape)[2:]])
-    name = free_node_name(graph, node.name or node.op_type)
+    name = free_node_name(graph, f"{node.name or node.op_type}{PART}")
     output = ir.Value(name=f"{old.name}.{name}", type=old.type, shape=shape)
     copy = ir.Node(
         "", node.op_type, list(inputs), list(node.attributes.values()), outputs=[output], name=name
@@ -250,7 +253,7 @@ def _copy(
 
 
 def _concat(graph: ir.Graph, values: Sequence[ir.Value], like: ir.Value, after: ir.Node) -> ir.Value:
-    name = free_node_name(graph, f"{(after.name or '').rpartition('/')[0]}/Concat")
+    name = free_node_name(graph, "Concat." + (after.name or "").rpartition("/")[0])
     output = ir.Value(name=f"{like.name}.{name}", type=like.type, shape=like.shape)
     node = ir.Node("", "Concat", list(values), [ir.AttrInt64("axis", 1)], outputs=[output], name=name)
     graph.insert_after(after, node)

@@ -66,3 +66,30 @@ class TwoHeads(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         x = self.body(x).relu()
         return {"out": self.out(x), "aux": self.aux(x)}
+
+
+def shuffled(channels: int, outputs: int, kernel: int = 3, groups: int = 4) -> nn.Module:
+    """Make a grouped conv with a channel shuffle behind it."""
+    return ShuffledConv2d(
+        channels, outputs, kernel, padding=kernel // 2, groups=groups, bias=False, shuffle_groups=groups
+    )
+
+
+class Stream(nn.Module):
+    """Two residual blocks of shuffled grouped 1×1 convs, wide enough to split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.up = shuffled(32, 256, 1)
+        self.downs = nn.ModuleList(nn.Conv2d(256, 64, 1, groups=4) for _ in range(2))
+        self.ups = nn.ModuleList(shuffled(64, 256, 1) for _ in range(2))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(256) for _ in range(2))
+        self.fc = nn.Linear(256, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(self.stem(x).relu()).relu()
+        for down, up, norm in zip(self.downs, self.ups, self.norms, strict=True):
+            x = (norm(up(down(x).relu())) + x).relu()
+        result: Tensor = self.fc(x.mean((2, 3)))
+        return result

@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from groupify.conversion.layers import ShuffledConv2d, channel_shuffle
+from groupify.conversion.layers import channel_shuffle
 from groupify.deployment.export import export_onnx
 from groupify.deployment.graph_edits import constant
 from groupify.deployment.lowering import optimise
 from groupify.deployment.parity import check_parity
 from groupify.deployment.permutations import fold_permutations, recognise_shuffles
-from tests.deployment.nets import INPUT_SHAPE, SmallNet, randomise
+from tests.deployment.nets import INPUT_SHAPE, SmallNet, Stream, randomise, shuffled
 
 BLOCK = 4  # small nets, small blocks: which form a shuffle gets does not depend on the machine at hand
 SIDE = 4
@@ -196,12 +196,6 @@ def export(net: nn.Module, path: Path) -> collections.Counter[str]:
     return kinds(exported.path)
 
 
-def shuffled(channels: int, outputs: int, kernel: int = 3, groups: int = 4) -> nn.Module:
-    return ShuffledConv2d(
-        channels, outputs, kernel, padding=kernel // 2, groups=groups, bias=False, shuffle_groups=groups
-    )
-
-
 @pytest.mark.parametrize("reader", ["conv", "linear", "flattened"])
 def test_a_shuffle_in_front_of_a_dense_layer_is_gone(tmp_path: Path, reader: str) -> None:
     stem = nn.Conv2d(3, 16, 3, padding=1)
@@ -245,26 +239,6 @@ def test_a_shuffle_that_must_stay_is_one_gather_behind_the_activation(tmp_path: 
     nodes = {node.output[0]: node for node in onnx.load(str(path)).graph.node}
     gather = next(node for node in nodes.values() if node.op_type == "Gather")
     assert nodes[gather.input[0]].op_type == "Relu"
-
-
-class Stream(nn.Module):
-    """Two residual blocks of shuffled grouped 1×1 convs, wide enough to split."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 32, 3, padding=1)
-        self.up = shuffled(32, 256, 1)
-        self.downs = nn.ModuleList(nn.Conv2d(256, 64, 1, groups=4) for _ in range(2))
-        self.ups = nn.ModuleList(shuffled(64, 256, 1) for _ in range(2))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(256) for _ in range(2))
-        self.fc = nn.Linear(256, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.up(self.stem(x).relu()).relu()
-        for down, up, norm in zip(self.downs, self.ups, self.norms, strict=True):
-            x = (norm(up(down(x).relu())) + x).relu()
-        result: Tensor = self.fc(x.mean((2, 3)))
-        return result
 
 
 def test_a_wide_stream_is_split_and_moves_nothing(tmp_path: Path) -> None:
