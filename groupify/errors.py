@@ -1,15 +1,15 @@
 """The exception tree.
 
-    GroupifyError            anything groupify refuses to do; the command line exits with 2
-    ├── SpecError            a model, weights, data set or option that cannot be resolved
-    ├── CheckpointError      a weight file that is missing, corrupt or belongs to another model
-    ├── DataError            data that cannot be read, is empty, or holds NaN or bad labels
-    ├── PlanError            no layer can be converted as asked
-    ├── ConversionError      a model or layer that cannot be converted
-    ├── ArtefactError        an output folder that cannot be read, trusted or written
-    └── ParityError          the exported file computes something else; exits with 3
+GroupifyError            anything groupify refuses to do; the command line exits with 2
+├── SpecError            a model, weights, data set or option that cannot be resolved
+├── CheckpointError      a weight file that is missing, corrupt or belongs to another model
+├── DataError            data that cannot be read, is empty, or holds NaN or bad labels
+├── PlanError            no layer can be converted as asked
+├── ConversionError      a model or layer that cannot be converted
+├── ArtefactError        an output folder that cannot be read, trusted or written
+└── ParityError          the exported file computes something else; exits with 3
 
-    GroupifyWarning          goes on, but the user should know
+GroupifyWarning          goes on, but the user should know
 """
 
 from __future__ import annotations

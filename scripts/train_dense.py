@@ -96,7 +96,7 @@ def train(model: nn.Module, images: ImageArrays, augment: FlipAndShift, *, epoch
             with torch.autocast("cpu", torch.bfloat16):
                 loss = F.cross_entropy(model(inputs).float(), labels)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
             loss_sum += loss.item()

@@ -50,7 +50,9 @@ class Clustering:
     kept: float
 
 
-def cluster(channels: Channels, scores: Sequence[SiteScore], *, restarts: int = 2, seed: int = 0) -> Clustering:
+def cluster(
+    channels: Channels, scores: Sequence[SiteScore], *, restarts: int = 2, seed: int = 0
+) -> Clustering:
     """Maximise the score inside the groups over all permutation classes.
 
     Args:
@@ -86,9 +88,9 @@ class _Side:
 class _Problem:
     def __init__(self, channels: Channels, scores: Sequence[SiteScore]) -> None:
         self._channels = channels
-        self._scores = [entry.score.double().numpy() for entry in scores]
+        self._scores = [entry.score.float().numpy() for entry in scores]
         self._sites = [entry.site for entry in scores]
-        self.total = float(sum(score.sum() for score in self._scores))
+        self.total = float(sum(score.sum(dtype=np.float64) for score in self._scores))
         numbers = {entry.site.name: number for number, entry in enumerate(scores)}
         self._inputs: dict[int, int] = {}
         self._outputs: dict[int, int] = {}
@@ -109,38 +111,45 @@ class _Problem:
         self.classes = list(self._sides)
         self._in_groups = [self._input_groups(number) for number in range(len(scores))]
         self._out_groups = [self._output_groups(number) for number in range(len(scores))]
+        # Positions of the first group, then those of the second, and so on.
+        self._in_members = [np.argsort(groups, kind="stable") for groups in self._in_groups]
+        self._out_members = [np.argsort(groups, kind="stable") for groups in self._out_groups]
 
     def _input_groups(self, number: int) -> NDArray[np.int64]:
         channels = self._scores[number].shape[1]
-        return np.arange(channels) // (channels // self._sites[number].groups)
+        return _contiguous(channels, self._sites[number].groups)
 
     def _output_groups(self, number: int) -> NDArray[np.int64]:
         channels, site = self._scores[number].shape[0], self._sites[number]
         if site.shuffle:
-            return np.arange(channels) % site.groups
-        return np.arange(channels) // (channels // site.groups)
+            return np.arange(channels, dtype=np.int64) % np.int64(site.groups)
+        return _contiguous(channels, site.groups)
 
-    def _arranged(self, number: int, orders: Mapping[int, NDArray[np.int64]]) -> tuple[NDArray[np.int64], ...]:
+    def _arranged(
+        self, number: int, orders: Mapping[int, NDArray[np.int64]]
+    ) -> tuple[NDArray[np.int64], ...]:
         """Original channel at each input and each output position of a site."""
         tensors = {index: torch.from_numpy(order) for index, order in orders.items()}
         sides = []
         for uses, axis in ((self._inputs, 1), (self._outputs, 0)):
             use = uses.get(number)
             length = self._scores[number].shape[axis]
-            sides.append(np.arange(length) if use is None else use_order(self._channels, use, tensors).numpy())
+            sides.append(
+                np.arange(length) if use is None else use_order(self._channels, use, tensors).numpy()
+            )
         return tuple(sides)
 
     def _site_value(self, number: int, orders: Mapping[int, NDArray[np.int64]]) -> float:
         inputs, outputs = self._arranged(number, orders)
-        inside = self._out_groups[number][:, None] == self._in_groups[number][None, :]
-        return float((self._scores[number][np.ix_(outputs, inputs)] * inside).sum())
+        groups, score = self._sites[number].groups, self._scores[number]
+        inputs = inputs[self._in_members[number]].reshape(groups, -1)
+        outputs = outputs[self._out_members[number]].reshape(groups, -1)
+        return float(sum(score[np.ix_(outputs[g], inputs[g])].sum(dtype=np.float64) for g in range(groups)))
 
     def objective(self, orders: Mapping[int, NDArray[np.int64]]) -> float:
         return sum(self._site_value(number, orders) for number in range(len(self._sites)))
 
-    def ascend(
-        self, start: Mapping[int, NDArray[np.int64]]
-    ) -> tuple[dict[int, NDArray[np.int64]], float]:
+    def ascend(self, start: Mapping[int, NDArray[np.int64]]) -> tuple[dict[int, NDArray[np.int64]], float]:
         orders = dict(start)
         for _ in range(_MAX_SWEEPS):
             improved = False
@@ -167,17 +176,19 @@ class _Problem:
             for repeat in range(side.positions.shape[1]):
                 positions = side.positions[:, repeat]
                 if side.is_input:
-                    membership = np.eye(groups)[self._out_groups[side.site]]  # (O positions, G)
-                    value = score[outputs][:, positions].T @ membership
+                    ordered = score[outputs[self._out_members[side.site]]].reshape(groups, -1, score.shape[1])
+                    value = ordered.sum(1)[:, positions].T
                     columns.append(self._in_groups[side.site][positions])
                 else:
-                    membership = np.eye(groups)[self._in_groups[side.site]]
-                    value = score[positions][:, inputs] @ membership
+                    ordered = score[:, inputs[self._in_members[side.site]]].reshape(len(score), groups, -1)
+                    value = ordered.sum(2)[positions]
                     columns.append(self._out_groups[side.site][positions])
                 benefits.append(value)
         cells, cell_of_place = np.unique(np.stack(columns, 1), axis=0, return_inverse=True)
         cell_of_place = cell_of_place.reshape(-1)
-        value = sum(benefit[:, cells[:, number]] for number, benefit in enumerate(benefits))
+        value = sum(
+            benefit.astype(np.float64)[:, cells[:, number]] for number, benefit in enumerate(benefits)
+        )
         current = orders[class_index]
         channel_cells = np.empty(size, dtype=np.int64)
         channel_cells[current] = cell_of_place
@@ -188,6 +199,11 @@ class _Problem:
             members = [channel for channel in current.tolist() if assigned[channel] == cell]
             order[cell_of_place == cell] = members
         return order
+
+
+def _contiguous(channels: int, groups: int) -> NDArray[np.int64]:
+    """Group of each channel when groups are runs of neighbours."""
+    return np.repeat(np.arange(groups, dtype=np.int64), channels // groups)
 
 
 def balanced_assignment(

@@ -1,24 +1,30 @@
-"""Convert a dense model by a plan: cluster the channels, restructure, fit."""
+"""Convert a dense model by a plan: cluster the channels, restructure, fit, reconstruct."""
 
 from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from groupify.conversion.by_module import fit_by_module
 from groupify.conversion.clustering import SiteScore, cluster
 from groupify.conversion.fit import FitOptions, SiteFit, fit_student
 from groupify.conversion.moments import GroupedMoments
-from groupify.conversion.surgery import SiteRecipe, restructure, row_channels
+from groupify.conversion.reconstruct import Augment, ReconstructionOptions, reconstruct
+from groupify.conversion.surgery import GROUPED, SiteRecipe, restructure, row_channels
 from groupify.conversion.teacher import SampleBudget, SiteSamples, observe_teacher, residual_sums
-from groupify.errors import ConversionError, DataError
+from groupify.conversion.weights_only import correct_batch_norms
+from groupify.errors import ConversionError, DataError, GroupifyWarning
 from groupify.graph.channels import CONV_INPUT, CONV_OUTPUT, Channels, channel_classes
 from groupify.graph.permute import apply_orders, use_order
-from groupify.graph.trace import on_same_graph, trace
+from groupify.graph.trace import example_input, on_same_graph, trace
+from groupify.planning.plan import Plan
 
 CLUSTERINGS = ("data", "norm", "none")
 
@@ -29,20 +35,26 @@ class Calibration:
 
     Attributes:
         images: shape (N, C, H, W), preprocessed as for inference.
+        augment: augmentation of a batch, for more and other views of the same images.
+        views: augmented views of each image that the fit sees, besides the image itself.
         batch_size: images per step.
         clustering: what decides which channels form a group: ``"data"``, ``"norm"`` (weights
             alone) or ``"none"``.
         restarts: random starts of the clustering besides the given order.
         fit: options of the least-squares fit.
         budget: how many output positions are sampled for it.
+        reconstruction: training of each block on the dense model's activations, after the fit.
     """
 
     images: Tensor
+    augment: Augment | None = None
+    views: int = 1
     batch_size: int = 64
     clustering: str = "data"
     restarts: int = 2
     fit: FitOptions = field(default_factory=FitOptions)
     budget: SampleBudget = field(default_factory=SampleBudget)
+    reconstruction: ReconstructionOptions = field(default_factory=ReconstructionOptions)
 
 
 @dataclass(frozen=True)
@@ -50,103 +62,337 @@ class Conversion:
     """A converted model and how it came about.
 
     Attributes:
-        model: the grouped model, in the training mode of the dense one.
+        model: the grouped model, each module in the training mode that it had in the dense one.
         sites: the replaced convs.
         fits: how well each was fitted; empty without calibration.
-        method: one line for the report.
+        method: one line on how the weights were found.
+        notes: what the reader should know before trusting the model.
         kept_before, kept: share of the clustering score inside the groups, before and after.
-        seconds: time of each step.
+        seconds: duration of each step.
     """
 
     model: nn.Module
     sites: tuple[SiteRecipe, ...]
     fits: tuple[SiteFit, ...]
     method: str
+    notes: tuple[str, ...]
     kept_before: float | None
     kept: float | None
     seconds: Mapping[str, float]
 
+    def summary(self) -> dict[str, Any]:
+        """Return what a recipe keeps of it, as JSON values."""
+        return {
+            "method": self.method,
+            "fitted_error": {fit.name: fit.error for fit in self.fits},
+            "kept_before": self.kept_before,
+            "kept": self.kept,
+        }
 
-def convert_with(
-    model: nn.Module, sites: Sequence[SiteRecipe], calibration: Calibration, *, seed: int = 0, progress: bool = False
+
+def convert(
+    model: nn.Module,
+    plan: Plan,
+    calibration: Calibration | Tensor | None = None,
+    *,
+    seed: int = 0,
+    progress: bool = False,
 ) -> Conversion:
-    seconds: dict[str, float] = {}
-    clock = _Clock(seconds)
-    dense = copy.deepcopy(model).eval()
-    dense = dense.to(memory_format=torch.channels_last)  # oneDNN's fast path
-    batches = [b.contiguous(memory_format=torch.channels_last) for b in calibration.images.split(calibration.batch_size)]
-    traced = trace(dense)
-    assert traced.module is not None
-    by_name = {site.name: site for site in sites}
-    sums = residual_sums(traced.module, by_name)
-    samples = observe_teacher(
-        traced.module, batches, {s.name: s.groups for s in sites}, sums, calibration.budget, seed=seed, progress=progress
+    """Replace the planned convs by grouped ones and fit their weights.
+
+    Args:
+        model: the dense model; it is left untouched.
+        plan: what to replace; see ``groupify.plan``.
+        calibration: unlabelled images of shape (N, C, H, W), or a ``Calibration`` to set how they are
+            used. None = from the weights alone, which does not protect the accuracy.
+        seed: seed of everything random.
+        progress: show bars on stderr.
+
+    Raises:
+        ConversionError: the plan is for another model, or weights or activations are NaN or infinite.
+        DataError: no calibration images, or NaN in them.
+    """
+    if isinstance(calibration, Tensor):
+        calibration = Calibration(calibration)
+    sites = plan.recipes
+    _check_weights(model)
+    if calibration is not None:
+        _check_calibration(calibration)
+    # A working copy: in float32, without the caller's hooks, in the memory format of oneDNN's fast path.
+    dense = copy.deepcopy(model).float().eval().to(memory_format=torch.channels_last)
+    for module in dense.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
+            hooks.clear()
+    with torch.random.fork_rng(devices=[]):
+        work = _Conversion(dense, sites, calibration, plan, seed, progress)
+        student = work.run()
+    _warn_of_few_samples(work.fits)
+    return Conversion(
+        model=_with_weights(model, sites, student),
+        sites=sites,
+        fits=work.fits,
+        method=work.method,
+        notes=tuple(work.notes),
+        kept_before=work.kept_before,
+        kept=work.kept,
+        seconds=work.clock.seconds,
     )
-    clock.lap("dense model")
-    channels = channel_classes(traced.module, batches[0][:1])
-    kept_before = kept = None
-    clock.lap("graph")
-    if calibration.clustering != "none":
-        scores = [
-            SiteScore(site, _score(dense.get_submodule(site.name), samples[site.name], calibration.clustering)) for site in sites
-        ]
-        clock.lap("scores")
-        found = cluster(channels, scores, restarts=calibration.restarts, seed=seed)
-        kept_before, kept = found.kept_before, found.kept
-        permuted = apply_orders(dense, channels, found.orders)
-        permuted_samples = {s.name: _permute_samples(samples[s.name], s.name, channels, found.orders) for s in sites}
-        clock.lap("clustering")
-        before = sum(_teacher_error(site, samples[site.name]) for site in sites)
-        after = sum(_teacher_error(site, permuted_samples[site.name]) for site in sites)
-        print("fitted error identity", before/len(sites), "clustered", after/len(sites), kept_before, kept)
-        if after < before:
-            dense, samples = permuted, permuted_samples
-        clock.lap("compare")
-    student = restructure(dense, sites)
-    graph = on_same_graph(traced.module, student)
-    names = {str(conv.target): total.name for conv, total in sums.items()}
-    fits = fit_student(graph, dense, batches, by_name, samples, names, calibration.fit, progress=progress)
-    clock.lap("fit")
-    for (name, module), original in zip(student.named_modules(), model.modules()):
-        pass
-    student.train(model.training)
-    return Conversion(student, tuple(sites), tuple(fits.values()), "least squares", kept_before, kept, seconds)
+
+
+def _with_weights(model: nn.Module, sites: Sequence[SiteRecipe], student: nn.Module) -> nn.Module:
+    """Return a copy of the caller's own model, modes and hooks included, with the student's weights."""
+    converted = restructure(model, sites)
+    converted.load_state_dict(student.state_dict())
+    return converted
+
+
+def _check_weights(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_complex():
+            raise ConversionError(f"{name!r} is complex; complex models cannot be converted")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ConversionError(f"{name!r} holds NaN or infinity; load a sound checkpoint")
+
+
+def _check_calibration(calibration: Calibration) -> None:
+    images = calibration.images
+    if images.dim() != 4 or len(images) == 0:
+        raise DataError(
+            f"calibration images of shape {tuple(images.shape)}, expected (N, C, H, W) with N ≥ 1"
+        )
+    if not bool(torch.isfinite(images).all()):
+        raise DataError("the calibration images hold NaN or infinity; check their preprocessing")
+    if calibration.clustering not in CLUSTERINGS:
+        known = ", ".join(CLUSTERINGS)
+        raise ConversionError(f"unknown clustering {calibration.clustering!r}, expected one of {known}")
+
+
+def _warn_of_few_samples(fits: Sequence[SiteFit]) -> None:
+    short = [fit for fit in fits if fit.samples < fit.inputs]
+    if short:
+        first = short[0]
+        warnings.warn(
+            f"{len(short)} layers have fewer samples than inputs per group ({first.name}: {first.samples} "
+            f"for {first.inputs}), so their fit is poor; give more calibration images",
+            GroupifyWarning,
+            stacklevel=3,
+        )
 
 
 class _Clock:
-    def __init__(self, seconds: dict[str, float]) -> None:
-        self._seconds = seconds
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
-        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
         self._last = now
 
 
-def _score(conv: nn.Module, samples: SiteSamples, clustering: str) -> Tensor:
-    weight = conv.weight.detach().flatten(2)  # (O, I, k)
-    if clustering == "norm":
-        return weight.square().sum(2)
-    patches = torch.cat([p.float() for p in samples.patches])
-    outputs = torch.cat([p.float() for p in samples.patch_outputs])
-    patches = patches - patches.mean(0)
-    covariance = torch.einsum("nia,nib->iab", patches, patches) / len(patches)
-    return torch.einsum("oia,iab,oib->oi", weight, covariance, weight) / outputs.var(0).clamp(min=1e-12).unsqueeze(1)
+class _Conversion:
+    """The steps of one conversion and what they leave behind."""
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        sites: Sequence[SiteRecipe],
+        calibration: Calibration | None,
+        plan: Plan,
+        seed: int,
+        progress: bool,
+    ) -> None:
+        self._dense = dense
+        self._sites = {site.name: site for site in sites}
+        self._calibration = calibration
+        self._plan = plan
+        self._seed = seed
+        self._progress = progress
+        self.clock = _Clock()
+        self.fits: tuple[SiteFit, ...] = ()
+        self.method = ""
+        self.notes: list[str] = []
+        self.kept_before: float | None = None
+        self.kept: float | None = None
+
+    def run(self) -> nn.Module:
+        """Return the student."""
+        restructure(self._dense, list(self._sites.values()))  # refuses a wrong plan before any work
+        traced = trace(self._dense)
+        self.clock.lap("trace")
+        if self._calibration is None:
+            return self._from_weights(traced.module)
+        if traced.module is None:
+            self.notes.append(
+                f"the model cannot be traced ({traced.problem}): channels were not clustered, and each conv "
+                "was fitted on the dense model's inputs, not in order"
+            )
+            self.method = f"least squares by module, {len(self._calibration.images)} unlabelled images"
+            student = restructure(self._dense, list(self._sites.values()))
+            batches = self._batches(self._calibration)
+            self.fits = fit_by_module(
+                student, self._dense, batches, self._sites, self._calibration.budget, self._calibration.fit,
+                seed=self._seed, progress=self._progress,
+            )  # fmt: skip
+            self.clock.lap("fit")
+            return student
+        return self._in_order(traced.module, self._calibration)
+
+    # with images -------------------------------------------------------------------------------
+
+    def _batches(self, calibration: Calibration) -> list[Tensor]:
+        images = calibration.images.float()
+        if calibration.augment is not None and calibration.views:
+            generator = torch.Generator().manual_seed(self._seed)
+            views = [calibration.augment(images, generator) for _ in range(calibration.views)]
+            images = torch.cat([images, *views])
+        parameter = next(self._dense.parameters())
+        batches = images.to(parameter.device).split(calibration.batch_size)
+        return [batch.contiguous(memory_format=torch.channels_last) for batch in batches]
+
+    def _in_order(self, traced: fx.GraphModule, calibration: Calibration) -> nn.Module:
+        batches = self._batches(calibration)
+        self._check_trace(traced, batches[0])
+        sums = residual_sums(traced, self._sites)
+        groups = {name: site.groups for name, site in self._sites.items()}
+        samples = observe_teacher(
+            traced, batches, groups, sums, calibration.budget, seed=self._seed, progress=self._progress
+        )
+        self.clock.lap("dense model")
+        dense = self._dense
+        if calibration.clustering != "none":
+            dense, samples = self._cluster(traced, batches[0][:1], samples, calibration)
+        student = restructure(dense, list(self._sites.values()))
+        graph = on_same_graph(traced, student)
+        names = {str(conv.target): total.name for conv, total in sums.items()}
+        fits = fit_student(
+            graph, dense, batches, self._sites, samples, names, calibration.fit, progress=self._progress
+        )
+        self.fits = tuple(fits.values())
+        self.clock.lap("fit")
+        del samples, batches
+        self.method = f"least squares in order, {len(calibration.images)} unlabelled images"
+        options = calibration.reconstruction
+        if options.steps or options.network_steps:
+            reconstruct(
+                graph, on_same_graph(traced, dense), calibration.images.float(), self._sites, options,
+                augment=calibration.augment, seed=self._seed, progress=self._progress,
+            )  # fmt: skip
+            self.method += f", then {options.steps} steps of reconstruction for each block"
+            self.clock.lap("reconstruction")
+        return student
+
+    def _check_trace(self, traced: fx.GraphModule, batch: Tensor) -> None:
+        with torch.no_grad():
+            expected, actual = self._dense(batch[:1]), traced(batch[:1])
+        leaves = zip(_leaves(expected), _leaves(actual), strict=True)
+        if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in leaves):
+            raise ConversionError(
+                "the traced graph computes something else than the model, whose path must depend on the "
+                "values of its input; convert its traceable submodules one by one"
+            )
+
+    def _cluster(
+        self,
+        traced: fx.GraphModule,
+        example: Tensor,
+        samples: dict[str, SiteSamples],
+        calibration: Calibration,
+    ) -> tuple[nn.Module, dict[str, SiteSamples]]:
+        """Reorder the channels if that lowers the fitted error; else change nothing."""
+        channels = channel_classes(traced, example)
+        self.clock.lap("graph")
+        scores = []
+        for name, site in self._sites.items():
+            conv = self._dense.get_submodule(name)
+            if calibration.clustering == "norm":
+                scores.append(SiteScore(site, _norm_score(conv)))
+            else:
+                scores.append(SiteScore(site, _data_score(conv, samples[name])))
+        found = cluster(channels, scores, restarts=calibration.restarts, seed=self._seed)
+        permuted = {
+            name: _permuted_samples(samples[name], name, channels, found.orders) for name in self._sites
+        }
+        before = sum(_fitted_error(site, samples[name]) for name, site in self._sites.items())
+        after = sum(_fitted_error(site, permuted[name]) for name, site in self._sites.items())
+        self.kept_before, self.kept = found.kept_before, found.kept
+        self.clock.lap("clustering")
+        if after >= before:
+            self.notes.append(
+                "clustering would not have lowered the fitted error; the channels keep their order"
+            )
+            self.kept = found.kept_before
+            return self._dense, samples
+        return apply_orders(self._dense, channels, found.orders), permuted
+
+    # without images ----------------------------------------------------------------------------
+
+    def _from_weights(self, traced: fx.GraphModule | None) -> nn.Module:
+        self.notes.append(
+            "no calibration images: accuracy is not protected; give --data or calibration images"
+        )
+        self.method = "from the weights alone: clustering by weight norm, truncation, corrected batch norms"
+        sites = list(self._sites.values())
+        if traced is None:
+            self.method = "from the weights alone: truncation"
+            return restructure(self._dense, sites)
+        example = example_input(self._plan.input_shape, like=self._dense)
+        channels = channel_classes(traced, example)
+        scores = [SiteScore(site, _norm_score(self._dense.get_submodule(site.name))) for site in sites]
+        found = cluster(channels, scores, restarts=0, seed=self._seed)
+        self.kept_before, self.kept = found.kept_before, found.kept
+        dense = apply_orders(self._dense, channels, found.orders)
+        student = restructure(dense, sites)
+        correct_batch_norms(on_same_graph(traced, student), dense, self._sites)
+        self.clock.lap("weights")
+        return student
 
 
-def _permute_samples(samples, name, channels: Channels, orders) -> SiteSamples:
-    ins = outs = None
+def _leaves(value: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _norm_score(conv: nn.Module) -> Tensor:
+    """Squared norm of the kernel from each input to each output, shape (O, I)."""
+    return conv.get_parameter("weight").detach().flatten(2).square().sum(2)
+
+
+def _data_score(conv: nn.Module, samples: SiteSamples) -> Tensor:
+    """Share of each output's variance that comes through each input, shape (O, I)."""
+    weight = conv.get_parameter("weight").detach().flatten(2)
+    patches = torch.cat([part.float() for part in samples.patches])
+    outputs = torch.cat([part.float() for part in samples.patch_outputs])
+    by_channel = (patches - patches.mean(0)).transpose(0, 1)  # (I, n, k)
+    covariance = by_channel.transpose(1, 2) @ by_channel / len(patches)
+    through = torch.einsum("oia,iab,oib->oi", weight, covariance, weight)
+    return through / outputs.var(0).clamp(min=1e-12).unsqueeze(1)
+
+
+def _permuted_samples(
+    samples: SiteSamples, name: str, channels: Channels, orders: Mapping[int, Tensor]
+) -> SiteSamples:
+    inputs = outputs = None
     for index, use in enumerate(channels.uses):
-        if use.name == name and use.kind == CONV_INPUT: ins = use_order(channels, index, orders)
-        if use.name == name and use.kind == CONV_OUTPUT: outs = use_order(channels, index, orders)
-    return replace(samples, patches=[p[:, ins] for p in samples.patches], patch_outputs=[p[:, outs] for p in samples.patch_outputs],
-      outputs=[p[:, outs] for p in samples.outputs], sums=[p[:, outs] for p in samples.sums])
+        if use.name == name and use.kind == CONV_INPUT:
+            inputs = use_order(channels, index, orders)
+        elif use.name == name and use.kind == CONV_OUTPUT:
+            outputs = use_order(channels, index, orders)
+    return replace(
+        samples,
+        patches=[part[:, inputs] for part in samples.patches],
+        patch_outputs=[part[:, outputs] for part in samples.patch_outputs],
+        outputs=[part[:, outputs] for part in samples.outputs],
+        sums=[part[:, outputs] for part in samples.sums],
+    )
 
 
-def _teacher_error(site, samples) -> float:
+def _fitted_error(site: SiteRecipe, samples: SiteSamples) -> float:
+    """Mean relative error of the best grouped conv on the dense model's own inputs."""
     moments = GroupedMoments()
-    for p, o in zip(samples.patches, samples.patch_outputs):
-        rows = row_channels(o.shape[1], site.groups, site.shuffle)
-        moments.update(p.reshape(len(p), site.groups, -1), o[:, rows].reshape(len(p), site.groups, -1))
+    for patches, outputs in zip(samples.patches, samples.patch_outputs, strict=True):
+        rows = row_channels(outputs.shape[1], site.groups, site.kind == GROUPED and site.shuffle)
+        count = len(patches)
+        moments.update(
+            patches.reshape(count, site.groups, -1), outputs[:, rows].reshape(count, site.groups, -1)
+        )
     return float(moments.fit(ridge=0.01).error.mean())

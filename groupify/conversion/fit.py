@@ -8,7 +8,6 @@ residual sum, the target also holds what the other term of the student is off by
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +19,6 @@ from groupify.conversion.moments import GroupedMoments
 from groupify.conversion.sampling import compact, input_patches, pick
 from groupify.conversion.surgery import GROUPED, SiteRecipe, row_channels
 from groupify.conversion.teacher import SiteSamples
-from groupify.errors import GroupifyWarning
 from groupify.graph.execute import BatchedRun
 
 
@@ -32,11 +30,13 @@ class SiteFit:
         name: qualified module name.
         error: mean squared error ÷ variance of the target, over all outputs.
         samples: number of output positions that the fit saw.
+        inputs: number of inputs of each group, in·kh·kw / groups.
     """
 
     name: str
     error: float
     samples: int
+    inputs: int
 
 
 @dataclass(frozen=True)
@@ -141,34 +141,7 @@ class _Fitter:
         targets = [self._target(samples, call, norm, other) for call in range(len(samples.positions))]
         inputs = [self._patches(node, dense_conv, samples, call) for call in range(len(samples.positions))]
         module = self._student.get_submodule(name)
-        if site.kind == GROUPED:
-            assert isinstance(module, nn.Conv2d)
-            bias, error, count = self._fit_grouped(module, dense_conv, site, inputs, targets, norm is not None)
-            conv_with_bias = module
-        else:
-            grouped, pointwise = module.get_submodule("grouped"), module.get_submodule("pointwise")
-            assert isinstance(grouped, nn.Conv2d)
-            assert isinstance(pointwise, nn.Conv2d)
-            bias, error, count = _fit_grouped_pointwise(
-                grouped, pointwise, dense_conv, site.groups, inputs, targets, norm is not None, self._options.ridge
-            )
-            conv_with_bias = pointwise
-        if conv_with_bias.bias is not None:
-            conv_with_bias.bias.copy_(bias)
-        elif norm is not None and norm.running_mean is not None:
-            channel_bias = torch.empty_like(bias)
-            rows = row_channels(len(bias), site.groups, site.shuffle)
-            channel_bias[rows if site.kind == GROUPED else torch.arange(len(bias))] = bias
-            norm.running_mean.sub_(channel_bias)
-        self.fits[name] = SiteFit(name, error, count)
-        width = dense_conv.weight[0].numel() // site.groups
-        if count < width:
-            warnings.warn(
-                f"layer {name!r}: {count} samples for {width} inputs per group are too few for a sound fit; "
-                "give more calibration images",
-                GroupifyWarning,
-                stacklevel=2,
-            )
+        self.fits[name] = fit_site(module, dense_conv, site, inputs, targets, norm, self._options)
 
     def _patches(self, node: fx.Node, conv: nn.Conv2d, samples: SiteSamples, call: int) -> Tensor:
         """Input patches of one batch, shape (n, I, kh·kw)."""
@@ -200,7 +173,7 @@ class _Fitter:
             return None
         total = self._nodes[self._sums[name]]
         own = next(source for source in total.all_input_nodes if self._reaches(node, source))
-        other = next(source for source in total.all_input_nodes if source is not own)
+        other: fx.Node = next(source for source in total.all_input_nodes if source is not own)
         needed = self._run.requirements(other)
         if any(requirement in self._started for requirement in needed):
             return None  # this site is being waited for by the other term
@@ -220,27 +193,6 @@ class _Fitter:
             return None
         module = self._student.get_submodule(str(reader.target))
         return module if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None else None
-
-    def _fit_grouped(
-        self,
-        module: nn.Conv2d,
-        dense_conv: nn.Conv2d,
-        site: SiteRecipe,
-        inputs: Sequence[Tensor],
-        targets: Sequence[Tensor],
-        has_norm: bool,
-    ) -> tuple[Tensor, float, int]:
-        groups = site.groups
-        rows = row_channels(dense_conv.out_channels, groups, site.shuffle)
-        moments = GroupedMoments(centred=has_norm or module.bias is not None)
-        for patches, outputs in zip(inputs, targets, strict=True):
-            count = len(patches)
-            moments.update(patches.reshape(count, groups, -1), outputs[:, rows].reshape(count, groups, -1))
-        shape = (groups, dense_conv.out_channels // groups, -1)
-        prior = module.weight.reshape(shape) if self._options.keep_prior else None
-        result = moments.fit(ridge=self._options.ridge, prior=prior)
-        module.weight.copy_(result.weight.reshape(module.weight.shape))
-        return result.bias.reshape(-1).to(module.weight.dtype), float(result.error.mean()), moments.count
 
     def _refresh(self, norm: nn.BatchNorm2d, source: fx.Node) -> None:
         """Set the statistics of a batch norm to those of the student's own activations."""
@@ -267,10 +219,72 @@ def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     assert norm.running_mean is not None
     assert norm.running_var is not None
     scale = torch.rsqrt(norm.running_var + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    shift = -norm.running_mean * scale
-    return scale, shift if norm.bias is None else shift + norm.bias
+    if not norm.affine:
+        return scale, -norm.running_mean * scale
+    scale = scale * norm.weight
+    return scale, norm.bias - norm.running_mean * scale
+
+
+def fit_site(
+    module: nn.Module,
+    dense_conv: nn.Conv2d,
+    site: SiteRecipe,
+    inputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    norm: nn.BatchNorm2d | None,
+    options: FitOptions,
+) -> SiteFit:
+    """Fit the replacement of one conv in place.
+
+    Args:
+        module: the replacement.
+        dense_conv: the conv that it replaces.
+        site: how it is replaced.
+        inputs: input patches, one tensor of shape (n, I, kh·kw) for each batch.
+        targets: what the conv should output there, shape (n, O).
+        norm: the batch norm behind it, into whose running mean the bias goes where the conv has none.
+        options: what to do.
+    """
+    if site.kind == GROUPED:
+        assert isinstance(module, nn.Conv2d)
+        bias, error, count = _fit_grouped(module, site, inputs, targets, norm is not None, options)
+        last, channels = module, row_channels(len(bias), site.groups, site.shuffle)
+    else:
+        grouped, pointwise = module.get_submodule("grouped"), module.get_submodule("pointwise")
+        assert isinstance(grouped, nn.Conv2d)
+        assert isinstance(pointwise, nn.Conv2d)
+        bias, error, count = _fit_grouped_pointwise(
+            grouped, pointwise, dense_conv, site.groups, inputs, targets, norm is not None, options
+        )
+        last, channels = pointwise, torch.arange(len(bias))
+    if last.bias is not None:
+        last.bias.copy_(bias)
+    elif norm is not None and norm.running_mean is not None:
+        of_channel = torch.empty_like(bias)
+        of_channel[channels] = bias
+        norm.running_mean.sub_(of_channel)
+    return SiteFit(site.name, error, count, dense_conv.weight[0].numel() // site.groups)
+
+
+def _fit_grouped(
+    module: nn.Conv2d,
+    site: SiteRecipe,
+    inputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    has_norm: bool,
+    options: FitOptions,
+) -> tuple[Tensor, float, int]:
+    groups = site.groups
+    rows = row_channels(module.out_channels, groups, site.shuffle)
+    moments = GroupedMoments(centred=has_norm or module.bias is not None)
+    for patches, outputs in zip(inputs, targets, strict=True):
+        count = len(patches)
+        moments.update(patches.reshape(count, groups, -1), outputs[:, rows].reshape(count, groups, -1))
+    shape = (groups, module.out_channels // groups, -1)
+    prior = module.weight.reshape(shape) if options.keep_prior else None
+    result = moments.fit(ridge=options.ridge, prior=prior)
+    module.weight.copy_(result.weight.reshape(module.weight.shape))
+    return result.bias.reshape(-1).to(module.weight.dtype), float(result.error.mean()), moments.count
 
 
 def _fit_grouped_pointwise(
@@ -281,7 +295,7 @@ def _fit_grouped_pointwise(
     inputs: Sequence[Tensor],
     targets: Sequence[Tensor],
     has_norm: bool,
-    ridge: float,
+    options: FitOptions,
 ) -> tuple[Tensor, float, int]:
     """Principal output directions of each input group, then a pointwise conv fitted on top.
 
@@ -306,6 +320,6 @@ def _fit_grouped_pointwise(
         blocks = patches.reshape(len(patches), groups, -1)
         features = torch.einsum("grd,ngd->ngr", kernel, blocks).reshape(len(patches), 1, -1)
         moments.update(features, outputs.unsqueeze(1))
-    result = moments.fit(ridge=ridge * 1e-2)
+    result = moments.fit(ridge=options.ridge)
     pointwise.weight.copy_(result.weight.reshape(pointwise.weight.shape))
     return result.bias.reshape(-1).to(pointwise.weight.dtype), float(result.error.mean()), moments.count

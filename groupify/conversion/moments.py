@@ -74,7 +74,8 @@ class GroupedMoments:
             ``V = P + (Cov(y, u) − P Cov(u)) (Cov(u) + λI)⁻¹`` with prior P, and ``b = E[y] − V E[u]``
             (zero when not centred).
         """
-        assert self._input_shift is not None and self._output_shift is not None, "no samples yet"
+        assert self._input_shift is not None, "no samples yet"
+        assert self._output_shift is not None
         count = float(self.count)
         input_mean, output_mean = self.input_sum / count, self.output_sum / count
         cov_uu = self.input_input / count

@@ -84,8 +84,8 @@ def padding_amounts(conv: nn.Conv2d) -> tuple[int, int, int, int]:
     if conv.padding == "same":
         total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
         return (total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2)
-    height, width = conv.padding  # a pair of ints: the two strings are handled above
-    return (int(width), int(width), int(height), int(height))
+    height, width = (int(amount) for amount in conv.padding)
+    return (width, width, height, height)
 
 
 def compact(values: Tensor) -> Tensor:

@@ -76,11 +76,7 @@ def _new_conv(dense: nn.Conv2d, groups: int, shuffle: bool, *, bias: bool) -> nn
         "padding_mode": dense.padding_mode,
         "dtype": dense.weight.dtype,
     }
-    conv: nn.Conv2d
-    if shuffle:
-        conv = ShuffledConv2d(shuffle_groups=groups, **options)
-    else:
-        conv = nn.Conv2d(**options)
+    conv = ShuffledConv2d(shuffle_groups=groups, **options) if shuffle else nn.Conv2d(**options)
     return conv.to_empty(device=dense.weight.device)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,83 +84,98 @@ def observe_teacher(
     Raises:
         ConversionError: an activation is NaN or infinite; names the layer.
     """
-    images = sum(len(batch) for batch in batches)
-    observer = _Observer(module, groups, residual_sums, budget, images, seed)
+    sampler = SiteSampler(groups, budget, batches, seed)
+    observer = _Observer(module, sampler, residual_sums)
     with torch.no_grad():
         for batch in tqdm(batches, desc="dense model", disable=None if progress else True, leave=False):
             observer.run(batch)
-    return observer.samples
+    return sampler.samples
 
 
-class _Observer(fx.Interpreter):
+class SiteSampler:
+    """Takes samples of convs while the dense model runs.
+
+    Args:
+        groups: number of groups to be of each conv, by name.
+        budget: how many positions.
+        batches: the batches to come; their sizes share the budget.
+        seed: seed of the positions.
+    """
+
     def __init__(
-        self,
-        module: fx.GraphModule,
-        groups: Mapping[str, int],
-        residual_sums: Mapping[fx.Node, fx.Node],
-        budget: SampleBudget,
-        images: int,
-        seed: int,
+        self, groups: Mapping[str, int], budget: SampleBudget, batches: Sequence[Tensor], seed: int
     ) -> None:
-        super().__init__(module)
-        self._groups = groups
-        self._sums: dict[fx.Node, list[fx.Node]] = {}
-        for conv, total in residual_sums.items():
-            self._sums.setdefault(total, []).append(conv)
-        self._budget = budget
-        self._images = images
-        self._generator = torch.Generator().manual_seed(seed)
+        self.groups = groups
         self.samples = {name: SiteSamples() for name in groups}
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run one batch."""
+        self._budget = budget
+        self._images = sum(len(batch) for batch in batches)
+        self._generator = torch.Generator().manual_seed(seed)
         self._calls: dict[str, int] = {}
-        return super().run(*args, **kwargs)
 
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node; sample it if it is a site or a residual sum."""
-        value = super().run_node(n)
-        name = str(n.target)
-        if n.op == "call_module" and name in self._groups:
-            inputs, _ = self.fetch_args_kwargs_from_env(n)
-            self._sample(name, inputs[0], value)
-        for conv in self._sums.get(n, ()):
-            samples = self.samples[str(conv.target)]
-            samples.sums.append(compact(pick(value, samples.positions[-1])))
-        return value
+    def start_batch(self) -> None:
+        """Begin to count the calls of each conv anew."""
+        self._calls = {}
 
-    def _sample(self, name: str, inputs: Tensor, outputs: Tensor) -> None:
-        conv = self.module.get_submodule(name)  # type: ignore[union-attr]
-        assert isinstance(conv, nn.Conv2d)
-        _check_finite(name, outputs)
+    def sample(self, name: str, conv: nn.Conv2d, inputs: Tensor, outputs: Tensor) -> None:
+        """Sample one call of a conv; inputs (N, I, H, W), outputs (N, O, H', W').
+
+        Raises:
+            ConversionError: the outputs are NaN or infinite.
+        """
+        if not bool(torch.isfinite(outputs).all()):
+            raise ConversionError(
+                f"layer {name!r} gives NaN or infinite outputs on the calibration images; "
+                "check its weights and the preprocessing of the images"
+            )
         samples = self.samples[name]
         self._calls[name] = self._calls.get(name, 0) + 1
         samples.calls = max(samples.calls, self._calls[name])
         share = len(inputs) / self._images
-        group_inputs = conv.weight[0].numel() // self._groups[name]
-        count = -(-int(self._budget.count(group_inputs) * share) // 1) or 1
-        positions = sample_positions(outputs.shape, count, self._generator)
+        group_inputs = conv.weight[0].numel() // self.groups[name]
+        positions = sample_positions(
+            outputs.shape, max(1, math.ceil(self._budget.count(group_inputs) * share)), self._generator
+        )
         samples.positions.append(positions)
         samples.outputs.append(compact(pick(outputs, positions)))
-        kept = min(len(positions), max(1, int(self._budget.patch_count(group_inputs) * share)))
+        kept = min(len(positions), max(1, math.ceil(self._budget.patch_count(group_inputs) * share)))
         some = torch.linspace(0, len(positions) - 1, kept).long()
         few = Positions(positions.image[some], positions.row[some], positions.column[some])
         samples.patches.append(compact(input_patches(inputs, conv, few)))
         samples.patch_outputs.append(compact(pick(outputs, few)))
 
 
-def _check_finite(name: str, values: Tensor) -> None:
-    if not bool(torch.isfinite(values).all()):
-        raise ConversionError(
-            f"layer {name!r} gives NaN or infinite outputs on the calibration images; "
-            "check its weights and the preprocessing of the images"
-        )
+class _Observer(fx.Interpreter):
+    """Runs the graph and samples sites and residual sums on the way."""
+
+    def __init__(self, module: fx.GraphModule, sampler: SiteSampler, sums: Mapping[fx.Node, fx.Node]) -> None:
+        super().__init__(module)
+        self._sampler = sampler
+        self._sums: dict[fx.Node, list[fx.Node]] = {}
+        for conv, total in sums.items():
+            self._sums.setdefault(total, []).append(conv)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run one batch."""
+        self._sampler.start_batch()
+        return super().run(*args, **kwargs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node; sample it if it is a site or a residual sum."""
+        value = super().run_node(n)
+        name = str(n.target)
+        if n.op == "call_module" and name in self._sampler.groups:
+            inputs, _ = self.fetch_args_kwargs_from_env(n)
+            conv = self.module.get_submodule(name)
+            assert isinstance(conv, nn.Conv2d)
+            self._sampler.sample(name, conv, inputs[0], value)
+        for conv_node in self._sums.get(n, ()):
+            samples = self._sampler.samples[str(conv_node.target)]
+            samples.sums.append(compact(pick(value, samples.positions[-1])))
+        return value
 
 
 def residual_sums(module: fx.GraphModule, sites: Iterable[str]) -> dict[fx.Node, fx.Node]:
     """Find the sites whose output, perhaps behind a batch norm, is one term of a residual sum."""
-    import operator
-
     additions = {operator.add, operator.iadd, torch.add, "add", "add_"}
     names = set(sites)
     found: dict[fx.Node, fx.Node] = {}

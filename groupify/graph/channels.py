@@ -89,44 +89,44 @@ def channel_classes(traced: fx.GraphModule, example: Tensor) -> Channels:
     return labeller.result()
 
 
-_ELEMENTWISE_MODULES = (
+ELEMENTWISE_MODULES = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish,
-    nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Softsign, nn.LogSigmoid, nn.Threshold,
-    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Identity,
+    nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Softsign, nn.LogSigmoid,
+    nn.Threshold, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Identity,
 )  # fmt: skip
-_SPATIAL_MODULES = (
+SPATIAL_MODULES = (
     nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
-    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
-    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.LPPool2d,
-    nn.Upsample, nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d,
-    nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d,
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d,
+    nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.LPPool2d, nn.Upsample, nn.UpsamplingBilinear2d,
+    nn.UpsamplingNearest2d, nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d,
 )  # fmt: skip
 _MOVING_MODULES = (nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm2d)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-_ELEMENTWISE_FUNCTIONS = {
-    F.relu, F.relu_, torch.relu, torch.relu_, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu, F.mish, F.hardswish,
-    F.hardsigmoid, F.hardtanh, F.sigmoid, torch.sigmoid, F.tanh, torch.tanh, F.softplus, F.dropout, F.dropout2d,
-    torch.clamp, torch.abs, torch.square, torch.sqrt, torch.exp, torch.neg, operator.neg, operator.pow, torch.pow,
-    operator.add, operator.iadd, torch.add, operator.sub, operator.isub, torch.sub, operator.mul, operator.imul,
-    torch.mul, operator.truediv, operator.itruediv, torch.div, torch.maximum, torch.minimum, stochastic_depth,
+ELEMENTWISE_FUNCTIONS = {
+    F.relu, F.relu_, torch.relu, torch.relu_, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu, F.mish,
+    F.hardswish, F.hardsigmoid, F.hardtanh, F.sigmoid, torch.sigmoid, F.tanh, torch.tanh, F.softplus,
+    F.dropout, F.dropout2d, torch.clamp, torch.abs, torch.square, torch.sqrt, torch.exp, torch.neg,
+    operator.neg, operator.pow, torch.pow, operator.add, operator.iadd, torch.add, operator.sub,
+    operator.isub, torch.sub, operator.mul, operator.imul, torch.mul, operator.truediv,
+    operator.itruediv, torch.div, torch.maximum, torch.minimum, stochastic_depth,
 }  # fmt: skip
 _ELEMENTWISE_METHODS = {
-    "relu", "relu_", "sigmoid", "sigmoid_", "tanh", "clamp", "clamp_", "abs", "neg", "pow", "sqrt", "exp",
-    "add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "contiguous", "clone", "detach", "float", "to",
-    "type_as", "half", "bfloat16", "double",
+    "relu", "relu_", "sigmoid", "sigmoid_", "tanh", "clamp", "clamp_", "abs", "neg", "pow", "sqrt",
+    "exp", "add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "contiguous", "clone", "detach",
+    "float", "to", "type_as", "half", "bfloat16", "double",
 }  # fmt: skip
 _MOVING_FUNCTIONS = {
-    torch.flatten, torch.reshape, torch.cat, torch.concat, torch.stack, torch.chunk, torch.split, torch.transpose,
-    torch.permute, torch.squeeze, torch.unsqueeze, torch.unbind, torch.narrow, torch.channel_shuffle,
-    F.channel_shuffle, F.pixel_shuffle, operator.getitem,
+    torch.flatten, torch.reshape, torch.cat, torch.concat, torch.stack, torch.chunk, torch.split,
+    torch.transpose, torch.permute, torch.squeeze, torch.unsqueeze, torch.unbind, torch.narrow,
+    torch.channel_shuffle, F.channel_shuffle, F.pixel_shuffle, operator.getitem,
 }  # fmt: skip
 _MOVING_METHODS = {
-    "view", "reshape", "flatten", "transpose", "permute", "chunk", "split", "squeeze", "unsqueeze", "expand",
-    "unbind", "narrow", "repeat", "contiguous", "unflatten", "t", "index_select",
+    "view", "reshape", "flatten", "transpose", "permute", "chunk", "split", "squeeze", "unsqueeze",
+    "expand", "unbind", "narrow", "repeat", "contiguous", "unflatten", "t", "index_select",
 }  # fmt: skip
-_SPATIAL_FUNCTIONS = {
+SPATIAL_FUNCTIONS = {
     F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.interpolate, F.pad,
     torch.max_pool2d, F.max_pool1d, F.avg_pool1d, F.adaptive_avg_pool1d,
 }  # fmt: skip
@@ -181,15 +181,16 @@ class _Labeller(fx.Interpreter):
 
     def _combine(self, operands: Sequence[Tensor]) -> Tensor:
         """Labels of an elementwise operation of several labelled tensors."""
-        shape = torch.broadcast_shapes(*(labels.shape for labels in operands))
         result = operands[0]
         for other in operands[1:]:
-            shape = torch.broadcast_shapes(result.shape, other.shape)
+            shape = torch.broadcast_tensors(result, other)[0].shape
             left, right = _thin(result.expand(shape), other.expand(shape))
             pairs = torch.unique(torch.stack([self._roots(left), self._roots(right)], 1), dim=0)
             self._tie_pairs(pairs)
+            # Labels are read again through the atoms that were tied, so either operand's will do.
             result = result if result.numel() >= other.numel() else other
-        return result.expand(shape)
+            result = result.expand(shape)
+        return result
 
     def _tie_pairs(self, pairs: Tensor) -> None:
         lefts, rights = pairs[:, 0], pairs[:, 1]
@@ -200,9 +201,8 @@ class _Labeller(fx.Interpreter):
         for left, right in pairs[~one_to_one].tolist():
             # A value broadcast over many channels: they may still change places among themselves,
             # but not with channels that meet another value.
-            for one, other, degree in ((left, right, right_degree), (right, left, left_degree)):
-                del degree
-                self._tags[one].add(("meets", other))
+            self._tags[left].add(("meets", right))
+            self._tags[right].add(("meets", left))
             self._frozen.update(self._broadcast_side(left, right, pairs))
 
     def _broadcast_side(self, left: int, right: int, pairs: Tensor) -> list[int]:
@@ -272,15 +272,15 @@ class _Labeller(fx.Interpreter):
 
     def _label_module(self, node: fx.Node, value: Any) -> Any:
         name = str(node.target)
-        module = self.module.get_submodule(name)  # type: ignore[union-attr]
+        module = self.module.get_submodule(name)
         labels = self.labels.get(node.all_input_nodes[0]) if node.all_input_nodes else None
         if len(node.all_input_nodes) != 1 or not isinstance(labels, Tensor) or not isinstance(value, Tensor):
             return self._unknown(node, value)
-        if isinstance(module, _ELEMENTWISE_MODULES):
+        if isinstance(module, ELEMENTWISE_MODULES):
             return labels
         if isinstance(module, _MOVING_MODULES):
             return module(labels)
-        if isinstance(module, _SPATIAL_MODULES):
+        if isinstance(module, SPATIAL_MODULES):
             return self._keep_channels(node, labels, value)
         channels = _vector(labels, 1)
         if isinstance(module, _BATCH_NORMS) and channels is not None:
@@ -333,12 +333,12 @@ class _Labeller(fx.Interpreter):
             return self._unknown(node, value)
         if target in (_MOVING_METHODS if method else _MOVING_FUNCTIONS):
             return self._move(node, value)
-        if target in (_ELEMENTWISE_METHODS if method else _ELEMENTWISE_FUNCTIONS) and len(labelled) == len(
+        if target in (_ELEMENTWISE_METHODS if method else ELEMENTWISE_FUNCTIONS) and len(labelled) == len(
             operands
         ):
             combined = self._combine(labelled)
             return combined if combined.shape == value.shape else self._unknown(node, value)
-        if not method and target in _SPATIAL_FUNCTIONS and len(labelled) == 1:
+        if not method and target in SPATIAL_FUNCTIONS and len(labelled) == 1:
             return self._keep_channels(node, labelled[0], value)
         if target in _REDUCTIONS and len(labelled) == 1 and isinstance(value, Tensor):
             return self._reduce(node, labelled[0], value)
@@ -368,7 +368,7 @@ class _Labeller(fx.Interpreter):
         dims = (dims,) if isinstance(dims, int) else dims
         if not isinstance(dims, (list, tuple)) or not all(isinstance(dim, int) for dim in dims):
             return self._unknown(node, value)
-        low, high = labels.amin(tuple(dims), keepdim=True), labels.amax(tuple(dims), keepdim=True)  # type: ignore[arg-type]
+        low, high = labels.amin(tuple(dims), keepdim=True), labels.amax(tuple(dims), keepdim=True)
         if not torch.equal(low, high):
             return self._unknown(node, value)
         return low.reshape(value.shape)

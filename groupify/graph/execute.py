@@ -24,7 +24,10 @@ class BatchedRun:
     """
 
     def __init__(
-        self, module: fx.GraphModule, batches: Sequence[Tensor], compact: Callable[[Tensor], Tensor] | None = None
+        self,
+        module: fx.GraphModule,
+        batches: Sequence[Tensor],
+        compact: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.module = module
         self.batch_count = len(batches)
@@ -52,9 +55,9 @@ class BatchedRun:
         """Return the value of a node for one batch, in full precision."""
         return _map(_restore, self._values[node][batch])
 
-    def replace(self, node: fx.Node, batch: int, value: Any) -> None:
-        """Overwrite the value of a node for one batch."""
-        self._values[node][batch] = self._keep(value)
+    def preset(self, node: fx.Node, values: Sequence[Any]) -> None:
+        """Give the values of a node, one for each batch, instead of running it."""
+        self._values[node] = list(values)
 
     def requirements(self, node: fx.Node) -> list[fx.Node]:
         """Return the nodes not run yet that ``node`` needs, itself included, in graph order."""

@@ -2,6 +2,6 @@
 
 from groupify.planning.cost import Change, ModelCost, measure_cost
 from groupify.planning.plan import Plan, SitePlan
-from groupify.planning.rules import plan
+from groupify.planning.rules import describe, plan
 
-__all__ = ["Change", "ModelCost", "Plan", "SitePlan", "measure_cost", "plan"]
+__all__ = ["Change", "ModelCost", "Plan", "SitePlan", "describe", "measure_cost", "plan"]

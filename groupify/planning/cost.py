@@ -111,7 +111,7 @@ class _PeakActivations(TorchDispatchMode):
     """Follows which tensors are alive, by storage, and keeps the largest sum."""
 
     def __init__(self, example: Tensor, ignored: Sequence[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._ignored = {tensor.untyped_storage().data_ptr() for tensor in ignored}  # views of weights
         self._alive: dict[int, list[int]] = {}  # storage address → [bytes, number of tensors]
         self._bytes = 0

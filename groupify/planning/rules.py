@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from groupify.conversion.surgery import GROUPED, GROUPED_POINTWISE, KINDS
+from groupify.conversion.surgery import GROUPED, GROUPED_POINTWISE, KINDS, SiteRecipe
 from groupify.errors import PlanError, near_names
 from groupify.graph.trace import example_input
 from groupify.planning.cost import Change, conv_params, run_once
@@ -87,6 +87,31 @@ def plan(
     return result
 
 
+def describe(model: nn.Module, recipes: Sequence[SiteRecipe], input_shape: tuple[int, ...]) -> Plan:
+    """Return the plan that given replacements of a dense model amount to.
+
+    Args:
+        model: the dense model; left untouched (one forward pass is run).
+        recipes: what is replaced.
+        input_shape: (C, H, W) of one image.
+
+    Raises:
+        ConversionError: the model does not run on that input shape.
+    """
+    observed = _observe(model, example_input(input_shape, like=model))
+    replaced = {recipe.name: recipe for recipe in recipes}
+    sites = []
+    convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    for name in (*observed, *(name for name in convs if name not in observed)):
+        recipe = replaced.get(name)
+        if recipe is None:
+            choice, shuffle = _Choice(DENSE, convs[name].groups, "left alone by the recipe"), "none"
+        else:
+            choice, shuffle = _Choice(recipe.kind, recipe.groups), "all" if recipe.shuffle else "none"
+        sites.append(_site(name, convs[name], choice, observed.get(name), shuffle))
+    return Plan(tuple(sites), tuple(input_shape), max((recipe.groups for recipe in recipes), default=1))
+
+
 def _check_options(groups: int, kind: str, min_group_width: int, shuffle: str) -> None:
     if groups < 1:
         raise PlanError(f"groups is {groups}, expected at least 2, for example 4")
@@ -151,7 +176,7 @@ def _choose(
     if reason is not None:
         return _Choice(DENSE, conv.groups, reason)
     if kind == GROUPED_POINTWISE and max(conv.kernel_size) == 1:
-        return _Choice(DENSE, 1, "1×1: a grouped conv and a pointwise conv would cost more than this conv")
+        return _Choice(DENSE, 1, "a 1×1 conv costs less than a grouped conv and a pointwise conv")
     common = math.gcd(conv.in_channels, conv.out_channels)
     divisor = max(d for d in range(1, groups + 1) if common % d == 0)
     allowed = max(
@@ -246,6 +271,6 @@ def _nothing_fits(result: Plan, groups: int, min_group_width: int) -> str:
         reasons[site.reason or ""] = reasons.get(site.reason or "", 0) + 1
     common, count = max(reasons.items(), key=lambda item: item[1])
     return (
-        f"{groups} groups (at least {min_group_width} channels each) fit none of the {len(result.sites)} convs; "
+        f"{groups} groups of at least {min_group_width} channels fit none of the {len(result.sites)} convs; "
         f"most common reason ({count}×): {common}; see 'groupify plan'"
     )

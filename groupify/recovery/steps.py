@@ -79,7 +79,7 @@ def train_step(
             with torch.no_grad():
                 teacher_logits = class_logits(teacher(as_input(images, teacher))).to(images.device)
         loss = recovery_loss(class_logits(model(images)), labels, teacher_logits, settings)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     optimizer.step()
     return loss.detach()
 

@@ -1,1 +1,15 @@
 """Results as dataclasses and, apart from them, their formatters."""
+
+from groupify.reporting.document import report_document
+from groupify.reporting.results import AccuracyChange, CostChange, LatencyChange, Report
+from groupify.reporting.text import print_plan, print_report
+
+__all__ = [
+    "AccuracyChange",
+    "CostChange",
+    "LatencyChange",
+    "Report",
+    "print_plan",
+    "print_report",
+    "report_document",
+]

@@ -1,0 +1,5 @@
+"""``python -m groupify``, also under torchrun."""
+
+from groupify.cli import main
+
+main()

@@ -1,0 +1,510 @@
+"""The command line: parse, call the API, print."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from groupify.errors import ArtefactError, GroupifyError, GroupifyWarning, SpecError
+
+# Everything heavy (torch first of all) is imported inside the commands: --help answers at once.
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+def main() -> NoReturn:
+    """Run the command line and exit: 0 done, 2 refused, 3 parity failed, 130 interrupted."""
+    sys.path.insert(0, os.getcwd())  # module:function specs name the user's own files
+    try:
+        cli.main(standalone_mode=False)
+    except GroupifyError as error:
+        _die(str(error), error.exit_code)
+    except click.exceptions.Exit as leaving:
+        sys.exit(leaving.exit_code)
+    except click.Abort:
+        _die("interrupted; nothing was written", 130)
+    except KeyboardInterrupt:
+        _die("interrupted; nothing was written", 130)
+    except click.ClickException as error:
+        _die(error.format_message(), 2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except MemoryError:
+        _die("out of memory; use fewer calibration images or a smaller model", 2)
+    except Exception as error:
+        if os.environ.get("GROUPIFY_TRACEBACK"):
+            raise
+        _die(
+            f"internal error: {type(error).__name__}: {error}; please report it, with what "
+            "GROUPIFY_TRACEBACK=1 shows",
+            1,
+        )
+    sys.exit(0)
+
+
+def _die(message: str, code: int) -> NoReturn:
+    click.echo(f"groupify: error: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+def _speak_in_lines() -> None:
+    """Show groupify's warnings as one line each, and no other library's."""
+
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        if issubclass(category, GroupifyWarning):
+            click.echo(f"groupify: warning: {' '.join(str(message).split())}", err=True)
+
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("always", GroupifyWarning)
+    warnings.showwarning = show
+
+
+@click.group(context_settings=_CONTEXT)
+@click.version_option(package_name="groupify")
+def cli() -> None:
+    """Turn the convolutions of a trained CNN into grouped ones: smaller, faster, still accurate."""
+    _speak_in_lines()
+
+
+# shared options --------------------------------------------------------------------------------
+
+
+def _input_shape(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    try:
+        shape = tuple(int(part) for part in value.split(","))
+    except ValueError:
+        shape = ()
+    if len(shape) != 3 or min(shape) < 1:
+        raise SpecError(f"--input-size {value!r}: expected C,H,W, for example 3,224,224")
+    return shape
+
+
+def _model_arguments(_: click.Context, __: click.Parameter, value: str | None) -> dict[str, Any]:
+    if value is None:
+        return {}
+    try:
+        arguments = json.loads(value)
+    except json.JSONDecodeError as error:
+        raise SpecError(f'--model-args {value!r} is no JSON: {error}; expected {{"name": value}}') from error
+    if not isinstance(arguments, dict):
+        raise SpecError(f'--model-args {value!r}: expected a JSON object like {{"num_classes": 10}}')
+    return arguments
+
+
+def _numbers(_: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in value.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise SpecError(f"{parameter.opts[0]} {value!r}: expected whole numbers from 1, for example 1,2")
+    return numbers
+
+
+def _width(_: click.Context, __: click.Parameter, value: str) -> int | None:
+    if value == "auto":
+        return None
+    if not value.isdigit() or int(value) < 1:
+        raise SpecError(f"--min-group-width {value!r}: expected auto or a number of channels from 1")
+    return int(value)
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_model_options = _options(
+    click.option(
+        "--weights",
+        default="auto",
+        show_default=True,
+        help="auto: torchvision's default weights, or random ones where they cannot be had. "
+        "DEFAULT or a name of torchvision: those or an error. none: random.",
+    ),
+    click.option(
+        "--checkpoint", type=click.Path(path_type=Path), help="Your own weights: safetensors or torch."
+    ),
+    click.option(
+        "--model-args", "arguments", callback=_model_arguments, help="Arguments of the model's factory, JSON."
+    ),
+    click.option("--input-size", "input_shape", callback=_input_shape, help="C,H,W of one image."),
+)
+_plan_options = _options(
+    click.option("--groups", "-g", type=int, default=4, show_default=True, help="Groups to aim at."),
+    click.option(
+        "--kind",
+        default="grouped",
+        show_default=True,
+        help="grouped, or grouped-pointwise: a grouped conv and a dense 1×1 conv.",
+    ),
+    click.option("--include", multiple=True, metavar="GLOB", help="Convert only these sites. Repeatable."),
+    click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these sites alone. Repeatable."),
+    click.option(
+        "--min-group-width",
+        default="auto",
+        show_default=True,
+        callback=_width,
+        help="Fewest channels per group. auto: the block of ONNX Runtime's fast kernel; 1 switches it off.",
+    ),
+    click.option(
+        "--target",
+        type=click.Choice(["auto", "avx2", "avx512", "arm64", "any"]),
+        default="auto",
+        show_default=True,
+        help="The processor that will run the model; auto: this one.",
+    ),
+    click.option(
+        "--shuffle",
+        is_flag=False,
+        flag_value="all",
+        default="none",
+        show_default=True,
+        help="none, or all: a channel shuffle behind every converted conv.",
+    ),
+)
+_common_options = _options(
+    click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
+    click.option("--quiet", "-q", is_flag=True, help="No progress bars."),
+)
+_output_options = _options(
+    click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder to write."),
+    click.option("--force", is_flag=True, help="Replace an earlier output folder."),
+    click.option("--static-batch", type=click.IntRange(1), help="Fixed batch size of the ONNX file."),
+    click.option(
+        "--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads when timing."
+    ),
+)
+
+
+def _recovery_options(epochs: float) -> Callable[[Command], Command]:
+    return _options(
+        click.option("--epochs", type=float, default=epochs, show_default=True, help="Of fine-tuning."),
+        click.option("--batch-size", type=click.IntRange(1), help="Images per training step."),
+        click.option("--learning-rate", type=float, help="Peak learning rate."),
+        click.option(
+            "--labels", type=click.Choice(["auto", "none"]), default="auto", show_default=True,
+            help="none: learn from the dense model alone.",
+        ),
+    )  # fmt: skip
+
+
+def _plan_request(options: dict[str, Any]) -> Any:
+    from groupify.deployment.machine import blocked_width
+    from groupify.pipeline import PlanRequest
+
+    width = options["min_group_width"]
+    return PlanRequest(
+        groups=options["groups"],
+        kind=options["kind"],
+        include=options["include"],
+        exclude=options["exclude"],
+        min_group_width=blocked_width(options["target"]) if width is None else width,
+        shuffle=options["shuffle"],
+    )
+
+
+def _model_request(name: str, options: dict[str, Any]) -> Any:
+    from groupify.pipeline import ModelRequest
+
+    return ModelRequest(
+        name,
+        weights=options["weights"],
+        checkpoint=options["checkpoint"],
+        arguments=options["arguments"],
+        input_shape=options["input_shape"],
+    )
+
+
+def _finetune_settings(options: dict[str, Any]) -> Any:
+    from groupify.recovery.settings import FinetuneSettings
+
+    settings = FinetuneSettings(
+        epochs=options["epochs"], labels=options["labels"] != "none", seed=options["seed"]
+    )
+    changes = {key: options[key] for key in ("batch_size", "learning_rate") if options[key] is not None}
+    return replace(settings, **changes)
+
+
+def _print_json(document: Any) -> None:
+    click.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+# commands --------------------------------------------------------------------------------------
+
+
+@cli.command(context_settings=_CONTEXT)
+@click.argument("model")
+@_model_options
+@_plan_options
+@click.option(
+    "--data",
+    metavar="SPEC",
+    help="demo, fashion-mnist[:ROOT], cifar10:ROOT, imagefolder:ROOT, module:function.",
+)
+@click.option(
+    "--calibrate",
+    default="1000",
+    show_default=True,
+    metavar="N|none",
+    help="Unlabelled training images for the fit. none: from the weights alone.",
+)
+@click.option("--reconstruct", type=click.IntRange(0), default=0, show_default=True, metavar="STEPS",
+              help="Steps per block on the dense model's activations, after the fit; no labels.")  # fmt: skip
+@_recovery_options(epochs=0)
+@_output_options
+@_common_options
+def convert(model: str, **options: Any) -> None:
+    """Convert MODEL and write a folder: weights, recipe, ONNX file, report.
+
+    MODEL is a torchvision name, demo, or package.module:factory.
+
+    Example: groupify convert demo --groups 4 --data demo --epochs 1
+    """
+    from groupify.pipeline import ConversionRequest, run_conversion
+    from groupify.reporting import print_report, report_document
+    from groupify.reporting.text import stdout_console
+
+    images = 0 if options["calibrate"] == "none" else _image_count(options["calibrate"])
+    if options["data"] is None and options["epochs"]:
+        raise SpecError(f"--epochs {options['epochs']:g} needs --data, for example --data demo")
+    if options["data"] is None and options["reconstruct"]:
+        raise SpecError(f"--reconstruct {options['reconstruct']} needs --data, for example --data demo")
+    label = model.rpartition(":")[2].rpartition(".")[2]
+    report = run_conversion(
+        ConversionRequest(
+            model=_model_request(model, options),
+            plan=_plan_request(options),
+            output=options["output"] or Path(f"{label}-g{options['groups']}"),
+            data=options["data"],
+            calibration_images=images,
+            reconstruct_steps=options["reconstruct"],
+            finetune=_finetune_settings(options) if options["epochs"] else None,
+            force=options["force"],
+            static_batch=options["static_batch"],
+            threads=options["threads"],
+            seed=options["seed"],
+        ),
+        progress=not options["quiet"],
+    )
+    if options["as_json"]:
+        _print_json(report_document(report))
+    else:
+        print_report(report, stdout_console())
+
+
+def _image_count(value: str) -> int:
+    if not value.isdigit() or int(value) < 1:
+        raise SpecError(f"--calibrate {value!r}: expected a number of images from 1, or none")
+    return int(value)
+
+
+@cli.command(context_settings=_CONTEXT)
+@click.argument("model")
+@_model_options
+@_plan_options
+@_common_options
+def plan(model: str, **options: Any) -> None:
+    """Show what a conversion of MODEL would do; nothing is written.
+
+    Example: groupify plan resnet50 --groups 8 --weights none
+    """
+    from groupify.reporting import print_plan
+    from groupify.reporting.document import site_document
+    from groupify.reporting.text import stdout_console
+
+    # A plan depends on shapes alone: weights that are not at hand are no reason to warn or to wait.
+    if options["weights"] == "auto":
+        options["weights"] = "none"
+    source = _model_request(model, options).load(options["seed"])
+    result = _plan_request(options).make(source)
+    if options["as_json"]:
+        _print_json(
+            {
+                "model": model,
+                "input_shape": list(result.input_shape),
+                "groups": result.groups,
+                "sites": [site_document(site) for site in result.sites],
+            }
+        )
+    else:
+        print_plan(result, stdout_console())
+
+
+@cli.command(context_settings=_CONTEXT)
+@click.argument("target")
+@click.option("--data", required=True, metavar="SPEC", help="A data set with a labelled test part.")
+@click.option("--trust", is_flag=True, help="Let the folder's recipe import the code that it names.")
+@_model_options
+@_common_options
+def evaluate(target: str, **options: Any) -> None:
+    """Measure the top-1 accuracy of TARGET, an output folder or a dense model.
+
+    Example: groupify evaluate demo-g4 --data demo
+    """
+    from groupify.data import load_data
+    from groupify.errors import DataError
+    from groupify.evaluation import evaluate as measure
+
+    model, spec = _open(target, options)
+    data = load_data(options["data"], spec, seed=options["seed"])
+    if not data.labelled or data.test is None:
+        raise DataError(f"data {options['data']!r} has no labelled test part to measure accuracy on")
+    accuracy = measure(model, data.test, progress=not options["quiet"])
+    if options["as_json"]:
+        _print_json(
+            {"model": target, "data": options["data"], "top1": accuracy.top1, "images": accuracy.images}
+        )
+    else:
+        click.echo(f"{target}: top-1 {100 * accuracy.top1:.2f}% on {accuracy.images} test images")
+
+
+def _open(target: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    """Return the model and the spec of an output folder or of a dense model."""
+    from groupify.artefact import load, read_recipe
+
+    if Path(target).is_dir():
+        return load(target, trust=options["trust"]), read_recipe(target).model
+    if os.sep in target:
+        raise ArtefactError(
+            f"no folder {target!r}; expected an output folder of 'groupify convert', or a model"
+        )
+    source = _model_request(target, options).load(options["seed"])
+    return source.model, source.spec
+
+
+@cli.command(context_settings=_CONTEXT)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--data", required=True, metavar="SPEC", help="A data set with a training part.")
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="The dense weights, where the recipe names a file."
+)
+@click.option("--trust", is_flag=True, help="Let the folder's recipe import the code that it names.")
+@_recovery_options(epochs=1)
+@_output_options
+@_common_options
+def finetune(folder: Path, **options: Any) -> None:
+    """Train the converted model in FOLDER further, with the dense one as its teacher.
+
+    Writes FOLDER-finetuned, or the folder given with -o.
+
+    Example: groupify finetune demo-g4 --data demo --epochs 2
+    """
+    from groupify.pipeline import FinetuneRequest, run_finetune
+    from groupify.reporting import print_report, report_document
+    from groupify.reporting.text import stdout_console
+
+    report = run_finetune(
+        FinetuneRequest(
+            folder=folder,
+            output=options["output"] or folder.with_name(f"{folder.name}-finetuned"),
+            data=options["data"],
+            settings=_finetune_settings(options),
+            checkpoint=options["checkpoint"],
+            trust=options["trust"],
+            force=options["force"],
+            static_batch=options["static_batch"],
+            threads=options["threads"],
+            seed=options["seed"],
+        ),
+        progress=not options["quiet"],
+    )
+    if options["as_json"]:
+        _print_json(report_document(report))
+    else:
+        print_report(report, stdout_console())
+
+
+@cli.command(context_settings=_CONTEXT)
+@click.argument("target")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="File to write; default TARGET.onnx.")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+@click.option("--static-batch", type=click.IntRange(1), help="Fixed batch size.")
+@click.option("--trust", is_flag=True, help="Let the folder's recipe import the code that it names.")
+@_model_options
+@_common_options
+def export(target: str, **options: Any) -> None:
+    """Export TARGET, an output folder or a dense model, to ONNX and check the file against PyTorch.
+
+    Example: groupify export demo-g4 -o demo-g4.onnx --static-batch 1
+    """
+    from groupify.deployment.export import export_onnx
+    from groupify.deployment.parity import check_parity
+
+    model, spec = _open(target, options)
+    path = options["output"] or Path(f"{Path(target).name.rpartition(':')[2]}.onnx")
+    if path.exists() and not options["force"]:
+        raise ArtefactError(f"{path} exists; give --force to replace it, or another file with -o")
+    exported = export_onnx(
+        model,
+        path,
+        input_shape=spec.input_shape,
+        preprocessing=spec.preprocessing,
+        static_batch=options["static_batch"],
+    )
+    parity = check_parity(model, exported.path, input_shape=spec.input_shape, seed=options["seed"])
+    if options["as_json"]:
+        _print_json(
+            {
+                "model": target,
+                "files": {"onnx": str(exported.path)},
+                "onnx_bytes": exported.file_bytes,
+                "opset": exported.opset,
+                "parity": {"max_abs_diff": parity.max_abs_diff, "max_rel_diff": parity.max_rel_diff},
+            }
+        )
+    else:
+        click.echo(
+            f"wrote {exported.path} ({exported.file_bytes} bytes, opset {exported.opset}); "
+            f"ONNX Runtime against PyTorch: largest difference {parity.max_abs_diff:.1e}"
+        )
+
+
+@cli.command(context_settings=_CONTEXT)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--threads", default="1", show_default=True, callback=_numbers, help="A list, like 1,2.")
+@click.option("--batch-sizes", default="1", show_default=True, callback=_numbers, help="A list, like 1,8.")
+@click.option("--seconds", type=click.FloatRange(0.1), default=4.0, show_default=True, help="Per setting.")
+@click.option("--pytorch", is_flag=True, help="Time PyTorch eager and a training step as well.")
+@click.option("--trust", is_flag=True, help="Let the folder's recipe import the code that it names.")
+@_common_options
+def bench(folder: Path, **options: Any) -> None:
+    """Time the converted model in FOLDER against the dense one, interleaved in one run.
+
+    Example: groupify bench demo-g4 --threads 1,2 --batch-sizes 1,8
+    """
+    from groupify.bench import bench_document, bench_folder
+    from groupify.reporting.text import print_bench, stdout_console
+
+    result = bench_folder(
+        folder,
+        threads=options["threads"],
+        batch_sizes=options["batch_sizes"],
+        seconds=options["seconds"],
+        pytorch=options["pytorch"],
+        trust=options["trust"],
+        seed=options["seed"],
+        progress=not options["quiet"],
+    )
+    if options["as_json"]:
+        _print_json(bench_document(result))
+    else:
+        print_bench(result, stdout_console())

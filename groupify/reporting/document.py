@@ -1,0 +1,87 @@
+"""Reports as JSON documents."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from groupify.planning import Change, SitePlan
+from groupify.reporting.results import Report
+
+
+def report_document(report: Report) -> dict[str, Any]:
+    """Return a report as plain JSON values; accuracies are fractions, null where not measured."""
+    cost = report.cost
+    latency = report.latency
+    document: dict[str, Any] = clean(
+        {
+            "model": report.model,
+            "weights": dataclasses.asdict(report.weights),
+            "input_shape": list(report.input_shape),
+            "seed": report.seed,
+            "calibration": report.calibration,
+            "sites": [site_document(site) for site in report.sites],
+            "fits": [dataclasses.asdict(fit) for fit in report.fits],
+            "params": {"dense": cost.dense.params, "grouped": cost.grouped.params},
+            "macs": {"dense": cost.dense.macs, "grouped": cost.grouped.macs},
+            "weight_bytes": {"dense": cost.dense.weight_bytes, "grouped": cost.grouped.weight_bytes},
+            "activation_bytes": {
+                "dense": cost.dense.activation_bytes,
+                "grouped": cost.grouped.activation_bytes,
+            },
+            "onnx_bytes": change_document(report.onnx_bytes),
+            "latency_ms": None
+            if latency is None
+            else {
+                **change_document(latency.milliseconds),
+                "speed_up": latency.speed_up,
+                "threads": latency.threads,
+                "batch_size": latency.batch_size,
+            },
+            "accuracy": dataclasses.asdict(report.accuracy),
+            "history": [dataclasses.asdict(row) for row in report.history],
+            "parity": None if report.parity is None else dataclasses.asdict(report.parity),
+            "machine": None if report.machine is None else dataclasses.asdict(report.machine),
+            "files": dict(report.files),
+            "notes": list(report.notes),
+        }
+    )
+    return document
+
+
+def site_document(site: SitePlan) -> dict[str, Any]:
+    """Return one site as plain JSON values."""
+    return {
+        "name": site.name,
+        "kind": site.kind,
+        "groups_before": site.groups_before,
+        "groups": site.groups,
+        "shuffle": site.shuffle,
+        "reason": site.reason,
+        "in_channels": site.in_channels,
+        "out_channels": site.out_channels,
+        "kernel_size": list(site.kernel_size),
+        "stride": list(site.stride),
+        "output_size": list(site.output_size),
+        "params": change_document(site.params),
+        "macs": change_document(site.macs),
+    }
+
+
+def change_document(change: Change[Any] | None) -> dict[str, Any]:
+    """Return a pair as ``{"dense": …, "grouped": …}``, with nulls where there is none."""
+    if change is None:
+        return {"dense": None, "grouped": None}
+    return {"dense": change.dense, "grouped": change.grouped}
+
+
+def clean(value: Any) -> Any:
+    """Turn tuples into lists, and numbers that JSON does not know (NaN, infinity) into null."""
+    if isinstance(value, dict):
+        return {key: clean(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [clean(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,89 @@
+"""What a conversion run found out, as plain dataclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from groupify.conversion.fit import SiteFit
+from groupify.deployment.machine import Machine
+from groupify.deployment.parity import Parity
+from groupify.planning import Change, ModelCost, SitePlan
+from groupify.recovery.finetune import FinetuneRow
+from groupify.zoo import WeightsOrigin
+
+
+@dataclass(frozen=True)
+class AccuracyChange:
+    """Top-1 accuracy on the test part, as fractions; None where it was not measured."""
+
+    dense: float | None = None
+    converted: float | None = None
+    recovered: float | None = None
+    images: int | None = None
+
+
+@dataclass(frozen=True)
+class CostChange:
+    """Cost of one image, dense and grouped."""
+
+    dense: ModelCost
+    grouped: ModelCost
+
+
+@dataclass(frozen=True)
+class LatencyChange:
+    """Median latency in ONNX Runtime.
+
+    Attributes:
+        milliseconds: per batch, dense and grouped.
+        speed_up: median over rounds in which both ran side by side.
+        threads: intra-op threads.
+        batch_size: images per batch.
+    """
+
+    milliseconds: Change[float]
+    speed_up: float
+    threads: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that one conversion run measured.
+
+    Attributes:
+        model: spec of the dense model.
+        weights: where its weights came from.
+        input_shape: (C, H, W).
+        sites: every conv and what happened to it.
+        cost: cost of one image, dense and grouped.
+        calibration: one line on how the grouped weights were found.
+        fits: how well each site was fitted.
+        accuracy: top-1 on the test part.
+        history: validation history of the fine-tune.
+        onnx_bytes: size of the ONNX files.
+        parity: ONNX Runtime against PyTorch.
+        latency: dense against grouped; None where not timed.
+        machine: where it ran.
+        seed: seed of everything random.
+        files: what was written, by role.
+        notes: what the reader should know before trusting the numbers.
+    """
+
+    model: str
+    weights: WeightsOrigin
+    input_shape: tuple[int, ...]
+    sites: tuple[SitePlan, ...]
+    cost: CostChange
+    calibration: str
+    fits: tuple[SiteFit, ...] = ()
+    accuracy: AccuracyChange = field(default_factory=AccuracyChange)
+    history: tuple[FinetuneRow, ...] = ()
+    onnx_bytes: Change[int] | None = None
+    parity: Parity | None = None
+    latency: LatencyChange | None = None
+    machine: Machine | None = None
+    seed: int = 0
+    files: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,206 @@
+"""Results as text tables: rich on a terminal, plain when piped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from groupify.bench import BenchResult
+from groupify.planning import Change, Plan, SitePlan
+from groupify.reporting.results import Report
+
+# Piped output is for grep and diff: no line may be folded.
+_PIPED_WIDTH = 400
+
+
+def stdout_console() -> Console:
+    """Return a console on stdout; without colour, box lines or folding when it is not a terminal."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=_PIPED_WIDTH, no_color=True)
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Print the table of sites and the summary."""
+    console.print(sites_table(report.sites, console))
+    console.print()
+    console.print(summary_table(report, console))
+    for line in report_lines(report):
+        console.print(Text(line), soft_wrap=True)
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Print the table of sites and their totals."""
+    console.print(sites_table(plan.sites, console))
+    console.print()
+    table = _table(console, "convs", "dense", "grouped", "ratio")
+    for title, change in (
+        ("params", Change(*_sums(site.params for site in plan.sites))),
+        ("MACs", Change(*_sums(site.macs for site in plan.sites))),
+    ):
+        table.add_row(title, count(change.dense), count(change.grouped), ratio(change.ratio))
+    console.print(table)
+    console.print(f"{len(plan.converted)} of {len(plan.sites)} convs are converted")
+
+
+def print_bench(result: BenchResult, console: Console) -> None:
+    """Print one row per engine and setting, and what does not depend on them."""
+    numeric = ("threads", "batch", "dense ms", "grouped ms", "images/s", "speed-up", "efficiency")
+    table = _table(console, "engine", *numeric, numeric=numeric)
+    for row in result.rows:
+        table.add_row(
+            row.engine,
+            str(row.threads),
+            str(row.batch_size),
+            _with_spread(row.median_ms.dense, row.dense_spread_ms),
+            _with_spread(row.median_ms.grouped, row.grouped_spread_ms),
+            f"{row.images_per_second.dense:.0f} → {row.images_per_second.grouped:.0f}",
+            ratio(row.speed_up),
+            f"{row.efficiency:.2f}",
+        )
+    console.print(table)
+    dense, grouped = result.blocked_convs
+    memory = result.peak_memory_bytes
+    for line in (
+        f"MAC ratio {ratio(result.macs.ratio)}; efficiency = speed-up ÷ MAC ratio; "
+        "milliseconds as median (10–90%)",
+        f"convs in ONNX Runtime's blocked kernel: dense {dense.blocked} of {dense.total}, "
+        f"grouped {grouped.blocked} of {grouped.total}",
+        f"peak memory of a fresh process: {size(memory.dense)} → {size(memory.grouped)}",
+        f"machine: {result.machine}",
+    ):
+        console.print(Text(line), soft_wrap=True)
+
+
+def _with_spread(median: float, spread: tuple[float, float]) -> str:
+    return f"{median:.2f} ({spread[0]:.2f}–{spread[1]:.2f})"
+
+
+def sites_table(sites: Sequence[SitePlan], console: Console) -> Table:
+    """One row per conv: name, shape, groups before → after, params, MACs, reason."""
+    table = _table(console, "site", "shape", "groups", "params", "MACs", "reason", numeric=("params", "MACs"))
+    for site in sites:
+        changed = site.converted
+        groups = f"{site.groups_before} → {site.groups}" if changed else f"{site.groups_before}"
+        if site.kind == "grouped-pointwise":
+            groups += " + 1×1"
+        if site.shuffle:
+            groups += " + shuffle"
+        table.add_row(
+            site.name or "(the model)",
+            shape(site),
+            groups,
+            _arrow(site.params, changed),
+            _arrow(site.macs, changed),
+            site.reason or "",
+        )
+    return table
+
+
+def summary_table(report: Report, console: Console) -> Table:
+    """Totals: dense, grouped, ratio."""
+    table = _table(console, "", "dense", "grouped", "ratio", numeric=("dense", "grouped", "ratio"))
+    dense, grouped = report.cost.dense, report.cost.grouped
+    rows = [
+        ("params", count(dense.params), count(grouped.params), Change(dense.params, grouped.params).ratio),
+        ("MACs", count(dense.macs), count(grouped.macs), Change(dense.macs, grouped.macs).ratio),
+        _bytes_row("weight bytes", Change(dense.weight_bytes, grouped.weight_bytes)),
+        _bytes_row("peak activation bytes", Change(dense.activation_bytes, grouped.activation_bytes)),
+    ]
+    if report.onnx_bytes is not None:
+        rows.append(_bytes_row("ONNX file", report.onnx_bytes))
+    if report.latency is not None:
+        times = report.latency.milliseconds
+        threads = f"{report.latency.threads} thread{'s' if report.latency.threads > 1 else ''}"
+        rows.append(
+            (
+                f"latency ({threads}, batch {report.latency.batch_size})",
+                f"{times.dense:.2f} ms",
+                f"{times.grouped:.2f} ms",
+                report.latency.speed_up,
+            )
+        )
+    for title, before, after, value in rows:
+        table.add_row(title, before, after, ratio(value))
+    return table
+
+
+def report_lines(report: Report) -> list[str]:
+    """The lines below the tables: accuracy, parity, weights, files, notes."""
+    lines = []
+    accuracy = report.accuracy
+    steps = [
+        f"{title} {100 * value:.2f}%"
+        for title, value in (
+            ("dense", accuracy.dense),
+            ("converted", accuracy.converted),
+            ("recovered", accuracy.recovered),
+        )
+        if value is not None
+    ]
+    if steps:
+        lines.append(f"top-1 on {accuracy.images} test images: " + " → ".join(steps))
+    lines.append(f"weights: {report.weights.source}; {report.calibration}")
+    if report.parity is not None:
+        lines.append(f"ONNX Runtime against PyTorch: largest difference {report.parity.max_abs_diff:.1e}")
+    if report.machine is not None:
+        lines.append(f"machine: {report.machine}")
+    lines.extend(f"note: {note}" for note in report.notes)
+    if report.files:
+        lines.append("wrote " + ", ".join(report.files.values()))
+    return lines
+
+
+def shape(site: SitePlan) -> str:
+    """``64 → 128, 3×3 / 2, 28×28``: channels, kernel, stride, output size."""
+    kernel = "×".join(map(str, site.kernel_size))
+    stride = f" / {'×'.join(map(str, site.stride))}" if set(site.stride) != {1} else ""
+    if len(set(site.stride)) == 1 and stride:
+        stride = f" / {site.stride[0]}"
+    output = f", {'×'.join(map(str, site.output_size))}" if site.output_size else ""
+    return f"{site.in_channels} → {site.out_channels}, {kernel}{stride}{output}"
+
+
+def count(number: float) -> str:
+    """``1814073344`` → ``1.81G``."""
+    for factor, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= factor:
+            return f"{number / factor:.3g}{suffix}"
+    return f"{number:g}"
+
+
+def size(number: float) -> str:
+    """``46796608`` → ``44.6 MiB``."""
+    for factor, suffix in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if number >= factor:
+            return f"{number / factor:.1f} {suffix}"
+    return f"{number:g} B"
+
+
+def ratio(value: float) -> str:
+    """``3.344`` → ``3.34×``."""
+    return f"{value:.2f}×"
+
+
+def _bytes_row(title: str, change: Change[int]) -> tuple[str, str, str, float]:
+    return title, size(change.dense), size(change.grouped), change.ratio
+
+
+def _arrow(change: Change[int], changed: bool) -> str:
+    return f"{count(change.dense)} → {count(change.grouped)}" if changed else count(change.dense)
+
+
+def _sums(changes: Iterable[Change[int]]) -> tuple[int, int]:
+    pairs = [(change.dense, change.grouped) for change in changes]
+    return sum(dense for dense, _ in pairs), sum(grouped for _, grouped in pairs)
+
+
+def _table(console: Console, *titles: str, numeric: Sequence[str] = ()) -> Table:
+    plain = not console.is_terminal
+    table = Table(box=None, pad_edge=False, header_style="" if plain else "bold")
+    for title in titles:
+        justify = "right" if title in numeric else "left"
+        table.add_column(title, justify=justify, no_wrap=plain)  # type: ignore[arg-type]
+    return table
