@@ -31,7 +31,7 @@ from groupify.deployment.graph_edits import (
     replace_value,
     spatial_size,
 )
-from groupify.deployment.node_roles import Convolution, Permute, Same, role_of
+from groupify.deployment.node_roles import Concatenation, Convolution, Permute, Same, role_of
 
 # Below this many bytes of the shuffled tensor a gather is cheaper than more, smaller convs.
 MIN_BYTES = 600_000
@@ -90,7 +90,7 @@ def _stream_of(graph: ir.Graph, start: ir.Value) -> _Stream | None:
         role = role_of(producer)
         if isinstance(role, Same) and _is_plain(role, producer):
             waiting += [source for source in producer.inputs if source is not None and channels(source)]
-        elif not isinstance(role, Convolution):
+        elif not isinstance(role, Convolution) and not _is_split_reader(producer):
             return None
         for use in value.uses():
             reader = role_of(use.node)
@@ -106,14 +106,20 @@ def _stream_of(graph: ir.Graph, start: ir.Value) -> _Stream | None:
     return _Stream(frozenset(values), nodes, tuple(gathers), tuple(others))
 
 
-def _is_plain(role: Same, node: ir.Node) -> bool:
-    """Whether a node can be done part by part without cutting constants."""
-    return (
-        not role.constants
-        and role.factor == 1
-        and len(role.inputs)
-        == len([value for value in node.inputs if value is not None and constant(value) is None])
+def _is_split_reader(node: ir.Node) -> bool:
+    """Whether a node joins the dense convs that another split has made of a grouped one."""
+    sources = [value.producer() for value in node.inputs if value is not None]
+    return isinstance(role_of(node), Concatenation) and all(
+        source is not None and role_of(source) == Convolution(1) and only_reader(source.outputs[0]) is node
+        for source in sources
     )
+
+
+def _is_plain(role: Same, node: ir.Node) -> bool:
+    """Whether a node can be done part by part without cutting constants or sizes."""
+    tensors = [value for value in node.inputs if value is not None and constant(value) is None]
+    sized = node.op_type in ("Reshape", "Resize")
+    return not sized and not role.constants and role.factor == 1 and len(role.inputs) == len(tensors)
 
 
 def _partition(stream: _Stream) -> list[Order] | None:
@@ -144,6 +150,10 @@ def _fits_blocks(stream: _Stream, parts: Sequence[Order], block: int) -> bool:
                 counts = np.bincount(part // width, minlength=role.groups)
                 if len(set(counts.tolist())) > 1 or counts[0] % block:
                     return False
+        elif isinstance(role, Concatenation) and any(
+            len(rows) % block for part in parts for rows in _rows_by_input(node, part)
+        ):
+            return False
     return True
 
 
@@ -155,6 +165,8 @@ def _split(graph: ir.Graph, stream: _Stream, parts: Sequence[Order]) -> None:
             if isinstance(role_of(node), Convolution):
                 groups = attribute(node, "group", 1)
                 outputs.append(_conv(graph, node, node.inputs[0], rows=part, groups=groups))
+            elif isinstance(role_of(node), Concatenation):
+                outputs.append(_split_concat(graph, node, part))
             else:
                 known = [value is not None and value in pieces for value in node.inputs]
                 inputs = [
@@ -182,6 +194,22 @@ def _split(graph: ir.Graph, stream: _Stream, parts: Sequence[Order]) -> None:
                 graph, whole, inverse(stored), "Shuffle.joined", _next(graph, after)
             )
         node.replace_input_with(index, joined[value])
+
+
+def _rows_by_input(concat: ir.Node, part: Order) -> list[Order]:
+    """Return which rows of each input of a concatenation belong to a sorted part of its output."""
+    ends = np.cumsum([channels(value) or 0 for value in concat.inputs])
+    starts = [0, *ends[:-1]]
+    return [part[(part >= start) & (part < end)] - start for start, end in zip(starts, ends, strict=True)]
+
+
+def _split_concat(graph: ir.Graph, concat: ir.Node, part: Order) -> ir.Value:
+    outputs = []
+    for value, rows in zip(concat.inputs, _rows_by_input(concat, part), strict=True):
+        conv = value.producer() if value is not None else None
+        if conv is not None and len(rows):
+            outputs.append(_conv(graph, conv, conv.inputs[0], rows=rows, groups=1))
+    return _concat(graph, outputs, concat.outputs[0], concat)
 
 
 def _split_reader(
@@ -254,7 +282,9 @@ def _copy(
 
 def _concat(graph: ir.Graph, values: Sequence[ir.Value], like: ir.Value, after: ir.Node) -> ir.Value:
     name = free_node_name(graph, "Concat." + (after.name or "").rpartition("/")[0])
-    output = ir.Value(name=f"{like.name}.{name}", type=like.type, shape=like.shape)
+    count = sum(channels(value) or 0 for value in values)
+    shape = None if like.shape is None else ir.Shape([like.shape[0], count, *list(like.shape)[2:]])
+    output = ir.Value(name=f"{like.name}.{name}", type=like.type, shape=shape)
     node = ir.Node("", "Concat", list(values), [ir.AttrInt64("axis", 1)], outputs=[output], name=name)
     graph.insert_after(after, node)
     return output

@@ -76,7 +76,7 @@ def shuffled(channels: int, outputs: int, kernel: int = 3, groups: int = 4) -> n
 
 
 class Stream(nn.Module):
-    """Two residual blocks of shuffled grouped 1×1 convs, wide enough to split."""
+    """Residual blocks of shuffled grouped 1×1 convs in two stages, wide enough to split."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,11 +85,17 @@ class Stream(nn.Module):
         self.downs = nn.ModuleList(nn.Conv2d(256, 64, 1, groups=4) for _ in range(2))
         self.ups = nn.ModuleList(shuffled(64, 256, 1) for _ in range(2))
         self.norms = nn.ModuleList(nn.BatchNorm2d(256) for _ in range(2))
-        self.fc = nn.Linear(256, 5)
+        self.project = shuffled(256, 512, 1)
+        self.down, self.last = nn.Conv2d(256, 64, 1, groups=4), shuffled(64, 512, 1)
+        self.reader = nn.Conv2d(512, 64, 1, groups=4)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(512 + 64, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(self.stem(x).relu()).relu()
         for down, up, norm in zip(self.downs, self.ups, self.norms, strict=True):
             x = (norm(up(down(x).relu())) + x).relu()
-        result: Tensor = self.fc(x.mean((2, 3)))
+        x = (self.project(x) + self.last(self.down(x).relu())).relu()
+        y = torch.cat([self.pool(x).flatten(1), self.pool(self.reader(x)).flatten(1)], 1)
+        result: Tensor = self.fc(y)
         return result

@@ -247,8 +247,8 @@ def test_a_wide_stream_is_split_and_moves_nothing(tmp_path: Path) -> None:
     assert check_parity(net, path, input_shape=(3, 32, 32)).max_rel_diff < 1e-5
     counted = kinds(path)
     assert counted["Gather"] == counted["Transpose"] == 0
-    # stem; the three producers in 4 parts each; the two readers in 4 dense convs each
-    assert counted["Conv"] == 1 + 3 * 4 + 2 * 4
+    # The stem; five producers, of which the projection reads a split stream itself; four plain readers.
+    assert counted["Conv"] == 1 + 4 * 4 + 4 * 4 + 4 * 4
 
 
 def test_shuffles_of_the_users_own_are_recognised() -> None:
