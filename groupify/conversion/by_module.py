@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from groupify.conversion.fit import FitOptions, SiteFit, fit_site
+from groupify.conversion.fit import FitOptions, SiteFit, Target, fit_site
 from groupify.conversion.surgery import SiteRecipe
 from groupify.conversion.teacher import SampleBudget, SiteSampler
 
@@ -64,7 +64,7 @@ def fit_by_module(
             assert isinstance(conv, nn.Conv2d)
             samples = sampler.samples[name]
             inputs = [patches.float() for patches in samples.patches]
-            targets = [outputs.float() for outputs in samples.patch_outputs]
+            targets = [Target(outputs.float()) for outputs in samples.patch_outputs]
             fits.append(fit_site(student.get_submodule(name), conv, site, inputs, targets, None, options))
         if options.refresh_batch_norm:
             refresh_batch_norms(student, batches)

@@ -18,10 +18,17 @@ from groupify.conversion.fit import FitOptions, SiteFit, fit_student
 from groupify.conversion.moments import GroupedMoments
 from groupify.conversion.reconstruct import Augment, ReconstructionOptions, reconstruct
 from groupify.conversion.surgery import GROUPED, SiteRecipe, restructure, row_channels
-from groupify.conversion.teacher import SampleBudget, SiteSamples, observe_teacher, residual_sums
+from groupify.conversion.teacher import SampleBudget, SiteSamples, observe_teacher, refittable, residual_sums
 from groupify.conversion.weights_only import correct_batch_norms
 from groupify.errors import ConversionError, DataError, GroupifyWarning
-from groupify.graph.channels import CONV_INPUT, CONV_OUTPUT, Channels, channel_classes
+from groupify.graph.channels import (
+    CONV_INPUT,
+    CONV_OUTPUT,
+    LINEAR_INPUT,
+    LINEAR_OUTPUT,
+    Channels,
+    channel_classes,
+)
 from groupify.graph.permute import apply_orders, use_order
 from groupify.graph.trace import example_input, on_same_graph, trace
 from groupify.planning.plan import Plan
@@ -255,6 +262,9 @@ class _Conversion:
         self._check_trace(traced, batches[0])
         sums = residual_sums(traced, self._sites)
         groups = {name: site.groups for name, site in self._sites.items()}
+        if calibration.fit.refit_dense:
+            groups |= dict.fromkeys(refittable(traced, self._sites, calibration.fit.refit_max_inputs), 1)
+            sums = residual_sums(traced, groups)
         samples = observe_teacher(
             traced, batches, groups, sums, calibration.budget, seed=self._seed, progress=self._progress
         )
@@ -311,7 +321,7 @@ class _Conversion:
                 scores.append(SiteScore(site, _data_score(conv, samples[name])))
         found = cluster(channels, scores, restarts=calibration.restarts, seed=self._seed)
         permuted = {
-            name: _permuted_samples(samples[name], name, channels, found.orders) for name in self._sites
+            name: _permuted_samples(part, name, channels, found.orders) for name, part in samples.items()
         }
         before = sum(_fitted_error(site, samples[name]) for name, site in self._sites.items())
         after = sum(_fitted_error(site, permuted[name]) for name, site in self._sites.items())
@@ -373,9 +383,9 @@ def _permuted_samples(
 ) -> SiteSamples:
     inputs = outputs = None
     for index, use in enumerate(channels.uses):
-        if use.name == name and use.kind == CONV_INPUT:
+        if use.name == name and use.kind in (CONV_INPUT, LINEAR_INPUT):
             inputs = use_order(channels, index, orders)
-        elif use.name == name and use.kind == CONV_OUTPUT:
+        elif use.name == name and use.kind in (CONV_OUTPUT, LINEAR_OUTPUT):
             outputs = use_order(channels, index, orders)
     return replace(
         samples,

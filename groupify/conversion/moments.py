@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +63,19 @@ class GroupedMoments:
         self.output_output += outputs.square().sum(1)
         self.input_sum += inputs.sum(1)
         self.output_sum += outputs.sum(1)
+
+    def replace_outputs(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Take other outputs for the same inputs; ``batches`` holds (inputs, outputs) as in ``update``."""
+        assert self._input_shift is not None
+        assert self._output_shift is not None
+        for total in (self.output_input, self.output_output, self.output_sum):
+            total.zero_()
+        for inputs, outputs in batches:
+            shifted_inputs = inputs.transpose(0, 1) - self._input_shift
+            shifted_outputs = outputs.transpose(0, 1) - self._output_shift
+            self.output_input += torch.bmm(shifted_outputs.transpose(1, 2), shifted_inputs)
+            self.output_output += shifted_outputs.square().sum(1)
+            self.output_sum += shifted_outputs.sum(1)
 
     def fit(self, *, ridge: float, prior: Tensor | None = None) -> GroupedFit:
         """Solve the ridge regression of each group.

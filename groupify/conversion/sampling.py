@@ -44,17 +44,25 @@ def pick(outputs: Tensor, positions: Positions) -> Tensor:
     return outputs[positions.image, :, positions.row, positions.column]
 
 
-def input_patches(inputs: Tensor, conv: nn.Conv2d, positions: Positions) -> Tensor:
+def as_images(values: Tensor) -> Tensor:
+    """Give the features of a linear layer, shape (N, F), the shape of an image, (N, F, 1, 1)."""
+    return values[:, :, None, None] if values.dim() == 2 else values
+
+
+def input_patches(inputs: Tensor, layer: nn.Conv2d | nn.Linear, positions: Positions) -> Tensor:
     """Return the input patch that each output position reads.
 
     Args:
-        inputs: shape (N, I, H, W), before padding.
-        conv: gives kernel size, stride, dilation, padding and padding mode.
+        inputs: shape (N, I, H, W), before padding; (N, I) for a linear layer.
+        layer: gives kernel size, stride, dilation, padding and padding mode.
         positions: output positions.
 
     Returns:
         Shape (count, I, kh·kw), the taps in the order of the weight's last two dimensions.
     """
+    if isinstance(layer, nn.Linear):
+        return inputs[positions.image].unsqueeze(-1)
+    conv = layer
     kernel_height, kernel_width = conv.kernel_size
     if conv.kernel_size == (1, 1) and not any(padding_amounts(conv)):
         rows, columns = positions.row * conv.stride[0], positions.column * conv.stride[1]

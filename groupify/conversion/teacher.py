@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
-from groupify.conversion.sampling import Positions, compact, input_patches, pick, sample_positions
+from groupify.conversion.sampling import Positions, as_images, compact, input_patches, pick, sample_positions
 from groupify.errors import ConversionError
 
 
@@ -116,8 +117,8 @@ class SiteSampler:
         """Begin to count the calls of each conv anew."""
         self._calls = {}
 
-    def sample(self, name: str, conv: nn.Conv2d, inputs: Tensor, outputs: Tensor) -> None:
-        """Sample one call of a conv; inputs (N, I, H, W), outputs (N, O, H', W').
+    def sample(self, name: str, layer: nn.Conv2d | nn.Linear, inputs: Tensor, outputs: Tensor) -> None:
+        """Sample one call of a conv or linear layer; inputs (N, I, H, W), outputs (N, O, H', W').
 
         Raises:
             ConversionError: the outputs are NaN or infinite.
@@ -127,20 +128,23 @@ class SiteSampler:
                 f"layer {name!r} gives NaN or infinite outputs on the calibration images; "
                 "check its weights and the preprocessing of the images"
             )
+        outputs = as_images(outputs)
         samples = self.samples[name]
         self._calls[name] = self._calls.get(name, 0) + 1
         samples.calls = max(samples.calls, self._calls[name])
         share = len(inputs) / self._images
-        group_inputs = conv.weight[0].numel() // self.groups[name]
+        group_inputs = layer.weight[0].numel() // self.groups[name]
         positions = sample_positions(
             outputs.shape, max(1, math.ceil(self._budget.count(group_inputs) * share)), self._generator
         )
         samples.positions.append(positions)
         samples.outputs.append(compact(pick(outputs, positions)))
+        if self.groups[name] == 1:
+            return  # nothing to cluster
         kept = min(len(positions), max(1, math.ceil(self._budget.patch_count(group_inputs) * share)))
         some = torch.linspace(0, len(positions) - 1, kept).long()
         few = Positions(positions.image[some], positions.row[some], positions.column[some])
-        samples.patches.append(compact(input_patches(inputs, conv, few)))
+        samples.patches.append(compact(input_patches(inputs, layer, few)))
         samples.patch_outputs.append(compact(pick(outputs, few)))
 
 
@@ -165,13 +169,44 @@ class _Observer(fx.Interpreter):
         name = str(n.target)
         if n.op == "call_module" and name in self._sampler.groups:
             inputs, _ = self.fetch_args_kwargs_from_env(n)
-            conv = self.module.get_submodule(name)
-            assert isinstance(conv, nn.Conv2d)
-            self._sampler.sample(name, conv, inputs[0], value)
+            layer = self.module.get_submodule(name)
+            assert isinstance(layer, (nn.Conv2d, nn.Linear))
+            self._sampler.sample(name, layer, inputs[0], value)
         for conv_node in self._sums.get(n, ()):
             samples = self._sampler.samples[str(conv_node.target)]
             samples.sums.append(compact(pick(value, samples.positions[-1])))
         return value
+
+
+def refittable(module: fx.GraphModule, sites: Iterable[str], max_inputs: int) -> tuple[str, ...]:
+    """Names of the dense convs and linears behind converted convs that can make good for their error.
+
+    Args:
+        module: traced dense model.
+        sites: the convs to be converted.
+        max_inputs: layers with more inputs per output are left out; the fit would cost too much.
+    """
+    names, behind, found = set(sites), set[fx.Node](), list[str]()
+    calls: dict[str, int] = {}
+    for node in module.graph.nodes:
+        name = str(node.target)
+        changed = any(source in behind for source in node.all_input_nodes)
+        if node.op == "call_module":
+            calls[name] = calls.get(name, 0) + 1
+            layer = module.get_submodule(name)
+            if (
+                changed
+                and name not in names
+                and isinstance(layer, (nn.Linear, nn.Conv2d))
+                and type(layer) in (nn.Linear, nn.Conv2d)
+                and getattr(layer, "groups", 1) == 1
+                and layer.weight[0].numel() <= max_inputs
+            ):
+                found.append(name)
+            changed = changed or name in names
+        if changed:
+            behind.add(node)
+    return tuple(dict.fromkeys(name for name in found if calls[name] == 1))
 
 
 def residual_sums(module: fx.GraphModule, sites: Iterable[str]) -> dict[fx.Node, fx.Node]:
@@ -199,6 +234,13 @@ def residual_sums(module: fx.GraphModule, sites: Iterable[str]) -> dict[fx.Node,
         ):
             found[node] = reader
     return found
+
+
+def is_relu(module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node is a ReLU, as a module, a function or a method."""
+    if node.op == "call_module":
+        return isinstance(module.get_submodule(str(node.target)), nn.ReLU)
+    return node.target in (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
 
 
 def _is_batch_norm(module: fx.GraphModule, node: fx.Node) -> bool:
