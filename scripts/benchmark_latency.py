@@ -1,0 +1,293 @@
+"""Latency in ONNX Runtime, dense against grouped, one thread, batch 1, 3×224×224.
+
+For every row the dense and the grouped model are exported, checked against PyTorch, and timed interleaved in
+one run. Weights are random (latency does not depend on them); batch norms see one random batch first, so that
+activations neither vanish nor blow up. Group widths are clamped to the blocked kernel of this CPU.
+
+Efficiency is the speed-up divided by the MAC ratio: 1 means that every multiply-accumulate that was saved
+saved its time. Rows below 0.8 are explained by a profile of both sessions.
+
+    python scripts/benchmark_latency.py                     # everything: about 10 minutes
+    python scripts/benchmark_latency.py --quick             # two rows, a minute
+    python scripts/benchmark_latency.py --only 'resnet50*' --json benchmarks/latency.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import fnmatch
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from groupify.conversion.surgery import restructure
+from groupify.deployment.benchmark import Latency, benchmark_onnx, speed_up
+from groupify.deployment.export import export_onnx
+from groupify.deployment.machine import blocked_width, describe_machine
+from groupify.deployment.parity import check_parity
+from groupify.deployment.profiling import OperatorTime, profile_onnx
+from groupify.deployment.runtime import BlockedConvs, count_blocked_convs
+from groupify.planning import measure_cost, plan
+from groupify.zoo import load_model
+
+INPUT_SHAPE = (3, 224, 224)
+EXPLAIN_BELOW = 0.8
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row of the table."""
+
+    model: str
+    groups: int
+    shuffle: str = "none"
+    part: str = ""  # submodule to measure apart; "" = the whole model
+    target: float | None = None  # efficiency to reach
+
+    @property
+    def name(self) -> str:
+        """Model, part, groups and shuffle in one word."""
+        part = f".{self.part}" if self.part else ""
+        return f"{self.model}{part} g={self.groups}" + (
+            f" shuffle={self.shuffle}" if self.shuffle != "none" else ""
+        )
+
+
+CASES = (
+    Case("resnet18", 4, target=0.95),
+    Case("resnet50", 4, target=0.95),
+    Case("wide_resnet50_2", 4, target=0.95),
+    Case("vgg16_bn", 4, part="features", target=0.95),
+    Case("vgg16_bn", 4),
+    Case("resnet18", 8, target=0.93),
+    Case("resnet50", 8, target=0.93),
+    Case("resnet50", 4, shuffle="all", target=0.88),
+    *(
+        Case(model, groups)
+        for model in (
+            "densenet121",
+            "regnet_y_1_6gf",
+            "efficientnet_v2_s",
+            "inception_v3",
+            "deeplabv3_resnet50",
+        )
+        for groups in (2, 4)
+    ),
+)
+QUICK_CASES = (Case("resnet18", 4, target=0.95), Case("resnet18", 4, shuffle="all"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What was measured for one case."""
+
+    case: Case
+    mac_ratio: float
+    dense: Latency
+    grouped: Latency
+    speed_up: float
+    blocked_dense: BlockedConvs
+    blocked_grouped: BlockedConvs
+    shuffles: int
+    shuffles_left: int
+    max_rel_diff: float
+    profile_dense: tuple[OperatorTime, ...] = ()
+    profile_grouped: tuple[OperatorTime, ...] = ()
+
+    @property
+    def efficiency(self) -> float:
+        """Speed-up divided by MAC ratio."""
+        return self.speed_up / self.mac_ratio
+
+
+def main() -> None:
+    """Parse the command line, measure, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="two rows, one second each")
+    parser.add_argument(
+        "--only", metavar="PATTERN", default="*", help="rows by name, for example 'resnet50*'"
+    )
+    parser.add_argument("--seconds", type=float, default=12.0, help="timing per row (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the result there as well")
+    arguments = parser.parse_args()
+    cases = [
+        case
+        for case in (QUICK_CASES if arguments.quick else CASES)
+        if fnmatch.fnmatch(case.name, arguments.only)
+    ]
+    if not cases:
+        parser.error(
+            f"no row is called {arguments.only!r}: there are {', '.join(case.name for case in CASES)}"
+        )
+    rows = []
+    for case in cases:
+        print(case.name, file=sys.stderr, flush=True)
+        rows.append(measure(case, 1.0 if arguments.quick else arguments.seconds))
+    print_table(rows)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(as_json(rows), indent=2) + "\n")
+
+
+def measure(case: Case, seconds: float) -> Row:
+    """Build, export, check and time the two models of a row."""
+    source = load_model(case.model, weights="none", input_shape=INPUT_SHAPE)
+    dense = source.model.get_submodule(case.part) if case.part else source.model
+    chosen = plan(
+        dense, INPUT_SHAPE, groups=case.groups, min_group_width=blocked_width(), shuffle=case.shuffle
+    )
+    grouped = restructure(dense, chosen.recipes)
+    example = torch.zeros(1, *INPUT_SHAPE)
+    macs = measure_cost(dense, example).macs / measure_cost(grouped, example).macs
+    with tempfile.TemporaryDirectory() as folder:
+        files = {}
+        for name, model in (("dense", dense), ("grouped", grouped)):
+            settle_batch_norms(model)
+            files[name] = export_onnx(model, Path(folder) / f"{name}.onnx", input_shape=INPUT_SHAPE)
+        parity = check_parity(grouped, files["grouped"].path, input_shape=INPUT_SHAPE, batch_sizes=(1,))
+        paths = {name: exported.path for name, exported in files.items()}
+        slow, fast = benchmark_onnx(paths, input_shape=INPUT_SHAPE, seconds=seconds)
+        ratio = speed_up(slow, fast)
+        row = Row(
+            case,
+            macs,
+            slow,
+            fast,
+            ratio,
+            count_blocked_convs(paths["dense"]),
+            count_blocked_convs(paths["grouped"]),
+            files["grouped"].shuffles,
+            files["grouped"].shuffles_left,
+            parity.max_rel_diff,
+        )
+        if row.efficiency < EXPLAIN_BELOW:
+            row = dataclasses.replace(
+                row,
+                profile_dense=profile_onnx(paths["dense"], input_shape=INPUT_SHAPE),
+                profile_grouped=profile_onnx(paths["grouped"], input_shape=INPUT_SHAPE),
+            )
+    return row
+
+
+def settle_batch_norms(model: nn.Module) -> None:
+    """Let every batch norm take its statistics from one random batch, in place."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.train()
+    with torch.no_grad():
+        model(torch.randn(4, *INPUT_SHAPE, generator=torch.Generator().manual_seed(1)))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+
+
+def print_table(rows: list[Row]) -> None:
+    """Print machine, table and explanations."""
+    console = Console(width=160)
+    console.print(str(describe_machine()))
+    table = Table(title="ONNX Runtime, 1 thread, batch 1, 3×224×224")
+    for heading in (
+        "model",
+        "dense ms (10–90%)",
+        "grouped ms (10–90%)",
+        "speed-up",
+        "MAC ratio",
+        "efficiency",
+        "target",
+        "blocked convs",
+        "shuffles left",
+    ):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for row in rows:
+        reached = row.case.target is not None and row.efficiency >= row.case.target
+        target = (
+            "" if row.case.target is None else f"{row.case.target:.2f} {'reached' if reached else 'MISSED'}"
+        )
+        table.add_row(
+            row.case.name,
+            latency(row.dense),
+            latency(row.grouped),
+            f"{row.speed_up:.2f}×",
+            f"{row.mac_ratio:.2f}×",
+            f"{row.efficiency:.3f}",
+            target,
+            f"{row.blocked_grouped.blocked}/{row.blocked_grouped.total}",
+            f"{row.shuffles_left}/{row.shuffles}" if row.shuffles else "",
+        )
+    console.print(table)
+    for row in rows:
+        if row.profile_dense:
+            console.print(f"{row.case.name}: {explanation(row)}")
+
+
+def latency(row: Latency) -> str:
+    """Return median and spread."""
+    return f"{row.median_ms:.2f} ({row.p10_ms:.2f}–{row.p90_ms:.2f})"
+
+
+def explanation(row: Row) -> str:
+    """Say where the grouped session's time goes next to the dense one's."""
+    before = {entry.operator: entry for entry in row.profile_dense}
+    parts = []
+    for entry in row.profile_grouped[:6]:
+        dense = before.get(entry.operator)
+        parts.append(
+            f"{entry.operator} {dense.milliseconds if dense else 0:.2f} → {entry.milliseconds:.2f} ms"
+            f" ({entry.nodes} nodes)"
+        )
+    return ", ".join(parts)
+
+
+def as_json(rows: list[Row]) -> dict[str, Any]:
+    """Return the whole result, without the single runs."""
+    return {
+        "machine": dataclasses.asdict(describe_machine()),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "setting": {"threads": 1, "batch_size": 1, "input_shape": list(INPUT_SHAPE)},
+        "rows": [
+            {
+                "name": row.case.name,
+                **dataclasses.asdict(row.case),
+                "latency_ms": {
+                    name: {
+                        "median": timed.median_ms,
+                        "p10": timed.p10_ms,
+                        "p90": timed.p90_ms,
+                        "runs": len(timed.timing.runs_ms),
+                    }
+                    for name, timed in (("dense", row.dense), ("grouped", row.grouped))
+                },
+                "speed_up": row.speed_up,
+                "mac_ratio": row.mac_ratio,
+                "efficiency": row.efficiency,
+                "blocked_convs": {
+                    "dense": dataclasses.asdict(row.blocked_dense),
+                    "grouped": dataclasses.asdict(row.blocked_grouped),
+                },
+                "shuffles": row.shuffles,
+                "shuffles_left": row.shuffles_left,
+                "max_rel_diff": row.max_rel_diff,
+                "profile_ms": {
+                    name: {entry.operator: entry.milliseconds for entry in profile}
+                    for name, profile in (("dense", row.profile_dense), ("grouped", row.profile_grouped))
+                },
+            }
+            for row in rows
+        ],
+    }
+
+
+if __name__ == "__main__":
+    main()
