@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from groupify.conversion.surgery import GROUPED, SiteRecipe, row_channels
-from groupify.graph.channels import (
+from groupify.graph.operations import (
     ELEMENTWISE_FUNCTIONS,
     ELEMENTWISE_MODULES,
     SPATIAL_FUNCTIONS,
