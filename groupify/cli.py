@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import click
@@ -22,24 +25,50 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
+class _InterruptError(Exception):
+    """SIGINT or SIGTERM, on its way to ``main``; click would print an empty line for a KeyboardInterrupt."""
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: cleaned up after like SIGINT."""
+
+
+class _Group(click.Group):
+    def invoke(self, context: click.Context) -> Any:
+        """Run the command; the reader's leaving of the pipe ends it quietly."""
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt as error:
+            raise _InterruptError from error
+        except BrokenPipeError:
+            # What is still buffered would fail again, and loudly, when Python closes stdout.
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise click.exceptions.Exit(0) from None
+
+
 def main() -> NoReturn:
-    """Run the command line and exit: 0 done, 2 refused, 3 parity failed, 130 interrupted."""
+    """Run the command line and exit.
+
+    0 done, 1 internal error, 2 refused, 3 parity failed, 130 interrupted, 143 terminated.
+    """
     sys.path.insert(0, os.getcwd())  # module:function specs name the user's own files
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         cli.main(standalone_mode=False)
     except GroupifyError as error:
         _die(str(error), error.exit_code)
-    except click.exceptions.Exit as leaving:
-        sys.exit(leaving.exit_code)
-    except click.Abort:
-        _die("interrupted; nothing was written", 130)
-    except KeyboardInterrupt:
-        _die("interrupted; nothing was written", 130)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(2)
     except click.ClickException as error:
         _die(error.format_message(), 2)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    except _InterruptError as error:
+        _leave(error.__cause__)
+    except (KeyboardInterrupt, click.Abort) as error:
+        _leave(error)
+    except OSError as error:
+        _die(f"cannot read or write: {error}", 2)
     except MemoryError:
         _die("out of memory; use fewer calibration images or a smaller model", 2)
     except Exception as error:
@@ -51,6 +80,16 @@ def main() -> NoReturn:
             1,
         )
     sys.exit(0)
+
+
+def _terminate(_: int, __: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+def _leave(error: BaseException | None) -> NoReturn:
+    if isinstance(error, _Terminated):
+        _die("terminated; nothing was written", 143)
+    _die("interrupted; nothing was written", 130)
 
 
 def _die(message: str, code: int) -> NoReturn:
@@ -70,7 +109,7 @@ def _speak_in_lines() -> None:
     warnings.showwarning = show
 
 
-@click.group(context_settings=_CONTEXT)
+@click.group(cls=_Group, context_settings=_CONTEXT)
 @click.version_option(package_name="groupify")
 def cli() -> None:
     """Turn the convolutions of a trained CNN into grouped ones: smaller, faster, still accurate."""
@@ -97,7 +136,7 @@ def _model_arguments(_: click.Context, __: click.Parameter, value: str | None) -
         return {}
     try:
         arguments = json.loads(value)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise SpecError(f'--model-args {value!r} is no JSON: {error}; expected {{"name": value}}') from error
     if not isinstance(arguments, dict):
         raise SpecError(f'--model-args {value!r}: expected a JSON object like {{"num_classes": 10}}')
@@ -114,12 +153,21 @@ def _numbers(_: click.Context, parameter: click.Parameter, value: str) -> tuple[
     return numbers
 
 
-def _width(_: click.Context, __: click.Parameter, value: str) -> int | None:
-    if value == "auto":
-        return None
-    if not value.isdigit() or int(value) < 1:
-        raise SpecError(f"--min-group-width {value!r}: expected auto or a number of channels from 1")
-    return int(value)
+def _number_or(word: str, what: str) -> Callable[[click.Context, click.Parameter, str], int | None]:
+    """Parse a whole number from 1, or a word that stands for None."""
+
+    def parse(_: click.Context, parameter: click.Parameter, value: str) -> int | None:
+        if value == word:
+            return None
+        try:
+            number = int(value)
+        except ValueError:
+            number = 0
+        if number < 1:
+            raise SpecError(f"{parameter.opts[0]} {value!r}: expected {word} or a number of {what} from 1")
+        return number
+
+    return parse
 
 
 def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -161,7 +209,7 @@ _plan_options = _options(
         "--min-group-width",
         default="auto",
         show_default=True,
-        callback=_width,
+        callback=_number_or("auto", "channels"),
         help="Fewest channels per group. auto: the block of ONNX Runtime's fast kernel; 1 switches it off.",
     ),
     click.option(
@@ -208,16 +256,15 @@ def _recovery_options(epochs: float) -> Callable[[Command], Command]:
 
 
 def _plan_request(options: dict[str, Any]) -> Any:
-    from groupify.deployment.machine import blocked_width
     from groupify.pipeline import PlanRequest
 
-    width = options["min_group_width"]
     return PlanRequest(
         groups=options["groups"],
         kind=options["kind"],
         include=options["include"],
         exclude=options["exclude"],
-        min_group_width=blocked_width(options["target"]) if width is None else width,
+        min_group_width=options["min_group_width"],
+        target=options["target"],
         shuffle=options["shuffle"],
     )
 
@@ -265,6 +312,7 @@ def _print_json(document: Any) -> None:
     default="1000",
     show_default=True,
     metavar="N|none",
+    callback=_number_or("none", "images"),
     help="Unlabelled training images for the fit. none: from the weights alone.",
 )
 @click.option("--reconstruct", type=click.IntRange(0), default=0, show_default=True, metavar="STEPS",
@@ -283,7 +331,6 @@ def convert(model: str, **options: Any) -> None:
     from groupify.reporting import print_report, report_document
     from groupify.reporting.text import stdout_console
 
-    images = 0 if options["calibrate"] == "none" else _image_count(options["calibrate"])
     if options["data"] is None and options["epochs"]:
         raise SpecError(f"--epochs {options['epochs']:g} needs --data, for example --data demo")
     if options["data"] is None and options["reconstruct"]:
@@ -295,7 +342,7 @@ def convert(model: str, **options: Any) -> None:
             plan=_plan_request(options),
             output=options["output"] or Path(f"{label}-g{options['groups']}"),
             data=options["data"],
-            calibration_images=images,
+            calibration_images=options["calibrate"] or 0,
             reconstruct_steps=options["reconstruct"],
             finetune=_finetune_settings(options) if options["epochs"] else None,
             force=options["force"],
@@ -311,12 +358,6 @@ def convert(model: str, **options: Any) -> None:
         print_report(report, stdout_console())
 
 
-def _image_count(value: str) -> int:
-    if not value.isdigit() or int(value) < 1:
-        raise SpecError(f"--calibrate {value!r}: expected a number of images from 1, or none")
-    return int(value)
-
-
 @cli.command(context_settings=_CONTEXT)
 @click.argument("model")
 @_model_options
@@ -328,7 +369,7 @@ def plan(model: str, **options: Any) -> None:
     Example: groupify plan resnet50 --groups 8 --weights none
     """
     from groupify.reporting import print_plan
-    from groupify.reporting.document import site_document
+    from groupify.reporting.document import change_document, site_document
     from groupify.reporting.text import stdout_console
 
     # A plan depends on shapes alone: weights that are not at hand are no reason to warn or to wait.
@@ -343,6 +384,8 @@ def plan(model: str, **options: Any) -> None:
                 "input_shape": list(result.input_shape),
                 "groups": result.groups,
                 "sites": [site_document(site) for site in result.sites],
+                "params": change_document(result.params),
+                "macs": change_document(result.macs),
             }
         )
     else:
@@ -381,14 +424,23 @@ def _open(target: str, options: dict[str, Any]) -> tuple[Any, Any]:
     """Return the model and the spec of an output folder or of a dense model."""
     from groupify.artefact import load, read_recipe
 
-    if Path(target).is_dir():
+    if os.path.isdir(target):
         return load(target, trust=options["trust"]), read_recipe(target).model
     if os.sep in target:
         raise ArtefactError(
             f"no folder {target!r}; expected an output folder of 'groupify convert', or a model"
         )
-    source = _model_request(target, options).load(options["seed"])
+    try:
+        source = _model_request(target, options).load(options["seed"])
+    except SpecError as error:
+        raise SpecError(f"no folder {target!r}, and as a model: {error}") from error
     return source.model, source.spec
+
+
+def _beside(folder: Path, suffix: str) -> Path:
+    """Return ``folder`` with a suffix to its name, also where that is a dot or two."""
+    named = folder if folder.name not in ("", "..") else folder.resolve()
+    return named.parent / f"{named.name}{suffix}"
 
 
 @cli.command(context_settings=_CONTEXT)
@@ -415,7 +467,7 @@ def finetune(folder: Path, **options: Any) -> None:
     report = run_finetune(
         FinetuneRequest(
             folder=folder,
-            output=options["output"] or folder.with_name(f"{folder.name}-finetuned"),
+            output=options["output"] or _beside(folder, "-finetuned"),
             data=options["data"],
             settings=_finetune_settings(options),
             checkpoint=options["checkpoint"],

@@ -20,7 +20,7 @@ from groupify.conversion.reconstruct import ReconstructionOptions
 from groupify.data import DataSplits, calibration_images, load_data
 from groupify.deployment.benchmark import QUICK_SECONDS, benchmark_onnx, speed_up
 from groupify.deployment.export import ExportedModel, export_onnx
-from groupify.deployment.machine import describe_machine
+from groupify.deployment.machine import blocked_width, describe_machine
 from groupify.deployment.parity import check_parity
 from groupify.errors import DataError, SpecError
 from groupify.evaluation import class_logits, evaluate, evaluating
@@ -63,17 +63,25 @@ class ModelRequest:
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """How the convs are to be replaced; see ``plan`` for the fields."""
+    """How the convs are to be replaced; see ``plan`` for the fields not said here.
+
+    Attributes:
+        min_group_width: None = the channel block of the kernel on ``target``, and widths that are
+            multiples of it where there are such.
+        target: the processor that will run the model; see ``blocked_width``.
+    """
 
     groups: int
     kind: str = "grouped"
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
-    min_group_width: int = 1
+    min_group_width: int | None = None
+    target: str = "auto"
     shuffle: str = "none"
 
     def make(self, source: Source) -> Plan:
         """Make the plan for a model."""
+        block = blocked_width(self.target) if self.min_group_width is None else 1
         return plan(
             source.model,
             source.spec.input_shape,
@@ -81,7 +89,8 @@ class PlanRequest:
             kind=self.kind,
             include=self.include,
             exclude=self.exclude,
-            min_group_width=self.min_group_width,
+            min_group_width=block if self.min_group_width is None else self.min_group_width,
+            block=block,
             shuffle=self.shuffle,
         )
 
@@ -216,9 +225,7 @@ def dense_source(recipe: Recipe, checkpoint: Path | None, *, trust: bool) -> Sou
     """
     spec, origin = recipe.model, recipe.weights.source
     if ":" in spec.name and not trust and not spec.name.startswith("groupify.demo:"):
-        raise SpecError(
-            f"the recipe's model {spec.name!r} is code of its own; give --trust if you trust it to be imported"
-        )
+        raise SpecError(f"the recipe's model {spec.name!r} is code of its own; give --trust if you trust it")
     weights, seed = "none", 0
     if checkpoint is None:
         if origin.startswith("torchvision "):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from groupify.conversion.surgery import SiteRecipe
@@ -20,7 +21,8 @@ class SitePlan:
         groups_before: its number of groups now.
         groups: its number of groups after the conversion.
         shuffle: whether a channel shuffle follows.
-        reason: why it is left alone, or why it gets fewer groups than asked; None where it is as asked.
+        reason: why it is left alone, gets fewer groups than asked, or will run in a slower kernel; None
+            where it is as asked.
         in_channels, out_channels, kernel_size, stride: as in ``Conv2d``.
         output_size: spatial size of its output, pixels; empty when it never runs in inference.
         params: parameters, biases included.
@@ -77,6 +79,20 @@ class Plan:
         return tuple(site for site in self.sites if site.converted)
 
     @property
+    def params(self) -> Change[int]:
+        """Parameters of all convs, biases included."""
+        return _total([site.params for site in self.sites])
+
+    @property
+    def macs(self) -> Change[int]:
+        """Multiply-accumulates of all convs for one image."""
+        return _total([site.macs for site in self.sites])
+
+    @property
     def recipes(self) -> tuple[SiteRecipe, ...]:
         """What surgery needs to know."""
         return tuple(site.recipe for site in self.converted)
+
+
+def _total(changes: Sequence[Change[int]]) -> Change[int]:
+    return Change(sum(change.dense for change in changes), sum(change.grouped for change in changes))

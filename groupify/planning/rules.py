@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ SHUFFLES = ("none", "all")
 
 # A conv that reads fewer channels than this (the image itself, as a rule) has next to nothing to gain.
 _MIN_IN_CHANNELS = 8
+_EXCLUDED, _NOT_INCLUDED = "excluded", "not included"
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ def plan(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     min_group_width: int = 1,
+    block: int = 1,
     shuffle: str = "none",
 ) -> Plan:
     """Decide for every ``Conv2d`` of a model how many groups it gets.
@@ -60,13 +63,15 @@ def plan(
         include: glob patterns of names; only those are converted.
         exclude: glob patterns of names that are left alone.
         min_group_width: smallest number of channels per group.
+        block: channel block of the kernel that is to run the model, as ``blocked_width`` gives it. A conv
+            gets the most groups whose widths are multiples of it, where there are such; 1 = any width.
         shuffle: ``"none"``, or ``"all"`` for a channel shuffle behind every converted conv.
 
     Raises:
         PlanError: ``groups`` fits no conv, a pattern matches nothing, or an option is out of range.
         ConversionError: the model does not run on that input shape.
     """
-    _check_options(groups, kind, min_group_width, shuffle)
+    _check_options(groups, kind, min_group_width, block, shuffle)
     observed = _observe(model, example_input(input_shape, like=model))
     convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     if not convs:
@@ -77,9 +82,11 @@ def plan(
     sites = []
     for name in order:
         conv = convs[name]
-        choice = _choose(
-            name, conv, observed.get(name), name == first, groups, kind, include, exclude, min_group_width
-        )
+        reason = _why_not(name, conv, observed.get(name), name == first, include, exclude)
+        if reason is None:
+            choice = _choose(conv, groups, kind, min_group_width, block)
+        else:
+            choice = _Choice(DENSE, conv.groups, reason)
         sites.append(_site(name, conv, choice, observed.get(name), shuffle))
     result = Plan(tuple(sites), tuple(input_shape), groups)
     if not result.converted:
@@ -112,7 +119,7 @@ def describe(model: nn.Module, recipes: Sequence[SiteRecipe], input_shape: tuple
     return Plan(tuple(sites), tuple(input_shape), max((recipe.groups for recipe in recipes), default=1))
 
 
-def _check_options(groups: int, kind: str, min_group_width: int, shuffle: str) -> None:
+def _check_options(groups: int, kind: str, min_group_width: int, block: int, shuffle: str) -> None:
     if groups < 1:
         raise PlanError(f"groups is {groups}, expected at least 2, for example 4")
     if groups == 1:
@@ -121,6 +128,8 @@ def _check_options(groups: int, kind: str, min_group_width: int, shuffle: str) -
         raise PlanError(f"unknown kind {kind!r}, expected one of {', '.join(KINDS)}{near_names(kind, KINDS)}")
     if min_group_width < 1:
         raise PlanError(f"min_group_width is {min_group_width}, expected at least 1 channel")
+    if block < 1:
+        raise PlanError(f"block is {block}, expected at least 1 channel")
     if shuffle not in SHUFFLES:
         raise PlanError(f"unknown shuffle {shuffle!r}, expected one of {', '.join(SHUFFLES)}")
     if shuffle != "none" and kind == GROUPED_POINTWISE:
@@ -161,47 +170,35 @@ def _observe(model: nn.Module, example: Tensor) -> dict[str, _Observed]:
     return observed
 
 
-def _choose(
-    name: str,
-    conv: nn.Conv2d,
-    observed: _Observed | None,
-    is_first: bool,
-    groups: int,
-    kind: str,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    min_group_width: int,
-) -> _Choice:
-    reason = _why_not(name, conv, observed, is_first, include, exclude)
-    if reason is not None:
-        return _Choice(DENSE, conv.groups, reason)
+def _choose(conv: nn.Conv2d, groups: int, kind: str, min_group_width: int, block: int) -> _Choice:
+    """Choose the number of groups of a dense conv that nothing else forbids to convert."""
     if kind == GROUPED_POINTWISE and max(conv.kernel_size) == 1:
         return _Choice(DENSE, 1, "a 1×1 conv costs less than a grouped conv and a pointwise conv")
-    common = math.gcd(conv.in_channels, conv.out_channels)
-    divisor = max(d for d in range(1, groups + 1) if common % d == 0)
-    allowed = max(
-        d
-        for d in range(1, divisor + 1)
-        if common % d == 0 and (d == 1 or min(conv.in_channels, conv.out_channels) // d >= min_group_width)
-    )
+    sizes = (conv.in_channels, conv.out_channels)
+    common = math.gcd(*sizes)
     channels = f"{conv.in_channels} → {conv.out_channels} channels"
-    if divisor == 1:
+    dividing = [count for count in range(2, min(groups, common) + 1) if common % count == 0]
+    if not dividing:
         return _Choice(DENSE, 1, f"no number of groups from 2 to {groups} divides {channels}")
-    if allowed == 1:
+    wide = [count for count in dividing if min(sizes) // count >= min_group_width]
+    if not wide:
         return _Choice(
-            DENSE, 1, f"groups of fewer than {min_group_width} channels are slower; {channels} are too few"
+            DENSE, 1, f"groups narrower than {min_group_width} channels are slower; {channels} are too few"
         )
-    if kind == GROUPED_POINTWISE and not _pointwise_is_smaller(conv, allowed):
-        return _Choice(DENSE, 1, f"{allowed} groups and a pointwise conv would cost more than this conv")
-    if allowed < divisor:
-        return _Choice(
-            kind,
-            allowed,
-            f"clamped from {divisor} groups: groups of fewer than {min_group_width} channels are slower",
-        )
-    if divisor < groups:
-        return _Choice(kind, divisor, f"clamped: {groups} groups do not divide {channels}")
-    return _Choice(kind, groups)
+    whole = [count for count in wide if all(size // count % block == 0 for size in sizes)]
+    chosen = max(whole or wide)
+    if kind == GROUPED_POINTWISE and not _pointwise_is_smaller(conv, chosen):
+        return _Choice(DENSE, 1, f"{chosen} groups and a pointwise conv would cost more than this conv")
+    reasons = []
+    if chosen < max(wide):
+        reasons.append(f"clamped: only widths that are multiples of {block} run in the fast kernel")
+    elif chosen < max(dividing):
+        reasons.append(f"clamped: groups narrower than {min_group_width} channels are slower")
+    elif chosen < groups:
+        reasons.append(f"clamped: {groups} groups do not divide {channels}")
+    if not whole:
+        reasons.append(f"slower kernel: no width is a multiple of {block}")
+    return _Choice(kind, chosen, "; ".join(reasons) or None)
 
 
 def _why_not(
@@ -214,10 +211,10 @@ def _why_not(
 ) -> str | None:
     """Say why a conv is left alone whatever the number of groups, or return None."""
     if any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
-        return "excluded"
+        return _EXCLUDED
     if include and not any(fnmatch.fnmatchcase(name, pattern) for pattern in include):
-        return "not included"
-    if is_parametrized(conv):
+        return _NOT_INCLUDED
+    if is_parametrized(conv) or "weight" not in conv._parameters:
         return "its weight is parametrized (weight or spectral norm); remove the parametrization first"
     if type(conv) is not nn.Conv2d:
         return f"a subclass of Conv2d ({type(conv).__name__}), whose forward may differ"
@@ -230,6 +227,8 @@ def _why_not(
             else f"grouped already ({conv.groups} groups)"
         )
     if is_first or conv.in_channels < _MIN_IN_CHANNELS:
+        if conv.in_channels >= _MIN_IN_CHANNELS:
+            return "first conv: it is always left alone"
         return f"{'first conv: ' if is_first else ''}too few input channels ({conv.in_channels})"
     return None
 
@@ -266,11 +265,11 @@ def _site(name: str, conv: nn.Conv2d, choice: _Choice, observed: _Observed | Non
 
 
 def _nothing_fits(result: Plan, groups: int, min_group_width: int) -> str:
-    reasons: dict[str, int] = {}
-    for site in result.sites:
-        reasons[site.reason or ""] = reasons.get(site.reason or "", 0) + 1
-    common, count = max(reasons.items(), key=lambda item: item[1])
+    reasons = Counter(site.reason or "" for site in result.sites)
+    # What the user left out by a pattern explains nothing, unless there is nothing else.
+    telling = {reason: count for reason, count in reasons.items() if reason not in (_EXCLUDED, _NOT_INCLUDED)}
+    common, count = max((telling or reasons).items(), key=lambda item: item[1])
     return (
         f"{groups} groups of at least {min_group_width} channels fit none of the {len(result.sites)} convs; "
-        f"most common reason ({count}×): {common}; see 'groupify plan'"
+        f"most common reason ({count}×): {common}; try fewer groups or a smaller --min-group-width"
     )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+import sys
+from collections.abc import Sequence
+from typing import TextIO, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -14,18 +17,40 @@ from groupify.reporting.results import Report
 
 # Piped output is for grep and diff: no line may be folded.
 _PIPED_WIDTH = 400
+_COMFORTABLE_WIDTH = 140
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Let the command line decide what a closed pipe means; rich would exit with 1."""
+        raise BrokenPipeError
+
+
+class _WithoutTrailingSpaces:
+    """A text stream for rich, which fills every table row up with spaces."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(re.sub(r" +$", "", text, flags=re.MULTILINE))
+
+    def flush(self) -> None:
+        self._stream.flush()
 
 
 def stdout_console() -> Console:
     """Return a console on stdout; without colour, box lines or folding when it is not a terminal."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=_PIPED_WIDTH, no_color=True)
+    console = _Console(highlight=False)
+    if console.is_terminal:
+        return console
+    stream = cast(TextIO, _WithoutTrailingSpaces(sys.stdout))
+    return _Console(file=stream, highlight=False, width=_PIPED_WIDTH, no_color=True)
 
 
 def print_report(report: Report, console: Console) -> None:
     """Print the table of sites and the summary."""
-    console.print(sites_table(report.sites, console))
-    console.print()
+    _print_sites(report.sites, console)
     console.print(summary_table(report, console))
     for line in report_lines(report):
         console.print(Text(line), soft_wrap=True)
@@ -33,13 +58,9 @@ def print_report(report: Report, console: Console) -> None:
 
 def print_plan(plan: Plan, console: Console) -> None:
     """Print the table of sites and their totals."""
-    console.print(sites_table(plan.sites, console))
-    console.print()
-    table = _table(console, "convs", "dense", "grouped", "ratio")
-    for title, change in (
-        ("params", Change(*_sums(site.params for site in plan.sites))),
-        ("MACs", Change(*_sums(site.macs for site in plan.sites))),
-    ):
+    _print_sites(plan.sites, console)
+    table = _table(console, "convs", "dense", "grouped", "ratio", numeric=("dense", "grouped", "ratio"))
+    for title, change in (("params", plan.params), ("MACs", plan.macs)):
         table.add_row(title, count(change.dense), count(change.grouped), ratio(change.ratio))
     console.print(table)
     console.print(f"{len(plan.converted)} of {len(plan.sites)} convs are converted")
@@ -79,24 +100,62 @@ def _with_spread(median: float, spread: tuple[float, float]) -> str:
 
 
 def sites_table(sites: Sequence[SitePlan], console: Console) -> Table:
-    """One row per conv: name, shape, groups before → after, params, MACs, reason."""
-    table = _table(console, "site", "shape", "groups", "params", "MACs", "reason", numeric=("params", "MACs"))
+    """One row per conv: name, shape, groups before → after, params, MACs, reason.
+
+    On a narrow terminal the texts are packed, and the reasons are numbers that ``reason_lines`` explains.
+    """
+    narrow = is_narrow(console)
+    numbers = {reason: index for index, reason in enumerate(_reasons(sites), start=1)}
+    last = "why" if narrow else "reason"
+    table = _table(console, "site", "shape", "groups", "params", "MACs", last, numeric=("params", "MACs"))
     for site in sites:
-        changed = site.converted
-        groups = f"{site.groups_before} → {site.groups}" if changed else f"{site.groups_before}"
-        if site.kind == "grouped-pointwise":
-            groups += " + 1×1"
-        if site.shuffle:
-            groups += " + shuffle"
-        table.add_row(
+        reason = site.reason or ""
+        cells = (
             site.name or "(the model)",
             shape(site),
-            groups,
-            _arrow(site.params, changed),
-            _arrow(site.macs, changed),
-            site.reason or "",
+            _groups(site),
+            _arrow(site.params, site.converted),
+            _arrow(site.macs, site.converted),
+            str(numbers.get(reason, "")) if narrow else reason,
         )
+        table.add_row(*(_packed(cell) for cell in cells) if narrow else cells)
     return table
+
+
+def reason_lines(sites: Sequence[SitePlan], console: Console) -> list[str]:
+    """The reasons that the numbers in a narrow table stand for; none where the table holds the texts."""
+    if not is_narrow(console):
+        return []
+    return [f"{index}: {reason}" for index, reason in enumerate(_reasons(sites), start=1)]
+
+
+def is_narrow(console: Console) -> bool:
+    """Whether a table of sites with texts would be folded beyond reading."""
+    return console.is_terminal and console.width < _COMFORTABLE_WIDTH
+
+
+def _reasons(sites: Sequence[SitePlan]) -> list[str]:
+    return list(dict.fromkeys(site.reason for site in sites if site.reason))
+
+
+def _packed(text: str) -> str:
+    return text.replace(" → ", "→").replace(", ", " ").replace(" / ", "/").replace(" + ", "+")
+
+
+def _groups(site: SitePlan) -> str:
+    groups = f"{site.groups_before} → {site.groups}" if site.converted else f"{site.groups_before}"
+    if site.kind == "grouped-pointwise":
+        groups += " + 1×1"
+    if site.shuffle:
+        groups += " + shuffle"
+    return groups
+
+
+def _print_sites(sites: Sequence[SitePlan], console: Console) -> None:
+    console.print(sites_table(sites, console))
+    for line in reason_lines(sites, console):
+        console.print(Text(line))
+    console.print()
 
 
 def summary_table(report: Report, console: Console) -> Table:
@@ -192,14 +251,14 @@ def _arrow(change: Change[int], changed: bool) -> str:
     return f"{count(change.dense)} → {count(change.grouped)}" if changed else count(change.dense)
 
 
-def _sums(changes: Iterable[Change[int]]) -> tuple[int, int]:
-    pairs = [(change.dense, change.grouped) for change in changes]
-    return sum(dense for dense, _ in pairs), sum(grouped for _, grouped in pairs)
-
-
 def _table(console: Console, *titles: str, numeric: Sequence[str] = ()) -> Table:
     plain = not console.is_terminal
-    table = Table(box=None, pad_edge=False, header_style="" if plain else "bold")
+    table = Table(
+        box=None,
+        pad_edge=False,
+        collapse_padding=is_narrow(console),
+        header_style="" if plain else "bold",
+    )
     for title in titles:
         justify = "right" if title in numeric else "left"
         table.add_column(title, justify=justify, no_wrap=plain)  # type: ignore[arg-type]
