@@ -37,6 +37,7 @@ class GroupedMoments:
         self.count = 0
         self._input_shift: Tensor | None = None
         self._output_shift: Tensor | None = None
+        self._factor: tuple[float, Tensor, Tensor] | None = None  # ridge, Cholesky factor, strength
 
     def update(self, inputs: Tensor, outputs: Tensor) -> None:
         """Add samples.
@@ -58,6 +59,7 @@ class GroupedMoments:
             self.output_sum = inputs.new_zeros((groups, rows), dtype=torch.float64)
         inputs, outputs = inputs - self._input_shift, outputs - self._output_shift
         self.count += inputs.shape[1]
+        self._factor = None
         self.input_input += torch.bmm(inputs.transpose(1, 2), inputs)
         self.output_input += torch.bmm(outputs.transpose(1, 2), inputs)
         self.output_output += outputs.square().sum(1)
@@ -92,23 +94,18 @@ class GroupedMoments:
         assert self._output_shift is not None
         count = float(self.count)
         input_mean, output_mean = self.input_sum / count, self.output_sum / count
-        cov_uu = self.input_input / count
         cov_yu = self.output_input / count
         var_y = self.output_output / count
         if self.centred:
-            cov_uu = cov_uu - input_mean.unsqueeze(2) * input_mean.unsqueeze(1)
-            cov_yu = cov_yu - output_mean.unsqueeze(2) * input_mean.unsqueeze(1)
-            var_y = var_y - output_mean.square()
-        diagonal = torch.diagonal(cov_uu, dim1=1, dim2=2)
-        # The tiny floor keeps a group of dead inputs solvable.
-        strength = ridge * diagonal.mean(1) + 1e-12 * (1 + diagonal.amax(1))
-        regularised = cov_uu.clone()
-        torch.diagonal(regularised, dim1=1, dim2=2).add_(strength.unsqueeze(1))
-        factor = torch.linalg.cholesky(regularised)
-        start = torch.zeros_like(cov_yu) if prior is None else prior.double()
-        residual = cov_yu - start @ cov_uu
-        weight = start + torch.cholesky_solve(residual.transpose(1, 2), factor).transpose(1, 2)
-        explained = 2 * (weight * cov_yu).sum(2) - ((weight @ cov_uu) * weight).sum(2)
+            cov_yu -= output_mean.unsqueeze(2) * input_mean.unsqueeze(1)
+            var_y -= output_mean.square()
+        factor, strength = self._factorise(ridge)
+        start = torch.zeros((), dtype=torch.float64) if prior is None else prior.double()
+        # (Cov(u) + λI) V = Cov(u, y) + λP is the same, and spares the product with Cov(u).
+        target = cov_yu + strength * start
+        weight = torch.cholesky_solve(target.transpose(1, 2), factor).transpose(1, 2)
+        # V Cov(u) Vᵀ = V (Cov(u, y) − λ(V − P)), so the error needs no product with Cov(u) either.
+        explained = (weight * (cov_yu + strength * (weight - start))).sum(2)
         error = (var_y - explained).clamp(min=0) / var_y.clamp(min=1e-12)
         if self.centred:
             input_mean = input_mean + self._input_shift.squeeze(1)
@@ -117,3 +114,24 @@ class GroupedMoments:
         else:
             bias = torch.zeros_like(output_mean)
         return GroupedFit(weight, bias, error)
+
+    def _factorise(self, ridge: float) -> tuple[Tensor, Tensor]:
+        """Cholesky factor of ``Cov(u) + λI``, shape (G, D, D), and λ, shape (G, 1, 1)."""
+        if self._factor is None or self._factor[0] != ridge:
+            covariance = self.input_input / float(self.count)
+            if self.centred:
+                mean = self.input_sum / float(self.count)
+                covariance -= mean.unsqueeze(2) * mean.unsqueeze(1)
+            diagonal = torch.diagonal(covariance, dim1=1, dim2=2)
+            # The tiny floor keeps a group of dead inputs solvable.
+            strength = (ridge * diagonal.mean(1) + 1e-12 * (1 + diagonal.amax(1))).unsqueeze(1)
+            diagonal.add_(strength)
+            factor, failed = torch.linalg.cholesky_ex(covariance)
+            while bool(failed.any()):
+                # Almost no ridge and fewer samples than inputs: rounding has made it indefinite.
+                more = 9 * strength.clamp(min=1e-9 * float(diagonal.amax()))
+                diagonal.add_(more)
+                strength = strength + more
+                factor, failed = torch.linalg.cholesky_ex(covariance)
+            self._factor = ridge, factor, strength.unsqueeze(2)
+        return self._factor[1:]
