@@ -15,7 +15,7 @@ from groupify.deployment.graph_edits import (
     static_shape,
 )
 from groupify.deployment.permutations import PermutationFolding, fold_permutations
-from groupify.deployment.splitting import MIN_BYTES, split_streams
+from groupify.deployment.splitting import MIN_BYTES, interleave_parts, split_streams
 
 
 def optimise(graph: ir.Graph, *, block: int, min_split_bytes: int = MIN_BYTES) -> PermutationFolding:
@@ -31,6 +31,7 @@ def optimise(graph: ir.Graph, *, block: int, min_split_bytes: int = MIN_BYTES) -
     pool_means(graph)
     if split_streams(graph, block=block, min_bytes=min_split_bytes):
         folding = PermutationFolding(folding.found, fold_permutations(graph).kept)
+        interleave_parts(graph)
     return folding
 
 

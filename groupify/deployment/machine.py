@@ -73,6 +73,11 @@ def blocked_width(target: str = "auto") -> int:
     return _BLOCKS[target]
 
 
+def int8_dot_products() -> bool:
+    """Whether the CPU multiplies 8-bit numbers without overflow (VNNI on x86-64; any arm64)."""
+    return _simd() == "arm64" or bool({"avx512_vnni", "avx_vnni"} & _cpu_flags())
+
+
 def package_version(package: str) -> str | None:
     """Return the installed version of a package, or None."""
     try:

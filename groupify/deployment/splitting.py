@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -27,9 +28,11 @@ from groupify.deployment.graph_edits import (
     known_constant,
     new_constant,
     only_reader,
+    product,
     remove_dead,
     replace_value,
     spatial_size,
+    static_shape,
 )
 from groupify.deployment.node_roles import Concatenation, Convolution, Permute, Same, role_of
 
@@ -72,6 +75,51 @@ def split_streams(graph: ir.Graph, *, block: int, min_bytes: int = MIN_BYTES) ->
         remove_dead(graph)
         done += len(stream.gathers)
     return done
+
+
+def interleave_parts(graph: ir.Graph) -> None:
+    """Shuffle the parts of a split reader while joining them, which saves joining them first.
+
+    A shuffle over the parts takes their channels in turn: seen as planes (N, width, 1, H·W) it is their
+    concatenation along the third axis, a copy of whole planes.
+    """
+    for gather in list(graph):
+        concat = gather.inputs[0].producer() if gather.inputs and gather.inputs[0] is not None else None
+        role = role_of(gather)
+        if not isinstance(role, Permute) or concat is None or not isinstance(role_of(concat), Concatenation):
+            continue
+        parts = [value for value in concat.inputs if value is not None]
+        shape = static_shape(concat.outputs[0]) or ()
+        width = len(role.order) // len(parts)
+        takes_turns = np.arange(len(role.order)).reshape(len(parts), -1).T.reshape(-1)
+        if (
+            len(shape) == 4
+            and product(shape[1:]) is not None
+            and only_reader(concat.outputs[0]) is gather
+            and all(channels(value) == width for value in parts)
+            and np.array_equal(role.order, takes_turns)
+        ):
+            _interleave(graph, gather, parts, [0, width, 1, -1], [0, *shape[1:]])
+    remove_dead(graph)
+
+
+def _interleave(
+    graph: ir.Graph, gather: ir.Node, parts: Sequence[ir.Value], planes: list[int], shape: list[Any]
+) -> None:
+    old = gather.outputs[0]
+    to_planes = new_constant(graph, "planes", np.array(planes, np.int64))
+    to_shape = new_constant(graph, "joined", np.array(shape, np.int64))
+
+    def insert(kind: str, inputs: Sequence[ir.Value], *attributes: ir.Attr) -> ir.Value:
+        name = free_node_name(graph, f"{kind}.{gather.name}")
+        output = ir.Value(name=f"{old.name}.{name}", type=old.type)
+        graph.insert_before(gather, ir.Node("", kind, inputs, attributes, outputs=[output], name=name))
+        return output
+
+    views = [insert("Reshape", [part, to_planes]) for part in parts]
+    joined = insert("Reshape", [insert("Concat", views, ir.AttrInt64("axis", 2)), to_shape])
+    joined.shape = old.shape
+    replace_value(graph, old, joined)
 
 
 def _stream_of(graph: ir.Graph, start: ir.Value) -> _Stream | None:
