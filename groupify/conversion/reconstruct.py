@@ -21,6 +21,7 @@ from tqdm import tqdm
 from groupify.conversion.sampling import compact
 from groupify.graph.execute import BatchedRun
 
+_POOL_BYTES = 400 * 2**20  # of images that wait for the training of the whole net
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 
 
@@ -35,6 +36,8 @@ class ReconstructionOptions:
         network_learning_rate: the same for the whole net.
         batch_size: images per step.
         temperature: softens both distributions when the whole net is trained.
+        views: augmented views of each image that the whole net is trained on, the image included.
+        mix: whether views are mixed in pairs (mixup; Zhang, Cisse, Dauphin and Lopez-Paz, 2018).
     """
 
     steps: int = 0
@@ -43,6 +46,8 @@ class ReconstructionOptions:
     network_learning_rate: float = 3e-4
     batch_size: int = 64
     temperature: float = 2.0
+    views: int = 8
+    mix: bool = True
 
 
 @dataclass(frozen=True)
@@ -204,17 +209,24 @@ def _train_network(
     generator: torch.Generator,
     progress: bool,
 ) -> None:
+    pool = _views(images, options, augment, generator)
+    with torch.no_grad():
+        batches = pool.split(options.batch_size)
+        answers = [teacher(batch.contiguous(memory_format=torch.channels_last)) for batch in batches]
+    targets = torch.utils._pytree.tree_map(lambda *parts: torch.cat(parts), *answers)
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=options.network_learning_rate)
+    order = torch.randperm(len(pool), generator=generator)
     steps = range(options.network_steps)
     for step in tqdm(steps, desc="reconstruct net", disable=None if progress else True, leave=False):
-        chosen = torch.randint(len(images), (options.batch_size,), generator=generator)
-        batch = images[chosen]
-        if augment is not None:
-            batch = augment(batch, generator)
-        batch = batch.contiguous(memory_format=torch.channels_last)
-        with torch.no_grad():
-            target = teacher(batch)
+        start = step * options.batch_size % len(pool)
+        if start + options.batch_size > len(pool):
+            start = 0
+        if start == 0:
+            order = torch.randperm(len(pool), generator=generator)
+        chosen = order[start : start + options.batch_size]
+        batch = pool[chosen].contiguous(memory_format=torch.channels_last)
+        target = torch.utils._pytree.tree_map(lambda value, chosen=chosen: value[chosen], targets)
         _set_learning_rate(optimizer, options.network_learning_rate, step, options.network_steps)
         optimizer.zero_grad()
         loss = _output_loss(student(batch), target, options.temperature)
@@ -222,6 +234,23 @@ def _train_network(
         optimizer.step()
     for parameter in parameters:
         parameter.grad = None
+
+
+def _views(
+    images: Tensor, options: ReconstructionOptions, augment: Augment | None, generator: torch.Generator
+) -> Tensor:
+    """The images, augmented views of them, and mixtures of two of those; the teacher labels them all."""
+    per_image = images[0].numel() * images.element_size()
+    views = max(1, min(options.views, _POOL_BYTES // (per_image * len(images))))
+    pool = [images]
+    for _ in range(views - 1):
+        view = images if augment is None else augment(images, generator)
+        if options.mix:
+            other = view[torch.randperm(len(view), generator=generator)]
+            share = torch.rand((len(view), 1, 1, 1), generator=generator) * 0.5
+            view = (1 - share) * view + share * other
+        pool.append(view)
+    return torch.cat(pool)
 
 
 def _output_loss(output: Any, target: Any, temperature: float) -> Tensor:
