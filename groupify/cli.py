@@ -501,10 +501,12 @@ def export(target: str, **options: Any) -> None:
     from groupify.deployment.export import export_onnx
     from groupify.deployment.parity import check_parity
 
-    model, spec = _open(target, options)
     path = options["output"] or Path(f"{Path(target).name.rpartition(':')[2]}.onnx")
-    if path.exists() and not options["force"]:
+    if os.path.lexists(path) and not options["force"]:
         raise ArtefactError(f"{path} exists; give --force to replace it, or another file with -o")
+    if os.path.isdir(path) or not os.path.isdir(path.parent):
+        raise ArtefactError(f"cannot write {path}: expected a file in an existing folder; choose it with -o")
+    model, spec = _open(target, options)
     exported = export_onnx(
         model,
         path,

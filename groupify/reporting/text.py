@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -239,8 +240,8 @@ def size(number: float) -> str:
 
 
 def ratio(value: float) -> str:
-    """``3.344`` → ``3.34×``."""
-    return f"{value:.2f}×"
+    """``3.344`` → ``3.34×``; a dash where there is none."""
+    return "–" if math.isnan(value) else f"{value:.2f}×"
 
 
 def _bytes_row(title: str, change: Change[int]) -> tuple[str, str, str, float]:

@@ -1,0 +1,47 @@
+"""Models and data sets that the command line tests name as ``tests.cli_nets:...``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+INPUT_SIZE = "3,8,8"
+
+
+def net(channels: int = 32) -> nn.Module:
+    """A tiny classifier of 3×8×8 images."""
+    return nn.Sequential(
+        nn.Conv2d(3, channels, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(2 * channels),
+        nn.ReLU(),
+        nn.Conv2d(2 * channels, 2 * channels, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(2 * channels, 10),
+    )
+
+
+def _images(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, 3, 8, 8, generator=generator)
+    return images, torch.arange(count) % 10
+
+
+def data() -> tuple[TensorDataset, TensorDataset]:
+    """Labelled images, training and test part."""
+    return TensorDataset(*_images(96, 1)), TensorDataset(*_images(40, 2))
+
+
+def bad_labels() -> tuple[TensorDataset, TensorDataset]:
+    """The model has 10 classes; one label says 10."""
+    images, labels = _images(40, 3)
+    labels[7] = 10
+    return TensorDataset(images, labels), TensorDataset(images, labels)
+
+
+def no_data() -> None:
+    """What a data set's code may do."""
+    raise RuntimeError("no such bucket\nretry later")

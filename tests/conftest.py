@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from groupify.cli import main
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """The nets here are small: threads would wait for each other longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Run the command line in this process, from ``tmp_path``."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["groupify", *map(str, arguments)])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        handler = signal.getsignal(signal.SIGTERM)
+        capsys.readouterr()
+        try:
+            with warnings.catch_warnings(), pytest.raises(SystemExit) as leaving:
+                main()
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        written = capsys.readouterr()
+        assert isinstance(leaving.value.code, int)
+        return Outcome(leaving.value.code, written.out, written.err)
+
+    return command

@@ -1,0 +1,339 @@
+"""The command line in this process: what it refuses, what it prints, what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import groupify
+from groupify import pipeline
+from groupify.cli import cli
+from groupify.errors import SpecError
+from groupify.zoo import load as zoo_load
+from tests.cli_nets import INPUT_SIZE, net
+from tests.conftest import Run
+
+TINY = ("tests.cli_nets:net", "--input-size", INPUT_SIZE, "--min-group-width", "8")
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b""
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """What the commands below name: broken and foreign weights, a file, and a folder of the user's own."""
+    (tmp_path / "garbage.pt").write_bytes(b"no checkpoint")
+    (tmp_path / "garbage.safetensors").write_bytes(b"\xff" * 64)
+    state = net().state_dict()
+    state["2.weight"] = state["2.weight"][:, :16].clone()
+    save_file(state, tmp_path / "other.safetensors")
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "thesis.tex").write_text("not groupify's")
+    return tmp_path
+
+
+BAD_INPUT = [
+    # models
+    ("convert resnett18", "unknown model 'resnett18'", "did you mean 'resnet18'"),
+    ("plan nothing:at_all", "cannot import 'nothing'"),
+    ("plan tests.cli_nets:nett", "no 'nett' in tests.cli_nets; did you mean 'net'"),
+    ("plan tests.cli_nets:net --input-size 4,8,8", "does not run on an input of shape (1, 4, 8, 8)", "C,H,W"),
+    ("plan resnet18 --weights FOO", "unknown weights 'FOO'", "IMAGENET1K_V1"),
+    ("convert resnet18 --weights V1 --data demo", "unknown weights 'V1'"),
+    # groups
+    ("convert demo -g 0", "groups is 0", "expected at least 2"),
+    ("convert demo --groups -4", "groups is -4", "expected at least 2"),
+    ("convert demo -g 1", "groups is 1", "expected at least 2"),
+    ("convert demo -g 2 --include conv1", "fit none of the 15 convs", "too few input channels (3)"),
+    (
+        'plan tests.cli_nets:net --input-size 3,8,8 --model-args {"channels":9} --include 2 -g 2',
+        "fit none of the 3 convs",
+        "no number of groups from 2 to 2 divides 9 → 18 channels",
+    ),
+    ("convert demo -g 4 --min-group-width 1000", "4 groups of at least 1000 channels fit none"),
+    ("convert demo -g four", "Invalid value for '--groups'", "'four'"),
+    # weights
+    ("convert demo --checkpoint missing.pt", "no checkpoint missing.pt"),
+    ("convert demo --checkpoint there", "no checkpoint there"),
+    ("convert demo --checkpoint garbage.pt", "garbage.pt is corrupt"),
+    ("convert demo --checkpoint garbage.safetensors", "garbage.safetensors is corrupt"),
+    (
+        "convert tests.cli_nets:net --checkpoint other.safetensors",
+        "other.safetensors: '2.weight' has shape (64, 16, 3, 3), the model's has (64, 32, 3, 3)",
+    ),
+    ("convert demo --checkpoint other.safetensors", "has no 'conv1.weight'", "with shape (64, 3, 3, 3)"),
+    # data
+    ("convert demo --data imagefolder:missing", "missing"),
+    ("convert demo --data fashion-mnist:missing", "missing"),
+    ("convert demo --data cifar10:missing", "missing"),
+    ("convert demo --data imagefolder", "give imagefolder:ROOT"),
+    ("convert demo --data fashion-mnits", "unknown data 'fashion-mnits'", "did you mean 'fashion-mnist'"),
+    ("convert demo --data tests.cli_nets:no_data", "RuntimeError: no such bucket retry later"),
+    ("evaluate demo --data synthetic", "'synthetic' has no labelled test part"),
+    ("evaluate demo --data imagefolder:missing", "missing"),
+    ("evaluate demo", "Missing option '--data'"),
+    # output
+    ("convert demo -o /proc/groupify", "cannot write to /proc", "-o"),
+    ("convert demo -o file/below", "cannot write to", "-o"),
+    ("convert demo -o file", "is a file"),
+    ("convert demo -o there", "exists; pass --force"),
+    ("convert demo -o there --force", "neither empty nor written by groupify"),
+    ("export demo -o file", "file exists; give --force"),
+    ("export demo -o there --force", "there"),
+    ("export demo -o missing/demo.onnx", "missing"),
+    ("export demo -o file/demo.onnx", "demo.onnx"),
+    # options
+    ("plan demo --min-group-width 0", "--min-group-width '0': expected auto or a number"),
+    ("plan demo --min-group-width ²", "--min-group-width '²'"),
+    ("plan demo --input-size 3,28", "--input-size '3,28': expected C,H,W"),
+    ("plan demo --input-size 3,0,28", "--input-size '3,0,28': expected C,H,W"),
+    ("plan demo --input-size a,b,c", "--input-size 'a,b,c': expected C,H,W"),
+    ("plan demo --model-args {", "--model-args '{' is no JSON"),
+    ("plan demo --model-args [1]", "--model-args '[1]': expected a JSON object"),
+    ('plan demo --model-args {"classes":3}', "unexpected keyword argument 'classes'"),
+    ("plan demo --include layer9.*", "pattern 'layer9.*' matches no Conv2d", "layer"),
+    ("plan demo --include layer3.0.conv3", "did you mean 'layer3.0.conv", "'layer3.0.conv3'"),
+    ("plan demo --exclude nothing", "pattern 'nothing' matches no Conv2d"),
+    ("plan demo --kind depthwise", "unknown kind 'depthwise'"),
+    ("plan demo --shuffle some", "unknown shuffle 'some'"),
+    ("plan demo --kind grouped-pointwise --shuffle all", "the pointwise conv mixes the groups already"),
+    ("plan demo --target sparc", "Invalid value for '--target'"),
+    ("plan demo --seed -1", "Invalid value for '--seed'"),
+    ("convert demo --epochs 1", "--epochs 1 needs --data"),
+    ("convert demo --reconstruct 10", "--reconstruct 10 needs --data"),
+    ("convert demo --data demo --epochs -1", "epochs is -1.0; expected"),
+    ("convert demo --data demo --epochs nan", "epochs is nan; expected"),
+    ("convert demo --data demo --epochs 1 --learning-rate 0", "learning_rate is 0.0; expected"),
+    ("convert demo --data demo --epochs 1 --batch-size 1", "batch_size is 1; expected"),
+    ("convert demo --data demo --calibrate 0", "--calibrate '0': expected none or a number of images"),
+    ("convert demo --data demo --calibrate some", "--calibrate 'some': expected none or a number"),
+    ("convert demo --static-batch 0", "Invalid value for '--static-batch'"),
+    ("convert demo --threads 0", "Invalid value for '--threads'"),
+    ("bench demo --threads 0", "--threads '0': expected whole numbers from 1"),
+    ("bench demo --batch-sizes 1,x", "--batch-sizes '1,x': expected whole numbers from 1"),
+    ("plan demo --colour", "No such option", "--colour"),
+    ("plan", "Missing argument 'MODEL'"),
+    ("converts demo", "No such command 'converts'"),
+    # folders to read
+    ("evaluate missing-g4 --data demo", "no folder 'missing-g4', and as a model: unknown model"),
+    ("evaluate out/missing --data demo", "no folder 'out/missing'"),
+    ("evaluate there --data demo", "recipe.json"),
+    ("finetune missing --data demo", "missing"),
+    ("finetune . --data demo", "recipe.json"),
+    ("bench missing", "missing"),
+    ("bench there", "recipe.json"),
+    ("export there", "recipe.json"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "pieces"), [(row[0], row[1:]) for row in BAD_INPUT])
+def test_bad_input_gets_one_line_and_code_2(
+    command: str, pieces: tuple[str, ...], run: Run, files: Path
+) -> None:
+    before = tree(files)
+    outcome = run(*command.split())
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert outcome.err.startswith("groupify: error: ")
+    assert outcome.err.count("\n") == 1
+    for piece in pieces:
+        assert piece in outcome.err
+    assert tree(files) == before
+
+
+def test_labels_out_of_range(run: Run, tmp_path: Path) -> None:
+    """Found by the evaluation, behind the conversion: still nothing is left."""
+    outcome = run(
+        "convert", *TINY, "--data", "tests.cli_nets:bad_labels", "--calibrate", 40, "-o", "out", "-q"
+    )
+    assert outcome.code == 2
+    assert "label 10 is out of range: the model has 10 classes" in outcome.err
+    assert tree(tmp_path) == {}
+    outcome = run("evaluate", "tests.cli_nets:net", "--data", "tests.cli_nets:bad_labels")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "label 10 is out of range" in outcome.err
+
+
+def test_a_bug_is_one_line_too(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("by zero\nagain")
+
+    monkeypatch.setattr(pipeline, "check_parity", fail)
+    outcome = run("convert", *TINY, "-o", "out")
+    assert outcome.code == 1
+    assert outcome.err.splitlines()[-1].startswith(
+        "groupify: error: internal error: ZeroDivisionError: by zero again; please report it"
+    )
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_an_interrupt_leaves_nothing(
+    force: bool, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    if force:
+        folder.mkdir()
+        (folder / "recipe.json").write_text('{"format": "groupify"}')
+    before = tree(tmp_path)
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "check_parity", interrupt)
+    outcome = run("convert", *TINY, "-o", "out", *(["--force"] if force else []))
+    assert outcome == type(outcome)(130, "", "groupify: error: interrupted; nothing was written\n")
+    assert tree(tmp_path) == before
+
+
+def test_full_disk(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(pipeline, "write_artefact", full)
+    outcome = run("convert", *TINY, "-o", "out")
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1
+    assert "cannot write" in outcome.err
+    assert "free some space" in outcome.err
+    assert tree(tmp_path) == {}
+
+
+def test_weights_that_cannot_be_had(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(_: object) -> None:
+        raise SpecError("cannot reach the hub")
+
+    monkeypatch.setattr(zoo_load, "fetch_torchvision_state", unreachable)
+    squeezenet = ("evaluate", "squeezenet1_1", "--data", "synthetic")
+    strict = run(*squeezenet, "--weights", "DEFAULT")
+    assert (strict.code, strict.err.count("\n")) == (2, 1)
+    assert "cannot reach the hub" in strict.err
+    auto = run(*squeezenet)  # goes on, as far as the data
+    warning, refusal = auto.err.splitlines()
+    assert warning.startswith("groupify: warning: squeezenet1_1 goes on with RANDOM weights (seed 0)")
+    assert "no labelled test part" in refusal
+    silent = run(*squeezenet, "--weights", "none")
+    assert silent.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", ["", *cli.commands])
+def test_help_has_an_example(verb: str, run: Run) -> None:
+    outcome = run(*verb.split(), "--help")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert (f"Example: groupify {verb} " in outcome.out) == bool(verb)
+
+
+def test_verbs(run: Run) -> None:
+    assert sorted(cli.commands) == ["bench", "convert", "evaluate", "export", "finetune", "plan"]
+    nothing = run()
+    assert (nothing.code, nothing.out) == (2, "")
+    assert nothing.err.startswith("Usage: ")
+    assert all(verb in nothing.err for verb in cli.commands)
+
+
+def test_plan_writes_nothing(run: Run, tmp_path: Path) -> None:
+    outcome = run("plan", "demo", "--groups", 8, "--exclude", "layer3.*", "--target", "avx512")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert tree(tmp_path) == {}
+    lines = outcome.out.splitlines()
+    assert lines[0].split() == ["site", "shape", "groups", "params", "MACs", "reason"]
+    rows = {line.split()[0]: line for line in lines[1:16]}
+    assert rows["conv1"].endswith("first conv: too few input channels (3)")
+    assert "64 → 64, 3×3, 14×14" in rows["layer1.0.conv1"]
+    assert "1 → 4   36.9k → 9.22k" in rows["layer1.0.conv1"]
+    assert rows["layer1.0.conv1"].endswith("clamped: groups narrower than 16 channels are slower")
+    assert "1 → 8" in rows["layer2.1.conv1"]
+    assert rows["layer3.0.conv1"].endswith("excluded")
+    assert lines[-1] == "9 of 15 convs are converted"
+    assert not any(line.endswith(" ") for line in lines)
+
+
+def test_plan_as_json(run: Run) -> None:
+    command = ("plan", "demo", "--groups", 4, "--shuffle", "--json")
+    outcome = run(*command)
+    document = json.loads(outcome.out)
+    assert document["groups"] == 4
+    site = {site["name"]: site for site in document["sites"]}["layer3.0.downsample.0"]
+    # 256 outputs of 128 / 4 inputs each, at 4×4 positions.
+    assert site["params"] == {"dense": 128 * 256, "grouped": 32 * 256}
+    assert site["macs"] == {"dense": 128 * 256 * 16, "grouped": 32 * 256 * 16}
+    assert (site["kind"], site["groups_before"], site["groups"], site["shuffle"]) == ("grouped", 1, 4, True)
+    for key in ("params", "macs"):
+        for side in ("dense", "grouped"):
+            assert document[key][side] == sum(site[key][side] for site in document["sites"])
+    assert run(*command).out == outcome.out
+
+
+def test_the_same_command_gives_the_same_result(run: Run, tmp_path: Path) -> None:
+    command = ("convert", *TINY, "--data", "tests.cli_nets:data", "--calibrate", 64, "--epochs", 1, "--json")
+    documents = []
+    for name in ("first", "second"):
+        outcome = run(*command, "-o", name)
+        assert (outcome.code, outcome.err) == (0, ""), outcome.err
+        document = json.loads(outcome.out)
+        assert document == json.loads((tmp_path / name / "report.json").read_text())
+        assert all(Path(file).is_file() for file in document.pop("files").values())
+        assert document.pop("latency_ms")["dense"] > 0
+        for row in document["history"]:
+            row.pop("images_per_second")
+        documents.append(document)
+    assert documents[0] == documents[1]
+    for name in ("model.safetensors", "recipe.json"):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
+    refused = run(*command, "-o", "first")
+    assert (refused.code, refused.out) == (2, "")
+    # A model of the user's own code is loaded again with the user's trust only.
+    refused = run("evaluate", "first", "--data", "tests.cli_nets:data")
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "--trust" in refused.err
+    trusted = run("evaluate", "first", "--data", "tests.cli_nets:data", "--trust", "--json")
+    assert json.loads(trusted.out)["top1"] == documents[0]["accuracy"]["recovered"]
+    assert json.loads(trusted.out)["images"] == 40
+    replaced = run(*command[:-5], "-o", "first", "--force")
+    assert replaced.code == 0
+    assert "no calibration images" not in replaced.out
+    assert "wrote first/recipe.json" in replaced.out
+
+
+def test_from_the_weights_alone(run: Run, tmp_path: Path) -> None:
+    """No data, the table, and the default folder's name."""
+    outcome = run("convert", *TINY, "-g", 2, "--static-batch", 2)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "no calibration images: accuracy is not protected" in outcome.out
+    assert "the weights are random" in outcome.out
+    for title in (
+        "params",
+        "MACs",
+        "weight bytes",
+        "peak activation bytes",
+        "ONNX file",
+        "latency (1 thread, batch 2)",
+    ):
+        assert f"\n{title}  " in outcome.out
+    assert "top-1" not in outcome.out
+    assert sorted(path.name for path in (tmp_path / "net-g2").iterdir()) == [
+        "model.onnx",
+        "model.safetensors",
+        "recipe.json",
+        "report.json",
+    ]
+    graph = onnx.load(str(tmp_path / "net-g2" / "model.onnx")).graph
+    assert graph.input[0].type.tensor_type.shape.dim[0].dim_value == 2
+    report = json.loads((tmp_path / "net-g2" / "report.json").read_text())
+    assert report["accuracy"] == {"dense": None, "converted": None, "recovered": None, "images": None}
+    model = groupify.load("net-g2", trust=True)
+    conv = model.get_submodule("2")
+    assert isinstance(conv, torch.nn.Conv2d)
+    assert conv.groups == 2

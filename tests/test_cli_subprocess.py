@@ -1,0 +1,206 @@
+"""The command line as a process of its own, on the embedded demo: whole runs, and leaving half-way."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+import groupify
+from tests.conftest import ROOT, Run
+
+# What pytest was started from may ignore SIGINT, and a child would inherit that.
+START = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from groupify.cli import main
+main()
+"""
+
+
+def environment() -> Mapping[str, str]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def start(folder: Path, *arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", START, *map(str, arguments)],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The folder that one whole conversion wrote, and the document that it printed."""
+    folder = tmp_path_factory.mktemp("whole")
+    options = ("--groups", 4, "--data", "demo", "--calibrate", 250, "--epochs", 0.05, "--json")
+    code, out, err = finish(start(folder, "convert", "demo", *options))
+    assert (code, err) == (0, "")
+    return folder / "demo-g4", json.loads(out)
+
+
+def test_the_document(converted: tuple[Path, dict[str, Any]]) -> None:
+    folder, document = converted
+    assert document["model"] == "demo"
+    assert document["weights"] == {"source": "demo", "pretrained": True}
+    assert len(document["sites"]) == 15
+    for site in document["sites"]:
+        assert site["groups"] == (1 if site["name"] == "conv1" else 4)
+    assert document["sites"][0]["reason"] == "first conv: too few input channels (3)"
+    for key in ("params", "macs", "weight_bytes", "activation_bytes", "latency_ms", "onnx_bytes"):
+        assert document[key]["dense"] >= document[key]["grouped"] > 0, key
+    assert document["params"]["dense"] / document["params"]["grouped"] > 3.5
+    assert document["macs"]["dense"] / document["macs"]["grouped"] > 3.5
+    accuracy = document["accuracy"]
+    assert accuracy["dense"] >= 0.92
+    assert 0.8 < accuracy["converted"] <= 1
+    assert 0.8 < accuracy["recovered"] <= 1
+    assert document["parity"]["max_abs_diff"] < 1e-3
+    assert document["files"] == {
+        "onnx": "demo-g4/model.onnx",
+        "recipe": "demo-g4/recipe.json",
+        "report": "demo-g4/report.json",
+        "weights": "demo-g4/model.safetensors",
+    }
+    assert sorted(document["files"].values()) == sorted(f"demo-g4/{path.name}" for path in folder.iterdir())
+    assert json.loads((folder / "report.json").read_text("utf-8")) == document
+    assert [path.name for path in folder.parent.iterdir()] == ["demo-g4"]
+
+
+def test_onnx_runtime_computes_what_pytorch_does(converted: tuple[Path, dict[str, Any]]) -> None:
+    folder, document = converted
+    model = groupify.load(folder)
+    data = groupify.load_data("demo", groupify.load_model("demo").spec)
+    assert data.test is not None
+    images = groupify.calibration_images(data.test, 50, seed=1)
+    with torch.inference_mode():
+        expected = model(images).numpy()
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    (actual,) = session.run(None, {"input": images.numpy()})
+    np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-4)
+    # The file on disk is the model that was measured, not the one before the fine-tune.
+    assert groupify.evaluate(model, data.test).top1 == document["accuracy"]["recovered"]
+
+
+# ---- the other verbs, on the folder that the whole run wrote
+
+
+def test_evaluate(converted: tuple[Path, dict[str, Any]], run: Run) -> None:
+    folder, document = converted
+    outcome = run("evaluate", folder, "--data", "demo", "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert json.loads(outcome.out) == {
+        "model": str(folder),
+        "data": "demo",
+        "top1": document["accuracy"]["recovered"],
+        "images": 2000,
+    }
+
+
+def test_finetune(converted: tuple[Path, dict[str, Any]], run: Run, tmp_path: Path) -> None:
+    folder, document = converted
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved)
+    outcome = run("finetune", "moved", "--data", "demo", "--epochs", 0.02, "--labels", "none", "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    report = json.loads(outcome.out)
+    assert report["files"]["onnx"] == "moved-finetuned/model.onnx"
+    # "converted" is the model that was given: the one that the first run recovered.
+    assert report["accuracy"]["dense"] == document["accuracy"]["dense"]
+    assert report["accuracy"]["converted"] == document["accuracy"]["recovered"]
+    assert report["accuracy"]["recovered"] > 0.8
+    assert [site["groups"] for site in report["sites"]] == [site["groups"] for site in document["sites"]]
+    assert report["params"] == document["params"]
+    assert len(report["history"]) >= 2
+    refused = run("finetune", "moved", "--data", "demo")
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "moved-finetuned exists; pass --force" in refused.err
+
+
+def test_export(converted: tuple[Path, dict[str, Any]], run: Run, tmp_path: Path) -> None:
+    folder, _ = converted
+    outcome = run("export", folder, "-o", "one.onnx", "--static-batch", 1)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.startswith("wrote one.onnx (")
+    assert "ONNX Runtime against PyTorch: largest difference" in outcome.out
+    session = onnxruntime.InferenceSession(str(tmp_path / "one.onnx"), providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape == [1, 3, 28, 28]
+    assert run("export", folder, "-o", "one.onnx").code == 2
+    again = run("export", folder, "-o", "one.onnx", "--force", "--json")
+    document = json.loads(again.out)
+    assert document["files"] == {"onnx": "one.onnx"}
+    assert document["onnx_bytes"] == (tmp_path / "one.onnx").stat().st_size
+    assert document["parity"]["max_abs_diff"] < 1e-3
+    assert [path.name for path in tmp_path.iterdir()] == ["one.onnx"]
+
+
+def test_bench(converted: tuple[Path, dict[str, Any]], run: Run, tmp_path: Path) -> None:
+    folder, document = converted
+    outcome = run("bench", folder, "--seconds", 0.3, "--batch-sizes", "1,2", "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    result = json.loads(outcome.out)
+    assert result["macs"] == document["macs"]
+    assert [(row["engine"], row["threads"], row["batch_size"]) for row in result["rows"]] == [
+        ("ONNX Runtime", 1, 1),
+        ("ONNX Runtime", 1, 2),
+    ]
+    for row in result["rows"]:
+        assert row["median_ms"]["dense"] > row["median_ms"]["grouped"] > 0
+        assert row["efficiency"] == pytest.approx(row["speed_up"] / result["mac_ratio"])
+    assert result["peak_memory_bytes"]["grouped"] > 1e6
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- leaving half-way
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_nothing(number: signal.Signals, code: int, tmp_path: Path) -> None:
+    process = start(tmp_path, "convert", "demo", "--data", "demo", "--epochs", 50, "-o", "a/out")
+    waited = time.monotonic() + 120
+    while not list(tmp_path.glob("a/.out.*.partial")) and time.monotonic() < waited:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    word = "interrupted" if number == signal.SIGINT else "terminated"
+    assert finish(process) == (code, "", f"groupify: error: {word}; nothing was written\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_reader_that_leaves(options: list[str], tmp_path: Path) -> None:
+    process = start(tmp_path, "plan", "demo", *options)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(timeout=300) == 0
+
+
+def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
+    code = "import sys, groupify.cli; assert not {'torch', 'numpy', 'onnxruntime'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), check=True)

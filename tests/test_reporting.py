@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import io
+import json
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from groupify.bench import BenchResult, BenchRow, bench_document
+from groupify.conversion.fit import SiteFit
+from groupify.deployment.machine import Machine
+from groupify.deployment.parity import Parity
+from groupify.deployment.runtime import BlockedConvs
+from groupify.planning import Change, ModelCost, Plan, SitePlan
+from groupify.reporting import AccuracyChange, CostChange, LatencyChange, Report, report_document
+from groupify.reporting.document import clean
+from groupify.reporting.text import (
+    count,
+    print_bench,
+    print_plan,
+    print_report,
+    ratio,
+    shape,
+    size,
+    stdout_console,
+)
+from groupify.zoo import WeightsOrigin
+
+MACHINE = Machine("Abacus 3", "avx2", 1, "Linux x86_64", "3.11", "2.6", "1.20", "1.17")
+STEM = SitePlan(
+    "stem", "dense", 1, 1, False, "first conv: too few input channels (3)", 3, 64, (7, 7), (2, 2), (112, 112),
+    Change(9408, 9408), Change(118013952, 118013952),
+)  # fmt: skip
+CONV = SitePlan(
+    "layer.conv", "grouped", 1, 4, True, None, 64, 128, (3, 1), (1, 2), (56, 28),
+    Change(24576, 6144), Change(38535168, 9633792),
+)  # fmt: skip
+POINTWISE = SitePlan(
+    "last", "grouped-pointwise", 1, 2, False, "clamped: 4 groups do not divide 6 → 6 channels",
+    6, 6, (3, 3), (1, 1), (), Change(324, 198), Change(0, 0),
+)  # fmt: skip
+REPORT = Report(
+    model="resnet18",
+    weights=WeightsOrigin("random, seed 0", pretrained=False),
+    input_shape=(3, 224, 224),
+    sites=(STEM, CONV, POINTWISE),
+    cost=CostChange(
+        ModelCost(34308, 156549120, 137232, 4816896), ModelCost(15750, 127647744, 63000, 4816896)
+    ),
+    calibration="least squares in order, 1000 unlabelled images",
+    accuracy=AccuracyChange(0.9365, 0.91, 0.925, 2000),
+    onnx_bytes=Change(140000, 70000),
+    parity=Parity(9.5e-6, 1e-6, 1.0, (1, 3), 4),
+    latency=LatencyChange(Change(145.78, 47.17), 3.1, threads=2, batch_size=8),
+    machine=MACHINE,
+    files={"onnx": "out/model.onnx", "report": "out/report.json"},
+    notes=("the weights are random",),
+)
+BENCH = BenchResult(
+    folder="out",
+    macs=Change(400, 100),
+    rows=(
+        BenchRow(
+            "ONNX Runtime", 1, 8, Change(8.0, 2.5), (7.9, 8.25), (2.4, 2.6), Change(1000.0, 3200.0), 3.2, 0.8
+        ),
+    ),
+    blocked_convs=(BlockedConvs(5, 5), BlockedConvs(3, 5)),
+    peak_memory_bytes=Change(3 * 2**20, 2 * 2**20),
+    machine=MACHINE,
+)
+
+
+def piped() -> Console:
+    return Console(file=io.StringIO(), width=400, no_color=True)
+
+
+def terminal(width: int) -> Console:
+    return Console(file=io.StringIO(), width=width, force_terminal=True, no_color=True, highlight=False)
+
+
+def lines(console: Console) -> list[str]:
+    assert isinstance(console.file, io.StringIO)
+    return [re.sub(r"\x1b\[\d*m", "", line).rstrip() for line in console.file.getvalue().splitlines()]
+
+
+def test_a_report_in_text() -> None:
+    console = piped()
+    print_report(REPORT, console)
+    assert lines(console) == [
+        "site        shape                       groups                  params           MACs  reason",
+        "stem        3 → 64, 7×7 / 2, 112×112    1                        9.41k           118M  first conv: too few input channels (3)",  # noqa: E501
+        "layer.conv  64 → 128, 3×1 / 1×2, 56×28  1 → 4 + shuffle  24.6k → 6.14k  38.5M → 9.63M",
+        "last        6 → 6, 3×3                  1 → 2 + 1×1          324 → 198          0 → 0  clamped: 4 groups do not divide 6 → 6 channels",  # noqa: E501
+        "",
+        "                                  dense   grouped  ratio",
+        "params                            34.3k     15.8k  2.18×",
+        "MACs                               157M      128M  1.23×",
+        "weight bytes                  134.0 KiB  61.5 KiB  2.18×",
+        "peak activation bytes           4.6 MiB   4.6 MiB  1.00×",
+        "ONNX file                     136.7 KiB  68.4 KiB  2.00×",
+        "latency (2 threads, batch 8)  145.78 ms  47.17 ms  3.10×",
+        "top-1 on 2000 test images: dense 93.65% → converted 91.00% → recovered 92.50%",
+        "weights: random, seed 0; least squares in order, 1000 unlabelled images",
+        "ONNX Runtime against PyTorch: largest difference 9.5e-06",
+        "machine: Abacus 3 (avx2, 1 core), Linux x86_64, Python 3.11, torch 2.6, onnxruntime 1.20",
+        "note: the weights are random",
+        "wrote out/model.onnx, out/report.json",
+    ]
+
+
+def test_what_was_not_measured_is_not_shown() -> None:
+    console = piped()
+    print_report(
+        replace(
+            REPORT,
+            accuracy=AccuracyChange(),
+            latency=None,
+            onnx_bytes=None,
+            parity=None,
+            machine=None,
+            files={},
+        ),
+        console,
+    )
+    text = "\n".join(lines(console))
+    for word in ("top-1", "latency", "ONNX", "machine", "wrote", "None"):
+        assert word not in text
+
+
+@pytest.mark.parametrize("width", [80, 139])
+def test_a_narrow_terminal_gets_packed_cells_and_numbered_reasons(width: int) -> None:
+    console = terminal(width)
+    print_plan(Plan((STEM, CONV, POINTWISE, replace(STEM, name="stem2")), (3, 224, 224), 4), console)
+    shown = lines(console)
+    assert all(len(line) <= width for line in shown)
+    assert "3→64 7×7/2 112×112" in shown[1]
+    assert shown[1].split()[-1] == "1"
+    assert "64→128 3×1/1×2 56×28" in shown[2]
+    assert shown[3].split()[-1] == "2"
+    assert shown[4].split()[-1] == "1"
+    assert shown[5:7] == [
+        "1: first conv: too few input channels (3)",
+        "2: clamped: 4 groups do not divide 6 → 6 channels",
+    ]
+
+
+def test_a_wide_terminal_shows_the_reasons_in_place() -> None:
+    console = terminal(160)
+    print_plan(Plan((STEM, CONV), (3, 224, 224), 4), console)
+    assert lines(console)[1].endswith("first conv: too few input channels (3)")
+    assert "1: first conv" not in "\n".join(lines(console))
+    assert lines(console)[-1] == "1 of 2 convs are converted"
+
+
+def test_piped_output_has_no_trailing_spaces(capsys: pytest.CaptureFixture[str]) -> None:
+    print_report(REPORT, stdout_console())
+    out = capsys.readouterr().out
+    assert "layer.conv" in out
+    assert not any(line.endswith(" ") for line in out.splitlines())
+    assert "\x1b" not in out
+
+
+def test_a_benchmark_in_text() -> None:
+    console = piped()
+    print_bench(BENCH, console)
+    assert lines(console) == [
+        "engine        threads  batch          dense ms        grouped ms     images/s  speed-up  efficiency",
+        "ONNX Runtime        1      8  8.00 (7.90–8.25)  2.50 (2.40–2.60)  1000 → 3200     3.20×        0.80",
+        "MAC ratio 4.00×; efficiency = speed-up ÷ MAC ratio; milliseconds as median (10–90%)",
+        "convs in ONNX Runtime's blocked kernel: dense 5 of 5, grouped 3 of 5",
+        "peak memory of a fresh process: 3.0 MiB → 2.0 MiB",
+        "machine: Abacus 3 (avx2, 1 core), Linux x86_64, Python 3.11, torch 2.6, onnxruntime 1.20",
+    ]
+
+
+def test_the_documents_are_json() -> None:
+    values: dict[str, Any] = dict.fromkeys(SiteFit.__dataclass_fields__, 1)
+    fit = SiteFit(**values)
+    document = report_document(replace(REPORT, fits=(fit,), machine=None))
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+    assert document["latency_ms"] == {
+        "dense": 145.78, "grouped": 47.17, "speed_up": 3.1, "threads": 2, "batch_size": 8,
+    }  # fmt: skip
+    assert document["accuracy"] == {"dense": 0.9365, "converted": 0.91, "recovered": 0.925, "images": 2000}
+    assert document["parity"]["max_abs_diff"] == 9.5e-6
+    assert document["machine"] is None
+    assert [site["groups"] for site in document["sites"]] == [1, 4, 2]
+    bench = bench_document(BENCH)
+    assert bench["mac_ratio"] == 4
+    assert bench["blocked_convs"]["grouped"] == {"blocked": 3, "total": 5}
+    json.dumps(bench, allow_nan=False)
+
+
+def test_nulls_for_what_was_not_measured() -> None:
+    document = report_document(
+        replace(REPORT, accuracy=AccuracyChange(), latency=None, onnx_bytes=None, parity=None)
+    )
+    assert document["accuracy"] == {"dense": None, "converted": None, "recovered": None, "images": None}
+    assert document["latency_ms"] is None
+    assert document["onnx_bytes"] == {"dense": None, "grouped": None}
+    assert document["parity"] is None
+    values = {"a": (float("nan"), float("inf"), 1.5), "b": {"c": -float("inf")}}
+    assert clean(values) == {"a": [None, None, 1.5], "b": {"c": None}}
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0"), (999, "999"), (1000, "1k"), (36864, "36.9k"), (1814073344, "1.81G"), (2.5e6, "2.5M")],
+)
+def test_count(number: float, text: str) -> None:
+    assert count(number) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(512, "512 B"), (2048, "2.0 KiB"), (46796608, "44.6 MiB"), (2**31, "2.0 GiB")]
+)
+def test_size(number: float, text: str) -> None:
+    assert size(number) == text
+
+
+def test_ratio_and_shape() -> None:
+    assert ratio(3.344) == "3.34×"
+    assert ratio(float("nan")) == "–"
+    assert shape(replace(CONV, stride=(2, 2), output_size=())) == "64 → 128, 3×1 / 2"
