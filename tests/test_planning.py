@@ -155,7 +155,8 @@ def test_old_weight_norm() -> None:
 
 class Scaled(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        return torch.mul(super().forward(input), 2)
+        doubled: Tensor = 2 * super().forward(input)
+        return doubled
 
 
 def test_subclass() -> None:
@@ -171,8 +172,9 @@ def test_a_conv_that_never_runs_comes_last() -> None:
             self.conv = nn.Conv2d(8, 8, 1)
 
         def forward(self, x: Tensor) -> Tensor:
-            x = self.stem(x)
-            return self.training_only(x) if self.training else self.conv(x)
+            branch = self.training_only if self.training else self.conv
+            features: Tensor = branch(self.stem(x))
+            return features
 
     model = Net().train()
     result = plan(model, (3, 4, 4), groups=2)

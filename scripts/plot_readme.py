@@ -1,0 +1,100 @@
+"""Draw the README's picture: accuracy against saved MACs, one line per method.
+
+    python scripts/plot_readme.py [benchmarks/accuracy.json] [-o docs/accuracy_latency.svg]
+
+Reads what ``scripts/benchmark_accuracy.py --json`` wrote. Where every row has a ``speed_up`` (measured in
+ONNX Runtime), that is the x axis, otherwise it is the MAC ratio. Needs matplotlib, which is in the ``dev`` extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+# The rows of the table that a reader wants to compare; a file without any of them is drawn whole.
+METHODS = (
+    "truncation + refresh",
+    "truncation + clustering by norm + refresh",
+    "Torch-Pruning + refresh, equal MACs",
+    "least squares, in order",
+    "groupify (clustering by data)",
+    "groupify, reconstruction",
+)
+# Okabe and Ito (2008): told apart by colour-blind readers too.
+COLOURS = ("#e69f00", "#56b4e9", "#cc79a7", "#d55e00", "#009e73", "#0072b2", "#555555")
+MARKERS = "osD^vPX"
+SHOWN_POINTS = 25.0  # below the dense accuracy; what is worse leaves the picture
+
+
+def read_rows(path: Path) -> tuple[dict[str, list[dict[str, Any]]], float, str]:
+    """Return the rows by method, by rising groups, the dense accuracy (%), and the key of the x values."""
+    document = json.loads(path.read_text("utf-8"))
+    by_method: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(document["rows"], key=lambda row: row["groups"]):
+        by_method.setdefault(row["method"], []).append(row)
+    if not by_method:
+        raise ValueError("it has no rows")
+    chosen = {name: by_method[name] for name in METHODS if name in by_method} or by_method
+    timed = all(row.get("speed_up") is not None for rows in chosen.values() for row in rows)
+    return chosen, float(document["dense_accuracy"]), "speed_up" if timed else "macs_ratio"
+
+
+def draw(path: Path, target: Path) -> None:
+    """Draw the picture of a result file."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    # The same input gives the same file, byte for byte; text stays text.
+    mpl.rcParams.update({"svg.hashsalt": "groupify", "svg.fonttype": "none", "font.size": 10})
+    from matplotlib import pyplot as plt
+
+    by_method, dense, key = read_rows(path)
+    figure, axes = plt.subplots(figsize=(7.0, 4.2), layout="constrained")
+    axes.axhline(dense, color="#999999", linewidth=1, linestyle="--", label=f"dense {dense:.2f}%")
+    for index, (method, rows) in enumerate(by_method.items()):
+        axes.errorbar(
+            [row[key] for row in rows],
+            [row["accuracy_mean"] for row in rows],
+            # The spread is that of all seeds, from the worst to the best.
+            yerr=[row["accuracy_spread"] / 2 for row in rows],
+            color=COLOURS[index % len(COLOURS)],
+            marker=MARKERS[index % len(MARKERS)],
+            markersize=5,
+            capsize=3,
+            label=method,
+        )
+    worst = min(row["accuracy_mean"] for rows in by_method.values() for row in rows)
+    axes.set_ylim(max(worst, dense - SHOWN_POINTS) - 1, dense + 1)
+    axes.set_xlabel("speed-up in ONNX Runtime" if key == "speed_up" else "MACs: dense ÷ converted")
+    axes.set_ylabel("top-1, % of test images")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower left")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.part")
+    metadata = {"Date": None} if target.suffix == ".svg" else None
+    figure.savefig(part, format=target.suffix.lstrip("."), dpi=150, metadata=metadata)
+    part.replace(target)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Parse the arguments and draw."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("results", type=Path, nargs="?", default=ROOT / "benchmarks" / "accuracy.json")
+    parser.add_argument("-o", "--output", type=Path, default=ROOT / "docs" / "accuracy_latency.svg")
+    arguments = parser.parse_args()
+    if arguments.output.suffix not in (".svg", ".png"):
+        sys.exit(f"plot_readme: {arguments.output}: expected a .svg or .png file")
+    try:
+        draw(arguments.results, arguments.output)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        sys.exit(f"plot_readme: {arguments.results}: {type(error).__name__}: {error}")
+    print(f"wrote {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
