@@ -298,7 +298,7 @@ def _print_json(document: Any) -> None:
 # commands --------------------------------------------------------------------------------------
 
 
-@cli.command(context_settings=_CONTEXT)
+@cli.command(context_settings=_CONTEXT, short_help="Convert a model and write a folder.")
 @click.argument("model")
 @_model_options
 @_plan_options
@@ -358,7 +358,7 @@ def convert(model: str, **options: Any) -> None:
         print_report(report, stdout_console())
 
 
-@cli.command(context_settings=_CONTEXT)
+@cli.command(context_settings=_CONTEXT, short_help="Show what a conversion would do.")
 @click.argument("model")
 @_model_options
 @_plan_options
@@ -392,7 +392,7 @@ def plan(model: str, **options: Any) -> None:
         print_plan(result, stdout_console())
 
 
-@cli.command(context_settings=_CONTEXT)
+@cli.command(context_settings=_CONTEXT, short_help="Measure top-1 accuracy.")
 @click.argument("target")
 @click.option("--data", required=True, metavar="SPEC", help="A data set with a labelled test part.")
 @click.option("--trust", is_flag=True, help="Let the folder's recipe import the code that it names.")
@@ -443,7 +443,7 @@ def _beside(folder: Path, suffix: str) -> Path:
     return named.parent / f"{named.name}{suffix}"
 
 
-@cli.command(context_settings=_CONTEXT)
+@cli.command(context_settings=_CONTEXT, short_help="Train a converted model further.")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--data", required=True, metavar="SPEC", help="A data set with a training part.")
 @click.option(
@@ -485,7 +485,7 @@ def finetune(folder: Path, **options: Any) -> None:
         print_report(report, stdout_console())
 
 
-@cli.command(context_settings=_CONTEXT)
+@cli.command(context_settings=_CONTEXT, short_help="Export to ONNX, checked against PyTorch.")
 @click.argument("target")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="File to write; default TARGET.onnx.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
@@ -532,7 +532,7 @@ def export(target: str, **options: Any) -> None:
         )
 
 
-@cli.command(context_settings=_CONTEXT)
+@cli.command(context_settings=_CONTEXT, short_help="Time the converted model against the dense one.")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--threads", default="1", show_default=True, callback=_numbers, help="A list, like 1,2.")
 @click.option("--batch-sizes", default="1", show_default=True, callback=_numbers, help="A list, like 1,8.")

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
+
+from groupify.data import DataSplits, ImageArrays, load_data
+from groupify.demo import INPUT_SHAPE
+from groupify.zoo import ModelSpec
 
 INPUT_SIZE = "3,8,8"
 
@@ -40,6 +46,15 @@ def bad_labels() -> tuple[TensorDataset, TensorDataset]:
     images, labels = _images(40, 3)
     labels[7] = 10
     return TensorDataset(images, labels), TensorDataset(images, labels)
+
+
+def part_of_the_demo() -> DataSplits:
+    """A few of the demo's images, where all of them would only take longer."""
+    splits = load_data("demo", ModelSpec("demo", {}, INPUT_SHAPE, None))
+    assert isinstance(splits.train, ImageArrays)
+    assert isinstance(splits.test, ImageArrays)
+    train, test = Subset(splits.train, range(300)), Subset(splits.test, range(200))
+    return replace(splits, train=train, test=test)
 
 
 def no_data() -> None:

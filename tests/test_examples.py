@@ -9,10 +9,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from torch.utils.data import Subset
 
 import groupify
-from groupify.data import DataSplits, ImageArrays
+from tests.cli_nets import part_of_the_demo
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text("utf-8")
@@ -30,16 +29,13 @@ def example(name: str) -> ModuleType:
 @pytest.fixture
 def few_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Let ``groupify.load_data`` give the first images only; return the folder to write into."""
-    load_data = groupify.load_data
+    splits = part_of_the_demo()
 
-    def first(*arguments: object) -> DataSplits:
-        splits = load_data(*arguments)  # type: ignore[arg-type]
-        assert isinstance(splits.train, ImageArrays)
-        assert isinstance(splits.test, ImageArrays)
-        train, test = Subset(splits.train, range(300)), Subset(splits.test, range(200))
-        return DataSplits(splits.spec, train, test, splits.num_classes, splits.augment, labelled=True)
+    def load_data(spec: str, model_spec: groupify.ModelSpec) -> groupify.DataSplits:
+        assert (spec, model_spec.name) == ("demo", "demo")
+        return splits
 
-    monkeypatch.setattr(groupify, "load_data", first)
+    monkeypatch.setattr(groupify, "load_data", load_data)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -167,13 +167,21 @@ def test_a_benchmark_in_text() -> None:
     console = piped()
     print_bench(BENCH, console)
     assert lines(console) == [
-        "engine        threads  batch          dense ms        grouped ms     images/s  speed-up  efficiency",
-        "ONNX Runtime        1      8  8.00 (7.90–8.25)  2.50 (2.40–2.60)  1000 → 3200     3.20×        0.80",
+        "engine        threads  batch          dense ms        grouped ms  speed-up  efficiency     images/s",
+        "ONNX Runtime        1      8  8.00 (7.90–8.25)  2.50 (2.40–2.60)     3.20×        0.80  1000 → 3200",
         "MAC ratio 4.00×; efficiency = speed-up ÷ MAC ratio; milliseconds as median (10–90%)",
         "convs in ONNX Runtime's blocked kernel: dense 5 of 5, grouped 3 of 5",
         "peak memory of a fresh process: 3.0 MiB → 2.0 MiB",
         "machine: Abacus 3 (avx2, 1 core), Linux x86_64, Python 3.11, torch 2.6, onnxruntime 1.20",
     ]
+
+
+def test_a_benchmark_on_a_narrow_terminal() -> None:
+    console = terminal(80)
+    print_bench(BENCH, console)
+    assert "8.00 (7.90–8.25)" in lines(console)[1]
+    assert "images/s" not in lines(console)[0]
+    assert len(lines(console)[1]) <= 80
 
 
 def test_the_documents_are_json() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from groupify.conversion.fit import SiteFit
+from groupify.conversion.site_fit import SiteFit
 from groupify.deployment.machine import Machine
 from groupify.deployment.parity import Parity
 from groupify.planning import Change, ModelCost, SitePlan

@@ -69,19 +69,21 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 def print_bench(result: BenchResult, console: Console) -> None:
     """Print one row per engine and setting, and what does not depend on them."""
-    numeric = ("threads", "batch", "dense ms", "grouped ms", "images/s", "speed-up", "efficiency")
+    columns = ("threads", "batch", "dense ms", "grouped ms", "speed-up", "efficiency", "images/s")
+    numeric = columns[:-1] if is_narrow(console) else columns  # images/s only says the medians once more
     table = _table(console, "engine", *numeric, numeric=numeric)
     for row in result.rows:
-        table.add_row(
+        cells = (
             row.engine,
             str(row.threads),
             str(row.batch_size),
             _with_spread(row.median_ms.dense, row.dense_spread_ms),
             _with_spread(row.median_ms.grouped, row.grouped_spread_ms),
-            f"{row.images_per_second.dense:.0f} → {row.images_per_second.grouped:.0f}",
             ratio(row.speed_up),
             f"{row.efficiency:.2f}",
+            f"{row.images_per_second.dense:.0f} → {row.images_per_second.grouped:.0f}",
         )
+        table.add_row(*cells[: 1 + len(numeric)])
     console.print(table)
     dense, grouped = result.blocked_convs
     memory = result.peak_memory_bytes
