@@ -272,12 +272,7 @@ def _calibration(data: DataSplits | None, request: ConversionRequest) -> Calibra
     if part is None:
         raise DataError(f"data {data.spec!r} has neither a training nor a test part")
     images = calibration_images(part, request.calibration_images, seed=request.seed)
-    steps = request.reconstruct_steps
-    return Calibration(
-        images,
-        augment=data.augment,
-        reconstruction=ReconstructionOptions(steps=steps, network_steps=steps),
-    )
+    return Calibration(images, reconstruction=ReconstructionOptions(steps=request.reconstruct_steps))
 
 
 def _accuracy(

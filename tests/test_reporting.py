@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from groupify.bench import BenchResult, BenchRow, bench_document
-from groupify.conversion.fit import SiteFit
+from groupify.conversion.site_fit import SiteFit
 from groupify.deployment.machine import Machine
 from groupify.deployment.parity import Parity
 from groupify.deployment.runtime import BlockedConvs

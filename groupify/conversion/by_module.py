@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from groupify.conversion.fit import FitOptions, SiteFit, Target, fit_site
+from groupify.conversion.site_fit import FitOptions, SiteFit, Target, fit_site
 from groupify.conversion.surgery import SiteRecipe
 from groupify.conversion.teacher import SampleBudget, SiteSampler
 

@@ -118,7 +118,7 @@ def reconstruct(
         images: unlabelled images, shape (N, C, H, W).
         sites: names of the converted convs.
         options: what to do.
-        augment: augmentation of a batch.
+        augment: augmentation of a batch, for the whole net; the blocks fit the images themselves better.
         seed: seed of the order of the images and of the augmentation.
         progress: show a bar on stderr.
     """
@@ -126,7 +126,7 @@ def reconstruct(
     student.eval()
     teacher.eval()
     if options.steps:
-        _train_blocks(student, teacher, images, list(sites), options, augment, generator, progress)
+        _train_blocks(student, teacher, images, list(sites), options, generator, progress)
     if options.network_steps:
         _train_network(student, teacher, images, options, augment, generator, progress)
 
@@ -137,22 +137,19 @@ def _train_blocks(
     images: Tensor,
     sites: list[str],
     options: ReconstructionOptions,
-    augment: Augment | None,
     generator: torch.Generator,
     progress: bool,
 ) -> None:
-    # The same augmented images for every block, since each block continues from the one before.
-    views = images if augment is None else torch.cat([images, augment(images, generator)])
-    batches = views.split(options.batch_size)
+    batches = images.split(options.batch_size)
     runs = BatchedRun(student, batches, compact), BatchedRun(teacher, batches, compact)
     twins = {node.name: node for node in teacher.graph.nodes}
     blocks = {block.start: block for block in find_blocks(student.graph, sites)}
     order = list(student.graph.nodes)
     ends = {block.end for block in blocks.values()}
-    for node in tqdm(order, desc="reconstruct", disable=None if progress else True, leave=False):
-        if node in ends or node in blocks:
-            runs[0].pin(node)
-            runs[1].pin(twins[node.name])
+    for node in blocks:
+        runs[0].pin(node)
+    for node in ends:
+        runs[1].pin(twins[node.name])
     for node in tqdm(order, desc="reconstruct", disable=None if progress else True, leave=False):
         with torch.no_grad():
             if not runs[1].done(twins[node.name]):
@@ -163,10 +160,13 @@ def _train_blocks(
             continue
         with torch.no_grad():
             for later in block.nodes:
-                runs[1].run(twins[later.name])
+                if not runs[1].done(twins[later.name]):
+                    runs[1].run(twins[later.name])
         inputs = torch.cat([compact(runs[0].value(node, b)) for b in range(len(batches))])
         targets = torch.cat([compact(runs[1].value(twins[block.end.name], b)) for b in range(len(batches))])
         _train_block(student, block, inputs, targets, options, generator)
+        runs[0].release(node)
+        runs[1].release(twins[block.end.name])
 
 
 def _train_block(

@@ -1,0 +1,249 @@
+"""Fit the replacement of one conv, or a dense layer again, to targets at sampled positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from groupify.conversion.moments import GroupedFit, GroupedMoments
+from groupify.conversion.surgery import GROUPED, SiteRecipe, row_channels
+
+
+@dataclass(frozen=True)
+class SiteFit:
+    """How well one conv was fitted.
+
+    Attributes:
+        name: qualified module name.
+        error: mean squared error ÷ variance of the target, over all outputs.
+        samples: number of output positions that the fit saw.
+        inputs: number of inputs of each group, in·kh·kw / groups.
+    """
+
+    name: str
+    error: float
+    samples: int
+    inputs: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a layer should output at some positions.
+
+    Attributes:
+        outputs: shape (n, O).
+        thresholds: the output at which the ReLU behind switches, shape (n, O); None without a ReLU.
+        signs: +1 where the ReLU is off below the threshold, −1 where above, shape (O,).
+    """
+
+    outputs: Tensor
+    thresholds: Tensor | None = None
+    signs: Tensor | None = None
+
+    def relaxed(self, predicted: Tensor) -> Tensor:
+        """The outputs, but where the ReLU should be off, whatever of the prediction keeps it off."""
+        if self.thresholds is None or self.signs is None:
+            return self.outputs
+        off = (self.outputs - self.thresholds) * self.signs <= 0
+        limited = torch.minimum(predicted * self.signs, self.thresholds * self.signs) * self.signs
+        return torch.where(off, limited, self.outputs)
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """What the fit does.
+
+    Attributes:
+        ridge: ridge strength as a multiple of the mean input variance.
+        keep_prior: whether the ridge draws towards the dense blocks instead of towards zero.
+        compensate_residual: whether a conv in front of a residual sum also makes good for the error
+            of the other term.
+        in_order: whether a conv is fitted on the student's inputs; else on the teacher's.
+        refresh_batch_norm: whether batch norms behind converted convs get new statistics.
+        relu_iterations: how often the target of a conv in front of a ReLU is relaxed where the ReLU is
+            off: there any value that keeps it off is as good (Zhang, Zou, He and Sun, 2015). 0 = never.
+        refit_dense: whether the dense layers that remain behind converted convs are fitted again, so
+            that they make good for the error upstream.
+        refit_ridge: ridge strength of those; it draws towards their present weights.
+        refit_max_inputs: dense layers with more inputs than this are left alone.
+    """
+
+    ridge: float = 0.01
+    keep_prior: bool = False
+    compensate_residual: bool = True
+    in_order: bool = True
+    refresh_batch_norm: bool = True
+    relu_iterations: int = 5
+    refit_dense: bool = True
+    refit_ridge: float = 0.1
+    refit_max_inputs: int = 4608
+
+
+def fit_site(
+    module: nn.Module,
+    dense_conv: nn.Conv2d,
+    site: SiteRecipe,
+    inputs: Sequence[Tensor],
+    targets: Sequence[Target],
+    norm: nn.BatchNorm2d | None,
+    options: FitOptions,
+) -> SiteFit:
+    """Fit the replacement of one conv in place.
+
+    Args:
+        module: the replacement.
+        dense_conv: the conv that it replaces.
+        site: how it is replaced.
+        inputs: input patches, one tensor of shape (n, I, kh·kw) for each batch.
+        targets: what the conv should output there.
+        norm: the batch norm behind it, into whose running mean the bias goes where the conv has none.
+        options: what to do.
+    """
+    if site.kind == GROUPED:
+        assert isinstance(module, nn.Conv2d)
+        bias, error, count = _fit_grouped(module, site, inputs, targets, norm is not None, options)
+        last, channels = module, row_channels(len(bias), site.groups, site.shuffle)
+    else:
+        grouped, pointwise = module.get_submodule("grouped"), module.get_submodule("pointwise")
+        assert isinstance(grouped, nn.Conv2d)
+        assert isinstance(pointwise, nn.Conv2d)
+        bias, error, count = _fit_grouped_pointwise(
+            grouped, pointwise, dense_conv, site.groups, inputs, targets, norm is not None, options
+        )
+        last, channels = pointwise, torch.arange(len(bias))
+    _set_bias(last, bias, norm, channels)
+    return SiteFit(site.name, error, count, dense_conv.weight[0].numel() // site.groups)
+
+
+def refit_layer(
+    layer: nn.Module,
+    inputs: Sequence[Tensor],
+    targets: Sequence[Target],
+    norm: nn.BatchNorm2d | None,
+    options: FitOptions,
+) -> None:
+    """Fit a dense conv or linear layer again in place, staying near its present weights.
+
+    With fewer samples than inputs it would only learn the images by heart: then nothing changes.
+    Args and shapes are those of ``fit_site``.
+    """
+    assert isinstance(layer, (nn.Conv2d, nn.Linear))
+    if sum(len(patches) for patches in inputs) < layer.weight[0].numel():
+        return
+    prior = layer.weight.reshape(1, len(layer.weight), -1)
+    rows, centred = torch.arange(len(layer.weight)), norm is not None or layer.bias is not None
+    result, _ = _least_squares(inputs, targets, 1, rows, centred, options.refit_ridge, prior, options)
+    layer.weight.copy_(result.weight.reshape(layer.weight.shape))
+    bias = result.bias.reshape(-1).to(layer.weight.dtype)
+    _set_bias(layer, bias, norm, torch.arange(len(bias)))
+
+
+def _set_bias(
+    layer: nn.Conv2d | nn.Linear, bias: Tensor, norm: nn.BatchNorm2d | None, channels: Tensor
+) -> None:
+    """Give a layer its bias (of output ``channels``), or fold it into the batch norm behind."""
+    if layer.bias is not None:
+        layer.bias.copy_(bias)
+    elif norm is not None and norm.running_mean is not None:
+        of_channel = torch.empty_like(bias)
+        of_channel[channels] = bias
+        norm.running_mean.sub_(of_channel)
+
+
+def _fit_grouped(
+    module: nn.Conv2d,
+    site: SiteRecipe,
+    inputs: Sequence[Tensor],
+    targets: Sequence[Target],
+    has_norm: bool,
+    options: FitOptions,
+) -> tuple[Tensor, float, int]:
+    groups = site.groups
+    rows = row_channels(module.out_channels, groups, site.shuffle)
+    shape = (groups, module.out_channels // groups, -1)
+    prior = module.weight.reshape(shape) if options.keep_prior else None
+    centred = has_norm or module.bias is not None
+    result, count = _least_squares(inputs, targets, groups, rows, centred, options.ridge, prior, options)
+    module.weight.copy_(result.weight.reshape(module.weight.shape))
+    return result.bias.reshape(-1).to(module.weight.dtype), float(result.error.mean()), count
+
+
+def _least_squares(
+    inputs: Sequence[Tensor],
+    targets: Sequence[Target],
+    groups: int,
+    rows: Tensor,
+    centred: bool,
+    ridge: float,
+    prior: Tensor | None,
+    options: FitOptions,
+) -> tuple[GroupedFit, int]:
+    """Fit a grouped map, then relax the targets in front of a ReLU and fit again, a few times.
+
+    Relaxing minimises the convex ``Σ_on (y − ŷ)² + Σ_off relu(ŷ)²`` by majorisation: each fit is to
+    the targets that cost the present prediction the least.
+    """
+    moments = GroupedMoments(centred=centred)
+    blocks = [patches.reshape(len(patches), groups, -1) for patches in inputs]
+
+    def grouped(outputs: Tensor) -> Tensor:
+        return outputs[:, rows].reshape(len(outputs), groups, -1)
+
+    for block, target in zip(blocks, targets, strict=True):
+        moments.update(block, grouped(target.outputs))
+    result = moments.fit(ridge=ridge, prior=prior)
+    if targets[0].thresholds is None:
+        return result, moments.count
+    back = torch.argsort(rows)
+    for _ in range(options.relu_iterations):
+        weight, bias = result.weight.float(), result.bias.float()
+
+        def relaxed(block: Tensor, target: Target, weight: Tensor = weight, bias: Tensor = bias) -> Tensor:
+            predicted = torch.einsum("god,ngd->ngo", weight, block) + bias
+            return grouped(target.relaxed(predicted.reshape(len(block), -1)[:, back]))
+
+        moments.replace_outputs(
+            (block, relaxed(block, target)) for block, target in zip(blocks, targets, strict=True)
+        )
+        result = moments.fit(ridge=ridge, prior=prior)
+    return result, moments.count
+
+
+def _fit_grouped_pointwise(
+    grouped: nn.Conv2d,
+    pointwise: nn.Conv2d,
+    dense_conv: nn.Conv2d,
+    groups: int,
+    inputs: Sequence[Tensor],
+    targets: Sequence[Target],
+    has_norm: bool,
+    options: FitOptions,
+) -> tuple[Tensor, float, int]:
+    """Principal output directions of each input group, then a pointwise conv fitted on top.
+
+    The best rank-r map of group g's share ``W_g u_g`` of the output is its projection on the first
+    r eigenvectors U of ``W_g Cov(u_g) W_gᵀ``, so the grouped conv holds ``Uᵀ W_g``.
+    """
+    out_channels = dense_conv.out_channels
+    rank = out_channels // groups
+    weight = dense_conv.weight.reshape(out_channels, groups, -1).transpose(0, 1).double()  # (G, O, D)
+    covariance = GroupedMoments()
+    for patches in inputs:
+        blocks = patches.reshape(len(patches), groups, -1)
+        covariance.update(blocks, blocks[:, :, :1])
+    mean = covariance.input_sum / covariance.count
+    cov = covariance.input_input / covariance.count - mean.unsqueeze(2) * mean.unsqueeze(1)
+    _, vectors = torch.linalg.eigh(weight @ cov @ weight.transpose(1, 2))
+    basis = vectors[:, :, -rank:].transpose(1, 2) @ weight  # (G, r, D)
+    grouped.weight.copy_(basis.reshape(grouped.weight.shape))
+    kernel = basis.float()
+    features = [
+        torch.einsum("grd,ngd->ngr", kernel, patches.reshape(len(patches), groups, -1)) for patches in inputs
+    ]
+    centred, every = has_norm or pointwise.bias is not None, torch.arange(out_channels)
+    result, count = _least_squares(features, targets, 1, every, centred, options.ridge, None, options)
+    pointwise.weight.copy_(result.weight.reshape(pointwise.weight.shape))
+    return result.bias.reshape(-1).to(pointwise.weight.dtype), float(result.error.mean()), count
