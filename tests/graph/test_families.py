@@ -1,0 +1,135 @@
+"""Any order of any permutation class leaves the output of torchvision's families unchanged."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from groupify.graph import apply_orders, channel_classes, trace
+from groupify.graph.channels import CONV_OUTPUT, Channels
+
+# Convs of which some output has to stay: it is the model's own, or (shufflenet) no other meets its readers.
+FAMILIES: dict[str, set[str]] = {
+    "resnet18": set(),
+    "wide_resnet50_2": set(),
+    "resnext50_32x4d": set(),
+    "vgg11": set(),
+    "vgg11_bn": set(),
+    "densenet121": set(),
+    "googlenet": set(),
+    "inception_v3": set(),
+    "squeezenet1_1": {"classifier.1"},
+    "efficientnet_b0": set(),
+    "efficientnet_v2_s": set(),
+    "regnet_x_400mf": set(),
+    "regnet_y_400mf": set(),
+    "mobilenet_v2": set(),
+    "mobilenet_v3_small": set(),
+    "mnasnet0_5": set(),
+    "shufflenet_v2_x1_0": {"stage3.0.branch1.2", "stage3.0.branch2.5", "stage4.0.branch1.0"},
+    "convnext_tiny": set(),
+    "deeplabv3_resnet50": {"classifier.4"},
+    "fcn_resnet50": {"classifier.4"},
+    "lraspp_mobilenet_v3_large": {"classifier.low_classifier", "classifier.high_classifier"},
+}
+
+
+def build(name: str) -> nn.Module:
+    """The architecture with weights and statistics of which each matters."""
+    options: dict[str, Any] = {"weights": None}
+    if name.startswith(("deeplab", "fcn", "lraspp")):
+        options["weights_backbone"] = None
+    if name in ("googlenet", "inception_v3"):
+        options["init_weights"] = False
+    generator = torch.Generator().manual_seed(0)
+    model: nn.Module = torchvision.models.get_model(name, **options).eval()
+    for key, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and (tensor.dim() == 1 or "layer_scale" in key):
+            noise = torch.rand(tensor.shape, generator=generator)
+            tensor.copy_(noise - 0.5 if key.endswith(("bias", "mean")) else noise + 0.5)
+    return model
+
+
+def find(model: nn.Module, x: Tensor) -> Channels:
+    traced = trace(model)
+    assert traced.module is not None, traced.problem
+    return channel_classes(traced.module, x[:1])
+
+
+def output(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        result = model(x)
+    tensor: Tensor = result["out"] if isinstance(result, dict) else result
+    return tensor
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_any_order_leaves_the_output_unchanged(name: str) -> None:
+    model = build(name)
+    generator = torch.Generator().manual_seed(0)
+    size = 75 if name == "inception_v3" else 32 if name.startswith(("vgg", "dense", "efficient")) else 64
+    x = torch.randn(2, 3, size, size, generator=generator)
+    channels = find(model, x)
+    orders = {i: torch.randperm(c.size, generator=generator) for i, c in enumerate(channels.classes)}
+    permuted = apply_orders(model, channels, orders)
+    before, after = output(model, x), output(permuted, x)
+    assert float((before - after).abs().max()) <= 1e-5 * float(before.abs().max())
+
+    movable = {atom for c in channels.classes for atom in c.atoms.tolist()}
+    staying = {
+        use.name
+        for use in channels.uses
+        if use.kind == CONV_OUTPUT and not movable.issuperset(use.atoms.tolist())
+    }
+    assert staying == FAMILIES[name]
+
+
+def sizes(name: str, size: int = 32) -> Counter[int]:
+    model = build(name)
+    return Counter(c.size for c in find(model, torch.zeros(1, 3, size, size)).classes)
+
+
+def test_classes_of_resnet18() -> None:
+    # One class for each residual stream, and one inside each of the two blocks of a stage.
+    assert sizes("resnet18") == {64: 3, 128: 3, 256: 3, 512: 3}
+
+
+def test_classes_of_vgg11() -> None:
+    # One for each of the eight convs and of the two hidden linear layers.
+    assert sizes("vgg11") == {64: 1, 128: 1, 256: 2, 512: 4, 4096: 2}
+
+
+def test_classes_of_densenet121() -> None:
+    # Each dense layer has 128 inner and 32 new channels; concatenated channels stay with their producer.
+    assert sizes("densenet121") == {64: 1, 128: 58 + 1, 32: 58, 256: 1, 512: 1}
+
+
+def test_classes_of_resnext() -> None:
+    # Only inside the blocks of a grouped conv may channels change places.
+    found = sizes("resnext50_32x4d")
+    for width, blocks in ((4, 3), (8, 4), (16, 6), (32, 3)):
+        # The channels in front of the grouped conv and those behind it, 32 groups each.
+        assert found[width] == 2 * 32 * blocks
+    assert found[256] == found[512] == found[1024] == found[2048] == 1
+
+
+def test_flattened_channels_move_with_all_their_positions() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 4, 2))
+    channels = find(net, torch.zeros(1, 3, 4, 4))
+    (only,) = channels.classes
+    (linear,) = (where for use, where in only.places.items() if channels.uses[use].name == "3")
+    assert linear.tolist() == [list(range(4 * c, 4 * c + 4)) for c in range(6)]
+
+
+def test_the_given_model_is_left_untouched() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 2, 1)).eval()
+    before = {key: tensor.clone() for key, tensor in net.state_dict().items()}
+    channels = find(net, torch.zeros(1, 3, 4, 4))
+    apply_orders(net, channels, {0: torch.arange(5, -1, -1)})
+    assert all(torch.equal(before[key], tensor) for key, tensor in net.state_dict().items())

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx
+
+from groupify.graph import apply_orders, channel_classes, trace
+from groupify.graph.channels import Channels
+from tests.graph.random_nets import SIZE, RandomNet, Step, steps
+
+relaxed = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
+)
+
+
+def traced(net: RandomNet) -> fx.GraphModule:
+    found = trace(net)
+    assert found.module is not None, found.problem
+    return found.module
+
+
+def random_orders(channels: Channels, seed: int) -> dict[int, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {i: torch.randperm(c.size, generator=generator) for i, c in enumerate(channels.classes)}
+
+
+def images(seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, 3, SIZE, SIZE, generator=generator, dtype=torch.float64)
+
+
+ends = st.sampled_from(["flatten", "pool", "conv", "none"])
+
+
+@relaxed
+@given(plan=steps(), end=ends, seed=st.integers(0, 1000))
+def test_any_order_of_any_class_leaves_the_output_unchanged(plan: list[Step], end: str, seed: int) -> None:
+    net = RandomNet(plan, end, seed)
+    x = images(seed)
+    channels = channel_classes(traced(net), x[:1])
+    permuted = apply_orders(net, channels, random_orders(channels, seed))
+    with torch.no_grad():
+        before, after = net(x), permuted(x)
+    scale = float(before.abs().max()) + 1e-30
+    assert float((before - after).abs().max()) <= 1e-9 * scale
+
+
+@relaxed
+@given(plan=steps(4), seed=st.integers(0, 1000), choice=st.integers(0, 100))
+def test_forgetting_one_place_of_a_class_changes_the_output(plan: list[Step], seed: int, choice: int) -> None:
+    net = RandomNet(plan, "conv", seed)
+    x = images(seed)
+    channels = channel_classes(traced(net), x[:1])
+    places = [
+        (index, use)
+        for index, found in enumerate(channels.classes)
+        for use in found.places
+        if channels.uses[use].kind.startswith("conv") and len(found.places) > 1
+    ]
+    assume(places)
+    index, forgotten = places[choice % len(places)]
+    found = channels.classes[index]
+    rest = {use: where for use, where in found.places.items() if use != forgotten}
+    classes = list(channels.classes)
+    classes[index] = dataclasses.replace(found, places=rest)
+    wrong = dataclasses.replace(channels, classes=tuple(classes))
+    order = torch.arange(found.size).roll(1)
+    permuted = apply_orders(net, wrong, {index: order})
+    reached = _reaches_output(net, x, channels, forgotten)
+    assume(reached)
+    with torch.no_grad():
+        before, after = net(x), permuted(x)
+    assert float((before - after).abs().max()) > 1e-9 * float(before.abs().max())
+
+
+@torch.no_grad()
+def _reaches_output(net: RandomNet, x: Tensor, channels: Channels, use: int) -> bool:
+    """Whether the module's own weights matter for the output (steps may compute what nobody reads)."""
+    module = net.get_submodule(channels.uses[use].name)
+    weight = module.get_parameter("weight")
+    before, kept = net(x), weight.clone()
+    if weight.shape[1] == 1:
+        return False  # a depthwise conv's input has no weights of its own
+    weight.copy_(weight.flip(0).flip(1) + 0.1)
+    after = net(x)
+    weight.copy_(kept)
+    return bool(((before - after).abs().max() > 1e-6 * before.abs().max()).item())
