@@ -19,13 +19,16 @@ from groupify.deployment.splitting import MIN_BYTES, interleave_parts, split_str
 
 
 def optimise(graph: ir.Graph, *, block: int, min_split_bytes: int = MIN_BYTES) -> PermutationFolding:
-    """Run all passes on an exported graph.
+    """Run all passes on an exported graph; one with branches or loops is left as it is.
 
     Args:
         graph: changed in place.
         block: channels per block of the target's convolution kernel.
         min_split_bytes: shuffled tensors below it keep their gathers.
     """
+    if any(isinstance(entry.value, ir.Graph) for node in graph for entry in node.attributes.values()):
+        # A branch or loop may read any value of this graph without saying so.
+        return PermutationFolding(0, 0)
     folding = fold_permutations(graph)
     fold_batch_norms(graph)
     pool_means(graph)

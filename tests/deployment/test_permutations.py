@@ -263,6 +263,24 @@ def test_shuffles_of_the_users_own_are_recognised() -> None:
     assert order.tolist() == channel_shuffle(numbers, 4).flatten().tolist()
 
 
+def test_a_graph_with_branches_is_left_alone() -> None:
+    """A branch reads values of the outer graph that are not among its inputs."""
+    builder = GraphBuilder(np.random.default_rng(0))
+    builder.shapes["input"] = (8, SIDE)
+    value = builder.add("Relu", [builder.gather(builder.conv("input", 8, 1, 1, bias=True))], 8, SIDE)
+    branches = {}
+    for name in ("then_branch", "else_branch"):
+        node = helper.make_node("Identity", [value], [name], name=name)
+        output = helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+        branches[name] = helper.make_graph([node], name, [], [output])
+    chosen = builder.add("If", [builder.constant(np.array(True))], 8, SIDE, **branches)
+    model = builder.model(builder.conv(chosen, 8, 1, 1, bias=True))
+    changed = ir.from_proto(model)
+    optimise(changed.graph, block=BLOCK)
+    batch = np.random.default_rng(1).standard_normal((1, 8, SIDE, SIDE)).astype(np.float32)
+    np.testing.assert_array_equal(run(ir.to_proto(changed), batch)[0], run(model, batch)[0])
+
+
 def test_an_opaque_reader_gets_its_channels_in_their_own_order() -> None:
     builder = GraphBuilder(np.random.default_rng(0))
     builder.shapes["input"] = (8, SIDE)
