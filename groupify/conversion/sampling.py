@@ -31,10 +31,11 @@ def sample_positions(output_shape: torch.Size, count: int, generator: torch.Gene
     if count >= total:
         flat = torch.arange(total)
     else:
-        # Stratified: one position in each of `count` equal ranges, so every image is seen.
-        edges = torch.arange(count, dtype=torch.float64) * total / count
-        jitter = torch.rand(count, generator=generator, dtype=torch.float64) * total / count
-        flat = (edges + jitter).long().clamp_(max=total - 1)
+        # Stratified: one position in each of `count` ranges of equal length (give or take one), so that
+        # every image is seen.
+        edges = torch.arange(count + 1) * total // count
+        jitter = torch.rand(count, generator=generator, dtype=torch.float64)
+        flat = edges[:-1] + (jitter * edges.diff()).long()
     image = flat // (height * width)
     return Positions(image, flat // width % height, flat % width)
 
