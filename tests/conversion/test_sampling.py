@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from groupify.conversion.sampling import compact, input_patches, pick, sample_positions
+from tests.conversion.nets import images, randomise
+
+kernels = st.tuples(st.integers(1, 4), st.integers(1, 4))
+pairs = st.tuples(st.integers(1, 2), st.integers(1, 2))
+modes = st.sampled_from(["zeros", "reflect", "circular", "replicate"])
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    kernel=kernels,
+    stride=pairs,
+    dilation=pairs,
+    padding=st.one_of(st.tuples(st.integers(0, 3), st.integers(0, 3)), st.sampled_from(["same", "valid"])),
+    mode=modes,
+    count=st.integers(1, 200),
+)
+def test_patches_times_weight_is_the_output(
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    padding: tuple[int, int] | str,
+    mode: str,
+    count: int,
+) -> None:
+    if padding == "same":
+        stride = (1, 1)
+    conv = nn.Conv2d(
+        2, 3, kernel, stride=stride, padding=padding, dilation=dilation, padding_mode=mode, bias=False
+    )
+    randomise(conv)
+    x = images(3, (2, 9, 8))
+    with torch.no_grad():
+        outputs = conv(x)
+        positions = sample_positions(outputs.shape, count, torch.Generator().manual_seed(0))
+        patches = input_patches(x, conv, positions)
+        expected = pick(outputs, positions)
+        actual = patches.flatten(1) @ conv.weight.flatten(1).T
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_patches_of_a_linear_layer_are_its_inputs() -> None:
+    linear = nn.Linear(4, 3)
+    x = torch.randn(5, 4)
+    positions = sample_positions(torch.Size((5, 3, 1, 1)), 5, torch.Generator())
+    assert torch.equal(input_patches(x, linear, positions), x.unsqueeze(-1))
+
+
+@settings(deadline=None)
+@given(
+    n=st.integers(1, 5), height=st.integers(1, 7), width=st.integers(1, 7), count=st.integers(1, 300),
+    seed=st.integers(0, 100),
+)  # fmt: skip
+def test_positions_are_distinct_and_spread_over_the_images(
+    n: int, height: int, width: int, count: int, seed: int
+) -> None:
+    shape = torch.Size((n, 2, height, width))
+    positions = sample_positions(shape, count, torch.Generator().manual_seed(seed))
+    places = set(
+        zip(positions.image.tolist(), positions.row.tolist(), positions.column.tolist(), strict=True)
+    )
+    assert len(places) == len(positions) == min(count, n * height * width)
+    assert all(0 <= i < n and 0 <= r < height and 0 <= c < width for i, r, c in places)
+    if count >= n:
+        assert {i for i, _, _ in places} == set(range(n))
+
+
+def test_compact_keeps_what_half_precision_cannot_hold() -> None:
+    assert compact(torch.ones(3)).dtype == torch.float16
+    assert compact(torch.tensor([1e5])).dtype == torch.float32
+    assert compact(torch.ones(3, dtype=torch.float64)).dtype == torch.float64
+    assert compact(torch.zeros(0)).numel() == 0
