@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import groupify
-from groupify import pipeline
+from groupify import write_output
 from groupify.cli import cli
 from groupify.errors import SpecError
 from groupify.zoo import load as zoo_load
@@ -169,7 +169,7 @@ def test_a_bug_is_one_line_too(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_pa
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("by zero\nagain")
 
-    monkeypatch.setattr(pipeline, "check_parity", fail)
+    monkeypatch.setattr(write_output, "check_parity", fail)
     outcome = run("convert", *TINY, "-o", "out")
     assert outcome.code == 1
     assert outcome.err.splitlines()[-1].startswith(
@@ -191,7 +191,7 @@ def test_an_interrupt_leaves_nothing(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "check_parity", interrupt)
+    monkeypatch.setattr(write_output, "check_parity", interrupt)
     outcome = run("convert", *TINY, "-o", "out", *(["--force"] if force else []))
     assert outcome == type(outcome)(130, "", "groupify: error: interrupted; nothing was written\n")
     assert tree(tmp_path) == before
@@ -201,7 +201,7 @@ def test_full_disk(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     def full(*_: object, **__: object) -> None:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(pipeline, "write_artefact", full)
+    monkeypatch.setattr(write_output, "write_artefact", full)
     outcome = run("convert", *TINY, "-o", "out")
     assert outcome.code == 2
     assert outcome.err.count("\n") == 1
@@ -255,7 +255,7 @@ def test_plan_writes_nothing(run: Run, tmp_path: Path) -> None:
     assert rows["layer1.0.conv1"].endswith("clamped: groups narrower than 16 channels are slower")
     assert "1 → 8" in rows["layer2.1.conv1"]
     assert rows["layer3.0.conv1"].endswith("excluded")
-    assert lines[-1] == "9 of 15 convs are converted"
+    assert lines[-1] == "8 of 15 convs are converted"
     assert not any(line.endswith(" ") for line in lines)
 
 
@@ -264,10 +264,10 @@ def test_plan_as_json(run: Run) -> None:
     outcome = run(*command)
     document = json.loads(outcome.out)
     assert document["groups"] == 4
-    site = {site["name"]: site for site in document["sites"]}["layer3.0.downsample.0"]
-    # 256 outputs of 128 / 4 inputs each, at 4×4 positions.
-    assert site["params"] == {"dense": 128 * 256, "grouped": 32 * 256}
-    assert site["macs"] == {"dense": 128 * 256 * 16, "grouped": 32 * 256 * 16}
+    site = {site["name"]: site for site in document["sites"]}["layer3.0.conv1"]
+    # 256 outputs of 128 / 4 inputs each, 3×3 taps, at 4×4 positions.
+    assert site["params"] == {"dense": 128 * 256 * 9, "grouped": 32 * 256 * 9}
+    assert site["macs"] == {"dense": 128 * 256 * 9 * 16, "grouped": 32 * 256 * 9 * 16}
     assert (site["kind"], site["groups_before"], site["groups"], site["shuffle"]) == ("grouped", 1, 4, True)
     for key in ("params", "macs"):
         for side in ("dense", "grouped"):

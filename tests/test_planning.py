@@ -402,3 +402,19 @@ def test_describe_is_the_plan_again() -> None:
     assert isinstance(told, Plan)
     assert (told.params, told.macs, told.groups) == (made.params, made.macs, 4)
     assert told.sites[3].reason == "left alone by the recipe"
+
+
+def test_a_cheap_projection_shortcut_stays_dense_unless_included() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 64, 3, padding=1), nn.Conv2d(64, 64, 1, stride=2)
+    )
+    # 64·64·14² of about 32·64·9·28² MACs: 5%.
+    costly = plan(net, (3, 28, 28), groups=4)
+    assert costly.sites[2].groups == 4
+    net[2] = nn.Conv2d(64, 8, 1, stride=2)  # 0.6%
+    cheap = plan(net, (3, 28, 28), groups=4)
+    assert (cheap.sites[2].kind, cheap.sites[2].groups) == ("dense", 1)
+    assert "lets the groups mix" in (cheap.sites[2].reason or "")
+    assert plan(net, (3, 28, 28), groups=4, include=["*"]).sites[2].groups == 4
+    net[2] = nn.Conv2d(64, 8, 1)  # not strided: no shortcut
+    assert plan(net, (3, 28, 28), groups=4).sites[2].groups == 4
