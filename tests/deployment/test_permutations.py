@@ -251,6 +251,18 @@ def test_a_wide_stream_is_split_and_moves_nothing(tmp_path: Path) -> None:
     assert counted["Conv"] == 1 + 4 * 4 + 4 * 4 + 4 * 4
 
 
+def test_the_parts_of_a_split_reader_are_shuffled_while_they_are_joined(tmp_path: Path) -> None:
+    """The second shuffle is too fine for whole blocks: its planes are interleaved by a concatenation."""
+    stem = [nn.Conv2d(3, 32, 3, padding=1), shuffled(32, 256, 1), nn.ReLU(), shuffled(256, 64, 1), nn.ReLU()]
+    net = randomise(nn.Sequential(*stem, nn.Conv2d(64, 64, 3, groups=4), nn.Conv2d(64, 5, 1))).eval()
+    exported = export_onnx(net, tmp_path / "net.onnx", input_shape=(3, 32, 32), target="any")
+    assert check_parity(net, exported.path, input_shape=(3, 32, 32)).max_rel_diff < 1e-5
+    assert (exported.shuffles, exported.shuffles_left) == (2, 1)
+    nodes = onnx.load(str(exported.path)).graph.node
+    assert [helper.get_node_attr_value(node, "axis") for node in nodes if node.op_type == "Concat"] == [2]
+    assert not any(node.op_type in ("Gather", "Transpose") for node in nodes)
+
+
 def test_shuffles_of_the_users_own_are_recognised() -> None:
     builder = GraphBuilder(np.random.default_rng(0))
     builder.shapes["input"] = (8, SIDE)
