@@ -8,19 +8,27 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import click
 
+from groupify.cli_options import (
+    common_options,
+    finetune_settings,
+    model_options,
+    model_request,
+    number_or,
+    output_options,
+    plan_options,
+    plan_request,
+    recovery_options,
+    whole_numbers,
+)
 from groupify.errors import ArtefactError, GroupifyError, GroupifyWarning, SpecError
 
 # Everything heavy (torch first of all) is imported inside the commands: --help answers at once.
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -116,192 +124,14 @@ def cli() -> None:
     _speak_in_lines()
 
 
-# shared options --------------------------------------------------------------------------------
-
-
-def _input_shape(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...] | None:
-    if value is None:
-        return None
-    try:
-        shape = tuple(int(part) for part in value.split(","))
-    except ValueError:
-        shape = ()
-    if len(shape) != 3 or min(shape) < 1:
-        raise SpecError(f"--input-size {value!r}: expected C,H,W, for example 3,224,224")
-    return shape
-
-
-def _model_arguments(_: click.Context, __: click.Parameter, value: str | None) -> dict[str, Any]:
-    if value is None:
-        return {}
-    try:
-        arguments = json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise SpecError(f'--model-args {value!r} is no JSON: {error}; expected {{"name": value}}') from error
-    if not isinstance(arguments, dict):
-        raise SpecError(f'--model-args {value!r}: expected a JSON object like {{"num_classes": 10}}')
-    return arguments
-
-
-def _numbers(_: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
-    try:
-        numbers = tuple(int(part) for part in value.split(","))
-    except ValueError:
-        numbers = ()
-    if not numbers or min(numbers) < 1:
-        raise SpecError(f"{parameter.opts[0]} {value!r}: expected whole numbers from 1, for example 1,2")
-    return numbers
-
-
-def _number_or(word: str, what: str) -> Callable[[click.Context, click.Parameter, str], int | None]:
-    """Parse a whole number from 1, or a word that stands for None."""
-
-    def parse(_: click.Context, parameter: click.Parameter, value: str) -> int | None:
-        if value == word:
-            return None
-        try:
-            number = int(value)
-        except ValueError:
-            number = 0
-        if number < 1:
-            raise SpecError(f"{parameter.opts[0]} {value!r}: expected {word} or a number of {what} from 1")
-        return number
-
-    return parse
-
-
-def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    def decorate(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-_model_options = _options(
-    click.option(
-        "--weights",
-        default="auto",
-        show_default=True,
-        help="auto: torchvision's default weights, or random ones where they cannot be had. "
-        "DEFAULT or a name of torchvision: those or an error. none: random.",
-    ),
-    click.option(
-        "--checkpoint", type=click.Path(path_type=Path), help="Your own weights: safetensors or torch."
-    ),
-    click.option(
-        "--model-args", "arguments", callback=_model_arguments, help="Arguments of the model's factory, JSON."
-    ),
-    click.option("--input-size", "input_shape", callback=_input_shape, help="C,H,W of one image."),
-)
-_plan_options = _options(
-    click.option("--groups", "-g", type=int, default=4, show_default=True, help="Groups to aim at."),
-    click.option(
-        "--kind",
-        default="grouped",
-        show_default=True,
-        help="grouped, or grouped-pointwise: a grouped conv and a dense 1×1 conv.",
-    ),
-    click.option("--include", multiple=True, metavar="GLOB", help="Convert only these sites. Repeatable."),
-    click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these sites alone. Repeatable."),
-    click.option(
-        "--min-group-width",
-        default="auto",
-        show_default=True,
-        callback=_number_or("auto", "channels"),
-        help="Fewest channels per group. auto: the block of ONNX Runtime's fast kernel; 1 switches it off.",
-    ),
-    click.option(
-        "--target",
-        type=click.Choice(["auto", "avx2", "avx512", "arm64", "any"]),
-        default="auto",
-        show_default=True,
-        help="The processor that will run the model; auto: this one.",
-    ),
-    click.option(
-        "--shuffle",
-        is_flag=False,
-        flag_value="all",
-        default="none",
-        show_default=True,
-        help="none, or all: a channel shuffle behind every converted conv.",
-    ),
-)
-_common_options = _options(
-    click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
-    click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
-    click.option("--quiet", "-q", is_flag=True, help="No progress bars."),
-)
-_output_options = _options(
-    click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder to write."),
-    click.option("--force", is_flag=True, help="Replace an earlier output folder."),
-    click.option("--static-batch", type=click.IntRange(1), help="Fixed batch size of the ONNX file."),
-    click.option(
-        "--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads when timing."
-    ),
-)
-
-
-def _recovery_options(epochs: float) -> Callable[[Command], Command]:
-    return _options(
-        click.option("--epochs", type=float, default=epochs, show_default=True, help="Of fine-tuning."),
-        click.option("--batch-size", type=click.IntRange(1), help="Images per training step."),
-        click.option("--learning-rate", type=float, help="Peak learning rate."),
-        click.option(
-            "--labels", type=click.Choice(["auto", "none"]), default="auto", show_default=True,
-            help="none: learn from the dense model alone.",
-        ),
-    )  # fmt: skip
-
-
-def _plan_request(options: dict[str, Any]) -> Any:
-    from groupify.pipeline import PlanRequest
-
-    return PlanRequest(
-        groups=options["groups"],
-        kind=options["kind"],
-        include=options["include"],
-        exclude=options["exclude"],
-        min_group_width=options["min_group_width"],
-        target=options["target"],
-        shuffle=options["shuffle"],
-    )
-
-
-def _model_request(name: str, options: dict[str, Any]) -> Any:
-    from groupify.pipeline import ModelRequest
-
-    return ModelRequest(
-        name,
-        weights=options["weights"],
-        checkpoint=options["checkpoint"],
-        arguments=options["arguments"],
-        input_shape=options["input_shape"],
-    )
-
-
-def _finetune_settings(options: dict[str, Any]) -> Any:
-    from groupify.recovery.settings import FinetuneSettings
-
-    settings = FinetuneSettings(
-        epochs=options["epochs"], labels=options["labels"] != "none", seed=options["seed"]
-    )
-    changes = {key: options[key] for key in ("batch_size", "learning_rate") if options[key] is not None}
-    return replace(settings, **changes)
-
-
 def _print_json(document: Any) -> None:
     click.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
 
 
-# commands --------------------------------------------------------------------------------------
-
-
 @cli.command(context_settings=_CONTEXT, short_help="Convert a model and write a folder.")
 @click.argument("model")
-@_model_options
-@_plan_options
+@model_options
+@plan_options
 @click.option(
     "--data",
     metavar="SPEC",
@@ -312,14 +142,14 @@ def _print_json(document: Any) -> None:
     default="1000",
     show_default=True,
     metavar="N|none",
-    callback=_number_or("none", "images"),
+    callback=number_or("none", "images"),
     help="Unlabelled training images for the fit. none: from the weights alone.",
 )
 @click.option("--reconstruct", type=click.IntRange(0), default=0, show_default=True, metavar="STEPS",
               help="Steps per block on the dense model's activations, after the fit; no labels.")  # fmt: skip
-@_recovery_options(epochs=0)
-@_output_options
-@_common_options
+@recovery_options(epochs=0)
+@output_options
+@common_options
 def convert(model: str, **options: Any) -> None:
     """Convert MODEL and write a folder: weights, recipe, ONNX file, report.
 
@@ -338,13 +168,13 @@ def convert(model: str, **options: Any) -> None:
     label = model.rpartition(":")[2].rpartition(".")[2]
     report = run_conversion(
         ConversionRequest(
-            model=_model_request(model, options),
-            plan=_plan_request(options),
+            model=model_request(model, options),
+            plan=plan_request(options),
             output=options["output"] or Path(f"{label}-g{options['groups']}"),
             data=options["data"],
             calibration_images=options["calibrate"] or 0,
             reconstruct_steps=options["reconstruct"],
-            finetune=_finetune_settings(options) if options["epochs"] else None,
+            finetune=finetune_settings(options) if options["epochs"] else None,
             force=options["force"],
             static_batch=options["static_batch"],
             threads=options["threads"],
@@ -360,9 +190,9 @@ def convert(model: str, **options: Any) -> None:
 
 @cli.command(context_settings=_CONTEXT, short_help="Show what a conversion would do.")
 @click.argument("model")
-@_model_options
-@_plan_options
-@_common_options
+@model_options
+@plan_options
+@common_options
 def plan(model: str, **options: Any) -> None:
     """Show what a conversion of MODEL would do; nothing is written.
 
@@ -375,8 +205,8 @@ def plan(model: str, **options: Any) -> None:
     # A plan depends on shapes alone: weights that are not at hand are no reason to warn or to wait.
     if options["weights"] == "auto":
         options["weights"] = "none"
-    source = _model_request(model, options).load(options["seed"])
-    result = _plan_request(options).make(source)
+    source = model_request(model, options).load(options["seed"])
+    result = plan_request(options).make(source)
     if options["as_json"]:
         _print_json(
             {
@@ -396,8 +226,8 @@ def plan(model: str, **options: Any) -> None:
 @click.argument("target")
 @click.option("--data", required=True, metavar="SPEC", help="A data set with a labelled test part.")
 @click.option("--trust", is_flag=True, help="Let the folder's recipe import the code that it names.")
-@_model_options
-@_common_options
+@model_options
+@common_options
 def evaluate(target: str, **options: Any) -> None:
     """Measure the top-1 accuracy of TARGET, an output folder or a dense model.
 
@@ -431,7 +261,7 @@ def _open(target: str, options: dict[str, Any]) -> tuple[Any, Any]:
             f"no folder {target!r}; expected an output folder of 'groupify convert', or a model"
         )
     try:
-        source = _model_request(target, options).load(options["seed"])
+        source = model_request(target, options).load(options["seed"])
     except SpecError as error:
         raise SpecError(f"no folder {target!r}, and as a model: {error}") from error
     return source.model, source.spec
@@ -450,9 +280,9 @@ def _beside(folder: Path, suffix: str) -> Path:
     "--checkpoint", type=click.Path(path_type=Path), help="The dense weights, where the recipe names a file."
 )
 @click.option("--trust", is_flag=True, help="Let the folder's recipe import the code that it names.")
-@_recovery_options(epochs=1)
-@_output_options
-@_common_options
+@recovery_options(epochs=1)
+@output_options
+@common_options
 def finetune(folder: Path, **options: Any) -> None:
     """Train the converted model in FOLDER further, with the dense one as its teacher.
 
@@ -469,7 +299,7 @@ def finetune(folder: Path, **options: Any) -> None:
             folder=folder,
             output=options["output"] or _beside(folder, "-finetuned"),
             data=options["data"],
-            settings=_finetune_settings(options),
+            settings=finetune_settings(options),
             checkpoint=options["checkpoint"],
             trust=options["trust"],
             force=options["force"],
@@ -491,8 +321,8 @@ def finetune(folder: Path, **options: Any) -> None:
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option("--static-batch", type=click.IntRange(1), help="Fixed batch size.")
 @click.option("--trust", is_flag=True, help="Let the folder's recipe import the code that it names.")
-@_model_options
-@_common_options
+@model_options
+@common_options
 def export(target: str, **options: Any) -> None:
     """Export TARGET, an output folder or a dense model, to ONNX and check the file against PyTorch.
 
@@ -534,12 +364,14 @@ def export(target: str, **options: Any) -> None:
 
 @cli.command(context_settings=_CONTEXT, short_help="Time the converted model against the dense one.")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--threads", default="1", show_default=True, callback=_numbers, help="A list, like 1,2.")
-@click.option("--batch-sizes", default="1", show_default=True, callback=_numbers, help="A list, like 1,8.")
+@click.option("--threads", default="1", show_default=True, callback=whole_numbers, help="Like 1,2.")
+@click.option(
+    "--batch-sizes", default="1", show_default=True, callback=whole_numbers, help="A list, like 1,8."
+)
 @click.option("--seconds", type=click.FloatRange(0.1), default=4.0, show_default=True, help="Per setting.")
 @click.option("--pytorch", is_flag=True, help="Time PyTorch eager and a training step as well.")
 @click.option("--trust", is_flag=True, help="Let the folder's recipe import the code that it names.")
-@_common_options
+@common_options
 def bench(folder: Path, **options: Any) -> None:
     """Time the converted model in FOLDER against the dense one, interleaved in one run.
 

@@ -68,7 +68,9 @@ def test_the_document(converted: tuple[Path, dict[str, Any]]) -> None:
     assert document["weights"] == {"source": "demo", "pretrained": True}
     assert len(document["sites"]) == 15
     for site in document["sites"]:
-        assert site["groups"] == (1 if site["name"] == "conv1" else 4)
+        kept = site["name"] == "conv1" or "downsample" in site["name"]
+        assert site["groups"] == (1 if kept else 4)
+        assert (site["reason"] is not None) == kept
     assert document["sites"][0]["reason"] == "first conv: too few input channels (3)"
     for key in ("params", "macs", "weight_bytes", "activation_bytes", "latency_ms", "onnx_bytes"):
         assert document[key]["dense"] >= document[key]["grouped"] > 0, key

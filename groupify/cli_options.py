@@ -1,0 +1,198 @@
+"""Options that several commands share, and the requests that they amount to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from groupify.errors import SpecError
+
+if TYPE_CHECKING:
+    from groupify.pipeline import ModelRequest, PlanRequest
+    from groupify.recovery.settings import FinetuneSettings
+
+# Everything heavy (torch first of all) is imported inside the functions: --help answers at once.
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _input_shape(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    try:
+        shape = tuple(int(part) for part in value.split(","))
+    except ValueError:
+        shape = ()
+    if len(shape) != 3 or min(shape) < 1:
+        raise SpecError(f"--input-size {value!r}: expected C,H,W, for example 3,224,224")
+    return shape
+
+
+def _model_arguments(_: click.Context, __: click.Parameter, value: str | None) -> dict[str, Any]:
+    if value is None:
+        return {}
+    try:
+        arguments = json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise SpecError(f'--model-args {value!r} is no JSON: {error}; expected {{"name": value}}') from error
+    if not isinstance(arguments, dict):
+        raise SpecError(f'--model-args {value!r}: expected a JSON object like {{"num_classes": 10}}')
+    return arguments
+
+
+def whole_numbers(_: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    """Parse a list of whole numbers from 1, like 1,2."""
+    try:
+        numbers = tuple(int(part) for part in value.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise SpecError(f"{parameter.opts[0]} {value!r}: expected whole numbers from 1, for example 1,2")
+    return numbers
+
+
+def number_or(word: str, what: str) -> Callable[[click.Context, click.Parameter, str], int | None]:
+    """Parse a whole number from 1, or a word that stands for None."""
+
+    def parse(_: click.Context, parameter: click.Parameter, value: str) -> int | None:
+        if value == word:
+            return None
+        try:
+            number = int(value)
+        except ValueError:
+            number = 0
+        if number < 1:
+            raise SpecError(f"{parameter.opts[0]} {value!r}: expected {word} or a number of {what} from 1")
+        return number
+
+    return parse
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+model_options = _options(
+    click.option(
+        "--weights",
+        default="auto",
+        show_default=True,
+        help="auto: torchvision's default weights, or random ones where they cannot be had. "
+        "DEFAULT or a name of torchvision: those or an error. none: random.",
+    ),
+    click.option(
+        "--checkpoint", type=click.Path(path_type=Path), help="Your own weights: safetensors or torch."
+    ),
+    click.option(
+        "--model-args", "arguments", callback=_model_arguments, help="Arguments of the model's factory, JSON."
+    ),
+    click.option("--input-size", "input_shape", callback=_input_shape, help="C,H,W of one image."),
+)
+plan_options = _options(
+    click.option("--groups", "-g", type=int, default=4, show_default=True, help="Groups to aim at."),
+    click.option(
+        "--kind",
+        default="grouped",
+        show_default=True,
+        help="grouped, or grouped-pointwise: a grouped conv and a dense 1×1 conv.",
+    ),
+    click.option("--include", multiple=True, metavar="GLOB", help="Convert only these sites. Repeatable."),
+    click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these sites alone. Repeatable."),
+    click.option(
+        "--min-group-width",
+        default="auto",
+        show_default=True,
+        callback=number_or("auto", "channels"),
+        help="Fewest channels per group. auto: the block of ONNX Runtime's fast kernel; 1 switches it off.",
+    ),
+    click.option(
+        "--target",
+        type=click.Choice(["auto", "avx2", "avx512", "arm64", "any"]),
+        default="auto",
+        show_default=True,
+        help="The processor that will run the model; auto: this one.",
+    ),
+    click.option(
+        "--shuffle",
+        is_flag=False,
+        flag_value="all",
+        default="none",
+        show_default=True,
+        help="none, or all: a channel shuffle behind every converted conv.",
+    ),
+)
+common_options = _options(
+    click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
+    click.option("--quiet", "-q", is_flag=True, help="No progress bars."),
+)
+output_options = _options(
+    click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder to write."),
+    click.option("--force", is_flag=True, help="Replace an earlier output folder."),
+    click.option("--static-batch", type=click.IntRange(1), help="Fixed batch size of the ONNX file."),
+    click.option(
+        "--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads when timing."
+    ),
+)
+
+
+def recovery_options(epochs: float) -> Callable[[Command], Command]:
+    """Return the options of a fine-tune; ``epochs`` is the default of the first."""
+    return _options(
+        click.option("--epochs", type=float, default=epochs, show_default=True, help="Of fine-tuning."),
+        click.option("--batch-size", type=click.IntRange(1), help="Images per training step."),
+        click.option("--learning-rate", type=float, help="Peak learning rate."),
+        click.option(
+            "--labels", type=click.Choice(["auto", "none"]), default="auto", show_default=True,
+            help="none: learn from the dense model alone.",
+        ),
+    )  # fmt: skip
+
+
+def plan_request(options: dict[str, Any]) -> PlanRequest:
+    """Return how the convs are to be replaced."""
+    from groupify.pipeline import PlanRequest
+
+    return PlanRequest(
+        groups=options["groups"],
+        kind=options["kind"],
+        include=options["include"],
+        exclude=options["exclude"],
+        min_group_width=options["min_group_width"],
+        target=options["target"],
+        shuffle=options["shuffle"],
+    )
+
+
+def model_request(name: str, options: dict[str, Any]) -> ModelRequest:
+    """Return which dense model is meant."""
+    from groupify.pipeline import ModelRequest
+
+    return ModelRequest(
+        name,
+        weights=options["weights"],
+        checkpoint=options["checkpoint"],
+        arguments=options["arguments"],
+        input_shape=options["input_shape"],
+    )
+
+
+def finetune_settings(options: dict[str, Any]) -> FinetuneSettings:
+    """Return how to train."""
+    from groupify.recovery.settings import FinetuneSettings
+
+    settings = FinetuneSettings(
+        epochs=options["epochs"], labels=options["labels"] != "none", seed=options["seed"]
+    )
+    changes = {key: options[key] for key in ("batch_size", "learning_rate") if options[key] is not None}
+    return replace(settings, **changes)
