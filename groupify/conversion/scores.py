@@ -29,7 +29,7 @@ def data_score(conv: nn.Module, samples: SiteSamples) -> Tensor:
     by_channel = (patches - patches.mean(0)).transpose(0, 1)  # (I, n, k)
     covariance = by_channel.transpose(1, 2) @ by_channel / len(patches)
     through = torch.einsum("oia,iab,oib->oi", weight, covariance, weight)
-    return through / outputs.var(0).clamp(min=1e-12).unsqueeze(1)
+    return through / outputs.var(0, correction=0).clamp(min=1e-12).unsqueeze(1)
 
 
 def permuted_samples(
