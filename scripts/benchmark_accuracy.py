@@ -43,7 +43,7 @@ MODEL = "groupify.demo:fashion_resnet18"
 SHAPE = (3, 28, 28)
 IMAGES = 1000
 SKIP = "*downsample*"
-STEPS = 400  # of reconstruction, for each block and for the whole net
+STEPS = 400  # of reconstruction, for each block
 PLAIN = FitOptions(
     compensate_residual=False, relu_iterations=0, refit_dense=False, refresh_batch_norm=False, in_order=True
 )
@@ -70,7 +70,6 @@ class Setting:
 
     dense: nn.Module
     images: Tensor
-    augment: Callable[[Tensor, torch.Generator], Tensor] | None
     seed: int
 
     def plan(self, groups: int, kind: str = "grouped", shuffle: str = "none") -> Plan:
@@ -151,11 +150,7 @@ def default(shuffle: str = "none", steps: int = 0) -> Method:
     """Return a method: groupify as it comes, perhaps with reconstruction."""
 
     def method(setting: Setting, groups: int) -> nn.Module:
-        calibration = Calibration(
-            setting.images,
-            augment=setting.augment,
-            reconstruction=ReconstructionOptions(steps=steps, network_steps=steps),
-        )
+        calibration = Calibration(setting.images, reconstruction=ReconstructionOptions(steps=steps))
         return setting.convert(groups, calibration, shuffle=shuffle)
 
     return method
@@ -281,7 +276,7 @@ def main() -> None:
     assert data.test is not None
     dense_top1 = 100 * evaluate(source.model, data.test, limit=limit, batch_size=500).top1
     settings = [
-        Setting(source.model, calibration_images(data.train, images, seed=seed), data.augment, seed)
+        Setting(source.model, calibration_images(data.train, images, seed=seed), seed)
         for seed in range(seeds)
     ]
     cost = measure_cost(source.model, settings[0].images[:1])

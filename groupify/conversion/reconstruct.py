@@ -2,13 +2,13 @@
 
 The net is cut where a single tensor carries everything that follows (behind a residual block, say).
 Each block with converted convs is trained to map what the student feeds it to what the teacher has
-behind it, as BRECQ does for quantised blocks (Li, Gong, Tan, Yang, Hu, Zhang, Yu, Wang and Gu, 2021);
-then the whole net is trained on the teacher's outputs (Hinton, Vinyals and Dean, 2015).
+behind it, as BRECQ does for quantised blocks (Li, Gong, Tan, Yang, Hu, Zhang, Yu, Wang and Gu, 2021).
+Training the whole net on the teacher's outputs afterwards, with the same images, brought nothing more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -21,9 +21,6 @@ from tqdm import tqdm
 from groupify.conversion.sampling import compact
 from groupify.graph.execute import BatchedRun
 
-_POOL_BYTES = 400 * 2**20  # of images that wait for the training of the whole net
-Augment = Callable[[Tensor, torch.Generator], Tensor]
-
 
 @dataclass(frozen=True)
 class ReconstructionOptions:
@@ -31,23 +28,13 @@ class ReconstructionOptions:
 
     Attributes:
         steps: Adam steps for each block; 0 = none.
-        network_steps: steps for the whole net on the teacher's outputs, after the blocks.
-        learning_rate: peak learning rate of the blocks; a half cosine takes it to zero.
-        network_learning_rate: the same for the whole net.
+        learning_rate: peak learning rate; a half cosine takes it to zero.
         batch_size: images per step.
-        temperature: softens both distributions when the whole net is trained.
-        views: augmented views of each image that the whole net is trained on, the image included.
-        mix: whether views are mixed in pairs (mixup; Zhang, Cisse, Dauphin and Lopez-Paz, 2018).
     """
 
     steps: int = 0
-    network_steps: int = 0
     learning_rate: float = 1e-3
-    network_learning_rate: float = 3e-4
     batch_size: int = 64
-    temperature: float = 2.0
-    views: int = 8
-    mix: bool = True
 
 
 @dataclass(frozen=True)
@@ -106,11 +93,10 @@ def reconstruct(
     sites: Iterable[str],
     options: ReconstructionOptions,
     *,
-    augment: Augment | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> None:
-    """Train the converted blocks of ``student`` in place; batch norms keep their statistics.
+    """Train the converted blocks of ``student`` in place, in order; batch norms keep their statistics.
 
     Args:
         student: traced converted model.
@@ -118,55 +104,35 @@ def reconstruct(
         images: unlabelled images, shape (N, C, H, W).
         sites: names of the converted convs.
         options: what to do.
-        augment: augmentation of a batch, for the whole net; the blocks fit the images themselves better.
-        seed: seed of the order of the images and of the augmentation.
+        seed: seed of the order of the images.
         progress: show a bar on stderr.
     """
     generator = torch.Generator().manual_seed(seed)
     student.eval()
     teacher.eval()
-    if options.steps:
-        _train_blocks(student, teacher, images, list(sites), options, generator, progress)
-    if options.network_steps:
-        _train_network(student, teacher, images, options, augment, generator, progress)
-
-
-def _train_blocks(
-    student: fx.GraphModule,
-    teacher: fx.GraphModule,
-    images: Tensor,
-    sites: list[str],
-    options: ReconstructionOptions,
-    generator: torch.Generator,
-    progress: bool,
-) -> None:
     batches = images.split(options.batch_size)
-    runs = BatchedRun(student, batches, compact), BatchedRun(teacher, batches, compact)
+    student_run, teacher_run = BatchedRun(student, batches, compact), BatchedRun(teacher, batches, compact)
     twins = {node.name: node for node in teacher.graph.nodes}
     blocks = {block.start: block for block in find_blocks(student.graph, sites)}
-    order = list(student.graph.nodes)
-    ends = {block.end for block in blocks.values()}
-    for node in blocks:
-        runs[0].pin(node)
-    for node in ends:
-        runs[1].pin(twins[node.name])
-    for node in tqdm(order, desc="reconstruct", disable=None if progress else True, leave=False):
+    for block in blocks.values():
+        student_run.pin(block.start)
+        teacher_run.pin(twins[block.end.name])
+    nodes = list(student.graph.nodes)
+    for node in tqdm(nodes, desc="reconstruct", disable=None if progress else True, leave=False):
+        block_here = blocks.get(node)
         with torch.no_grad():
-            if not runs[1].done(twins[node.name]):
-                runs[1].run(twins[node.name])
-            runs[0].run(node)
-        block = blocks.get(node)
-        if block is None:
+            student_run.run(node)
+            for ahead in (node, *(block_here.nodes if block_here else ())):
+                if not teacher_run.done(twins[ahead.name]):
+                    teacher_run.run(twins[ahead.name])
+        if block_here is None:
             continue
-        with torch.no_grad():
-            for later in block.nodes:
-                if not runs[1].done(twins[later.name]):
-                    runs[1].run(twins[later.name])
-        inputs = torch.cat([compact(runs[0].value(node, b)) for b in range(len(batches))])
-        targets = torch.cat([compact(runs[1].value(twins[block.end.name], b)) for b in range(len(batches))])
-        _train_block(student, block, inputs, targets, options, generator)
-        runs[0].release(node)
-        runs[1].release(twins[block.end.name])
+        end = twins[block_here.end.name]
+        inputs = torch.cat([compact(student_run.value(node, batch)) for batch in range(len(batches))])
+        targets = torch.cat([compact(teacher_run.value(end, batch)) for batch in range(len(batches))])
+        student_run.release(node)
+        teacher_run.release(end)
+        _train_block(student, block_here, inputs, targets, options, generator)
 
 
 def _train_block(
@@ -198,71 +164,6 @@ def _run_block(student: fx.GraphModule, block: Block, inputs: Tensor) -> Any:
     for node in run.requirements(block.end):
         run.run(node)
     return run.value(block.end, 0)
-
-
-def _train_network(
-    student: fx.GraphModule,
-    teacher: fx.GraphModule,
-    images: Tensor,
-    options: ReconstructionOptions,
-    augment: Augment | None,
-    generator: torch.Generator,
-    progress: bool,
-) -> None:
-    pool = _views(images, options, augment, generator)
-    with torch.no_grad():
-        batches = pool.split(options.batch_size)
-        answers = [teacher(batch.contiguous(memory_format=torch.channels_last)) for batch in batches]
-    targets = torch.utils._pytree.tree_map(lambda *parts: torch.cat(parts), *answers)
-    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=options.network_learning_rate)
-    order = torch.randperm(len(pool), generator=generator)
-    steps = range(options.network_steps)
-    for step in tqdm(steps, desc="reconstruct net", disable=None if progress else True, leave=False):
-        start = step * options.batch_size % len(pool)
-        if start + options.batch_size > len(pool):
-            start = 0
-        if start == 0:
-            order = torch.randperm(len(pool), generator=generator)
-        chosen = order[start : start + options.batch_size]
-        batch = pool[chosen].contiguous(memory_format=torch.channels_last)
-        target = torch.utils._pytree.tree_map(lambda value, chosen=chosen: value[chosen], targets)
-        _set_learning_rate(optimizer, options.network_learning_rate, step, options.network_steps)
-        optimizer.zero_grad()
-        loss = _output_loss(student(batch), target, options.temperature)
-        loss.backward()
-        optimizer.step()
-    for parameter in parameters:
-        parameter.grad = None
-
-
-def _views(
-    images: Tensor, options: ReconstructionOptions, augment: Augment | None, generator: torch.Generator
-) -> Tensor:
-    """The images, augmented views of them, and mixtures of two of those; the teacher labels them all."""
-    per_image = images[0].numel() * images.element_size()
-    views = max(1, min(options.views, _POOL_BYTES // (per_image * len(images))))
-    pool = [images]
-    for _ in range(views - 1):
-        view = images if augment is None else augment(images, generator)
-        if options.mix:
-            other = view[torch.randperm(len(view), generator=generator)]
-            share = torch.rand((len(view), 1, 1, 1), generator=generator) * 0.5
-            view = (1 - share) * view + share * other
-        pool.append(view)
-    return torch.cat(pool)
-
-
-def _output_loss(output: Any, target: Any, temperature: float) -> Tensor:
-    if isinstance(output, dict):
-        losses = [_output_loss(output[key], target[key], temperature) for key in output]
-        return torch.stack(losses).sum()
-    if isinstance(output, (tuple, list)):
-        losses = [_output_loss(a, b, temperature) for a, b in zip(output, target, strict=True)]
-        return torch.stack(losses).sum()
-    expected = F.log_softmax(target / temperature, 1)
-    actual = F.log_softmax(output / temperature, 1)
-    return F.kl_div(actual, expected, log_target=True, reduction="none").sum(1).mean() * temperature**2
 
 
 def _parameters(student: nn.Module, nodes: Sequence[fx.Node]) -> list[nn.Parameter]:
