@@ -74,7 +74,8 @@ def input_patches(inputs: Tensor, layer: nn.Conv2d | nn.Linear, positions: Posit
     rows = (positions.row * conv.stride[0])[:, None, None] + row_taps[None, :, None]
     columns = (positions.column * conv.stride[1])[:, None, None] + column_taps[None, None, :]
     taps = padded.permute(0, 2, 3, 1)[positions.image[:, None, None], rows, columns]  # (n, kh, kw, I)
-    return taps.flatten(1, 2).transpose(1, 2)
+    # In memory order, so that cutting it into groups makes no second copy of what is large.
+    return taps.flatten(1, 2).transpose(1, 2).contiguous()
 
 
 def pad_inputs(inputs: Tensor, conv: nn.Conv2d) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,10 @@ from groupify.planning.rules import describe
 
 SHAPE = (3, 8, 8)
 
+Model = TypeVar("Model", bound=nn.Module)
 
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+
+def randomise(model: Model, seed: int = 0) -> Model:
     """Weights of a usual size, and batch-norm statistics that matter."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in model.state_dict().items():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +12,8 @@ from tests.conversion.nets import images, randomise
 
 kernels = st.tuples(st.integers(1, 4), st.integers(1, 4))
 pairs = st.tuples(st.integers(1, 2), st.integers(1, 2))
-modes = st.sampled_from(["zeros", "reflect", "circular", "replicate"])
+Mode = Literal["zeros", "reflect", "circular", "replicate"]
+modes: st.SearchStrategy[Mode] = st.sampled_from(get_args(Mode))
 
 
 @settings(max_examples=80, deadline=None)
@@ -27,7 +30,7 @@ def test_patches_times_weight_is_the_output(
     stride: tuple[int, int],
     dilation: tuple[int, int],
     padding: tuple[int, int] | str,
-    mode: str,
+    mode: Mode,
     count: int,
 ) -> None:
     if padding == "same":

@@ -76,8 +76,9 @@ def test_a_bare_conv_is_replaced_itself() -> None:
 
 
 def test_grouped_pointwise() -> None:
-    dense = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1))
-    make_block_diagonal(dense[0], 2)
+    conv = nn.Conv2d(8, 8, 3, padding=1)
+    make_block_diagonal(conv, 2)
+    dense = nn.Sequential(conv)
     converted = restructure(dense, [SiteRecipe("0", GROUPED_POINTWISE, 2)])
     x = images(2, (8, 6, 6))
     torch.testing.assert_close(converted(x), dense(x))
