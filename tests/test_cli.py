@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import sys
 from pathlib import Path
 
 import onnx
@@ -225,6 +227,23 @@ def test_weights_that_cannot_be_had(run: Run, monkeypatch: pytest.MonkeyPatch) -
     assert "no labelled test part" in refusal
     silent = run(*squeezenet, "--weights", "none")
     assert silent.err.count("\n") == 1
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("options", "shown"), [([], True), (["--quiet"], False)])
+def test_progress_bars_are_for_terminals(
+    options: list[str], shown: bool, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("evaluate", "tests.cli_nets:net", "--data", "tests.cli_nets:data", *options)
+    assert run(*command).err == ""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert run(*command).code == 0
+    assert ("evaluate" in terminal.getvalue()) == shown
 
 
 @pytest.mark.parametrize("verb", ["", *cli.commands])
