@@ -146,8 +146,9 @@ def measure(case: Case, seconds: float, attempts: int) -> Row:
     """Build, export, check and time the two models of a row."""
     source = load_model(case.model, weights="none", input_shape=INPUT_SHAPE)
     dense = source.model.get_submodule(case.part) if case.part else source.model
+    block = blocked_width()
     chosen = plan(
-        dense, INPUT_SHAPE, groups=case.groups, min_group_width=blocked_width(), shuffle=case.shuffle
+        dense, INPUT_SHAPE, groups=case.groups, min_group_width=block, block=block, shuffle=case.shuffle
     )
     grouped = restructure(dense, chosen.recipes)
     example = torch.zeros(1, *INPUT_SHAPE)
