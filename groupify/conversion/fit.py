@@ -39,7 +39,7 @@ def fit_student(
         dense: the dense model with the same channel order.
         batches: calibration images, the same as the teacher saw.
         sites: the converted sites by name.
-        samples: what the teacher computed, in the student's channel order.
+        samples: what the teacher computed, in the student's channel order; used up.
         sums: site → name of the fx node of the residual sum that it feeds.
         options: what to do.
         progress: show a bar on stderr.
@@ -69,6 +69,10 @@ class _Fitter:
         self._samples = samples
         self._sums = sums
         self._options = options
+        for part in samples.values():
+            if options.in_order and part.calls <= 1:  # the patches will be the student's own
+                part.patches.clear()
+                part.patch_outputs.clear()
         self._run = BatchedRun(student, batches, compact)
         self._nodes = {node.name: node for node in student.graph.nodes}
         self._started: set[fx.Node] = set()
@@ -120,6 +124,9 @@ class _Fitter:
         else:
             assert isinstance(dense_layer, nn.Conv2d)
             self.fits[name] = fit_site(module, dense_layer, site, inputs, targets, norm, self._options)
+        # Nobody needs them again, and those of a large model take gigabytes.
+        for part in (samples.outputs, samples.sums, samples.patches, samples.patch_outputs):
+            part.clear()
 
     def _patches(
         self, node: fx.Node, layer: nn.Conv2d | nn.Linear, samples: SiteSamples, call: int
