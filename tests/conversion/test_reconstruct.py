@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, fx, nn
+
+from groupify.conversion.convert import Calibration, convert
+from groupify.conversion.reconstruct import ReconstructionOptions, cut_nodes, find_blocks, reconstruct
+from groupify.conversion.surgery import GROUPED, SiteRecipe, restructure
+from groupify.graph.trace import on_same_graph, trace
+from tests.conversion.nets import Residual, images, plan_of, randomise, relative_error
+
+SITES = ("conv1", "conv2", "conv3")
+
+
+def graph_of(model: nn.Module) -> fx.GraphModule:
+    traced = trace(model.eval())
+    assert traced.module is not None
+    return traced.module
+
+
+def test_resnet_is_cut_behind_its_blocks() -> None:
+    graph = graph_of(torchvision.models.resnet18(weights=None)).graph
+    sites = [f"layer{s}.{b}.conv{c}" for s in (1, 2, 3, 4) for b in (0, 1) for c in (1, 2)]
+    blocks = find_blocks(graph, sites)
+    assert [[str(n.target) for n in b.nodes if str(n.target) in sites] for b in blocks] == [
+        sites[i : i + 2] for i in range(0, 16, 2)
+    ]
+    for block, following in pairwise(blocks):
+        assert block.end is following.start  # the activation behind a block belongs to it
+        assert "relu" in block.end.name
+
+
+def test_vgg_is_cut_behind_each_layer() -> None:
+    graph = graph_of(torchvision.models.vgg11(weights=None)).graph
+    cuts = {node.name for node in cut_nodes(graph)}
+    assert {node.name for node in graph.nodes if node.users} == cuts
+    sites = ["features.3", "features.6"]
+    blocks = find_blocks(graph, sites)
+    assert [(b.start.name, str(b.nodes[0].target)) for b in blocks] == [
+        ("features_2", "features.3"),
+        ("features_5", "features.6"),
+    ]
+
+
+def test_densenet_is_cut_at_its_transitions() -> None:
+    graph = graph_of(torchvision.models.densenet121(weights=None)).graph
+    inside = [n.name for n in cut_nodes(graph) if "denselayer" in n.name]
+    # Within a dense block every layer reads all before it; only the first norm stands alone.
+    assert not [name for name in inside if "denselayer1_" not in name]
+    blocks = find_blocks(graph, ["features.denseblock2.denselayer3.conv2"])
+    (only,) = blocks
+    held = {str(node.target) for node in only.nodes}
+    assert {f"features.denseblock2.denselayer{i}.conv2" for i in range(2, 13)} <= held
+
+
+def pair(seed: int = 0) -> tuple[fx.GraphModule, fx.GraphModule]:
+    net = randomise(Residual(), seed).eval()
+    student = restructure(net, [SiteRecipe(name, GROUPED, 4) for name in SITES])
+    traced = graph_of(net)
+    return on_same_graph(traced, student), traced
+
+
+def trained(steps: int, seed: int) -> tuple[fx.GraphModule, fx.GraphModule]:
+    student, teacher = pair()
+    options = ReconstructionOptions(steps=steps, batch_size=16)
+    reconstruct(student, teacher, images(64), SITES, options, seed=seed)
+    return student, teacher
+
+
+def test_the_error_goes_down_and_the_teacher_stays() -> None:
+    untrained, teacher = pair()
+    before = copy.deepcopy(teacher.state_dict())
+    student, teacher = trained(60, seed=0)
+    x = images(64, seed=1)
+    assert relative_error(student, teacher, x) < 0.7 * relative_error(untrained, teacher, x)
+    assert all(torch.equal(before[key], value) for key, value in teacher.state_dict().items())
+    for key, value in untrained.state_dict().items():
+        if "running" in key:
+            assert torch.equal(student.state_dict()[key], value)
+    assert all(p.grad is None for p in (*student.parameters(), *teacher.parameters()))
+
+
+def test_the_seed_decides() -> None:
+    one, two, other = (trained(5, seed)[0].state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert any(not torch.equal(one[key], other[key]) for key in one)
+
+
+def test_frozen_parameters_stay() -> None:
+    student, teacher = pair()
+    frozen = student.get_parameter("conv1.weight")
+    frozen.requires_grad_(False)
+    before: Tensor = frozen.clone()
+    reconstruct(student, teacher, images(32), SITES, ReconstructionOptions(steps=5, batch_size=16))
+    assert torch.equal(frozen, before)
+
+
+@pytest.mark.parametrize("steps", [0, 100])
+def test_as_an_option_of_convert(steps: int) -> None:
+    net = randomise(Residual()).eval()
+    options = ReconstructionOptions(steps=steps, batch_size=16)
+    result = convert(net, plan_of(net, *SITES), Calibration(images(64), reconstruction=options))
+    assert ("reconstruction" in result.method) == (steps > 0)
+    assert ("reconstruction" in result.seconds) == (steps > 0)
