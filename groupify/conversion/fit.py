@@ -19,6 +19,7 @@ from groupify.conversion.site_fit import FitOptions, SiteFit, Target, fit_site, 
 from groupify.conversion.surgery import SiteRecipe
 from groupify.conversion.teacher import SiteSamples, is_relu
 from groupify.graph.execute import BatchedRun
+from groupify.graph.operations import ELEMENTWISE_MODULES
 
 
 def fit_student(
@@ -103,7 +104,18 @@ class _Fitter:
                 module = self._student.get_submodule(name)
                 if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
                     self._refresh(module, source)
-        self._run.run(node)
+        self._run.run(node, defer=self._is_cheap_to_repeat(node))
+
+    def _is_cheap_to_repeat(self, node: fx.Node) -> bool:
+        """Whether only a batch norm or activation reads the node, once, so that keeping it would not pay."""
+        reader = next(iter(node.users), None)
+        if len(node.users) != 1 or reader is None or reader.op != "call_module" or node.op == "placeholder":
+            return False
+        name = str(reader.target)
+        module = self._student.get_submodule(name)
+        if isinstance(module, nn.BatchNorm2d):
+            return node in self._aimed or node not in self._changed  # else its statistics are refreshed
+        return isinstance(module, ELEMENTWISE_MODULES)
 
     # one site ----------------------------------------------------------------------------------
 

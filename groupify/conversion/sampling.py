@@ -102,4 +102,5 @@ def compact(values: Tensor) -> Tensor:
     """Halve the memory of float32 values that wait for later, where half precision can hold them."""
     if values.dtype != torch.float32 or not values.numel():
         return values
-    return values.half() if float(values.abs().amax()) < _HALF_LIMIT else values
+    low, high = torch.aminmax(values)
+    return values.half() if max(-float(low), float(high)) < _HALF_LIMIT else values

@@ -7,7 +7,8 @@ nodes is kept in half precision and dropped at its last use.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ class BatchedRun:
         self._batches = batches
         self._compact = compact
         self._values: dict[fx.Node, list[Any]] = {}
-        self._waiting: dict[fx.Node, int] = {node: len(node.users) for node in module.graph.nodes}
+        self._waiting = Counter({node: len(node.users) for node in module.graph.nodes})
+        self._deferred: set[fx.Node] = set()
         self._pinned: set[fx.Node] = set()
 
     def done(self, node: fx.Node) -> bool:
@@ -53,6 +55,8 @@ class BatchedRun:
 
     def value(self, node: fx.Node, batch: int) -> Any:
         """Return the value of a node for one batch, in full precision."""
+        if node in self._deferred:
+            return self.compute(node, batch)
         return _map(_restore, self._values[node][batch])
 
     def preset(self, node: fx.Node, values: Sequence[Any]) -> None:
@@ -70,18 +74,36 @@ class BatchedRun:
                 stack.extend(current.all_input_nodes)
         return [candidate for candidate in self.module.graph.nodes if candidate in needed]
 
-    def run(self, node: fx.Node) -> None:
-        """Run one node, whose inputs have been run, on every batch."""
+    def run(self, node: fx.Node, *, defer: bool = False) -> None:
+        """Run one node, whose inputs have been run, on every batch.
+
+        Args:
+            node: the node.
+            defer: compute its value anew whenever it is asked for, instead of keeping it; right where a
+                single cheap reader follows.
+        """
+        if defer:
+            self._deferred.add(node)
+            self._values[node] = []
+            return
         results: list[Any] = []
-        last_use = [source for source in node.all_input_nodes if self._waiting[source] == 1]
+        reads = Counter(self._kept_sources(node))
+        last_use = [source for source, count in reads.items() if self._waiting[source] == count]
         for batch in range(self.batch_count):
             results.append(self._keep(self.compute(node, batch)))
             for source in last_use:
                 if source not in self._pinned:
                     self._values[source][batch] = None
-        for source in node.all_input_nodes:
-            self._waiting[source] -= 1
+        self._waiting.subtract(reads)
         self._values[node] = results
+
+    def _kept_sources(self, node: fx.Node) -> Iterator[fx.Node]:
+        """The nodes whose kept values are read to compute ``node``, once for each reader in between."""
+        for source in node.all_input_nodes:
+            if source in self._deferred:
+                yield from self._kept_sources(source)
+            else:
+                yield source
 
     def compute(self, node: fx.Node, batch: int) -> Any:
         """Return the output of a node for one batch without keeping it."""
