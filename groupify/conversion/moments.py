@@ -70,14 +70,16 @@ class GroupedMoments:
         """Take other outputs for the same inputs; ``batches`` holds (inputs, outputs) as in ``update``."""
         assert self._input_shift is not None
         assert self._output_shift is not None
-        for total in (self.output_input, self.output_output, self.output_sum):
-            total.zero_()
+        for sums in (self.output_input, self.output_output, self.output_sum):
+            sums.zero_()
         for inputs, outputs in batches:
-            shifted_inputs = inputs.transpose(0, 1) - self._input_shift
-            shifted_outputs = outputs.transpose(0, 1) - self._output_shift
-            self.output_input += torch.bmm(shifted_outputs.transpose(1, 2), shifted_inputs)
-            self.output_output += shifted_outputs.square().sum(1)
-            self.output_sum += shifted_outputs.sum(1)
+            shifted = outputs.transpose(0, 1) - self._output_shift
+            total = shifted.sum(1)
+            # The inputs' shift is taken off the sums: shifting all inputs again would cost a copy of them.
+            self.output_input += torch.bmm(shifted.transpose(1, 2), inputs.transpose(0, 1))
+            self.output_input -= total.double().unsqueeze(2) * self._input_shift
+            self.output_output += torch.linalg.vector_norm(shifted, dim=1).square()
+            self.output_sum += total
 
     def fit(self, *, ridge: float, prior: Tensor | None = None) -> GroupedFit:
         """Solve the ridge regression of each group.

@@ -43,13 +43,11 @@ class Target:
     thresholds: Tensor | None = None
     signs: Tensor | None = None
 
-    def relaxed(self, predicted: Tensor) -> Tensor:
-        """The outputs, but where the ReLU should be off, whatever of the prediction keeps it off."""
-        if self.thresholds is None or self.signs is None:
-            return self.outputs
-        off = (self.outputs - self.thresholds) * self.signs <= 0
-        limited = torch.minimum(predicted * self.signs, self.thresholds * self.signs) * self.signs
-        return torch.where(off, limited, self.outputs)
+    def mirrored(self) -> Target:
+        """Negate the outputs whose ReLU is off above the threshold, so that every ReLU is off below."""
+        if self.thresholds is None or self.signs is None or bool((self.signs > 0).all()):
+            return self
+        return Target(self.outputs * self.signs, self.thresholds * self.signs, self.signs.abs())
 
 
 @dataclass(frozen=True)
@@ -187,29 +185,49 @@ def _least_squares(
     the targets that cost the present prediction the least.
     """
     moments = GroupedMoments(centred=centred)
+    in_order = torch.equal(rows, torch.arange(len(rows)))
+
+    def grouped(values: Tensor) -> Tensor:
+        return (values if in_order else values[:, rows]).reshape(len(values), groups, -1)
+
+    signs = targets[0].signs
+    flip = None if signs is None else grouped(signs.unsqueeze(0))[0].unsqueeze(2)  # (G, O/G, 1)
+    if flip is not None and prior is not None:
+        prior = prior * flip
     blocks = [patches.reshape(len(patches), groups, -1) for patches in inputs]
-
-    def grouped(outputs: Tensor) -> Tensor:
-        return outputs[:, rows].reshape(len(outputs), groups, -1)
-
-    for block, target in zip(blocks, targets, strict=True):
+    mirrored = [target.mirrored() for target in targets]
+    for block, target in zip(blocks, mirrored, strict=True):
         moments.update(block, grouped(target.outputs))
     result = moments.fit(ridge=ridge, prior=prior)
-    if targets[0].thresholds is None:
+    if flip is None:
         return result, moments.count
-    back = torch.argsort(rows)
+    limits = [
+        _Limit(grouped(target.outputs), grouped(target.thresholds))
+        for target in mirrored
+        if target.thresholds is not None
+    ]
     for _ in range(options.relu_iterations):
         weight, bias = result.weight.float(), result.bias.float()
-
-        def relaxed(block: Tensor, target: Target, weight: Tensor = weight, bias: Tensor = bias) -> Tensor:
-            predicted = torch.einsum("god,ngd->ngo", weight, block) + bias
-            return grouped(target.relaxed(predicted.reshape(len(block), -1)[:, back]))
-
         moments.replace_outputs(
-            (block, relaxed(block, target)) for block, target in zip(blocks, targets, strict=True)
+            (block, limit.relaxed(block, weight, bias)) for block, limit in zip(blocks, limits, strict=True)
         )
         result = moments.fit(ridge=ridge, prior=prior)
-    return result, moments.count
+    return GroupedFit(result.weight * flip, result.bias * flip.squeeze(2), result.error), moments.count
+
+
+class _Limit:
+    """The targets of one batch and where the ReLU behind is off; shapes (n, G, O/G)."""
+
+    def __init__(self, outputs: Tensor, thresholds: Tensor) -> None:
+        self._outputs = outputs.transpose(0, 1)
+        self._thresholds = thresholds.transpose(0, 1)
+        self._off = self._outputs <= self._thresholds
+
+    def relaxed(self, inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The outputs, but where the ReLU should be off, whatever of the prediction keeps it off."""
+        predicted = torch.baddbmm(bias.unsqueeze(1), inputs.transpose(0, 1), weight.transpose(1, 2))
+        torch.minimum(predicted, self._thresholds, out=predicted)
+        return torch.where(self._off, predicted, self._outputs).transpose(0, 1)
 
 
 def _fit_grouped_pointwise(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from groupify.conversion.convert import Calibration, Conversion, convert
-from groupify.conversion.site_fit import FitOptions, Target, fit_site
+from groupify.conversion.site_fit import FitOptions, Target, _Limit, fit_site
 from groupify.conversion.surgery import GROUPED, GROUPED_POINTWISE, SiteRecipe, restructure
 from groupify.planning.rules import describe
 from tests.conversion.nets import SHAPE, Chain, Residual, images, plan_of, randomise, relative_error
@@ -114,12 +114,29 @@ def test_relaxing_in_front_of_a_relu_lowers_the_error_behind_it() -> None:
 
 
 def test_relaxed_targets() -> None:
-    # A ReLU behind y − 1: off below 1. With a negative scale it is off above.
+    # A ReLU behind y − 1 is off below 1. With weight 1 the prediction is the input.
     outputs, predicted = torch.tensor([[0.0, 0.0, 3.0]]), torch.tensor([[-5.0, 2.0, -5.0]])
-    target = Target(outputs, torch.ones(1, 3), torch.ones(3))
-    assert target.relaxed(predicted).tolist() == [[-5.0, 1.0, 3.0]]
-    mirrored = Target(-outputs, -torch.ones(1, 3), -torch.ones(3))
-    assert mirrored.relaxed(-predicted).tolist() == [[5.0, -1.0, -3.0]]
+    limit = _Limit(outputs.unsqueeze(1), torch.ones(1, 1, 3))
+    relaxed = limit.relaxed(predicted.unsqueeze(1), torch.eye(3).unsqueeze(0), torch.zeros(1, 3))
+    assert relaxed.tolist() == [[[-5.0, 1.0, 3.0]]]
+    # With a negative scale it is off above; mirrored, it is off below again.
+    mirrored = Target(-outputs, -torch.ones(1, 3), -torch.ones(3)).mirrored()
+    assert mirrored.thresholds is not None
+    assert mirrored.outputs.tolist() == outputs.tolist()
+    assert mirrored.thresholds.tolist() == [[1.0, 1.0, 1.0]]
+
+
+def test_a_batch_norm_with_a_negative_scale_changes_nothing() -> None:
+    net = randomise(Chain()).eval()
+    mirrored = copy.deepcopy(net)
+    mirrored.conv1.weight.data[::2] *= -1
+    for tensor in (mirrored.get_buffer("bn1.running_mean"), mirrored.get_parameter("bn1.weight").data):
+        tensor[::2] *= -1
+    options = dataclasses.replace(PLAIN, relu_iterations=3)
+    results = [converted(model, "conv1", options=options) for model in (net, mirrored)]
+    x = images(64, seed=1)
+    with torch.no_grad():
+        torch.testing.assert_close(results[0].model(x), results[1].model(x), rtol=1e-3, atol=1e-3)
 
 
 def test_refitting_the_classifier_makes_good_for_what_is_left() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ Mode = Literal["zeros", "reflect", "circular", "replicate"]
 modes: st.SearchStrategy[Mode] = st.sampled_from(get_args(Mode))
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @settings(max_examples=80, deadline=None)
 @given(
     kernel=kernels,
