@@ -93,17 +93,10 @@ class _Fitter:
             refits = self._options.refit_dense and self._options.in_order and name in self._samples
             if node.op == "call_module" and name not in self.fits and (is_site or refits):
                 self._fit(node, name)
-            source = node.all_input_nodes[0] if node.all_input_nodes else None
-            # Where the fit aimed at a ReLU's input, other statistics would move it off the target.
-            if (
-                self._options.refresh_batch_norm
-                and node.op == "call_module"
-                and source is not None
-                and source not in self._aimed
-            ):
+            if self._options.refresh_batch_norm and node.op == "call_module":
                 module = self._student.get_submodule(name)
                 if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
-                    self._refresh(module, source)
+                    self._refresh(module, node.all_input_nodes[0])
         self._run.run(node, defer=self._is_cheap_to_repeat(node))
 
     def _is_cheap_to_repeat(self, node: fx.Node) -> bool:
@@ -215,7 +208,12 @@ class _Fitter:
         return module if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None else None
 
     def _refresh(self, norm: nn.BatchNorm2d, source: fx.Node) -> None:
-        """Set the statistics of a batch norm to those of the student's own activations."""
+        """Set the statistics of a batch norm to those of the student's own activations.
+
+        Where the fit aimed at a ReLU's input, other statistics would move it off the target: there
+        weight and bias make up for them, so that inference stays as it is and training, which uses
+        the batch's own statistics, starts from the same function.
+        """
         assert norm.running_mean is not None
         assert norm.running_var is not None
         count, total = 0, torch.zeros_like(norm.running_mean, dtype=torch.float64)
@@ -230,8 +228,16 @@ class _Fitter:
             return
         mean = total / count
         variance = (squares / count - mean.square()).clamp(min=0) * count / (count - 1)
+        keeps_function = source in self._aimed
+        if keeps_function and not norm.affine:
+            return
+        before = _affine(norm)
         norm.running_mean.add_(mean)
         norm.running_var.copy_(variance)
+        if keeps_function:
+            scale, shift = before
+            norm.weight.copy_(scale * torch.sqrt(norm.running_var + norm.eps))
+            norm.bias.copy_(shift + scale * norm.running_mean)
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
