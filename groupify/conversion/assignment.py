@@ -56,7 +56,9 @@ def _prices(value: NDArray[np.float64], capacities: NDArray[np.int64]) -> NDArra
     items, cells = value.shape
     prices = np.zeros(cells)
     for _ in range(_PRICE_SWEEPS):
-        before = prices.copy()
+        demand = np.bincount(np.argmax(value - prices, axis=1), minlength=cells)
+        if np.array_equal(demand, capacities):
+            break
         for cell in range(cells):
             net = value - prices
             net[:, cell] = -np.inf
@@ -65,8 +67,6 @@ def _prices(value: NDArray[np.float64], capacities: NDArray[np.int64]) -> NDArra
             border = items - int(capacities[cell])
             parts = np.partition(margins, (border - 1, border))
             prices[cell] = (parts[border - 1] + parts[border]) / 2
-        if np.array_equal(prices, before):
-            break
     return prices
 
 
