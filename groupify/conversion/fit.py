@@ -107,7 +107,8 @@ class _Fitter:
         name = str(reader.target)
         module = self._student.get_submodule(name)
         if isinstance(module, nn.BatchNorm2d):
-            return node in self._aimed or node not in self._changed  # else its statistics are refreshed
+            # Refreshing its statistics reads the node once more.
+            return not self._options.refresh_batch_norm or node not in self._changed
         return isinstance(module, ELEMENTWISE_MODULES)
 
     # one site ----------------------------------------------------------------------------------
