@@ -111,6 +111,13 @@ def test_a_report_in_text() -> None:
     ]
 
 
+def test_a_busy_machine_is_named() -> None:
+    assert REPORT.latency is not None
+    console = piped()
+    print_report(replace(REPORT, latency=replace(REPORT.latency, steady=False)), console)
+    assert any("the machine was busy" in line for line in lines(console))
+
+
 def test_what_was_not_measured_is_not_shown() -> None:
     console = piped()
     print_report(
@@ -190,7 +197,7 @@ def test_the_documents_are_json() -> None:
     document = report_document(replace(REPORT, fits=(fit,), machine=None))
     assert json.loads(json.dumps(document, allow_nan=False)) == document
     assert document["latency_ms"] == {
-        "dense": 145.78, "grouped": 47.17, "speed_up": 3.1, "threads": 2, "batch_size": 8,
+        "dense": 145.78, "grouped": 47.17, "speed_up": 3.1, "threads": 2, "batch_size": 8, "steady": True,
     }  # fmt: skip
     assert document["accuracy"] == {"dense": 0.9365, "converted": 0.91, "recovered": 0.925, "images": 2000}
     assert document["parity"]["max_abs_diff"] == 9.5e-6

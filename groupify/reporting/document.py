@@ -38,6 +38,7 @@ def report_document(report: Report) -> dict[str, Any]:
                 "speed_up": latency.speed_up,
                 "threads": latency.threads,
                 "batch_size": latency.batch_size,
+                "steady": latency.steady,
             },
             "accuracy": dataclasses.asdict(report.accuracy),
             "history": [dataclasses.asdict(row) for row in report.history],

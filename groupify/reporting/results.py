@@ -40,12 +40,14 @@ class LatencyChange:
         speed_up: median over rounds in which both ran side by side.
         threads: intra-op threads.
         batch_size: images per batch.
+        steady: False where the times varied so much within the run that they say little.
     """
 
     milliseconds: Change[float]
     speed_up: float
     threads: int
     batch_size: int
+    steady: bool = True
 
 
 @dataclass(frozen=True)

@@ -209,6 +209,10 @@ def report_lines(report: Report) -> list[str]:
         lines.append(f"ONNX Runtime against PyTorch: largest difference {report.parity.max_abs_diff:.1e}")
     if report.machine is not None:
         lines.append(f"machine: {report.machine}")
+    if report.latency is not None and not report.latency.steady:
+        lines.append(
+            "note: the machine was busy, so the latencies say little; time again with 'groupify bench'"
+        )
     lines.extend(f"note: {note}" for note in report.notes)
     if report.files:
         lines.append("wrote " + ", ".join(report.files.values()))
