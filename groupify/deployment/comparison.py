@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,7 +33,7 @@ class Comparison:
 
     absolute: float
     relative: float
-    scaled: float  # relative to max(1, largest output): small outputs are not held to their own scale
+    scaled: float  # of the largest output or 1e-3: outputs near zero are not held to their own scale
     agreeing: int
     decided: int
 
@@ -41,21 +42,26 @@ class Comparison:
         return self.scaled <= tolerance
 
 
+def scale_of(reference: Array) -> float:
+    """Return what a difference is measured against: the largest absolute value, or 1e-3 if that is less."""
+    return max(1e-3, float(np.max(np.abs(reference), initial=0.0)))
+
+
 def compare_outputs(expected: Mapping[str, Array], actual: Sequence[Array]) -> Comparison:
-    """Compare outputs one by one; shapes that differ count as infinitely far."""
+    """Compare outputs one by one; shapes that differ are NaN apart."""
     absolute = relative = scaled = 0.0
     agreeing = decided = 0
     for reference, output in zip(expected.values(), actual, strict=True):
         if reference.shape != output.shape:
-            return Comparison(float("inf"), float("inf"), float("inf"), 0, 1)
+            return Comparison(math.nan, math.nan, math.nan, 0, 1)
         difference = float(np.max(np.abs(reference - output), initial=0.0))
         largest = float(np.max(np.abs(reference), initial=0.0))
-        # Written so that a NaN on either side stays a NaN, which no tolerance admits.
-        absolute = difference if not difference <= absolute else absolute
         ratio = difference / largest if largest > 0 else difference
-        relative = ratio if not ratio <= relative else relative
-        share = difference / max(1.0, largest)
-        scaled = share if not share <= scaled else scaled
+        share = difference / scale_of(reference)
+        # np.maximum, unlike max, keeps a NaN, which no tolerance admits.
+        absolute = float(np.maximum(absolute, difference))
+        relative = float(np.maximum(relative, ratio))
+        scaled = float(np.maximum(scaled, share))
         if reference.ndim >= 2 and reference.shape[1] > 1:
             agreeing += int(np.sum(reference.argmax(1) == output.argmax(1)))
             decided += reference.size // reference.shape[1]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from groupify.deployment.comparison import Array, compare_outputs, reference_outputs
+from groupify.deployment.comparison import Array, compare_outputs, reference_outputs, scale_of
 from groupify.deployment.export import PART, evaluation_mode
 from groupify.deployment.runtime import open_session, require
 
@@ -135,4 +135,4 @@ def _equal_up_to_channels(reference: Array, value: Array, tolerance: float) -> b
     value = value.reshape(reference.shape)
     axis = 1 if reference.ndim > 1 else 0
     difference = np.max(np.abs(np.sort(reference, axis) - np.sort(value, axis)), initial=0.0)
-    return bool(difference <= tolerance * max(1.0, float(np.max(np.abs(reference), initial=0.0))))
+    return bool(difference <= tolerance * scale_of(reference))

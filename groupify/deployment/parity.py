@@ -16,8 +16,9 @@ from groupify.deployment.divergence import first_divergence
 from groupify.deployment.runtime import open_session
 from groupify.errors import GroupifyError, ParityError
 
-# Float32 sums in another order: 1e-7 to 1e-5 of the largest output in the nets at hand, deep ones included.
-TOLERANCE = 1e-4
+# Float32 sums in another order came to 1e-7 to 5e-5 of the largest output (inception_v3, random weights); a
+# channel in the wrong place comes to 1e-2 and more.
+TOLERANCE = 5e-4
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ def check_parity(
         images: real inputs, normalised, shape (N, *input_shape); tried in batches of each size.
         batch_sizes: the batches to try; a file of fixed batch size is tried at that one only.
         seed: of the random inputs (standard normal).
-        tolerance: largest difference allowed, relative to the largest absolute value of an output, or to 1
-            where that is smaller.
+        tolerance: largest difference allowed, relative to the largest absolute value of an output, or to
+            1e-3 where that is smaller.
 
     Raises:
         ParityError: the outputs differ; the message names the node that diverges first.

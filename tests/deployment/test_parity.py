@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,14 @@ def test_a_corrupted_part_of_a_split_layer_is_named(tmp_path: Path) -> None:
     bad = corrupted(path, tmp_path / "bad.onnx", weights[-1])
     with pytest.raises(ParityError, match=r"first diverging node 'norms.0/Conv' \(weights 'ups.0.weight"):
         check_parity(net, bad, input_shape=shape)
+
+
+def test_nan_in_the_first_of_two_outputs_never_passes(tmp_path: Path) -> None:
+    net = randomise(TwoHeads()).eval()
+    path = export_onnx(net, tmp_path / "heads.onnx", input_shape=INPUT_SHAPE).path
+    bad = corrupted(path, tmp_path / "bad.onnx", "out.weight", float(np.nan))
+    with pytest.raises(ParityError, match="differs"):
+        check_parity(net, bad, input_shape=INPUT_SHAPE, tolerance=math.inf)
 
 
 def test_nan_never_passes(net: nn.Module, exported: Path, tmp_path: Path) -> None:
