@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from groupify.conversion.by_module import fit_by_module
+from groupify.conversion.clock import Clock
 from groupify.conversion.clustering import SiteScore, cluster
 from groupify.conversion.fit import fit_student
 from groupify.conversion.reconstruct import ReconstructionOptions, reconstruct
@@ -177,17 +177,6 @@ def _warn_of_few_samples(fits: Sequence[SiteFit]) -> None:
         )
 
 
-class _Clock:
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
-        self._last = now
-
-
 class _Conversion:
     """The steps of one conversion and what they leave behind."""
 
@@ -206,7 +195,7 @@ class _Conversion:
         self._plan = plan
         self._seed = seed
         self._progress = progress
-        self.clock = _Clock()
+        self.clock = Clock()
         self.fits: tuple[SiteFit, ...] = ()
         self.method = ""
         self.notes: list[str] = []
@@ -262,7 +251,15 @@ class _Conversion:
         graph = on_same_graph(traced, student)
         names = {str(conv.target): total.name for conv, total in sums.items()}
         fits = fit_student(
-            graph, dense, batches, self._sites, samples, names, calibration.fit, progress=self._progress
+            graph,
+            dense,
+            batches,
+            self._sites,
+            samples,
+            names,
+            calibration.fit,
+            clock=self.clock,
+            progress=self._progress,
         )
         self.fits = tuple(fits.values())
         self.clock.lap("fit")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
+from groupify.conversion.clock import Clock
 from groupify.conversion.sampling import compact, input_patches, pick
 from groupify.conversion.site_fit import FitOptions, SiteFit, Target, fit_site, refit_layer
 from groupify.conversion.surgery import SiteRecipe
@@ -31,6 +32,7 @@ def fit_student(
     sums: Mapping[str, str],
     options: FitOptions,
     *,
+    clock: Clock,
     progress: bool = False,
 ) -> dict[str, SiteFit]:
     """Fit all sites of ``student`` in place.
@@ -43,9 +45,10 @@ def fit_student(
         samples: what the teacher computed, in the student's channel order; used up.
         sums: site → name of the fx node of the residual sum that it feeds.
         options: what to do.
+        clock: takes the time of the parts.
         progress: show a bar on stderr.
     """
-    fitter = _Fitter(student, dense, batches, sites, samples, sums, options)
+    fitter = _Fitter(student, dense, batches, sites, samples, sums, options, clock)
     with torch.no_grad():
         nodes = list(student.graph.nodes)
         for node in tqdm(nodes, desc="fit", disable=None if progress else True, leave=False):
@@ -63,7 +66,9 @@ class _Fitter:
         samples: Mapping[str, SiteSamples],
         sums: Mapping[str, str],
         options: FitOptions,
+        clock: Clock,
     ) -> None:
+        self._clock = clock
         self._student = student
         self._dense = dense
         self._sites = sites
@@ -96,8 +101,10 @@ class _Fitter:
             if self._options.refresh_batch_norm and node.op == "call_module":
                 module = self._student.get_submodule(name)
                 if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
-                    self._refresh(module, node.all_input_nodes[0])
-        self._run.run(node, defer=self._is_cheap_to_repeat(node))
+                    with self._clock.part("fit: batch norms"):
+                        self._refresh(module, node.all_input_nodes[0])
+        with self._clock.part("fit: student forward"):
+            self._run.run(node, defer=self._is_cheap_to_repeat(node))
 
     def _is_cheap_to_repeat(self, node: fx.Node) -> bool:
         """Whether only a batch norm or activation reads the node, once, so that keeping it would not pay."""
@@ -120,16 +127,19 @@ class _Fitter:
         norm = self._batch_norm_behind(node)
         other = self._other_term(node, name)
         relu = self._options.relu_iterations > 0 and self._feeds_relu(node, norm, other)
-        targets = [self._target(samples, call, norm, other, relu) for call in range(len(samples.positions))]
+        calls = range(len(samples.positions))
+        with self._clock.part("fit: patches and targets"):
+            targets = [self._target(samples, call, norm, other, relu) for call in calls]
+            inputs = [self._patches(node, dense_layer, samples, call) for call in calls]
         if targets[0].thresholds is not None:
             self._aimed.add(node)
-        inputs = [self._patches(node, dense_layer, samples, call) for call in range(len(samples.positions))]
         module, site = self._student.get_submodule(name), self._sites.get(name)
-        if site is None:
-            refit_layer(module, inputs, targets, norm, self._options)
-        else:
-            assert isinstance(dense_layer, nn.Conv2d)
-            self.fits[name] = fit_site(module, dense_layer, site, inputs, targets, norm, self._options)
+        with self._clock.part("fit: moments and solve"):
+            if site is None:
+                refit_layer(module, inputs, targets, norm, self._options)
+            else:
+                assert isinstance(dense_layer, nn.Conv2d)
+                self.fits[name] = fit_site(module, dense_layer, site, inputs, targets, norm, self._options)
         # Nobody needs them again, and those of a large model take gigabytes.
         for part in (samples.outputs, samples.sums, samples.patches, samples.patch_outputs):
             part.clear()
