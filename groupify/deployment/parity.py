@@ -17,8 +17,8 @@ from groupify.deployment.runtime import open_session
 from groupify.errors import GroupifyError, ParityError
 
 # Float32 sums in another order came to 1e-7 to 1.6e-4 of the largest output, the latter in a deeplabv3 with
-# random weights, where PyTorch's float32 is as far from its own float64. A channel in the wrong place comes to
-# 1e-2 and more.
+# random weights, where PyTorch's float32 is as far from its own float64. A channel in the wrong place comes
+# to 1e-2 and more.
 TOLERANCE = 5e-4
 
 
