@@ -302,7 +302,8 @@ def main() -> None:
 
 def _write(path: Path, machine: object, dense_top1: float, images: int, rows: list[Row]) -> None:
     document = {
-        "command": " ".join(sys.argv),
+        # Names without their folders: where a checkpoint lay on one machine tells nobody anything.
+        "command": " ".join(Path(argument).name for argument in sys.argv),
         "machine": asdict(machine),  # type: ignore[call-overload]
         "dense_accuracy": dense_top1,
         "calibration_images": images,

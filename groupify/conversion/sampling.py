@@ -32,7 +32,7 @@ def sample_positions(output_shape: torch.Size, count: int, generator: torch.Gene
         flat = torch.arange(total)
     else:
         # Stratified: one position in each of `count` ranges of equal length (give or take one), so that
-        # every image is seen.
+        # the images share them evenly; from two positions an image on, every image is seen.
         edges = torch.arange(count + 1) * total // count
         jitter = torch.rand(count, generator=generator, dtype=torch.float64)
         flat = edges[:-1] + (jitter * edges.diff()).long()

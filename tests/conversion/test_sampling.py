@@ -73,7 +73,7 @@ def test_positions_are_distinct_and_spread_over_the_images(
     )
     assert len(places) == len(positions) == min(count, n * height * width)
     assert all(0 <= i < n and 0 <= r < height and 0 <= c < width for i, r, c in places)
-    if count >= n:
+    if count >= 2 * n:  # ranges as short as half an image: none can be passed over
         assert {i for i, _, _ in places} == set(range(n))
 
 
