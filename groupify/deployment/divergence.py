@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from groupify.deployment.comparison import Array, compare_outputs, reference_outputs, scale_of
-from groupify.deployment.export import PART, evaluation_mode
-from groupify.deployment.runtime import open_session, require
+from groupify.deployment.export import evaluation_mode
+from groupify.deployment.runtime import PART, open_session, require
 
 
 def first_divergence(model: nn.Module, path: Path, batch: Tensor, *, tolerance: float) -> str:

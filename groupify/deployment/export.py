@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 OPSET = 18
 INPUT_NAME = "input"
 OUTPUT_NAME = "output"
-PART = ".part"  # in the name of a node that computes some of the channels of the node named before it
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from groupify.deployment.export import PART
 from groupify.deployment.graph_edits import (
     Order,
     attribute,
@@ -35,6 +34,7 @@ from groupify.deployment.graph_edits import (
     static_shape,
 )
 from groupify.deployment.node_roles import Concatenation, Convolution, Permute, Same, role_of
+from groupify.deployment.runtime import PART
 
 # Below this many bytes of the shuffled tensor a gather is cheaper than more, smaller convs.
 MIN_BYTES = 600_000
