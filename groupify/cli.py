@@ -10,7 +10,7 @@ import sys
 import warnings
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -27,6 +27,9 @@ from groupify.cli_options import (
     whole_numbers,
 )
 from groupify.errors import ArtefactError, GroupifyError, GroupifyWarning, SpecError
+
+if TYPE_CHECKING:
+    from groupify.reporting import Report
 
 # Everything heavy (torch first of all) is imported inside the commands: --help answers at once.
 
@@ -128,6 +131,16 @@ def _print_json(document: Any) -> None:
     click.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
 
 
+def _print_report(report: Report, as_json: bool) -> None:
+    from groupify.reporting import print_report, report_document
+    from groupify.reporting.text import stdout_console
+
+    if as_json:
+        _print_json(report_document(report))
+    else:
+        print_report(report, stdout_console())
+
+
 @cli.command(context_settings=_CONTEXT, short_help="Convert a model and write a folder.")
 @click.argument("model")
 @model_options
@@ -158,8 +171,6 @@ def convert(model: str, **options: Any) -> None:
     Example: groupify convert demo --groups 4 --data demo --epochs 1
     """
     from groupify.pipeline import ConversionRequest, run_conversion
-    from groupify.reporting import print_report, report_document
-    from groupify.reporting.text import stdout_console
 
     if options["data"] is None and options["epochs"]:
         raise SpecError(f"--epochs {options['epochs']:g} needs --data, for example --data demo")
@@ -182,10 +193,7 @@ def convert(model: str, **options: Any) -> None:
         ),
         progress=not options["quiet"],
     )
-    if options["as_json"]:
-        _print_json(report_document(report))
-    else:
-        print_report(report, stdout_console())
+    _print_report(report, options["as_json"])
 
 
 @cli.command(context_settings=_CONTEXT, short_help="Show what a conversion would do.")
@@ -291,8 +299,6 @@ def finetune(folder: Path, **options: Any) -> None:
     Example: groupify finetune demo-g4 --data demo --epochs 2
     """
     from groupify.pipeline import FinetuneRequest, run_finetune
-    from groupify.reporting import print_report, report_document
-    from groupify.reporting.text import stdout_console
 
     report = run_finetune(
         FinetuneRequest(
@@ -309,10 +315,7 @@ def finetune(folder: Path, **options: Any) -> None:
         ),
         progress=not options["quiet"],
     )
-    if options["as_json"]:
-        _print_json(report_document(report))
-    else:
-        print_report(report, stdout_console())
+    _print_report(report, options["as_json"])
 
 
 @cli.command(context_settings=_CONTEXT, short_help="Export to ONNX, checked against PyTorch.")

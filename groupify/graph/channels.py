@@ -116,7 +116,7 @@ def _untouchable(traced: nn.Module, labeller: Labeller) -> set[str]:
     regions: list[tuple[int, int, str]] = []
     for name in dict.fromkeys((*(use.name for use in labeller.uses.values()), *labeller.opaque)):
         recurse = name in labeller.opaque
-        for tensor in _tensors_of(traced, modules, name, recurse):
+        for tensor in _tensors_of(modules, name, recurse):
             if tensor.numel():
                 start = tensor.data_ptr()
                 regions.append((start, start + tensor.numel() * tensor.element_size(), name))
@@ -131,9 +131,7 @@ def _untouchable(traced: nn.Module, labeller: Labeller) -> set[str]:
     return found
 
 
-def _tensors_of(
-    traced: nn.Module, modules: dict[str, nn.Module], name: str, recurse: bool
-) -> Iterable[Tensor]:
+def _tensors_of(modules: dict[str, nn.Module], name: str, recurse: bool) -> Iterable[Tensor]:
     module = modules.get(name)
     if module is not None:
         return (*module.parameters(recurse), *module.buffers(recurse))
