@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 import groupify
-from groupify import write_output
 from groupify.cli import cli
 from groupify.errors import SpecError
+from groupify.pipeline import write_output
 from groupify.zoo import load as zoo_load
 from tests.cli_nets import INPUT_SIZE, net
 from tests.conftest import Run

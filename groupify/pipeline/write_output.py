@@ -18,6 +18,7 @@ from groupify.deployment.machine import describe_machine
 from groupify.deployment.parity import check_parity
 from groupify.graph.trace import example_input
 from groupify.output_folder import RECIPE_FILE
+from groupify.pipeline.requests import OutputRequest
 from groupify.planning import Change, Plan, measure_cost
 from groupify.recipe import Recipe
 from groupify.recovery.finetune import FinetuneResult
@@ -34,7 +35,7 @@ _STEADY = 2.0
 
 def write_output(
     folder: Path,
-    final_folder: Path,
+    request: OutputRequest,
     source: Source,
     chosen: Plan,
     model: nn.Module,
@@ -43,8 +44,6 @@ def write_output(
     tuned: FinetuneResult | None,
     accuracy: AccuracyChange,
     data: DataSplits | None,
-    static_batch: int | None,
-    threads: int,
     seed: int,
     progress: bool,
     target: str = "auto",
@@ -52,8 +51,8 @@ def write_output(
     """Write recipe, weights, ONNX file and report into ``folder``, measuring on the way.
 
     Args:
-        folder: existing folder to write into, later renamed to ``final_folder``.
-        final_folder: what the report calls it.
+        folder: existing folder to write into, later renamed to the one asked for.
+        request: the folder asked for and how to measure.
         source: the dense model.
         chosen: what was replaced.
         model: the grouped model.
@@ -61,7 +60,8 @@ def write_output(
         tuned: how it was trained.
         accuracy: measured before.
         data: gives real images for the parity check.
-        static_batch, threads, seed, progress: as in ``ConversionRequest``.
+        seed: seed of the parity check's inputs.
+        progress: show bars on stderr.
         target: the processor that will run the ONNX file; see ``blocked_width``.
     """
     shape = source.spec.input_shape
@@ -80,14 +80,12 @@ def write_output(
         folder / MODEL_FILE,
         input_shape=shape,
         preprocessing=source.spec.preprocessing,
-        static_batch=static_batch,
+        static_batch=request.static_batch,
         metadata={"groupify.recipe_sha256": recipe.sha256 or ""},
         target=target,
     )
     parity = check_parity(model, exported.path, input_shape=shape, images=images, seed=seed)
-    latency, dense_file = time_against_dense(
-        source.model, exported, shape, static_batch=static_batch, threads=threads, progress=progress
-    )
+    latency, dense_file = time_against_dense(source.model, exported, shape, request, progress=progress)
     example = example_input(shape, like=source.model)
     files = {
         "recipe": RECIPE_FILE,
@@ -110,7 +108,7 @@ def write_output(
         latency=latency,
         machine=describe_machine(),
         seed=seed,
-        files={role: str(final_folder / name) for role, name in files.items()},
+        files={role: str(request.folder / name) for role, name in files.items()},
         notes=_notes(source, conversion),
     )
     text = json.dumps(report_document(report), indent=2, ensure_ascii=False, allow_nan=False)
@@ -122,16 +120,15 @@ def time_against_dense(
     dense: nn.Module,
     grouped: ExportedModel,
     shape: tuple[int, ...],
+    request: OutputRequest,
     *,
-    static_batch: int | None,
-    threads: int,
     progress: bool,
 ) -> tuple[LatencyChange, ExportedModel]:
     """Export the dense model aside and time both in ONNX Runtime, interleaved."""
-    batch = static_batch or 1
+    batch, threads = request.static_batch or 1, request.threads
     with tempfile.TemporaryDirectory(prefix="groupify-") as aside:
         dense_file = export_onnx(
-            dense, Path(aside) / "dense.onnx", input_shape=shape, static_batch=static_batch
+            dense, Path(aside) / "dense.onnx", input_shape=shape, static_batch=request.static_batch
         )
         first, second = benchmark_onnx(
             {"dense": dense_file.path, "grouped": grouped.path},

@@ -13,7 +13,7 @@ import click
 from groupify.errors import SpecError
 
 if TYPE_CHECKING:
-    from groupify.pipeline import ModelRequest, PlanRequest
+    from groupify.pipeline import ModelRequest, OutputRequest, PlanRequest
     from groupify.recovery.settings import FinetuneSettings
 
 # Everything heavy (torch first of all) is imported inside the functions: --help answers at once.
@@ -184,6 +184,18 @@ def model_request(name: str, options: dict[str, Any]) -> ModelRequest:
         checkpoint=options["checkpoint"],
         arguments=options["arguments"],
         input_shape=options["input_shape"],
+    )
+
+
+def output_request(options: dict[str, Any], default: Path) -> OutputRequest:
+    """Return what to write; into ``default`` where no folder is named."""
+    from groupify.pipeline import OutputRequest
+
+    return OutputRequest(
+        options["output"] or default,
+        force=options["force"],
+        static_batch=options["static_batch"],
+        threads=options["threads"],
     )
 
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,104 +13,17 @@ from groupify.artefact import load, read_recipe
 from groupify.conversion.convert import Calibration, convert
 from groupify.conversion.reconstruct import ReconstructionOptions
 from groupify.data import DataSplits, calibration_images, load_data
-from groupify.deployment.machine import blocked_width
 from groupify.errors import DataError, SpecError
 from groupify.evaluation import class_logits, evaluate, evaluating
 from groupify.graph.trace import example_input
 from groupify.output_folder import writing_folder
-from groupify.planning import Plan, describe, plan
+from groupify.pipeline.requests import ConversionRequest, FinetuneRequest
+from groupify.pipeline.write_output import write_output
+from groupify.planning import describe
 from groupify.recipe import Recipe
 from groupify.recovery.finetune import finetune
-from groupify.recovery.settings import FinetuneSettings
 from groupify.reporting import AccuracyChange, Report
-from groupify.write_output import write_output
 from groupify.zoo import Source, load_model
-
-
-@dataclass(frozen=True)
-class ModelRequest:
-    """Which dense model; see ``load_model`` for the fields."""
-
-    name: str
-    weights: str = "auto"
-    checkpoint: Path | None = None
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    input_shape: tuple[int, ...] | None = None
-
-    def load(self, seed: int) -> Source:
-        """Load it."""
-        return load_model(
-            self.name,
-            weights=self.weights,
-            checkpoint=self.checkpoint,
-            arguments=self.arguments,
-            input_shape=self.input_shape,
-            seed=seed,
-        )
-
-
-@dataclass(frozen=True)
-class PlanRequest:
-    """How the convs are to be replaced; see ``plan`` for the fields not said here.
-
-    Attributes:
-        min_group_width: None = the channel block of the kernel on ``target``, and widths that are
-            multiples of it where there are such.
-        target: the processor that will run the model; see ``blocked_width``.
-    """
-
-    groups: int
-    kind: str = "grouped"
-    include: Sequence[str] = ()
-    exclude: Sequence[str] = ()
-    min_group_width: int | None = None
-    target: str = "auto"
-    shuffle: str = "none"
-
-    def make(self, source: Source) -> Plan:
-        """Make the plan for a model."""
-        block = blocked_width(self.target) if self.min_group_width is None else 1
-        return plan(
-            source.model,
-            source.spec.input_shape,
-            groups=self.groups,
-            kind=self.kind,
-            include=self.include,
-            exclude=self.exclude,
-            min_group_width=block if self.min_group_width is None else self.min_group_width,
-            block=block,
-            shuffle=self.shuffle,
-        )
-
-
-@dataclass(frozen=True)
-class ConversionRequest:
-    """Everything that ``run_conversion`` does.
-
-    Attributes:
-        model, plan: the dense model and how its convs are to be replaced.
-        output: the folder to write.
-        data: data spec; None = no data.
-        calibration_images: unlabelled training images for the fit; 0 = from the weights alone.
-        reconstruct_steps: steps of block reconstruction after the fit; 0 = none.
-        finetune: settings of the fine-tune; None = none.
-        force: replace an earlier output folder.
-        static_batch: fixed batch size of the ONNX file; None = dynamic.
-        threads: intra-op threads of the timing.
-        seed: seed of everything random.
-    """
-
-    model: ModelRequest
-    plan: PlanRequest
-    output: Path
-    data: str | None = None
-    calibration_images: int = 1000
-    reconstruct_steps: int = 0
-    finetune: FinetuneSettings | None = None
-    force: bool = False
-    static_batch: int | None = None
-    threads: int = 1
-    seed: int = 0
 
 
 def run_conversion(request: ConversionRequest, *, progress: bool = False) -> Report:
@@ -122,7 +32,7 @@ def run_conversion(request: ConversionRequest, *, progress: bool = False) -> Rep
     Raises:
         GroupifyError: anything that cannot be done as asked.
     """
-    with writing_folder(request.output, request.force) as folder:
+    with writing_folder(request.output.folder, request.output.force) as folder:
         source = request.model.load(request.seed)
         chosen = request.plan.make(source)
         data = None if request.data is None else open_data(request.data, source, request.seed)
@@ -144,38 +54,10 @@ def run_conversion(request: ConversionRequest, *, progress: bool = False) -> Rep
             tuned=tuned,
             accuracy=accuracy,
             data=data,
-            static_batch=request.static_batch,
-            threads=request.threads,
             seed=request.seed,
             progress=progress,
             target=request.plan.target,
         )
-
-
-@dataclass(frozen=True)
-class FinetuneRequest:
-    """Everything that ``run_finetune`` does.
-
-    Attributes:
-        folder: the output folder of a conversion.
-        output: the folder to write.
-        data: data spec with a training part.
-        settings: how to train.
-        checkpoint: the dense weights, where the recipe names a file.
-        trust: let the recipe import the code that it names.
-        force, static_batch, threads, seed: as in ``ConversionRequest``.
-    """
-
-    folder: Path
-    output: Path
-    data: str
-    settings: FinetuneSettings
-    checkpoint: Path | None = None
-    trust: bool = False
-    force: bool = False
-    static_batch: int | None = None
-    threads: int = 1
-    seed: int = 0
 
 
 def run_finetune(request: FinetuneRequest, *, progress: bool = False) -> Report:
@@ -184,7 +66,7 @@ def run_finetune(request: FinetuneRequest, *, progress: bool = False) -> Report:
     Raises:
         GroupifyError: anything that cannot be done as asked.
     """
-    with writing_folder(request.output, request.force) as folder:
+    with writing_folder(request.output.folder, request.output.force) as folder:
         recipe = read_recipe(request.folder)
         student = load(request.folder, trust=request.trust)
         source = dense_source(recipe, request.checkpoint, trust=request.trust)
@@ -202,8 +84,6 @@ def run_finetune(request: FinetuneRequest, *, progress: bool = False) -> Report:
             tuned=tuned,
             accuracy=accuracy,
             data=data,
-            static_batch=request.static_batch,
-            threads=request.threads,
             seed=request.seed,
             progress=progress,
         )

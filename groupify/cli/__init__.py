@@ -1,0 +1,5 @@
+"""The command line: parse, call the API, print. One module for each command."""
+
+from groupify.cli.main import cli, main
+
+__all__ = ["cli", "main"]

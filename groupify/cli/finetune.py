@@ -1,0 +1,51 @@
+"""groupify finetune: train a converted model further."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from groupify.cli.options import (
+    common_options,
+    finetune_settings,
+    output_options,
+    output_request,
+    recovery_options,
+)
+from groupify.cli.shared import CONTEXT, beside, print_report
+
+
+@click.command(context_settings=CONTEXT, short_help="Train a converted model further.")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--data", required=True, metavar="SPEC", help="A data set with a training part.")
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="The dense weights, where the recipe names a file."
+)
+@click.option("--trust", is_flag=True, help="Let the folder's recipe import the code that it names.")
+@recovery_options(epochs=1)
+@output_options
+@common_options
+def finetune(folder: Path, **options: Any) -> None:
+    """Train the converted model in FOLDER further, with the dense one as its teacher.
+
+    Writes FOLDER-finetuned, or the folder given with -o.
+
+    Example: groupify finetune demo-g4 --data demo --epochs 2
+    """
+    from groupify.pipeline import FinetuneRequest, run_finetune
+
+    report = run_finetune(
+        FinetuneRequest(
+            folder=folder,
+            output=output_request(options, beside(folder, "-finetuned")),
+            data=options["data"],
+            settings=finetune_settings(options),
+            checkpoint=options["checkpoint"],
+            trust=options["trust"],
+            seed=options["seed"],
+        ),
+        progress=not options["quiet"],
+    )
+    print_report(report, options["as_json"])

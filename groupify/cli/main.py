@@ -1,0 +1,119 @@
+"""The entry point: signals, warnings and errors in one line each, exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import warnings
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from groupify.cli.bench import bench
+from groupify.cli.convert import convert
+from groupify.cli.evaluate import evaluate
+from groupify.cli.export import export
+from groupify.cli.finetune import finetune
+from groupify.cli.plan import plan
+from groupify.cli.shared import CONTEXT
+from groupify.errors import GroupifyError, GroupifyWarning
+
+# Everything heavy (torch first of all) is imported inside the commands: --help answers at once.
+
+
+class _InterruptError(Exception):
+    """SIGINT or SIGTERM, on its way to ``main``; click would print an empty line for a KeyboardInterrupt."""
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: cleaned up after like SIGINT."""
+
+
+class _Group(click.Group):
+    def invoke(self, context: click.Context) -> Any:
+        """Run the command; the reader's leaving of the pipe ends it quietly."""
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt as error:
+            raise _InterruptError from error
+        except BrokenPipeError:
+            # What is still buffered would fail again, and loudly, when Python closes stdout.
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise click.exceptions.Exit(0) from None
+
+
+def main() -> NoReturn:
+    """Run the command line and exit.
+
+    0 done, 1 internal error, 2 refused, 3 parity failed, 130 interrupted, 143 terminated.
+    """
+    sys.path.insert(0, os.getcwd())  # module:function specs name the user's own files
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        cli.main(standalone_mode=False)
+    except GroupifyError as error:
+        _die(str(error), error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(2)
+    except click.ClickException as error:
+        _die(error.format_message(), 2)
+    except _InterruptError as error:
+        _leave(error.__cause__)
+    except (KeyboardInterrupt, click.Abort) as error:
+        _leave(error)
+    except OSError as error:
+        _die(f"cannot read or write: {error}", 2)
+    except MemoryError:
+        _die("out of memory; use fewer calibration images or a smaller model", 2)
+    except Exception as error:
+        if os.environ.get("GROUPIFY_TRACEBACK"):
+            raise
+        _die(
+            f"internal error: {type(error).__name__}: {error}; please report it, with what "
+            "GROUPIFY_TRACEBACK=1 shows",
+            1,
+        )
+    sys.exit(0)
+
+
+def _terminate(_: int, __: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+def _leave(error: BaseException | None) -> NoReturn:
+    if isinstance(error, _Terminated):
+        _die("terminated; nothing was written", 143)
+    _die("interrupted; nothing was written", 130)
+
+
+def _die(message: str, code: int) -> NoReturn:
+    click.echo(f"groupify: error: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+def _speak_in_lines() -> None:
+    """Show groupify's warnings as one line each, and no other library's."""
+
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        if issubclass(category, GroupifyWarning):
+            click.echo(f"groupify: warning: {' '.join(str(message).split())}", err=True)
+
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("always", GroupifyWarning)
+    warnings.showwarning = show
+
+
+@click.group(cls=_Group, context_settings=CONTEXT)
+@click.version_option(package_name="groupify")
+def cli() -> None:
+    """Turn the convolutions of a trained CNN into grouped ones: smaller, faster, still accurate."""
+    _speak_in_lines()
+
+
+for _command in (convert, plan, evaluate, finetune, export, bench):
+    cli.add_command(_command)

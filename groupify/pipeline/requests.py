@@ -1,0 +1,133 @@
+"""What the command line asks for, as dataclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from groupify.deployment.machine import blocked_width
+from groupify.planning import Plan, plan
+from groupify.recovery.settings import FinetuneSettings
+from groupify.zoo import Source, load_model
+
+
+@dataclass(frozen=True)
+class ModelRequest:
+    """Which dense model; see ``load_model`` for the fields."""
+
+    name: str
+    weights: str = "auto"
+    checkpoint: Path | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    input_shape: tuple[int, ...] | None = None
+
+    def load(self, seed: int) -> Source:
+        """Load it."""
+        return load_model(
+            self.name,
+            weights=self.weights,
+            checkpoint=self.checkpoint,
+            arguments=self.arguments,
+            input_shape=self.input_shape,
+            seed=seed,
+        )
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """How the convs are to be replaced; see ``plan`` for the fields not said here.
+
+    Attributes:
+        min_group_width: None = the channel block of the kernel on ``target``, and widths that are
+            multiples of it where there are such.
+        target: the processor that will run the model; see ``blocked_width``.
+    """
+
+    groups: int
+    kind: str = "grouped"
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    min_group_width: int | None = None
+    target: str = "auto"
+    shuffle: str = "none"
+
+    def make(self, source: Source) -> Plan:
+        """Make the plan for a model."""
+        block = blocked_width(self.target) if self.min_group_width is None else 1
+        return plan(
+            source.model,
+            source.spec.input_shape,
+            groups=self.groups,
+            kind=self.kind,
+            include=self.include,
+            exclude=self.exclude,
+            min_group_width=block if self.min_group_width is None else self.min_group_width,
+            block=block,
+            shuffle=self.shuffle,
+        )
+
+
+@dataclass(frozen=True)
+class OutputRequest:
+    """The folder to write and what is measured on the way.
+
+    Attributes:
+        folder: where; it appears whole or not at all.
+        force: replace an earlier output folder.
+        static_batch: fixed batch size of the ONNX file; None = dynamic.
+        threads: intra-op threads of the timing.
+    """
+
+    folder: Path
+    force: bool = False
+    static_batch: int | None = None
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class ConversionRequest:
+    """Everything that ``run_conversion`` does.
+
+    Attributes:
+        model, plan: the dense model and how its convs are to be replaced.
+        output: what to write and to measure.
+        data: data spec; None = no data.
+        calibration_images: unlabelled training images for the fit; 0 = from the weights alone.
+        reconstruct_steps: steps of block reconstruction after the fit; 0 = none.
+        finetune: settings of the fine-tune; None = none.
+        seed: seed of everything random.
+    """
+
+    model: ModelRequest
+    plan: PlanRequest
+    output: OutputRequest
+    data: str | None = None
+    calibration_images: int = 1000
+    reconstruct_steps: int = 0
+    finetune: FinetuneSettings | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class FinetuneRequest:
+    """Everything that ``run_finetune`` does.
+
+    Attributes:
+        folder: the output folder of a conversion.
+        output: what to write and to measure.
+        data: data spec with a training part.
+        settings: how to train.
+        checkpoint: the dense weights, where the recipe names a file.
+        trust: let the recipe import the code that it names.
+        seed: seed of everything random.
+    """
+
+    folder: Path
+    output: OutputRequest
+    data: str
+    settings: FinetuneSettings
+    checkpoint: Path | None = None
+    trust: bool = False
+    seed: int = 0
