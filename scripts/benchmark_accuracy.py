@@ -108,7 +108,7 @@ def truncation_bias(setting: Setting, groups: int) -> nn.Module:
 
 def truncation_refresh(setting: Setting, groups: int) -> nn.Module:
     """Truncation and fresh batch-norm statistics."""
-    return _refreshed(truncation(setting, groups), setting.images)
+    return refreshed(truncation(setting, groups), setting.images)
 
 
 def norm_refresh(setting: Setting, groups: int) -> nn.Module:
@@ -120,7 +120,7 @@ def norm_refresh(setting: Setting, groups: int) -> nn.Module:
     weights = {site.name: setting.dense.get_submodule(site.name).get_parameter("weight") for site in sites}
     scores = [SiteScore(site, weights[site.name].detach().flatten(2).square().sum(2)) for site in sites]
     orders = cluster(channels, scores, seed=setting.seed).orders
-    return _refreshed(restructure(apply_orders(setting.dense, channels, orders), sites), setting.images)
+    return refreshed(restructure(apply_orders(setting.dense, channels, orders), sites), setting.images)
 
 
 def random_grouping(setting: Setting, groups: int) -> nn.Module:
@@ -136,7 +136,8 @@ def random_grouping(setting: Setting, groups: int) -> nn.Module:
     return scrambled.convert(groups, scrambled.calibration(FitOptions()))
 
 
-def _refreshed(model: nn.Module, images: Tensor) -> nn.Module:
+def refreshed(model: nn.Module, images: Tensor) -> nn.Module:
+    """Give a model fresh batch-norm statistics, in place."""
     refresh_batch_norms(model, images.split(250))
     return model
 
@@ -169,8 +170,17 @@ def grouped_pointwise(setting: Setting, groups: int) -> nn.Module:
     return setting.convert(best, Calibration(setting.images), kind="grouped-pointwise")
 
 
-def torch_pruning(setting: Setting, groups: int) -> nn.Module:
-    """Torch-Pruning: group L2 norm, widths rounded to 16, at the grouped net's MACs, fresh batch norms."""
+def torch_pruning(
+    setting: Setting, groups: int, importance: Any = None, *, isomorphic: bool = False
+) -> nn.Module:
+    """Torch-Pruning: widths rounded to 16, at the grouped net's MACs, fresh batch norms.
+
+    Args:
+        setting: the dense net, with gradients where the importance reads them.
+        groups: of the net whose MACs to meet.
+        importance: None = group L2 norm.
+        isomorphic: rank the channels of all alike layers together, rather than each layer alone.
+    """
     import torch_pruning as tp
 
     example = setting.images[:1]
@@ -179,9 +189,12 @@ def torch_pruning(setting: Setting, groups: int) -> nn.Module:
     for _ in range(12):
         ratio = (low + high) / 2
         model = copy.deepcopy(setting.dense)
-        pruner = tp.pruner.MagnitudePruner(
-            model, example, importance=tp.importance.GroupMagnitudeImportance(p=2), pruning_ratio=ratio,
-            ignored_layers=[model.fc], round_to=16, global_pruning=False,
+        for own, dense in zip(model.parameters(), setting.dense.parameters(), strict=True):
+            own.grad = dense.grad  # deepcopy leaves them behind
+        pruner = tp.pruner.BasePruner(
+            model, example, importance=importance or tp.importance.GroupMagnitudeImportance(p=2),
+            pruning_ratio=ratio, ignored_layers=[model.fc], round_to=16, global_pruning=isomorphic,
+            isomorphic=isomorphic,
         )  # fmt: skip
         pruner.step()
         macs = measure_cost(model, example).macs
@@ -189,7 +202,8 @@ def torch_pruning(setting: Setting, groups: int) -> nn.Module:
             best = (macs, model)
         low, high = (ratio, high) if macs > wanted else (low, ratio)
     assert best is not None
-    return _refreshed(best[1], setting.images)
+    best[1].zero_grad()
+    return refreshed(best[1], setting.images)
 
 
 _REFRESH = replace(PLAIN, refresh_batch_norm=True)

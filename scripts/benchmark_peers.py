@@ -1,0 +1,331 @@
+#!/usr/bin/env python3
+"""groupify against its peers: the same dense net, images, MACs and training; accuracy, size and latency.
+
+    python -m scripts.benchmark_peers --checkpoint FILE [--data fashion-mnist] [--epochs 0,0.1,1] [--quick]
+
+The setting is that of scripts/benchmark_accuracy.py. Every method gets the same 1,000 unlabelled images
+and is brought as near as it can be to the MACs of the net with 2, 4 or 8 groups (about 1.9×, 3.7× and 6.9×
+fewer). Training is ``groupify.finetune`` with its defaults, for all alike. Each file is timed in ONNX
+Runtime side by side with the dense one. Rows go into benchmarks/peers.json one by one; what is there
+already is not measured again, so the run may be stopped and resumed. ``--table`` prints the rows as
+Markdown and measures nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import fnmatch
+import json
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from groupify.data import DataSplits, calibration_images, load_data
+from groupify.deployment.benchmark import SECONDS, benchmark_onnx, speed_up
+from groupify.deployment.export import export_onnx
+from groupify.deployment.machine import blocked_width, describe_machine
+from groupify.evaluation import evaluate
+from groupify.planning import measure_cost
+from groupify.recovery.finetune import FinetuneSettings, finetune
+from groupify.zoo import load_model
+from scripts.benchmark_accuracy import (
+    IMAGES,
+    MODEL,
+    SHAPE,
+    Method,
+    Setting,
+    default,
+    grouped_pointwise,
+    norm_refresh,
+    torch_pruning,
+    truncation_refresh,
+)
+from scripts.low_rank import factorise
+
+OUTPUT = Path(__file__).resolve().parent.parent / "benchmarks" / "peers.json"
+
+
+def low_rank(structure: str) -> Method:
+    """Return a method: a factorisation with the ranks that save as many MACs as groups would."""
+
+    def method(setting: Setting, groups: int) -> nn.Module:
+        chosen = setting.plan(groups)
+        sites = {site.name: site.macs.dense for site in chosen.sites if site.converted}
+        saved = chosen.macs.dense - chosen.macs.grouped
+        return factorise(
+            setting.dense, structure, sites, saved, setting.images, step=blocked_width(), seed=setting.seed
+        )
+
+    return method
+
+
+def torch_pruning_taylor(setting: Setting, groups: int) -> nn.Module:
+    """Torch-Pruning as in Isomorphic Pruning (Fang et al., 2024): Taylor importance, ranked globally.
+
+    It wants the gradient of a loss; without labels that is cross-entropy to the dense net's own classes.
+    """
+    import torch_pruning as tp
+
+    graded = copy.deepcopy(setting.dense).eval()
+    for images in setting.images.split(250):
+        logits = graded(images)
+        F.cross_entropy(logits, logits.detach().argmax(1), reduction="sum").div(
+            len(setting.images)
+        ).backward()
+    return torch_pruning(
+        replace(setting, dense=graded), groups, tp.importance.GroupTaylorImportance(), isomorphic=True
+    )
+
+
+METHODS: dict[str, Method] = {
+    "groupify": default(),
+    "groupify, grouped-pointwise": grouped_pointwise,
+    "spatial SVD": low_rank("spatial SVD"),
+    "Tucker-2": low_rank("Tucker-2"),
+    "Torch-Pruning, L2 norm": lambda setting, groups: torch_pruning(setting, groups),
+    "Torch-Pruning, Taylor, isomorphic": torch_pruning_taylor,
+    "grouping by weight norm": norm_refresh,
+    "truncation": truncation_refresh,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at the MACs of one number of groups, after some training; accuracies in percent.
+
+    ``seconds`` is the time of one seed, training included. ``latency`` maps threads to dense and own
+    milliseconds and their ratio; ``speed_up`` is that with one thread.
+    """
+
+    method: str
+    groups: int
+    epochs: float
+    accuracy_mean: float
+    accuracy_spread: float
+    drop_mean: float
+    macs_ratio: float
+    params_ratio: float
+    seeds: int
+    seconds: float
+    latency: dict[str, dict[str, float]] | None = None
+    speed_up: float | None = None
+
+    @property
+    def key(self) -> tuple[str, int, float]:
+        """What tells rows apart."""
+        return self.method, self.groups, self.epochs
+
+
+class Results:
+    """The rows of a result file, written whenever one comes."""
+
+    def __init__(self, path: Path, setting: dict[str, Any]) -> None:
+        self._path, self._setting = path, setting
+        self.rows: dict[tuple[str, int, float], Row] = {}
+        if path.exists():
+            document = json.loads(path.read_text("utf-8"))
+            for name, value in setting.items():
+                if document[name] != value:
+                    sys.exit(
+                        f"benchmark_peers: {path} was measured with {name} {document[name]!r}, this would be "
+                        f"{value!r}; their rows do not mix, give another --json"
+                    )
+            self.rows = {row.key: row for row in (Row(**values) for values in document["rows"])}
+
+    def merge(self, row: Row) -> None:
+        """Put a row in and write the file."""
+        self.rows[row.key] = row
+        order = list(METHODS)
+        rows = sorted(self.rows.values(), key=lambda one: (one.epochs, order.index(one.method), one.groups))
+        document = {
+            # Names without their folders: where a checkpoint lay on one machine tells nobody anything.
+            "command": " ".join(Path(argument).name for argument in sys.argv),
+            **self._setting,
+            "machine": asdict(describe_machine()),
+            "rows": [asdict(row) for row in rows],
+        }
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        part = self._path.with_name(f".{self._path.name}.part")
+        part.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        part.replace(self._path)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every measurement shares."""
+
+    settings: Sequence[Setting]
+    data: DataSplits
+    dense_top1: float
+    limit: int | None
+    threads: Sequence[int]
+
+    def measure(self, name: str, groups: int, epochs: Sequence[float], results: Results) -> None:
+        """Measure the rows of one method at one number of groups that are not there yet."""
+        known = [row for row in results.rows.values() if (row.method, row.groups) == (name, groups)]
+        latency = next((row.latency for row in known if row.latency), None)
+        untimed = [row for row in known if row.latency is None] if self.threads and latency is None else []
+        missing = [
+            count
+            for count in epochs
+            if not any(row.epochs == count and row.seeds >= len(self.settings) for row in known)
+        ]
+        if not missing and not untimed:
+            return
+        models, seconds = [], []
+        for setting in self.settings if missing else self.settings[:1]:
+            start = time.perf_counter()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                models.append(METHODS[name](setting, groups))
+            seconds.append(time.perf_counter() - start)
+        if self.threads and latency is None:
+            latency = self._time(models[0])
+        speed = None if latency is None else latency.get("1", {}).get("speed_up")
+        for row in untimed:
+            results.merge(replace(row, latency=latency, speed_up=speed))
+        example = self.settings[0].images[:1]
+        dense, own = measure_cost(self.settings[0].dense, example), measure_cost(models[0], example)
+        for count in missing:
+            accuracies, start = [], time.perf_counter()
+            for setting, model in zip(self.settings, models, strict=True):
+                trained = model if count == 0 else self._train(model, setting, count)
+                top1 = evaluate(trained, self.test, limit=self.limit, batch_size=500).top1
+                accuracies.append(100 * top1)
+            mean = statistics.fmean(accuracies)
+            took = (time.perf_counter() - start + sum(seconds)) / len(models)
+            row = Row(
+                method=name,
+                groups=groups,
+                epochs=count,
+                accuracy_mean=mean,
+                accuracy_spread=max(accuracies) - min(accuracies),
+                drop_mean=self.dense_top1 - mean,
+                macs_ratio=dense.macs / own.macs,
+                params_ratio=dense.params / own.params,
+                seeds=len(models),
+                seconds=took,
+                latency=latency,
+                speed_up=speed,
+            )
+            results.merge(row)
+            print(describe(row), flush=True)
+
+    @property
+    def test(self) -> Any:
+        """The test images."""
+        return self.data.test
+
+    def _train(self, model: nn.Module, setting: Setting, epochs: float) -> nn.Module:
+        settings = FinetuneSettings(epochs=epochs, seed=setting.seed)
+        return finetune(model, self.data, teacher=setting.dense, settings=settings, progress=True).model
+
+    def _time(self, model: nn.Module) -> dict[str, dict[str, float]]:
+        """Time the exported file against the dense one, batch 1."""
+        with tempfile.TemporaryDirectory(prefix="groupify-") as folder:
+            files = {
+                name: export_onnx(each, Path(folder) / f"{name}.onnx", input_shape=SHAPE).path
+                for name, each in (("dense", self.settings[0].dense), ("own", model))
+            }
+            timed = benchmark_onnx(files, input_shape=SHAPE, threads=self.threads, seconds=SECONDS)
+        pairs = {count: tuple(row for row in timed if row.threads == count) for count in self.threads}
+        return {
+            str(count): {"dense_ms": dense.median_ms, "ms": own.median_ms, "speed_up": speed_up(dense, own)}
+            for count, (dense, own) in pairs.items()
+        }
+
+
+def describe(row: Row) -> str:
+    """One line on a row."""
+    times = "".join(
+        f"  {count} thread{'s' if count != '1' else ''} {one['speed_up']:.2f}×"
+        for count, one in (row.latency or {}).items()
+    )
+    return (
+        f"{row.method:34s} g={row.groups} epochs {row.epochs:<4g} top-1 {row.accuracy_mean:6.2f}"
+        f"  drop {row.drop_mean:6.2f}  MACs ÷{row.macs_ratio:.2f}  params ÷{row.params_ratio:.2f}{times}"
+        f"  {row.seconds:5.0f} s"
+    )
+
+
+def table(document: dict[str, Any]) -> str:
+    """The rows of a result file as Markdown: a line per method and MACs, a column per training."""
+    rows = [Row(**values) for values in document["rows"]]
+    trainings = sorted({row.epochs for row in rows})
+    threads = sorted({count for row in rows for count in row.latency or {}})
+    titles = [f"{count:g} epoch" + ("s" if count != 1 else "") for count in trainings]
+    head = ["method", "MACs", "params", *titles]
+    head += [f"speed-up, {count} thread" + ("s" if count != "1" else "") for count in threads]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for groups in sorted({row.groups for row in rows}):
+        for method in METHODS:
+            found = {row.epochs: row for row in rows if (row.method, row.groups) == (method, groups)}
+            if not found:
+                continue
+            one = next(iter(found.values()))
+            cells = [method, f"÷{one.macs_ratio:.2f}", f"÷{one.params_ratio:.2f}"]
+            cells += [f"{found[count].accuracy_mean:.2f}%" if count in found else "–" for count in trainings]
+            timed = one.latency or {}
+            cells += [f"{timed[count]['speed_up']:.2f}×" if count in timed else "–" for count in threads]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parse, measure, merge."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, help="dense weights, from train_dense.py")
+    parser.add_argument("--data", default="fashion-mnist")
+    parser.add_argument("--groups", default="2,4,8", help="whose MACs to meet (default: %(default)s)")
+    parser.add_argument("--epochs", default="0,0.1,1", help="0 = without training (default: %(default)s)")
+    parser.add_argument("--threads", default="1,2", help="of the timing; '' = none (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--methods", default="*", metavar="GLOB")
+    parser.add_argument("--json", type=Path, default=OUTPUT)
+    parser.add_argument("--table", action="store_true", help="print the rows of --json as Markdown")
+    parser.add_argument("--quick", action="store_true", help="300 images, 4 groups, 1000 test images")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(table(json.loads(arguments.json.read_text("utf-8"))))
+        return
+    if arguments.checkpoint is None:
+        parser.error("give --checkpoint FILE")
+    if arguments.quick and arguments.json == OUTPUT:
+        parser.error("--quick needs a --json of its own: its rows say too little to be kept")
+    torch.manual_seed(0)
+    count, limit = (300, 1000) if arguments.quick else (IMAGES, None)
+    source = load_model(MODEL, checkpoint=arguments.checkpoint)
+    data = load_data(arguments.data, source.spec)
+    assert data.train is not None
+    assert data.test is not None
+    top1 = 100 * evaluate(source.model, data.test, limit=limit, batch_size=500).top1
+    results = Results(arguments.json, {"dense_accuracy": top1, "calibration_images": count})
+    settings = [
+        Setting(source.model, calibration_images(data.train, count, seed=seed), seed)
+        for seed in range(arguments.seeds)
+    ]
+    bench = Bench(settings, data, top1, limit, _numbers(arguments.threads, int))
+    print(f"{describe_machine()}\ndense top-1 {top1:.2f}%, {count} unlabelled images")
+    for groups in [4] if arguments.quick else _numbers(arguments.groups, int):
+        for name in METHODS:
+            if fnmatch.fnmatchcase(name, arguments.methods):
+                bench.measure(name, groups, _numbers(arguments.epochs, float), results)
+
+
+def _numbers(text: str, kind: type) -> list[Any]:
+    return [kind(part) for part in text.split(",") if part]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from groupify.conversion.sampling import input_patches, pick, sample_positions
+from groupify.conversion.teacher import SiteSamples
+from groupify.planning import measure_cost, plan
+from scripts import benchmark_peers
+from scripts.benchmark_accuracy import Setting
+from scripts.benchmark_peers import Bench, Results, Row, table
+from scripts.low_rank import STRUCTURES, Size, choose_ranks, factorise
+
+SHAPE = (8, 10, 9)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(8, 24, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(24)
+        self.second = nn.Conv2d(24, 24, 3, stride=2, padding=1)
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        features = torch.relu(self.norm(self.first(inputs)))
+        logits: Tensor = self.head(torch.relu(self.second(features)).mean((2, 3)))
+        return logits
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def make_low_rank(conv: nn.Conv2d, structure: str, rank: int) -> None:
+    """Give a conv random weights that the structure holds exactly."""
+    out, into = conv.weight.shape[:2]
+    if structure == "spatial SVD":
+        weight = torch.einsum("ria,rob->oiab", torch.randn(rank, into, 3), torch.randn(rank, out, 3))
+    else:
+        core = torch.randn(rank, rank, 3, 3)
+        weight = torch.einsum("or,rsab,si->oiab", torch.randn(out, rank), core, torch.randn(rank, into))
+    with torch.no_grad():
+        conv.weight.copy_(weight / weight.norm() * conv.weight.norm() * 2)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(128, *SHAPE, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_full_ranks_give_the_dense_conv(structure: str, stride: int) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 12, (3, 5), stride=stride, padding=(1, 2))
+    inputs = torch.randn(64, *SHAPE)
+    with torch.no_grad():
+        outputs = conv(inputs)
+        positions = sample_positions(outputs.shape, 2000, torch.Generator().manual_seed(0))
+        samples = SiteSamples(
+            positions=[positions],
+            patches=[input_patches(inputs, conv, positions)],
+            outputs=[pick(outputs, positions)],
+            calls=1,
+        )
+        size = Size((10, 9), (outputs.shape[2], outputs.shape[3]))
+        factors = STRUCTURES[structure](conv, size, samples, torch.rand(12, dtype=torch.float64) + 0.5)
+        ranks = [len(energy) for energy in factors.energies]
+        built = factors.build(ranks)
+        torch.testing.assert_close(built(inputs), outputs, atol=1e-4, rtol=1e-4)
+    assert factors.macs(ranks) == measure_cost(built, inputs[:1]).macs
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_factorised_net_meets_its_macs_and_stays_close(structure: str, net: Net, images: Tensor) -> None:
+    for conv in (net.first, net.second):
+        make_low_rank(conv, structure, 4)
+    chosen = plan(net, SHAPE, groups=2, min_group_width=1)
+    sites = {site.name: site.macs.dense for site in chosen.sites}
+    dense = measure_cost(net, images[:1]).macs
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    model = factorise(net, structure, sites, dense // 2, images, step=1)
+    assert measure_cost(model, images[:1]).macs == pytest.approx(dense / 2, rel=0.03)
+    fresh = torch.randn(64, *SHAPE, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        wanted, found = net(fresh), model(fresh)
+    assert float((found - wanted).square().mean() / wanted.var(0).mean()) < 0.005
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+    convs = [part for part in model.get_submodule("second").children() if isinstance(part, nn.Conv2d)]
+    norms = convs[-2].weight.flatten(1).norm(dim=1), convs[-1].weight.transpose(0, 1).flatten(1).norm(dim=1)
+    torch.testing.assert_close(norms[0], norms[1], rtol=1e-3, atol=1e-5)
+
+
+class _Known:
+    """A conv of known energies, one MAC per rank."""
+
+    def __init__(self, *energies: float) -> None:
+        self.energies = (torch.tensor(energies),)
+
+    def macs(self, ranks: Any) -> int:
+        return int(ranks[0])
+
+    build = fitted = lambda *_: None
+
+
+def test_ranks_go_where_the_energy_is() -> None:
+    factors: Any = {"flat": _Known(1, 1, 1, 1), "steep": _Known(1, 1e-3, 1e-4, 1e-5)}
+    assert choose_ranks(factors, {"flat": 10, "steep": 10}, 5, 1) == {"flat": (4,), "steep": (1,)}
+    assert choose_ranks(factors, {"flat": 10, "steep": 10}, 4, 2) == {"flat": (2,), "steep": (2,)}
+    # A conv that would get no cheaper stays dense.
+    assert choose_ranks(factors, {"flat": 4, "steep": 10}, 5, 1) == {"steep": (1,)}
+
+
+ROW = Row("groupify", 4, 0.0, 92.0, 0.0, 1.5, 3.7, 3.8, 1, 10.0)
+
+
+def test_rows_are_merged_and_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, net: Net, images: Tensor
+) -> None:
+    path = tmp_path / "peers.json"
+    setting = {"dense_accuracy": 93.5, "calibration_images": 1000}
+    results = Results(path, setting)
+    results.merge(ROW)
+    results.merge(replace(ROW, method="spatial SVD"))
+    again = Results(path, setting)
+    assert again.rows == results.rows
+
+    def refused(*_: object) -> nn.Module:
+        raise AssertionError("measured again")
+
+    monkeypatch.setitem(benchmark_peers.METHODS, "groupify", refused)
+    bench = Bench([Setting(net, images, 0)], None, 93.5, None, ())  # type: ignore[arg-type]
+    bench.measure("groupify", 4, [0.0], again)
+    with pytest.raises(AssertionError, match="measured again"):
+        bench.measure("groupify", 4, [0.0, 1.0], again)
+    with pytest.raises(SystemExit, match="do not mix"):
+        Results(path, {**setting, "dense_accuracy": 90.0})
+
+
+def test_table_has_a_line_per_method_and_macs(tmp_path: Path) -> None:
+    results = Results(tmp_path / "peers.json", {})
+    results.merge(replace(ROW, latency={"1": {"dense_ms": 2.0, "ms": 0.5, "speed_up": 4.0}}, speed_up=4.0))
+    results.merge(replace(ROW, epochs=0.1, accuracy_mean=93.25))
+    results.merge(replace(ROW, method="truncation", accuracy_mean=40.0))
+    lines = table(json.loads((tmp_path / "peers.json").read_text())).splitlines()
+    assert lines[0] == "| method | MACs | params | 0 epochs | 0.1 epochs | speed-up, 1 thread |"
+    assert lines[2:] == [
+        "| groupify | ÷3.70 | ÷3.80 | 92.00% | 93.25% | 4.00× |",
+        "| truncation | ÷3.70 | ÷3.80 | 40.00% | – | – |",
+    ]
