@@ -25,8 +25,8 @@ METHODS = (
     "groupify, reconstruction",
 )
 # Okabe and Ito (2008): told apart by colour-blind readers too.
-COLOURS = ("#e69f00", "#56b4e9", "#cc79a7", "#d55e00", "#009e73", "#0072b2", "#555555")
-MARKERS = "osD^vPX"
+COLOURS = ("#e69f00", "#56b4e9", "#cc79a7", "#d55e00", "#009e73", "#0072b2", "#555555", "#a6761d")
+MARKERS = "osD^vPX*"
 SHOWN_POINTS = 25.0  # below the dense accuracy; what is worse leaves the picture
 
 
@@ -54,6 +54,15 @@ def draw(path: Path, target: Path) -> None:
 
     by_method, dense, key = read_rows(path)
     figure, axes = plt.subplots(figsize=(7.0, 4.2), layout="constrained")
+    draw_methods(axes, by_method, dense, key)
+    axes.set_ylabel("top-1, % of test images")
+    axes.legend(fontsize=8, loc="lower left")
+    save(figure, target)
+    plt.close(figure)
+
+
+def draw_methods(axes: Any, by_method: dict[str, list[dict[str, Any]]], dense: float, key: str) -> None:
+    """Draw one line per method, with ``key`` as the x axis."""
     axes.axhline(dense, color="#999999", linewidth=1, linestyle="--", label=f"dense {dense:.2f}%")
     for index, (method, rows) in enumerate(by_method.items()):
         axes.errorbar(
@@ -70,15 +79,16 @@ def draw(path: Path, target: Path) -> None:
     worst = min(row["accuracy_mean"] for rows in by_method.values() for row in rows)
     axes.set_ylim(max(worst, dense - SHOWN_POINTS) - 1, dense + 1)
     axes.set_xlabel("speed-up in ONNX Runtime" if key == "speed_up" else "MACs: dense ÷ converted")
-    axes.set_ylabel("top-1, % of test images")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="lower left")
+
+
+def save(figure: Any, target: Path) -> None:
+    """Write a figure aside, then rename it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.part")
     metadata = {"Date": None} if target.suffix == ".svg" else None
     figure.savefig(part, format=target.suffix.lstrip("."), dpi=150, metadata=metadata)
     part.replace(target)
-    plt.close(figure)
 
 
 def main() -> None:

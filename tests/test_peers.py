@@ -16,6 +16,7 @@ from scripts import benchmark_peers
 from scripts.benchmark_accuracy import Setting
 from scripts.benchmark_peers import Bench, Results, Row, table
 from scripts.low_rank import STRUCTURES, Size, choose_ranks, factorise
+from scripts.plot_peers import draw
 
 SHAPE = (8, 10, 9)
 
@@ -157,3 +158,16 @@ def test_table_has_a_line_per_method_and_macs(tmp_path: Path) -> None:
         "| groupify | ÷3.70 | ÷3.80 | 92.00% | 93.25% | 4.00× |",
         "| truncation | ÷3.70 | ÷3.80 | 40.00% | – | – |",
     ]
+
+
+def test_picture_has_a_panel_per_training(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib draws the picture")
+    results = Results(tmp_path / "peers.json", {"dense_accuracy": 93.5})
+    for groups, ratio in ((2, 1.9), (4, 3.7)):
+        for epochs in (0.0, 1.0):
+            results.merge(replace(ROW, groups=groups, macs_ratio=ratio, epochs=epochs))
+    results.merge(replace(ROW, method="truncation"))
+    draw(tmp_path / "peers.json", tmp_path / "peers.svg")
+    picture = (tmp_path / "peers.svg").read_text("utf-8")
+    for text in ("no training", "1 epoch", "groupify", "truncation", "dense 93.50%"):
+        assert picture.count(f">{text}<") == 1
