@@ -12,6 +12,7 @@ from tqdm import tqdm
 from groupify.conversion.site_fit import FitOptions, SiteFit, Target, fit_site
 from groupify.conversion.surgery import SiteRecipe
 from groupify.conversion.teacher import SampleBudget, SiteSampler
+from groupify.graph.operations import CONVS
 
 
 def fit_by_module(
@@ -42,7 +43,7 @@ def fit_by_module(
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            assert isinstance(module, nn.Conv2d)
+            assert isinstance(module, CONVS)
             sampler.sample(name, module, inputs[0], output)
 
         return hook
@@ -61,7 +62,7 @@ def fit_by_module(
     with torch.no_grad():
         for name, site in sites.items():
             conv = dense.get_submodule(name)
-            assert isinstance(conv, nn.Conv2d)
+            assert isinstance(conv, CONVS)
             samples = sampler.samples[name]
             inputs = [patches.float() for patches in samples.patches]
             targets = [Target(outputs.float()) for outputs in samples.patch_outputs]

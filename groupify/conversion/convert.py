@@ -115,9 +115,9 @@ def convert(
     sites = plan.recipes
     _check_weights(model)
     if calibration is not None:
-        _check_calibration(calibration)
+        _check_calibration(calibration, plan.input_shape)
     # A working copy: in float32, without the caller's hooks, in the memory format of oneDNN's fast path.
-    dense = copy.deepcopy(model).float().eval().to(memory_format=torch.channels_last)
+    dense = _in_fast_layout(copy.deepcopy(model).float().eval())
     for module in dense.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
             hooks.clear()
@@ -152,11 +152,21 @@ def _check_weights(model: nn.Module) -> None:
             raise ConversionError(f"{name!r} holds NaN or infinity; load a sound checkpoint")
 
 
-def _check_calibration(calibration: Calibration) -> None:
+def _in_fast_layout(model: nn.Module) -> nn.Module:
+    if any(parameter.dim() == 5 for parameter in model.parameters()):
+        return model  # torch refuses to lay out a model with 3-d convs like images
+    return model.to(memory_format=torch.channels_last)
+
+
+def _check_calibration(calibration: Calibration, input_shape: tuple[int, ...]) -> None:
     images = calibration.images
-    if images.dim() != 4 or len(images) == 0:
+    if images.dim() != len(input_shape) + 1 or len(images) == 0:
+        shape = "(N, C, H, W)" if len(input_shape) == 3 else f"(N, {', '.join(map(str, input_shape))})"
+        raise DataError(f"calibration images of shape {tuple(images.shape)}, expected {shape} with N ≥ 1")
+    if not images.is_floating_point():
         raise DataError(
-            f"calibration images of shape {tuple(images.shape)}, expected (N, C, H, W) with N ≥ 1"
+            f"calibration images of type {images.dtype}, expected floating point, preprocessed as for "
+            "inference"
         )
     if not bool(torch.isfinite(images).all()):
         raise DataError("the calibration images hold NaN or infinity; check their preprocessing")
@@ -230,6 +240,8 @@ class _Conversion:
     def _batches(self, calibration: Calibration) -> list[Tensor]:
         parameter = next(self._dense.parameters())
         batches = calibration.images.to(parameter.device).float().split(calibration.batch_size)
+        if calibration.images.dim() != 4:
+            return list(batches)
         return [batch.contiguous(memory_format=torch.channels_last) for batch in batches]
 
     def _in_order(self, traced: fx.GraphModule, calibration: Calibration) -> nn.Module:

@@ -20,7 +20,7 @@ from groupify.conversion.site_fit import FitOptions, SiteFit, Target, fit_site, 
 from groupify.conversion.surgery import SiteRecipe
 from groupify.conversion.teacher import SiteSamples, is_relu
 from groupify.graph.execute import BatchedRun
-from groupify.graph.operations import ELEMENTWISE_MODULES
+from groupify.graph.operations import CONVS, ELEMENTWISE_MODULES, BatchNorm, Conv, is_batch_norm
 
 
 def fit_student(
@@ -100,7 +100,7 @@ class _Fitter:
                 self._fit(node, name)
             if self._options.refresh_batch_norm and node.op == "call_module":
                 module = self._student.get_submodule(name)
-                if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+                if is_batch_norm(module):
                     with self._clock.part("fit: batch norms"):
                         self._refresh(module, node.all_input_nodes[0])
         with self._clock.part("fit: student forward"):
@@ -113,7 +113,7 @@ class _Fitter:
             return False
         name = str(reader.target)
         module = self._student.get_submodule(name)
-        if isinstance(module, nn.BatchNorm2d):
+        if is_batch_norm(module):
             # Refreshing its statistics reads the node once more.
             return not self._options.refresh_batch_norm or node not in self._changed
         return isinstance(module, ELEMENTWISE_MODULES)
@@ -123,8 +123,10 @@ class _Fitter:
     def _fit(self, node: fx.Node, name: str) -> None:
         samples = self._samples[name]
         dense_layer = self._dense.get_submodule(name)
-        assert isinstance(dense_layer, (nn.Conv2d, nn.Linear))
+        assert isinstance(dense_layer, (*CONVS, nn.Linear))
         norm = self._batch_norm_behind(node)
+        if samples.positions[0].channels_last and samples.positions[0].place:
+            norm = None  # its channels are not those of a linear layer that keeps its features last
         other = self._other_term(node, name)
         relu = self._options.relu_iterations > 0 and self._feeds_relu(node, norm, other)
         calls = range(len(samples.positions))
@@ -138,16 +140,14 @@ class _Fitter:
             if site is None:
                 refit_layer(module, inputs, targets, norm, self._options)
             else:
-                assert isinstance(dense_layer, nn.Conv2d)
+                assert isinstance(dense_layer, CONVS)
                 self.fits[name] = fit_site(module, dense_layer, site, inputs, targets, norm, self._options)
         # Nobody needs them again, and those of a large model take gigabytes.
         for part in (samples.outputs, samples.sums, samples.patches, samples.patch_outputs):
             part.clear()
 
-    def _patches(
-        self, node: fx.Node, layer: nn.Conv2d | nn.Linear, samples: SiteSamples, call: int
-    ) -> Tensor:
-        """Input patches of one batch, shape (n, I, kh·kw)."""
+    def _patches(self, node: fx.Node, layer: Conv | nn.Linear, samples: SiteSamples, call: int) -> Tensor:
+        """Input patches of one batch, shape (n, I, taps)."""
         if not self._options.in_order or samples.calls > 1:
             # A conv that runs several times: its later inputs do not exist yet, so the teacher's must do.
             return samples.patches[call].float()
@@ -158,7 +158,7 @@ class _Fitter:
         self,
         samples: SiteSamples,
         call: int,
-        norm: nn.BatchNorm2d | None,
+        norm: BatchNorm | None,
         other: fx.Node | None,
         relu: bool,
     ) -> Target:
@@ -181,7 +181,7 @@ class _Fitter:
             return Target(outputs)
         return Target(outputs, (-offset / scale).expand(outputs.shape), torch.sign(scale))
 
-    def _feeds_relu(self, node: fx.Node, norm: nn.BatchNorm2d | None, other: fx.Node | None) -> bool:
+    def _feeds_relu(self, node: fx.Node, norm: BatchNorm | None, other: fx.Node | None) -> bool:
         """Whether a ReLU alone reads the output, behind its batch norm and residual sum."""
         last = node
         if norm is not None:
@@ -193,7 +193,7 @@ class _Fitter:
 
     def _other_term(self, node: fx.Node, name: str) -> fx.Node | None:
         """The other term of the residual sum behind a site, run first if it can be."""
-        if name not in self._sums or not self._options.compensate_residual or not self._samples[name].sums:
+        if name not in self._sums or not self._options.compensate_residual or not self._has_sums(name):
             return None
         total = self._nodes[self._sums[name]]
         own = next(source for source in total.all_input_nodes if self._reaches(node, source))
@@ -205,20 +205,24 @@ class _Fitter:
             self.process(requirement)
         return other
 
+    def _has_sums(self, name: str) -> bool:
+        samples = self._samples[name]
+        return bool(samples.sums) and len(samples.sums) == len(samples.positions)
+
     @staticmethod
     def _reaches(node: fx.Node, target: fx.Node) -> bool:
         return target is node or target in node.users
 
-    def _batch_norm_behind(self, node: fx.Node) -> nn.BatchNorm2d | None:
+    def _batch_norm_behind(self, node: fx.Node) -> BatchNorm | None:
         if len(node.users) != 1:
             return None
         reader = next(iter(node.users))
         if reader.op != "call_module":
             return None
         module = self._student.get_submodule(str(reader.target))
-        return module if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None else None
+        return module if is_batch_norm(module) else None
 
-    def _refresh(self, norm: nn.BatchNorm2d, source: fx.Node) -> None:
+    def _refresh(self, norm: BatchNorm, source: fx.Node) -> None:
         """Set the statistics of a batch norm to those of the student's own activations.
 
         Where the fit aimed at a ReLU's input, other statistics would move it off the target: there
@@ -229,18 +233,19 @@ class _Fitter:
         assert norm.running_var is not None
         count, total = 0, torch.zeros_like(norm.running_mean, dtype=torch.float64)
         squares = torch.zeros_like(total)
-        shift = norm.running_mean.reshape(1, -1, 1, 1)
         for batch in range(self._run.batch_count):
-            values = self._run.value(source, batch) - shift
+            values = self._run.value(source, batch)
+            others = [dim for dim in range(values.dim()) if dim != 1]
+            values = values - norm.running_mean.reshape(-1, *[1] * (values.dim() - 2))
             count += values.numel() // values.shape[1]
-            total += values.sum((0, 2, 3))
-            squares += values.square().sum((0, 2, 3))
+            total += values.sum(others)
+            squares += values.square().sum(others)
         if count < 2:
             return
         mean = total / count
         variance = (squares / count - mean.square()).clamp(min=0) * count / (count - 1)
         keeps_function = source in self._aimed
-        if keeps_function and not norm.affine:
+        if keeps_function and not _is_affine(norm):
             return
         before = _affine(norm)
         norm.running_mean.add_(mean)
@@ -251,12 +256,16 @@ class _Fitter:
             norm.bias.copy_(shift + scale * norm.running_mean)
 
 
-def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def _is_affine(norm: BatchNorm) -> bool:
+    return norm.weight is not None
+
+
+def _affine(norm: BatchNorm) -> tuple[Tensor, Tensor]:
     """Scale and shift that a batch norm applies in inference, shape (C,) each."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     scale = torch.rsqrt(norm.running_var + norm.eps)
-    if not norm.affine:
+    if not _is_affine(norm):
         return scale, -norm.running_mean * scale
     scale = scale * norm.weight
     return scale, norm.bias - norm.running_mean * scale

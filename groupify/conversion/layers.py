@@ -31,11 +31,11 @@ def shuffle_order(channels: int, groups: int) -> Tensor:
     return torch.arange(channels).reshape(groups, channels // groups).t().reshape(-1)
 
 
-class ShuffledConv2d(nn.Conv2d):
-    """A grouped ``Conv2d`` followed by a channel shuffle over ``shuffle_groups`` blocks.
+class _Shuffled(nn.Module):
+    """A grouped conv followed by a channel shuffle over ``shuffle_groups`` blocks.
 
-    It keeps the state-dict keys of a plain ``Conv2d``, so that a converted model has the keys of
-    the dense one. Deployment moves the shuffle behind the activation or folds it away.
+    It keeps the state-dict keys of a plain conv, so that a converted model has the keys of the dense
+    one. Deployment moves the shuffle behind the activation or folds it away.
     """
 
     def __init__(self, *args: Any, shuffle_groups: int, **kwargs: Any) -> None:
@@ -43,10 +43,29 @@ class ShuffledConv2d(nn.Conv2d):
         self.shuffle_groups = shuffle_groups
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
-        """Convolve, then shuffle; shapes as in ``Conv2d``."""
+        """Convolve, then shuffle; shapes as in the conv itself."""
         return channel_shuffle(super().forward(input), self.shuffle_groups)
 
     def extra_repr(self) -> str:
         """Say what ``repr`` shows of this layer."""
-        base: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        base: str = super().extra_repr()
         return f"{base}, shuffle_groups={self.shuffle_groups}"
+
+
+class ShuffledConv1d(_Shuffled, nn.Conv1d):
+    """A grouped ``Conv1d`` followed by a channel shuffle."""
+
+
+class ShuffledConv2d(_Shuffled, nn.Conv2d):
+    """A grouped ``Conv2d`` followed by a channel shuffle."""
+
+
+class ShuffledConv3d(_Shuffled, nn.Conv3d):
+    """A grouped ``Conv3d`` followed by a channel shuffle."""
+
+
+SHUFFLED: dict[type[nn.Module], Any] = {
+    nn.Conv1d: ShuffledConv1d,
+    nn.Conv2d: ShuffledConv2d,
+    nn.Conv3d: ShuffledConv3d,
+}

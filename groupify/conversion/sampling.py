@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from groupify.graph.operations import Conv
 
 # Values up to here survive half precision; larger ones are kept in float32.
 _HALF_LIMIT = 6.0e4
@@ -14,20 +19,39 @@ _HALF_LIMIT = 6.0e4
 
 @dataclass(frozen=True)
 class Positions:
-    """Output positions of a conv within one batch; all tensors have shape (count,)."""
+    """Output positions of a layer within one batch.
+
+    Attributes:
+        image: shape (count,).
+        place: coordinate along each spatial dimension, shape (count,) each; none for a plain feature vector.
+        channels_last: whether the channels are the last dimension, as behind a linear layer, not the second.
+    """
 
     image: Tensor
-    row: Tensor
-    column: Tensor
+    place: tuple[Tensor, ...]
+    channels_last: bool = False
 
     def __len__(self) -> int:
         return len(self.image)
 
+    def subset(self, chosen: Tensor) -> Positions:
+        """Return the positions with the given numbers, shape (n,)."""
+        return Positions(self.image[chosen], tuple(part[chosen] for part in self.place), self.channels_last)
 
-def sample_positions(output_shape: torch.Size, count: int, generator: torch.Generator) -> Positions:
-    """Draw ``count`` distinct positions of an output of shape (N, O, H, W), or all if there are fewer."""
-    images, _, height, width = output_shape
-    total = images * height * width
+
+def sample_positions(
+    output_shape: torch.Size, count: int, generator: torch.Generator, *, channels_last: bool = False
+) -> Positions:
+    """Draw ``count`` distinct positions of an output, or all if there are fewer.
+
+    Args:
+        output_shape: (N, O, *spatial), or (N, *spatial, O) with ``channels_last``.
+        count: how many.
+        generator: source of the randomness.
+        channels_last: whether the channels are the last dimension.
+    """
+    images, *spatial = (*output_shape[:-1],) if channels_last else (output_shape[0], *output_shape[2:])
+    total = images * math.prod(spatial)
     if count >= total:
         flat = torch.arange(total)
     else:
@@ -36,49 +60,56 @@ def sample_positions(output_shape: torch.Size, count: int, generator: torch.Gene
         edges = torch.arange(count + 1) * total // count
         jitter = torch.rand(count, generator=generator, dtype=torch.float64)
         flat = edges[:-1] + (jitter * edges.diff()).long()
-    image = flat // (height * width)
-    return Positions(image, flat // width % height, flat % width)
+    place = []
+    for size in reversed(spatial):
+        place.append(flat % size)
+        flat = flat // size
+    return Positions(flat, tuple(reversed(place)), channels_last)
 
 
 def pick(outputs: Tensor, positions: Positions) -> Tensor:
-    """Return the output vectors at the positions; (N, O, H, W) → (count, O)."""
-    return outputs[positions.image, :, positions.row, positions.column]
+    """Return the output vectors at the positions, shape (count, O)."""
+    if positions.channels_last:
+        return outputs[(positions.image, *positions.place)]
+    return _at(outputs, positions.image, positions.place)
 
 
-def as_images(values: Tensor) -> Tensor:
-    """Give the features of a linear layer, shape (N, F), the shape of an image, (N, F, 1, 1)."""
-    return values[:, :, None, None] if values.dim() == 2 else values
+def _at(values: Tensor, image: Tensor, place: Sequence[Tensor]) -> Tensor:
+    index: tuple[Any, ...] = (image, slice(None), *place)
+    return values[index]
 
 
-def input_patches(inputs: Tensor, layer: nn.Conv2d | nn.Linear, positions: Positions) -> Tensor:
+def input_patches(inputs: Tensor, layer: Conv | nn.Linear, positions: Positions) -> Tensor:
     """Return the input patch that each output position reads.
 
     Args:
-        inputs: shape (N, I, H, W), before padding; (N, I) for a linear layer.
+        inputs: shape (N, I, *spatial), before padding; (N, *spatial, I) for a linear layer.
         layer: gives kernel size, stride, dilation, padding and padding mode.
         positions: output positions.
 
     Returns:
-        Shape (count, I, kh·kw), the taps in the order of the weight's last two dimensions.
+        Shape (count, I, taps), the taps in the order of the weight's last dimensions.
     """
     if isinstance(layer, nn.Linear):
-        return inputs[positions.image].unsqueeze(-1)
+        return inputs[(positions.image, *positions.place)].unsqueeze(-1)
     conv = layer
-    kernel_height, kernel_width = conv.kernel_size
-    if conv.kernel_size == (1, 1) and not any(padding_amounts(conv)):
-        rows, columns = positions.row * conv.stride[0], positions.column * conv.stride[1]
-        return inputs[positions.image, :, rows, columns].unsqueeze(-1)
+    starts = [place * stride for place, stride in zip(positions.place, conv.stride, strict=True)]
+    if max(conv.kernel_size) == 1 and not any(padding_amounts(conv)):
+        return _at(inputs, positions.image, starts).unsqueeze(-1)
     padded = pad_inputs(inputs, conv)
-    row_taps = torch.arange(kernel_height) * conv.dilation[0]
-    column_taps = torch.arange(kernel_width) * conv.dilation[1]
-    rows = (positions.row * conv.stride[0])[:, None, None] + row_taps[None, :, None]
-    columns = (positions.column * conv.stride[1])[:, None, None] + column_taps[None, None, :]
-    taps = padded.permute(0, 2, 3, 1)[positions.image[:, None, None], rows, columns]  # (n, kh, kw, I)
+    dims = len(starts)
+    indices = []
+    for dim, (start, size, dilation) in enumerate(zip(starts, conv.kernel_size, conv.dilation, strict=True)):
+        taps = [1] * dims
+        taps[dim] = size
+        indices.append(start.reshape(-1, *[1] * dims) + (torch.arange(size) * dilation).reshape(1, *taps))
+    image = positions.image.reshape(-1, *[1] * dims)
+    found = padded.movedim(1, -1)[(image, *indices)]  # (n, *kernel, I)
     # In memory order, so that cutting it into groups makes no second copy of what is large.
-    return taps.flatten(1, 2).transpose(1, 2).contiguous()
+    return found.flatten(1, dims).transpose(1, 2).contiguous()
 
 
-def pad_inputs(inputs: Tensor, conv: nn.Conv2d) -> Tensor:
+def pad_inputs(inputs: Tensor, conv: Conv) -> Tensor:
     """Pad as the conv itself would, in its own padding mode."""
     amounts = padding_amounts(conv)
     if not any(amounts):
@@ -87,15 +118,18 @@ def pad_inputs(inputs: Tensor, conv: nn.Conv2d) -> Tensor:
     return F.pad(inputs, amounts, mode=mode)
 
 
-def padding_amounts(conv: nn.Conv2d) -> tuple[int, int, int, int]:
-    """Return (left, right, top, bottom) padding in pixels."""
-    if conv.padding == "valid":
-        return (0, 0, 0, 0)
-    if conv.padding == "same":
-        total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        return (total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2)
-    height, width = (int(amount) for amount in conv.padding)
-    return (width, width, height, height)
+def padding_amounts(conv: Conv) -> tuple[int, ...]:
+    """Return the padding in front and behind, in pixels, the last dimension first, as ``F.pad`` takes it."""
+    amounts: list[int] = []
+    for dim in reversed(range(len(conv.kernel_size))):
+        if conv.padding == "valid":
+            amounts += (0, 0)
+        elif conv.padding == "same":
+            total = conv.dilation[dim] * (conv.kernel_size[dim] - 1)
+            amounts += (total // 2, total - total // 2)
+        else:
+            amounts += (int(conv.padding[dim]),) * 2
+    return tuple(amounts)
 
 
 def compact(values: Tensor) -> Tensor:

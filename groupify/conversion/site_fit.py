@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from groupify.conversion.moments import GroupedFit, GroupedMoments
 from groupify.conversion.surgery import GROUPED, SiteRecipe, row_channels
+from groupify.graph.operations import CONVS, BatchNorm, Conv
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,11 @@ class FitOptions:
 
 def fit_site(
     module: nn.Module,
-    dense_conv: nn.Conv2d,
+    dense_conv: Conv,
     site: SiteRecipe,
     inputs: Sequence[Tensor],
     targets: Sequence[Target],
-    norm: nn.BatchNorm2d | None,
+    norm: BatchNorm | None,
     options: FitOptions,
 ) -> SiteFit:
     """Fit the replacement of one conv in place.
@@ -95,19 +96,19 @@ def fit_site(
         module: the replacement.
         dense_conv: the conv that it replaces.
         site: how it is replaced.
-        inputs: input patches, one tensor of shape (n, I, kh·kw) for each batch.
+        inputs: input patches, one tensor of shape (n, I, taps) for each batch.
         targets: what the conv should output there.
         norm: the batch norm behind it, into whose running mean the bias goes where the conv has none.
         options: what to do.
     """
     if site.kind == GROUPED:
-        assert isinstance(module, nn.Conv2d)
+        assert isinstance(module, CONVS)
         bias, error, count = _fit_grouped(module, site, inputs, targets, norm is not None, options)
         last, channels = module, row_channels(len(bias), site.groups, site.shuffle)
     else:
         grouped, pointwise = module.get_submodule("grouped"), module.get_submodule("pointwise")
-        assert isinstance(grouped, nn.Conv2d)
-        assert isinstance(pointwise, nn.Conv2d)
+        assert isinstance(grouped, CONVS)
+        assert isinstance(pointwise, CONVS)
         bias, error, count = _fit_grouped_pointwise(
             grouped, pointwise, dense_conv, site.groups, inputs, targets, norm is not None, options
         )
@@ -120,7 +121,7 @@ def refit_layer(
     layer: nn.Module,
     inputs: Sequence[Tensor],
     targets: Sequence[Target],
-    norm: nn.BatchNorm2d | None,
+    norm: BatchNorm | None,
     options: FitOptions,
 ) -> None:
     """Fit a dense conv or linear layer again in place, staying near its present weights.
@@ -128,7 +129,7 @@ def refit_layer(
     With fewer samples than inputs it would only learn the images by heart: then nothing changes.
     Args and shapes are those of ``fit_site``.
     """
-    assert isinstance(layer, (nn.Conv2d, nn.Linear))
+    assert isinstance(layer, (*CONVS, nn.Linear))
     if sum(len(patches) for patches in inputs) < layer.weight[0].numel():
         return
     prior = layer.weight.reshape(1, len(layer.weight), -1)
@@ -139,9 +140,7 @@ def refit_layer(
     _set_bias(layer, bias, norm, torch.arange(len(bias)))
 
 
-def _set_bias(
-    layer: nn.Conv2d | nn.Linear, bias: Tensor, norm: nn.BatchNorm2d | None, channels: Tensor
-) -> None:
+def _set_bias(layer: Conv | nn.Linear, bias: Tensor, norm: BatchNorm | None, channels: Tensor) -> None:
     """Give a layer its bias (of output ``channels``), or fold it into the batch norm behind."""
     if layer.bias is not None:
         layer.bias.copy_(bias)
@@ -152,7 +151,7 @@ def _set_bias(
 
 
 def _fit_grouped(
-    module: nn.Conv2d,
+    module: Conv,
     site: SiteRecipe,
     inputs: Sequence[Tensor],
     targets: Sequence[Target],
@@ -231,9 +230,9 @@ class _Limit:
 
 
 def _fit_grouped_pointwise(
-    grouped: nn.Conv2d,
-    pointwise: nn.Conv2d,
-    dense_conv: nn.Conv2d,
+    grouped: Conv,
+    pointwise: Conv,
+    dense_conv: Conv,
     groups: int,
     inputs: Sequence[Tensor],
     targets: Sequence[Target],

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from groupify.conversion.layers import ShuffledConv2d, shuffle_order
+from groupify.conversion.layers import SHUFFLED, shuffle_order
 from groupify.errors import ConversionError, near_names
+from groupify.graph.operations import CONVS, Conv
 
 GROUPED = "grouped"
 GROUPED_POINTWISE = "grouped-pointwise"
@@ -21,7 +22,7 @@ KINDS = (GROUPED, GROUPED_POINTWISE)
 
 @dataclass(frozen=True)
 class SiteRecipe:
-    """How one ``Conv2d`` is replaced.
+    """How one conv is replaced.
 
     Attributes:
         name: qualified module name of the conv in the dense model.
@@ -60,7 +61,7 @@ def block_diagonal(weight: Tensor, groups: int, *, shuffle: bool = False) -> Ten
     return torch.cat([blocks[group, :, group] for group in range(groups)])
 
 
-def _new_conv(dense: nn.Conv2d, groups: int, shuffle: bool, *, bias: bool) -> nn.Conv2d:
+def _new_conv(dense: Conv, groups: int, shuffle: bool, *, bias: bool) -> Conv:
     options: dict[str, Any] = {
         # Built on the meta device: random initial weights would only be thrown away, and would draw
         # from the global generator.
@@ -76,11 +77,12 @@ def _new_conv(dense: nn.Conv2d, groups: int, shuffle: bool, *, bias: bool) -> nn
         "padding_mode": dense.padding_mode,
         "dtype": dense.weight.dtype,
     }
-    conv = ShuffledConv2d(shuffle_groups=groups, **options) if shuffle else nn.Conv2d(**options)
+    kind = type(dense)
+    conv: Conv = SHUFFLED[kind](shuffle_groups=groups, **options) if shuffle else kind(**options)
     return conv.to_empty(device=dense.weight.device)
 
 
-def _replacement(dense: nn.Conv2d, site: SiteRecipe) -> nn.Module:
+def _replacement(dense: Conv, site: SiteRecipe) -> nn.Module:
     """Build the module that takes the place of ``dense``, with truncated weights."""
     has_bias = dense.bias is not None
     replacement: nn.Module
@@ -95,7 +97,7 @@ def _replacement(dense: nn.Conv2d, site: SiteRecipe) -> nn.Module:
     else:
         conv = _new_conv(dense, site.groups, shuffle=False, bias=False)
         channels = dense.out_channels
-        pointwise = nn.Conv2d(
+        pointwise = type(dense)(
             channels, channels, 1, bias=has_bias, device="meta", dtype=dense.weight.dtype
         ).to_empty(device=dense.weight.device)
         with torch.no_grad():
@@ -109,17 +111,19 @@ def _replacement(dense: nn.Conv2d, site: SiteRecipe) -> nn.Module:
     return replacement.train(dense.training)
 
 
-def _check(site: SiteRecipe, model: nn.Module) -> nn.Conv2d:
+def _check(site: SiteRecipe, model: nn.Module) -> Conv:
     modules = dict(model.named_modules(remove_duplicate=False))
     module = modules.get(site.name)
     if module is None:
-        convs = [name for name, child in modules.items() if isinstance(child, nn.Conv2d)]
+        convs = [name for name, child in modules.items() if isinstance(child, CONVS)]
         raise ConversionError(
             f"the model has no layer {site.name!r}, so it is not the model that the plan was made for"
             f"{near_names(site.name, convs)}"
         )
-    if type(module) is not nn.Conv2d:
-        raise ConversionError(f"layer {site.name!r} is a {type(module).__name__}, expected a plain Conv2d")
+    if not isinstance(module, CONVS) or type(module) not in CONVS:
+        raise ConversionError(
+            f"layer {site.name!r} is a {type(module).__name__}, expected a plain Conv1d, Conv2d or Conv3d"
+        )
     if module.groups != 1:
         raise ConversionError(
             f"layer {site.name!r} has {module.groups} groups already, expected a dense conv"
@@ -149,7 +153,7 @@ def restructure(model: nn.Module, sites: Sequence[SiteRecipe]) -> nn.Module:
         sites: what to replace.
 
     Raises:
-        ConversionError: a site does not name a dense ``Conv2d``, or its groups do not divide the channels.
+        ConversionError: a site does not name a dense conv, or its groups do not divide the channels.
     """
     converted = copy.deepcopy(model)
     for site in sites:

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
-from groupify.conversion.sampling import Positions, as_images, compact, input_patches, pick, sample_positions
+from groupify.conversion.sampling import Positions, compact, input_patches, pick, sample_positions
 from groupify.errors import ConversionError
+from groupify.graph.operations import CONVS, Conv, is_batch_norm
 
 
 @dataclass
@@ -23,7 +24,7 @@ class SiteSamples:
 
     Attributes:
         positions: the sampled output positions.
-        patches: input patches at some of the positions, shape (n', I, kh·kw).
+        patches: input patches at some of the positions, shape (n', I, taps).
         patch_outputs: outputs at those, shape (n', O).
         outputs: outputs at all sampled positions, shape (n, O).
         sums: the residual sum that the output ends up in, at the same positions, shape (n, O).
@@ -43,7 +44,7 @@ class SampleBudget:
     """How many output positions are sampled.
 
     Attributes:
-        per_input: positions for each input of a group (I·kh·kw / groups).
+        per_input: positions for each input of a group (I·taps / groups).
         minimum: positions at least, as far as there are that many.
         patches_per_input, patches_minimum: the same for the positions whose input patches are kept.
     """
@@ -117,8 +118,8 @@ class SiteSampler:
         """Begin to count the calls of each conv anew."""
         self._calls = {}
 
-    def sample(self, name: str, layer: nn.Conv2d | nn.Linear, inputs: Tensor, outputs: Tensor) -> None:
-        """Sample one call of a conv or linear layer; inputs (N, I, H, W), outputs (N, O, H', W').
+    def sample(self, name: str, layer: Conv | nn.Linear, inputs: Tensor, outputs: Tensor) -> None:
+        """Sample one call of a conv or linear layer; inputs (N, I, *spatial), outputs (N, O, *spatial).
 
         Raises:
             ConversionError: the outputs are NaN or infinite.
@@ -129,14 +130,16 @@ class SiteSampler:
                 f"layer {name!r} gives NaN or infinite outputs on the calibration images; "
                 "check its weights and the preprocessing of the images"
             )
-        outputs = as_images(outputs)
         samples = self.samples[name]
         self._calls[name] = self._calls.get(name, 0) + 1
         samples.calls = max(samples.calls, self._calls[name])
         share = len(inputs) / self._images
         group_inputs = layer.weight[0].numel() // self.groups[name]
         positions = sample_positions(
-            outputs.shape, max(1, math.ceil(self._budget.count(group_inputs) * share)), self._generator
+            outputs.shape,
+            max(1, math.ceil(self._budget.count(group_inputs) * share)),
+            self._generator,
+            channels_last=isinstance(layer, nn.Linear),
         )
         samples.positions.append(positions)
         samples.outputs.append(compact(pick(outputs, positions)))
@@ -144,7 +147,7 @@ class SiteSampler:
             return  # nothing to cluster
         kept = min(len(positions), max(1, math.ceil(self._budget.patch_count(group_inputs) * share)))
         some = torch.linspace(0, len(positions) - 1, kept).long()
-        few = Positions(positions.image[some], positions.row[some], positions.column[some])
+        few = positions.subset(some)
         samples.patches.append(compact(input_patches(inputs, layer, few)))
         samples.patch_outputs.append(compact(pick(outputs, few)))
 
@@ -171,11 +174,15 @@ class _Observer(fx.Interpreter):
         if n.op == "call_module" and name in self._sampler.groups:
             inputs, _ = self.fetch_args_kwargs_from_env(n)
             layer = self.module.get_submodule(name)
-            assert isinstance(layer, (nn.Conv2d, nn.Linear))
+            assert isinstance(layer, (*CONVS, nn.Linear))
             self._sampler.sample(name, layer, inputs[0], value)
-        for conv_node in self._sums.get(n, ()):
-            samples = self._sampler.samples[str(conv_node.target)]
-            samples.sums.append(compact(pick(value, samples.positions[-1])))
+        if n in self._sums:
+            terms, _ = self.fetch_args_kwargs_from_env(n)
+            # A term that is broadcast has no value of its own at each position.
+            if all(isinstance(term, Tensor) and term.shape == value.shape for term in terms):
+                for conv_node in self._sums[n]:
+                    samples = self._sampler.samples[str(conv_node.target)]
+                    samples.sums.append(compact(pick(value, samples.positions[-1])))
         return value
 
 
@@ -198,8 +205,8 @@ def refittable(module: fx.GraphModule, sites: Iterable[str], max_inputs: int) ->
             if (
                 changed
                 and name not in names
-                and isinstance(layer, (nn.Linear, nn.Conv2d))
-                and type(layer) in (nn.Linear, nn.Conv2d)
+                and isinstance(layer, (nn.Linear, *CONVS))
+                and type(layer) in (nn.Linear, *CONVS)
                 and getattr(layer, "groups", 1) == 1
                 and layer.weight[0].numel() <= max_inputs
             ):
@@ -245,4 +252,4 @@ def is_relu(module: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _is_batch_norm(module: fx.GraphModule, node: fx.Node) -> bool:
-    return node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), nn.BatchNorm2d)
+    return node.op == "call_module" and is_batch_norm(module.get_submodule(str(node.target)))

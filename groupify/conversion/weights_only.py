@@ -23,6 +23,7 @@ from groupify.graph.operations import (
     ELEMENTWISE_MODULES,
     SPATIAL_FUNCTIONS,
     SPATIAL_MODULES,
+    is_batch_norm,
 )
 
 _QUADRATURE_POINTS = 32
@@ -64,7 +65,7 @@ def correct_batch_norms(
             if site is not None and site.kind == GROUPED and state is not None:
                 changes[node] = _change(student.get_submodule(name), dense.get_submodule(name), site, state)
             module = student.get_submodule(name)
-            if isinstance(module, nn.BatchNorm2d) and source in changes and module.running_mean is not None:
+            if is_batch_norm(module) and module.running_mean is not None and source in changes:
                 shift, ratio = changes[source]
                 assert module.running_var is not None
                 module.running_mean.add_(shift)
@@ -100,7 +101,7 @@ def _carry(
     known = [state for state in inputs if state is not None]
     if node.op == "call_module":
         module = student.get_submodule(str(node.target))
-        if isinstance(module, nn.BatchNorm2d) and module.weight is not None:
+        if is_batch_norm(module) and module.weight is not None:
             return _Channels(module.bias.detach().clone(), module.weight.detach().square())
         if isinstance(module, SPATIAL_MODULES) and known:
             return known[0]

@@ -66,7 +66,8 @@ def _fold_batch_norm(graph: ir.Graph, norm: ir.Node) -> bool:
     scale, shift, mean, variance = (np.asarray(parameter, np.float64) for parameter in parameters)
     factor = scale / np.sqrt(variance + attribute(norm, "epsilon", 1e-5))
     folded = shift + ((bias if bias is not None else 0.0) - mean) * factor
-    replace_constant(graph, conv, 1, (weights * factor.reshape(-1, 1, 1, 1)).astype(weights.dtype))
+    per_filter = factor.reshape(-1, *[1] * (weights.ndim - 1))
+    replace_constant(graph, conv, 1, (weights * per_filter).astype(weights.dtype))
     if biased:
         replace_constant(graph, conv, 2, folded.astype(weights.dtype))
     else:

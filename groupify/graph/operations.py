@@ -6,12 +6,12 @@ An operation in none of these tables freezes the channels that it reads, which i
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.ops import stochastic_depth
+from torchvision.ops import FrozenBatchNorm2d, stochastic_depth
 
 # Each element of the output depends on the elements at its own place only.
 ELEMENTWISE_MODULES = (
@@ -73,5 +73,18 @@ METADATA: set[Any] = {
     "nelement", torch.numel, torch.is_floating_point, getattr, len,
 }  # fmt: skip
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm2d)
+BATCH_NORMS = (
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm2d,
+    FrozenBatchNorm2d,
+)  # fmt: skip
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+def is_batch_norm(module: nn.Module) -> TypeGuard[BatchNorm]:
+    """Whether a module is a batch norm that has running statistics, in any number of dimensions.
+
+    Detection models hold theirs as constants, in a class of torchvision's own with the same names.
+    """
+    return isinstance(module, (BatchNorm, FrozenBatchNorm2d)) and module.running_mean is not None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,10 @@ class _Tracer(fx.Tracer):
     """Keeps convs and their subclasses whole, wherever their class was defined."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Stop at torch's own layers and at every kind of conv."""
-        return isinstance(m, nn.modules.conv._ConvNd) or super().is_leaf_module(m, module_qualified_name)
+        """Stop at torch's own layers, at every kind of conv and at batch norms of torchvision's own."""
+        return isinstance(m, (nn.modules.conv._ConvNd, FrozenBatchNorm2d)) or super().is_leaf_module(
+            m, module_qualified_name
+        )
 
 
 def on_same_graph(traced: fx.GraphModule, model: nn.Module) -> fx.GraphModule:

@@ -13,7 +13,7 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class SitePlan:
-    """What happens to one ``Conv2d``.
+    """What happens to one conv.
 
     Attributes:
         name: qualified module name.
@@ -23,7 +23,7 @@ class SitePlan:
         shuffle: whether a channel shuffle follows.
         reason: why it is left alone, gets fewer groups than asked, or will run in a slower kernel; None
             where it is as asked.
-        in_channels, out_channels, kernel_size, stride: as in ``Conv2d``.
+        in_channels, out_channels, kernel_size, stride: as in the conv itself.
         output_size: spatial size of its output, pixels; empty when it never runs in inference.
         params: parameters, biases included.
         macs: multiply-accumulates for one image, over all calls.
@@ -64,7 +64,7 @@ class Plan:
     """Every conv of a model, in the order in which they run, and what happens to it.
 
     Attributes:
-        sites: all ``Conv2d``, also those that are left alone.
+        sites: all convs, also those that are left alone.
         input_shape: (C, H, W) that the output sizes and MACs are for.
         groups: the number of groups asked for.
     """

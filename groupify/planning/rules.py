@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from groupify.conversion.surgery import GROUPED, GROUPED_POINTWISE, KINDS, SiteRecipe
 from groupify.errors import PlanError, near_names
+from groupify.graph.operations import CONVS, Conv
 from groupify.graph.trace import example_input
 from groupify.planning.cost import Change, conv_params, run_once
 from groupify.planning.plan import DENSE, Plan, SitePlan
@@ -56,7 +57,7 @@ def plan(
     block: int = 1,
     shuffle: str = "none",
 ) -> Plan:
-    """Decide for every ``Conv2d`` of a model how many groups it gets.
+    """Decide for every conv of a model how many groups it gets.
 
     Args:
         model: a dense model; left untouched (one forward pass is run).
@@ -78,9 +79,9 @@ def plan(
     """
     _check_options(groups, kind, min_group_width, block, shuffle)
     observed = _observe(model, example_input(input_shape, like=model))
-    convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    convs = {name: module for name, module in model.named_modules() if isinstance(module, CONVS)}
     if not convs:
-        raise PlanError("the model has no Conv2d, so there is no convolution worth grouping")
+        raise PlanError("the model has no conv layer, so there is no convolution worth grouping")
     _check_patterns((*include, *exclude), convs)
     order = [*observed, *(name for name in convs if name not in observed)]
     first = next(iter(observed), None)
@@ -94,7 +95,9 @@ def plan(
                 f"shortcut with under {_SHORTCUT_SHARE:.0%} of the MACs: lets the groups mix; see --include"
             )
         if reason is None:
-            choice = _choose(conv, groups, kind, min_group_width, block)
+            # ONNX Runtime's blocked kernel is for two dimensions; elsewhere no width is special.
+            own_block = block if isinstance(conv, nn.Conv2d) else 1
+            choice = _choose(conv, groups, kind, min_group_width, own_block)
         else:
             choice = _Choice(DENSE, conv.groups, reason)
         sites.append(_site(name, conv, choice, observed.get(name), shuffle))
@@ -118,7 +121,7 @@ def describe(model: nn.Module, recipes: Sequence[SiteRecipe], input_shape: tuple
     observed = _observe(model, example_input(input_shape, like=model))
     replaced = {recipe.name: recipe for recipe in recipes}
     sites = []
-    convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    convs = {name: module for name, module in model.named_modules() if isinstance(module, CONVS)}
     for name in (*observed, *(name for name in convs if name not in observed)):
         recipe = replaced.get(name)
         if recipe is None:
@@ -152,7 +155,7 @@ def _check_patterns(patterns: Sequence[str], names: dict[str, Any]) -> None:
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             raise PlanError(
-                f"pattern {pattern!r} matches no Conv2d of the model"
+                f"pattern {pattern!r} matches no conv of the model"
                 f"{near_names(pattern.strip('*'), names) or '; for example ' + repr(next(iter(names)))}"
             )
 
@@ -170,7 +173,7 @@ def _observe(model: nn.Module, example: Tensor) -> dict[str, _Observed]:
         return hook
 
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, CONVS):
             handles.append(module.register_forward_hook(watch(name)))
     try:
         run_once(model, example)
@@ -180,7 +183,7 @@ def _observe(model: nn.Module, example: Tensor) -> dict[str, _Observed]:
     return observed
 
 
-def _choose(conv: nn.Conv2d, groups: int, kind: str, min_group_width: int, block: int) -> _Choice:
+def _choose(conv: Conv, groups: int, kind: str, min_group_width: int, block: int) -> _Choice:
     """Choose the number of groups of a dense conv that nothing else forbids to convert."""
     if kind == GROUPED_POINTWISE and max(conv.kernel_size) == 1:
         return _Choice(DENSE, 1, "a 1×1 conv costs less than a grouped conv and a pointwise conv")
@@ -213,7 +216,7 @@ def _choose(conv: nn.Conv2d, groups: int, kind: str, min_group_width: int, block
 
 def _why_not(
     name: str,
-    conv: nn.Conv2d,
+    conv: Conv,
     observed: _Observed | None,
     is_first: bool,
     include: Sequence[str],
@@ -226,8 +229,9 @@ def _why_not(
         return _NOT_INCLUDED
     if is_parametrized(conv) or "weight" not in conv._parameters:
         return "its weight is parametrized (weight or spectral norm); remove the parametrization first"
-    if type(conv) is not nn.Conv2d:
-        return f"a subclass of Conv2d ({type(conv).__name__}), whose forward may differ"
+    if type(conv) not in CONVS:
+        kind = next(base.__name__ for base in CONVS if isinstance(conv, base))
+        return f"a subclass of {kind} ({type(conv).__name__}), whose forward may differ"
     if observed is None:
         return "never runs in inference"
     if conv.groups > 1:
@@ -243,7 +247,7 @@ def _why_not(
     return None
 
 
-def _macs(conv: nn.Conv2d, observed: _Observed) -> int:
+def _macs(conv: Conv, observed: _Observed) -> int:
     return (
         conv_params(conv.in_channels, conv.out_channels, conv.kernel_size, conv.groups, bias=False)
         * math.prod(observed.output_size)
@@ -251,17 +255,17 @@ def _macs(conv: nn.Conv2d, observed: _Observed) -> int:
     )
 
 
-def _is_cheap_shortcut(conv: nn.Conv2d, observed: _Observed, total_macs: int) -> bool:
+def _is_cheap_shortcut(conv: Conv, observed: _Observed, total_macs: int) -> bool:
     strided = max(conv.kernel_size) == 1 and max(conv.stride) > 1
     return strided and _macs(conv, observed) < _SHORTCUT_SHARE * total_macs
 
 
-def _pointwise_is_smaller(conv: nn.Conv2d, groups: int) -> bool:
+def _pointwise_is_smaller(conv: Conv, groups: int) -> bool:
     dense = conv.weight.numel()
     return dense // groups + conv.out_channels**2 < dense
 
 
-def _site(name: str, conv: nn.Conv2d, choice: _Choice, observed: _Observed | None, shuffle: str) -> SitePlan:
+def _site(name: str, conv: Conv, choice: _Choice, observed: _Observed | None, shuffle: str) -> SitePlan:
     has_bias = conv.bias is not None
     sizes = (conv.in_channels, conv.out_channels, conv.kernel_size)
     before = conv_params(*sizes, conv.groups, has_bias)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from groupify.conversion.surgery import SiteRecipe
+from groupify.graph.operations import Conv
 from groupify.planning.plan import Plan
 from groupify.planning.rules import describe
 
@@ -105,13 +106,13 @@ class Untraceable(nn.Module):
         return result
 
 
-def make_block_diagonal(conv: nn.Conv2d, groups: int) -> None:
+def make_block_diagonal(conv: Conv, groups: int) -> None:
     """Cut a dense conv's weight down to what ``groups`` groups can hold."""
     mask = torch.zeros(conv.out_channels, conv.in_channels)
     rows, columns = conv.out_channels // groups, conv.in_channels // groups
     for group in range(groups):
         mask[group * rows : (group + 1) * rows, group * columns : (group + 1) * columns] = 1
-    conv.weight.data *= mask[:, :, None, None]
+    conv.weight.data *= mask.reshape(*mask.shape, *[1] * (conv.weight.dim() - 2))
 
 
 def images(count: int = 32, shape: Sequence[int] = SHAPE, seed: int = 0) -> Tensor:

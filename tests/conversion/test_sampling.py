@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import pytest
 import torch
@@ -54,8 +54,56 @@ def test_patches_times_weight_is_the_output(
 def test_patches_of_a_linear_layer_are_its_inputs() -> None:
     linear = nn.Linear(4, 3)
     x = torch.randn(5, 4)
-    positions = sample_positions(torch.Size((5, 3, 1, 1)), 5, torch.Generator())
+    positions = sample_positions(torch.Size((5, 3)), 5, torch.Generator(), channels_last=True)
     assert torch.equal(input_patches(x, linear, positions), x.unsqueeze(-1))
+
+
+def test_a_linear_layer_over_places() -> None:
+    linear = randomise(nn.Linear(4, 3, bias=False))
+    x = images(2, (5, 6, 4))
+    with torch.no_grad():
+        outputs = linear(x)
+        positions = sample_positions(outputs.shape, 20, torch.Generator().manual_seed(0), channels_last=True)
+        assert len(positions) == 20
+        torch.testing.assert_close(
+            input_patches(x, linear, positions).flatten(1) @ linear.weight.T, pick(outputs, positions)
+        )
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    dims=st.sampled_from([1, 3]),
+    kernel=st.lists(st.integers(1, 3), min_size=3, max_size=3),
+    stride=st.lists(st.integers(1, 2), min_size=3, max_size=3),
+    dilation=st.lists(st.integers(1, 2), min_size=3, max_size=3),
+    padding=st.lists(st.integers(0, 2), min_size=3, max_size=3),
+    same=st.booleans(),
+    mode=st.sampled_from(["zeros", "circular", "replicate"]),
+)
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+def test_patches_in_one_and_three_dimensions(
+    dims: int,
+    kernel: list[int],
+    stride: list[int],
+    dilation: list[int],
+    padding: list[int],
+    same: bool,
+    mode: Mode,
+) -> None:
+    kind: Any = nn.Conv1d if dims == 1 else nn.Conv3d
+    options: dict[str, Any] = {"padding": "same"} if same else {
+        "padding": tuple(padding[:dims]), "stride": tuple(stride[:dims])
+    }  # fmt: skip
+    conv = kind(
+        2, 3, tuple(kernel[:dims]), dilation=tuple(dilation[:dims]), padding_mode=mode, bias=False, **options
+    )
+    randomise(conv)
+    x = images(3, (2, 7, 6, 5)[: dims + 1])
+    with torch.no_grad():
+        outputs = conv(x)
+        positions = sample_positions(outputs.shape, 60, torch.Generator().manual_seed(0))
+        actual = input_patches(x, conv, positions).flatten(1) @ conv.weight.flatten(1).T
+        torch.testing.assert_close(actual, pick(outputs, positions), rtol=1e-4, atol=1e-5)
 
 
 @settings(deadline=None)
@@ -68,9 +116,8 @@ def test_positions_are_distinct_and_spread_over_the_images(
 ) -> None:
     shape = torch.Size((n, 2, height, width))
     positions = sample_positions(shape, count, torch.Generator().manual_seed(seed))
-    places = set(
-        zip(positions.image.tolist(), positions.row.tolist(), positions.column.tolist(), strict=True)
-    )
+    rows, columns = positions.place
+    places = set(zip(positions.image.tolist(), rows.tolist(), columns.tolist(), strict=True))
     assert len(places) == len(positions) == min(count, n * height * width)
     assert all(0 <= i < n and 0 <= r < height and 0 <= c < width for i, r, c in places)
     if count >= 2 * n:  # ranges as short as half an image: none can be passed over
