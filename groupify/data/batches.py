@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
@@ -41,6 +42,8 @@ def iterate_batches(
     shuffle_seed: int | None = None,
     limit: int | None = None,
     num_classes: int | None = None,
+    first_batch: int = 0,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
     """Iterate over ``(images, labels)``: float32 (n, C, H, W) and int64 (n,).
 
@@ -50,6 +53,9 @@ def iterate_batches(
         shuffle_seed: a map-style data set is read in the random order of this seed; None = in order.
         limit: stop after this many images.
         num_classes: if given, labels outside 0 … ``num_classes`` - 1 are refused.
+        first_batch: leave out so many batches; those of a map-style data set are not even read.
+        share: (r, n): of each batch only every n-th image from the r-th on, for the r-th of n processes;
+            a batch without such an image is left out. What a map-style data set has besides is not read.
 
     Raises:
         DataError: no images, NaN or infinite images, labels out of range, images that are not
@@ -58,12 +64,15 @@ def iterate_batches(
     if batch_size < 1 or (limit is not None and limit < 1):
         raise DataError(f"batch size {batch_size}, limit {limit}: expected at least 1")
     if is_map_style(data):
-        batches = _map_style_batches(cast(Dataset[Any], data), batch_size, shuffle_seed, limit)
-    elif isinstance(data, IterableDataset):
+        dataset = cast(Dataset[Any], data)
+        parts = _map_style_batches(dataset, batch_size, shuffle_seed, limit, first_batch, share)
+        return _checked(parts, limit, num_classes, whole=(first_batch, share) == (0, (0, 1)))
+    if isinstance(data, IterableDataset):
         batches = _sample_stream(data, batch_size)
     else:
         batches = (_as_batch(item) for item in _iterate(data))
-    return _checked(batches, limit, num_classes)
+    checked = itertools.islice(_checked(batches, limit, num_classes), first_batch, None)
+    return checked if share == (0, 1) else _shared(checked, share)
 
 
 def calibration_images(data: Data, count: int, *, seed: int) -> Tensor:
@@ -127,7 +136,12 @@ def is_map_style(data: Data) -> bool:
 
 
 def _map_style_batches(
-    data: Dataset[Any], batch_size: int, shuffle_seed: int | None, limit: int | None
+    data: Dataset[Any],
+    batch_size: int,
+    shuffle_seed: int | None,
+    limit: int | None,
+    first_batch: int,
+    share: tuple[int, int],
 ) -> Iterator[Batch]:
     total = len(cast(Any, data))
     if shuffle_seed is None:
@@ -135,8 +149,18 @@ def _map_style_batches(
     else:
         order = torch.randperm(total, generator=torch.Generator().manual_seed(shuffle_seed))
     order = order[:limit]
-    for start in range(0, len(order), batch_size):
-        yield _gather(data, order[start : start + batch_size])
+    rank, world = share
+    for start in range(first_batch * batch_size, len(order), batch_size):
+        indices = order[start : start + batch_size][rank::world]
+        if len(indices):
+            yield _gather(data, indices)
+
+
+def _shared(batches: Iterable[Batch], share: tuple[int, int]) -> Iterator[Batch]:
+    rank, world = share
+    for images, labels in batches:
+        if len(images) > rank:
+            yield images[rank::world], labels[rank::world]
 
 
 def _gather(data: Dataset[Any], indices: Tensor) -> Batch:
@@ -236,7 +260,9 @@ def _as_labels(value: Any) -> Tensor:
     return labels.long()
 
 
-def _checked(batches: Iterator[Batch], limit: int | None, num_classes: int | None) -> Iterator[Batch]:
+def _checked(
+    batches: Iterator[Batch], limit: int | None, num_classes: int | None, *, whole: bool = True
+) -> Iterator[Batch]:
     seen = 0
     for images, labels in batches:
         if limit is not None and seen + len(images) > limit:
@@ -251,7 +277,7 @@ def _checked(batches: Iterator[Batch], limit: int | None, num_classes: int | Non
         seen += len(images)
         if limit is not None and seen >= limit:
             break
-    if seen == 0:
+    if seen == 0 and whole:
         raise DataError(
             "the data set is empty: expected at least one image (a generator can be read only once)"
         )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, Subset
 
 from groupify.data.batches import Batch, Data, is_map_style, iterate_batches, split_validation
+from groupify.distributed import ALONE, Ranks
 from groupify.errors import DataError
 from groupify.recovery.settings import FinetuneSettings
 
@@ -33,16 +36,80 @@ class TrainingPart:
     steps_per_epoch: int
     skipped: Tensor | None = None
 
-    def batches(self, settings: FinetuneSettings, epoch: int) -> Iterator[Batch]:
+    def batches(
+        self,
+        settings: FinetuneSettings,
+        epoch: int,
+        first: int = 0,
+        ranks: Ranks = ALONE,
+        on_first: Callable[[int | None], None] | None = None,
+    ) -> Iterator[tuple[Batch, int]]:
         """Return the batches of one pass, in an order that depends on the seed and the epoch only.
 
+        Args:
+            settings: seed and batch size.
+            epoch: number of the pass.
+            first: leave out so many batches; those of a map-style data set are not read.
+            ranks: the processes that share each batch.
+            on_first: called behind the batches that are left out, before the first one is read, with the
+                checksum of their labels, or None where they were not read.
+
+        Returns:
+            This rank's share of each batch, and the number of images of the whole batch. Where the
+            number is smaller than that of the ranks, some ranks get no batch.
+
         Raises:
-            DataError: bad data, or a stream that starts with other images than in the first pass.
+            DataError: bad data, a stream that starts with other images than in the first pass, or one
+                that ends within the batches to leave out.
         """
-        # Spread, so that neighbouring seeds do not share the order of neighbouring epochs.
-        order_seed = settings.seed * 1_000_003 + epoch
-        batches = iterate_batches(self.data, settings.batch_size, shuffle_seed=order_seed)
-        return batches if self.skipped is None else _skip(batches, self.skipped)
+        share = (ranks.rank, ranks.world)
+        on_first = on_first or (lambda _: None)
+        if is_map_style(self.data):
+            size, total = settings.batch_size, len(cast(Any, self.data))
+            batches = iterate_batches(
+                self.data, size, shuffle_seed=order_seed(settings, epoch), first_batch=first, share=share
+            )
+            on_first(None)
+            for number, batch in enumerate(batches, start=first):
+                yield batch, min(size, total - number * size)
+            return
+        _start_pass(self.data, settings, epoch)
+        batches = iterate_batches(self.data, settings.batch_size)
+        if self.skipped is not None:
+            batches = _skip(batches, self.skipped)
+        checksum, left_out = 0, 0
+        for _, labels in islice(batches, first):
+            checksum, left_out = checksum_of(labels, checksum), left_out + 1
+        if left_out < first:
+            raise DataError(f"the data gave {first} batches before and ends after {left_out} now")
+        on_first(checksum)
+        for images, labels in batches:
+            yield (images[share[0] :: share[1]], labels[share[0] :: share[1]]), len(images)
+
+
+def checksum_of(labels: Tensor, before: int = 0) -> int:
+    """Return the checksum of labels behind those whose checksum is ``before``."""
+    return zlib.crc32(labels.contiguous().numpy().tobytes(), before)
+
+
+def order_seed(settings: FinetuneSettings, epoch: int) -> int:
+    """Return the seed of one pass; spread, so that neighbouring seeds do not share passes."""
+    return settings.seed * 1_000_003 + epoch
+
+
+def _start_pass(data: Data, settings: FinetuneSettings, epoch: int) -> None:
+    """Let what gives the batches start a pass whose order depends on the seed and the epoch only."""
+    for generator in generators_of(data):
+        generator.manual_seed(order_seed(settings, epoch))
+    for owner in (data, getattr(data, "sampler", None), getattr(data, "dataset", None)):
+        if callable(set_epoch := getattr(owner, "set_epoch", None)):
+            set_epoch(epoch)
+
+
+def generators_of(data: Data) -> list[torch.Generator]:
+    """Return a loader's own random generators, which its order comes from."""
+    found = [getattr(owner, "generator", None) for owner in (data, getattr(data, "sampler", None))]
+    return [generator for generator in found if isinstance(generator, torch.Generator)]
 
 
 def hold_out(data: Data, validation: Data | None, settings: FinetuneSettings) -> tuple[TrainingPart, Data]:
@@ -72,8 +139,8 @@ def hold_out(data: Data, validation: Data | None, settings: FinetuneSettings) ->
         loader = _rebuilt(data, train, seed, shuffle=shuffled)
         return TrainingPart(loader, len(loader)), _rebuilt(data, held_out, seed)
     images = _images_per_epoch(data, settings)
-    count = min(max(1, round(fraction * images)), _MAX_STREAM_IMAGES)
-    batches = list(iterate_batches(data, settings.batch_size, limit=count))
+    wanted = min(max(1, round(fraction * images)), _MAX_STREAM_IMAGES)
+    batches = list(iterate_batches(data, settings.batch_size, limit=wanted))
     first = torch.cat([images for images, _ in batches])
     return TrainingPart(data, _steps(data, images - len(first), settings), first), batches
 
@@ -128,12 +195,12 @@ def _rebuilt(
 def _skip(batches: Iterator[Batch], skipped: Tensor) -> Iterator[Batch]:
     done = 0
     for images, labels in batches:
-        count = min(len(images), len(skipped) - done)
-        if count and not torch.equal(images[:count], skipped[done : done + count]):
+        left_out = min(len(images), len(skipped) - done)
+        if left_out and not torch.equal(images[:left_out], skipped[done : done + left_out]):
             raise DataError(
                 "the training stream starts with other images than in its first pass, so none is held out: "
                 "give validation images apart, or a Dataset"
             )
-        done += count
-        if count < len(images):
-            yield images[count:], labels[count:]
+        done += left_out
+        if left_out < len(images):
+            yield images[left_out:], labels[left_out:]

@@ -1,6 +1,8 @@
-"""The loss of a fine-tune: cross-entropy and distillation."""
+"""The loss of a fine-tune: cross-entropy, distillation and attention transfer."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +27,28 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
+def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Return the squared distance of the attention maps, averaged over batch and layers.
+
+    The attention map of a layer is the mean of its squared channels, scaled to length 1: where in the
+    image it responds, whatever the order and number of its channels. Zagoruyko and Komodakis, "Paying
+    More Attention to Attention" (2017).
+
+    Args:
+        student: features of some layers, each of shape (N, C, H, W).
+        teacher: features of the same layers, each of shape (N, C', H, W).
+    """
+
+    def attention(features: Tensor) -> Tensor:
+        return F.normalize(features.float().square().mean(1).flatten(1), dim=1)
+
+    distances = [
+        (attention(ours) - attention(theirs)).square().sum(1).mean()
+        for ours, theirs in zip(student, teacher, strict=True)
+    ]
+    return torch.stack(distances).mean()
+
+
 def recovery_loss(
     logits: Tensor, labels: Tensor | None, teacher_logits: Tensor | None, settings: FinetuneSettings
 ) -> Tensor:
@@ -36,7 +60,9 @@ def recovery_loss(
         teacher_logits: shape (N, classes); None = cross-entropy only.
         settings: weights, temperature and label smoothing.
     """
-    weight = 0.0 if teacher_logits is None else 1.0 if labels is None else settings.distillation_weight
+    weight = 1.0 if labels is None else settings.distillation_weight
+    if teacher_logits is None:
+        weight = 0.0
     loss = torch.zeros((), device=logits.device)
     if teacher_logits is not None and weight > 0:
         loss = loss + weight * distillation_loss(logits, teacher_logits, settings.temperature)

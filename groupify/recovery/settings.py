@@ -8,6 +8,14 @@ from dataclasses import dataclass
 from groupify.errors import SpecError
 
 AMP_DTYPES = (None, "bfloat16")
+OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("cosine", "one-cycle")
+DISTILLATIONS = ("logits", "attention", "none")
+# Peak learning rate and, for each schedule, the share of the steps in which it is reached.
+_LEARNING_RATES = {"sgd": 0.02, "adamw": 1e-3}
+_WARMUP_FRACTIONS = {"cosine": 0.1, "one-cycle": 0.3}
+# The first learning rate of a one-cycle schedule, as a share of the peak.
+_ONE_CYCLE_START = 1 / 25
 
 
 @dataclass(frozen=True)
@@ -16,21 +24,33 @@ class FinetuneSettings:
 
     Attributes:
         epochs: passes over the training part, also fractions of one.
-        batch_size: images per step.
-        learning_rate: peak learning rate, after the warm-up.
+        batch_size: images per step, those of all processes and accumulated parts together.
+        accumulate: in how many parts a batch goes through the model; the gradients are summed, so that
+            a large batch fits in memory. Batch norms see the parts.
+        optimizer: "sgd", with Nesterov's momentum, or "adamw" (Loshchilov and Hutter, 2019).
+        learning_rate: peak learning rate; None = 0.02 for SGD, 0.001 for AdamW.
+        schedule: "cosine": linear warm-up, then a half cosine to zero. "one-cycle": from a 25th of the
+            peak up and down to zero, both along a half cosine (Smith and Topin, 2019).
         weight_decay: for weights of two or more dimensions; none for biases and norms.
-        momentum: of SGD with Nesterov's momentum; 0 = plain SGD.
-        distillation_weight: share of the distillation loss, 0 to 1; the rest is cross-entropy.
+        momentum: of SGD with Nesterov's momentum, 0 = plain SGD; the first beta of AdamW.
+        distill: what is learned from the teacher: "logits", "attention" (the logits, and where in the
+            image the layers respond; see ``attention_loss``) or "none".
+        distillation_weight: share of the logits' distillation loss, 0 to 1; the rest is cross-entropy.
+        attention_weight: factor of the attention loss, which is added to the others.
         temperature: softens both distributions of the distillation loss.
         label_smoothing: of the cross-entropy, 0 to 1.
-        warmup_fraction: share of the steps in which the learning rate rises linearly; a half cosine
-            takes it to zero in the remaining ones.
+        warmup_fraction: share of the steps in which the learning rate rises; None = 0.1 for the cosine,
+            0.3 for one-cycle.
+        ema_decay: the weights that are validated and returned are an exponential moving average of the
+            trained ones, with this decay for each step (less in the first steps); 0 = the trained ones.
         validation_fraction: share of the training images that is held out to choose the best weights.
         validations_per_epoch: how often the held-out images are evaluated; at the end as well.
         augment: whether to use the data set's augmentation; it pays in long runs only, since it moves the
             batch norm statistics away from those of plain images.
+        freeze_batch_norms: batch norms keep their statistics and normalise with them in training too.
         labels: False = distil only, and choose the weights by agreement with the teacher.
         amp: "bfloat16" = mixed precision; None = the model's own.
+        channels_last: train in the channels-last memory format, which some processors prefer.
         images_per_epoch: for data of unknown length: how many images make an epoch.
         seed: of the held-out part, the order of the images, the augmentation and dropout.
 
@@ -40,18 +60,26 @@ class FinetuneSettings:
 
     epochs: float = 1.0
     batch_size: int = 64
-    learning_rate: float = 0.02
+    accumulate: int = 1
+    optimizer: str = "sgd"
+    learning_rate: float | None = None
+    schedule: str = "cosine"
     weight_decay: float = 1e-4
     momentum: float = 0.9
+    distill: str = "logits"
     distillation_weight: float = 0.9
+    attention_weight: float = 1.0
     temperature: float = 4.0
     label_smoothing: float = 0.0
-    warmup_fraction: float = 0.1
+    warmup_fraction: float | None = None
+    ema_decay: float = 0.0
     validation_fraction: float = 0.1
     validations_per_epoch: int = 4
     augment: bool = False
+    freeze_batch_norms: bool = False
     labels: bool = True
     amp: str | None = None
+    channels_last: bool = False
     images_per_epoch: int | None = None
     seed: int = 0
 
@@ -66,26 +94,47 @@ class FinetuneSettings:
 
         within("epochs", 0, 100_000, above_low=True)
         within("batch_size", 2, 1_000_000)
-        within("learning_rate", 0, math.inf, above_low=True)
+        within("accumulate", 1, 1_000_000)
         within("weight_decay", 0, math.inf)
+        within("attention_weight", 0, math.inf)
         within("temperature", 0, math.inf, above_low=True)
         within("validation_fraction", 0, 0.9, above_low=True)
         within("validations_per_epoch", 1, 1_000_000)
-        for name in ("momentum", "distillation_weight", "label_smoothing", "warmup_fraction"):
+        for name in ("momentum", "distillation_weight", "label_smoothing"):
             within(name, 0, 1)
+        if self.learning_rate is not None:
+            within("learning_rate", 0, math.inf, above_low=True)
+        if self.warmup_fraction is not None:
+            within("warmup_fraction", 0, 1)
         if self.images_per_epoch is not None:
             within("images_per_epoch", 1, math.inf)
+        if not 0 <= self.ema_decay < 1:
+            raise SpecError(f"ema_decay is {self.ema_decay}; expected a number at least 0 and below 1")
         if self.amp not in AMP_DTYPES:
             raise SpecError(f"amp is {self.amp!r}; expected 'bfloat16' or None")
+        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("distill", DISTILLATIONS)):
+            if getattr(self, name) not in known:
+                raise SpecError(
+                    f"{name} is {getattr(self, name)!r}; expected {' or '.join(map(repr, known))}"
+                )
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The highest learning rate, also where none was given."""
+        return _LEARNING_RATES[self.optimizer] if self.learning_rate is None else self.learning_rate
 
 
 def learning_rate_at(step: int, steps: int, settings: FinetuneSettings) -> float:
-    """Return the learning rate of step 0 ≤ ``step`` < ``steps``: linear warm-up, then a half cosine to 0.
+    """Return the learning rate of step 0 ≤ ``step`` < ``steps``.
 
-    A cosine without restarts is the schedule of Loshchilov and Hutter (2017).
+    "cosine" is the schedule of Loshchilov and Hutter (2017) without restarts, behind a linear warm-up;
+    "one-cycle" that of Smith and Topin (2019), with cosine slopes and without the cycle of the momentum.
     """
-    warmup = math.ceil(settings.warmup_fraction * steps)
-    if step < warmup:
-        return settings.learning_rate * (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(1, steps - warmup)
-    return settings.learning_rate * (1 + math.cos(math.pi * done)) / 2
+    peak, fraction = settings.peak_learning_rate, settings.warmup_fraction
+    warmup = math.ceil((_WARMUP_FRACTIONS[settings.schedule] if fraction is None else fraction) * steps)
+    if step >= warmup:
+        return peak * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
+    if settings.schedule == "one-cycle":
+        rise = (1 - math.cos(math.pi * step / warmup)) / 2
+        return peak * (_ONE_CYCLE_START + (1 - _ONE_CYCLE_START) * rise)
+    return peak * (step + 1) / (warmup + 1)

@@ -3,123 +3,32 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
-from groupify.conversion.surgery import SiteRecipe, restructure
-from groupify.data import UNLABELLED, DataSplits, iterate_batches
+from groupify.data import UNLABELLED, iterate_batches
 from groupify.errors import DataError, GroupifyWarning, SpecError
-from groupify.recovery.finetune import FinetuneSettings, finetune
+from groupify.recovery.finetune import finetune
 from groupify.recovery.holdout import hold_out
 from groupify.recovery.steps import make_optimizer
-
-CLASSES = 4
-SETTINGS = FinetuneSettings(
-    epochs=3, batch_size=16, learning_rate=0.05, augment=False, validation_fraction=0.2
+from tests.recovery.nets import (
+    CLASSES,
+    SETTINGS,
+    SOURCES,
+    ShuffledStream,
+    Stream,
+    assert_equal_states,
+    distinct,
+    make_data,
+    make_net,
+    splits,
+    state_of,
+    top1,
 )
-
-
-class Refusing:
-    """The test split: nothing may read it."""
-
-    def __len__(self) -> int:
-        pytest.fail("the test split was read")
-
-    def __getitem__(self, index: int) -> object:
-        pytest.fail("the test split was read")
-
-
-class Stream(IterableDataset[tuple[Tensor, Tensor]]):
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images, self.labels = images, labels
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(list(zip(self.images, self.labels, strict=True)))
-
-
-class SizedStream(Stream):
-    def __len__(self) -> int:
-        return len(self.images)
-
-
-class ShuffledStream(Stream):
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(self.images))
-        return iter(list(zip(self.images[order], self.labels[order], strict=True)))
-
-
-def make_net() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1),
-        nn.BatchNorm2d(16),
-        nn.ReLU(),
-        nn.Conv2d(16, 16, 3, padding=1),
-        nn.BatchNorm2d(16),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Dropout(0.1),
-        nn.Linear(16, CLASSES),
-    )
-
-
-def make_data(count: int = 200) -> tuple[Tensor, Tensor]:
-    """Noise on one of four patterns, one per class."""
-    generator = torch.Generator().manual_seed(0)
-    patterns = torch.randn(CLASSES, 3, 8, 8, generator=generator)
-    labels = torch.randint(0, CLASSES, (count,), generator=generator)
-    return patterns[labels] + 0.8 * torch.randn(count, 3, 8, 8, generator=generator), labels
-
-
-def splits(train: Any, **changes: Any) -> DataSplits:
-    fields = {"test": Refusing(), "num_classes": CLASSES, "augment": None, "labelled": True}
-    return DataSplits(spec="tests", train=train, **{**fields, **changes})
-
-
-def top1(model: nn.Module) -> float:
-    images, labels = make_data(400)
-    with torch.no_grad():
-        correct: Tensor = model.eval()(images[200:]).argmax(1) == labels[200:]
-    return int(correct.sum()) / len(correct)
-
-
-def distinct(rows: Tensor) -> Tensor:
-    """Return the distinct rows, sorted."""
-    return torch.tensor(sorted({tuple(row) for row in rows.tolist()}))
-
-
-def state_of(model: nn.Module) -> dict[str, Tensor]:
-    return copy.deepcopy(model.state_dict())
-
-
-def assert_equal_states(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
-    assert list(first) == list(second)
-    for key, value in first.items():
-        assert torch.equal(value, second[key]), key
-
-
-@pytest.fixture(scope="module")
-def data() -> TensorDataset:
-    return TensorDataset(*make_data())
-
-
-@pytest.fixture(scope="module")
-def dense(data: TensorDataset) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = make_net()
-    settings = dataclasses.replace(SETTINGS, epochs=12)
-    return finetune(net, splits(data), settings=settings).model
-
-
-@pytest.fixture(scope="module")
-def student(dense: nn.Module) -> nn.Module:
-    return restructure(dense, [SiteRecipe("3", "grouped", 8)]).eval()
 
 
 def test_the_dense_net_learns_its_task(dense: nn.Module) -> None:
@@ -221,27 +130,13 @@ def test_fractions_of_an_epoch(student: nn.Module, data: TensorDataset, epochs: 
 
 def test_an_epoch_reads_each_training_image_once_and_no_held_out_one(data: TensorDataset) -> None:
     part, held_out = hold_out(data, None, SETTINGS)
-    passes = [torch.cat([images for images, _ in part.batches(SETTINGS, epoch)]) for epoch in (0, 1)]
+    passes = [torch.cat([images for (images, _), _ in part.batches(SETTINGS, epoch)]) for epoch in (0, 1)]
     validation = torch.cat([images for images, _ in iterate_batches(held_out, 16)])
     assert not torch.equal(passes[0], passes[1])
     for images in passes:
         together = torch.cat([images, validation]).flatten(1)
         assert torch.equal(distinct(together), distinct(data.tensors[0].flatten(1)))
         assert len(together) == len(data)
-
-
-SOURCES: dict[str, Callable[[Tensor, Tensor], Any]] = {
-    "stream": Stream,
-    "stream with a length": SizedStream,
-    "loader of a stream": lambda images, labels: DataLoader(Stream(images, labels), batch_size=25),
-    "loader": lambda images, labels: DataLoader(TensorDataset(images, labels), batch_size=25),
-    "shuffled loader": lambda images, labels: DataLoader(
-        TensorDataset(images, labels), batch_size=25, shuffle=True
-    ),
-    "batches": lambda images, labels: [
-        (images[start : start + 25], labels[start : start + 25]) for start in range(0, len(images), 25)
-    ],
-}
 
 
 @pytest.mark.parametrize("kind", SOURCES)
@@ -252,7 +147,7 @@ def test_every_kind_of_data_trains_on_what_is_not_held_out(student: nn.Module, k
     settings = dataclasses.replace(SETTINGS, images_per_epoch=None if known else 200)
     part, held_out = hold_out(data, None, settings)
     validation = torch.cat([batch for batch, _ in iterate_batches(held_out, 16)])
-    trained = torch.cat([batch for batch, _ in part.batches(settings, 0)])
+    trained = torch.cat([images for (images, _), _ in part.batches(settings, 0)])
     assert len(validation) == 40
     together = torch.cat([trained, validation]).flatten(1)
     assert torch.equal(distinct(together), distinct(images.flatten(1)))

@@ -1,0 +1,143 @@
+"""The state of a training run on disk, so that a killed run goes on as if nothing had happened.
+
+One safetensors file: tensors, and all the rest as JSON in its metadata; reading it runs no code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from groupify.errors import ArtefactError, SpecError
+
+_FORMAT = "groupify training state 1"
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """When to store the state of a training run, and whether to go on from it.
+
+    Attributes:
+        file: the state; replaced as a whole, never written in place. Left behind when the run ends.
+        interval: steps between two writes; the end of the run is one more.
+        resume: go on from the file if it exists; else begin, whatever is there.
+
+    Raises:
+        SpecError: an interval below 1.
+    """
+
+    file: Path
+    interval: int = 200
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        if self.interval < 1:
+            raise SpecError(f"the state is to be saved every {self.interval} steps; expected 1 or more")
+
+
+def write_state(path: Path, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
+    """Write a state aside, then rename it: at any moment the file is a whole one.
+
+    Raises:
+        ArtefactError: it cannot be written.
+    """
+    metadata = {"format": _FORMAT, "state": json.dumps(document)}
+    # Clones: tensors of one model may share memory, which the format does not know.
+    values = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        save_file(values, aside, metadata)
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, SafetensorError) as error:
+        raise ArtefactError(f"cannot write the training state {path}: {error}") from error
+
+
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a state.
+
+    Raises:
+        ArtefactError: no state, or a damaged one.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if metadata.get("format") != _FORMAT:
+            raise ArtefactError(f"{path} is no training state of this version of groupify; remove it")
+        document = json.loads(metadata["state"])
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise ArtefactError(f"cannot read the training state {path}: {error}; remove it") from error
+    return tensors, document
+
+
+def check_same_run(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse a state that another run has left.
+
+    Raises:
+        SpecError: names the first difference.
+    """
+    for key, value in wanted.items():
+        if stored.get(key) != value:
+            raise SpecError(
+                f"{path} is the state of another run: its {key.replace('_', ' ')} is {stored.get(key)!r}, "
+                f"not {value!r}; give the same arguments, or remove the file to begin anew"
+            )
+
+
+def hash_of(model: nn.Module) -> str:
+    """Return a hash of a model's weights and buffers."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return what an optimizer keeps of each parameter, by ``number.name``."""
+    return {
+        f"{number}.{name}": value
+        for number, parameter in enumerate(_parameters(optimizer))
+        for name, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def set_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put ``optimizer_tensors`` back."""
+    parameters = _parameters(optimizer)
+    optimizer.state.clear()
+    for key, value in tensors.items():
+        number, _, name = key.partition(".")
+        parameter = parameters[int(number)]
+        if value.shape == parameter.shape and value.dim() > 0:
+            # In the parameter's memory format: another one could round otherwise.
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        optimizer.state[parameter][name] = value
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put a prefix before all names."""
+    return {f"{prefix}.{name}": value for name, value in tensors.items()}
+
+
+def without_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors whose names have a prefix, under their names without it."""
+    start = f"{prefix}."
+    return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
