@@ -170,7 +170,8 @@ def test_bad_items(data: Any, match: str) -> None:
 
 
 def test_bad_batch_size_is_refused_at_the_call() -> None:
-    for arguments in ({"batch_size": 0}, {"batch_size": 1, "limit": 0}):
+    bad: list[dict[str, Any]] = [{"batch_size": 0}, {"batch_size": 1, "limit": 0}]
+    for arguments in bad:
         with pytest.raises(DataError, match="expected at least 1"):
             iterate_batches(numbered_images(3), **arguments)
 
