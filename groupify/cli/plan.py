@@ -38,6 +38,7 @@ def plan(model: str, **options: Any) -> None:
                 "sites": [site_document(site) for site in result.sites],
                 "params": change_document(result.params),
                 "macs": change_document(result.macs),
+                "notes": list(result.notes),
             }
         )
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,8 +25,11 @@ def fit_by_module(
     *,
     seed: int,
     progress: bool = False,
+    keep: Container[nn.Module] = (),
 ) -> tuple[SiteFit, ...]:
     """Fit each conv on the dense model's inputs, then refresh the student's batch norms; in place.
+
+    A conv that no image reaches keeps its truncated weights, and is not in the result.
 
     Args:
         student: the converted model.
@@ -37,6 +40,7 @@ def fit_by_module(
         options: ridge and prior; what needs a graph is left out.
         seed: seed of the positions.
         progress: show a bar on stderr.
+        keep: batch norms of the student that are not refreshed.
     """
     sampler = SiteSampler({name: site.groups for name, site in sites.items()}, budget, batches, seed)
     handles = []
@@ -44,7 +48,8 @@ def fit_by_module(
     def watch(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             assert isinstance(module, CONVS)
-            sampler.sample(name, module, inputs[0], output)
+            if output.numel():
+                sampler.sample(name, module, inputs[0], output)
 
         return hook
 
@@ -64,19 +69,29 @@ def fit_by_module(
             conv = dense.get_submodule(name)
             assert isinstance(conv, CONVS)
             samples = sampler.samples[name]
+            if not samples.patches:
+                continue
             inputs = [patches.float() for patches in samples.patches]
             targets = [Target(outputs.float()) for outputs in samples.patch_outputs]
             fits.append(fit_site(student.get_submodule(name), conv, site, inputs, targets, None, options))
         if options.refresh_batch_norm:
-            refresh_batch_norms(student, batches)
+            refresh_batch_norms(student, batches, keep=keep)
     return tuple(fits)
 
 
-def refresh_batch_norms(model: nn.Module, batches: Sequence[Tensor]) -> None:
-    """Replace the statistics of every batch norm by their average over the batches, in place."""
+def refresh_batch_norms(
+    model: nn.Module, batches: Sequence[Tensor], *, keep: Container[nn.Module] = ()
+) -> None:
+    """Replace the statistics of every batch norm by their average over the batches, in place.
+
+    Those in ``keep``, and those that no batch reaches, stay as they are.
+    """
     norms = [
-        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+        m
+        for m in model.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats and m not in keep
     ]
+    statistics = [[buffer.clone() for buffer in norm.buffers()] for norm in norms]
     before = [(norm.training, norm.momentum) for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
@@ -86,6 +101,9 @@ def refresh_batch_norms(model: nn.Module, batches: Sequence[Tensor]) -> None:
         for batch in batches:
             if len(batch) > 1:
                 model(batch)
-    for norm, (training, momentum) in zip(norms, before, strict=True):
+    for norm, (training, momentum), buffers in zip(norms, before, statistics, strict=True):
         norm.momentum = momentum
         norm.train(training)
+        if norm.num_batches_tracked == 0:
+            for buffer, value in zip(norm.buffers(), buffers, strict=True):
+                buffer.copy_(value)

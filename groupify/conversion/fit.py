@@ -8,6 +8,7 @@ residual sum, the target also holds what the other term of the student is off by
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -80,6 +81,8 @@ class _Fitter:
                 part.patches.clear()
                 part.patch_outputs.clear()
         self._run = BatchedRun(student, batches, compact)
+        # A norm that runs at several places has the statistics of none of them.
+        self._calls = Counter(str(node.target) for node in student.graph.nodes if node.op == "call_module")
         self._nodes = {node.name: node for node in student.graph.nodes}
         self._started: set[fx.Node] = set()
         self._changed: set[fx.Node] = set()
@@ -100,7 +103,7 @@ class _Fitter:
                 self._fit(node, name)
             if self._options.refresh_batch_norm and node.op == "call_module":
                 module = self._student.get_submodule(name)
-                if is_batch_norm(module):
+                if is_batch_norm(module) and self._calls[name] == 1:
                     with self._clock.part("fit: batch norms"):
                         self._refresh(module, node.all_input_nodes[0])
         with self._clock.part("fit: student forward"):

@@ -207,6 +207,7 @@ def refittable(module: fx.GraphModule, sites: Iterable[str], max_inputs: int) ->
                 and name not in names
                 and isinstance(layer, (nn.Linear, *CONVS))
                 and type(layer) in (nn.Linear, *CONVS)
+                and isinstance(layer._parameters.get("weight"), nn.Parameter)  # else computed before each run
                 and getattr(layer, "groups", 1) == 1
                 and layer.weight[0].numel() <= max_inputs
             ):

@@ -67,11 +67,13 @@ class Plan:
         sites: all convs, also those that are left alone.
         input_shape: (C, H, W) that the output sizes and MACs are for.
         groups: the number of groups asked for.
+        notes: what the conversion has to do without; see ``limits``.
     """
 
     sites: tuple[SitePlan, ...]
     input_shape: tuple[int, ...]
     groups: int
+    notes: tuple[str, ...] = ()
 
     @property
     def converted(self) -> tuple[SitePlan, ...]:

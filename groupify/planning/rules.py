@@ -6,7 +6,7 @@ import fnmatch
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from groupify.errors import PlanError, near_names
 from groupify.graph.operations import CONVS, Conv
 from groupify.graph.trace import example_input
 from groupify.planning.cost import Change, conv_params, run_once
+from groupify.planning.limits import check_ready, functional_convs, limits, removal_of_parametrization
 from groupify.planning.plan import DENSE, Plan, SitePlan
 
 SHUFFLES = ("none", "all")
@@ -78,10 +79,13 @@ def plan(
         ConversionError: the model does not run on that input shape.
     """
     _check_options(groups, kind, min_group_width, block, shuffle)
-    observed = _observe(model, example_input(input_shape, like=model))
+    check_ready(model)
+    example = example_input(input_shape, like=model)
+    observed = _observe(model, example)
     convs = {name: module for name, module in model.named_modules() if isinstance(module, CONVS)}
     if not convs:
-        raise PlanError("the model has no conv layer, so there is no convolution worth grouping")
+        functional = "; ".join(("", *functional_convs(model, example)))
+        raise PlanError(f"the model has no conv layer, so there is no convolution worth grouping{functional}")
     _check_patterns((*include, *exclude), convs)
     order = [*observed, *(name for name in convs if name not in observed)]
     first = next(iter(observed), None)
@@ -104,7 +108,7 @@ def plan(
     result = Plan(tuple(sites), tuple(input_shape), groups)
     if not result.converted:
         raise PlanError(_nothing_fits(result, groups, min_group_width))
-    return result
+    return replace(result, notes=limits(model, [site.name for site in result.converted], example))
 
 
 def describe(model: nn.Module, recipes: Sequence[SiteRecipe], input_shape: tuple[int, ...]) -> Plan:
@@ -228,7 +232,9 @@ def _why_not(
     if include and not any(fnmatch.fnmatchcase(name, pattern) for pattern in include):
         return _NOT_INCLUDED
     if is_parametrized(conv) or "weight" not in conv._parameters:
-        return "its weight is parametrized (weight or spectral norm); remove the parametrization first"
+        return (
+            f"its weight is parametrized (weight or spectral norm); first {removal_of_parametrization(conv)}"
+        )
     if type(conv) not in CONVS:
         kind = next(base.__name__ for base in CONVS if isinstance(conv, base))
         return f"a subclass of {kind} ({type(conv).__name__}), whose forward may differ"
@@ -297,6 +303,7 @@ def _nothing_fits(result: Plan, groups: int, min_group_width: int) -> str:
     telling = {reason: count for reason, count in reasons.items() if reason not in (_EXCLUDED, _NOT_INCLUDED)}
     common, count = max((telling or reasons).items(), key=lambda item: item[1])
     return (
-        f"{groups} groups of at least {min_group_width} channels fit none of the {len(result.sites)} convs; "
+        f"no convolution worth grouping: {groups} groups of at least {min_group_width} channels fit none of "
+        f"the {len(result.sites)} convs; "
         f"most common reason ({count}×): {common}; try fewer groups or a smaller --min-group-width"
     )

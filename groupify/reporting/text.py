@@ -65,6 +65,8 @@ def print_plan(plan: Plan, console: Console) -> None:
         table.add_row(title, count(change.dense), count(change.grouped), ratio(change.ratio))
     console.print(table)
     console.print(f"{len(plan.converted)} of {len(plan.sites)} convs are converted")
+    for note in plan.notes:
+        console.print(Text(note), soft_wrap=True)
 
 
 def print_bench(result: BenchResult, console: Console) -> None:

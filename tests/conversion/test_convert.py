@@ -197,7 +197,7 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit() -> None:
 def test_clustering_is_never_worse_than_identity_on_the_fitted_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import groupify.conversion.convert as module
+    import groupify.conversion.in_order as module
 
     errors: list[float] = []
 

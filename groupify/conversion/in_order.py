@@ -1,0 +1,175 @@
+"""Convert a traced model: cluster its channels, restructure, fit in the order in which the convs run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from groupify.conversion.calibration import Calibration
+from groupify.conversion.clock import Clock
+from groupify.conversion.clustering import SiteScore, cluster
+from groupify.conversion.fit import fit_student
+from groupify.conversion.reconstruct import reconstruct
+from groupify.conversion.scores import data_score, fitted_error, norm_score, permuted_samples
+from groupify.conversion.site_fit import SiteFit
+from groupify.conversion.surgery import SiteRecipe, restructure
+from groupify.conversion.teacher import SiteSamples, observe_teacher, refittable, residual_sums
+from groupify.conversion.weights_only import correct_batch_norms
+from groupify.graph.channels import Channels, channel_classes
+from groupify.graph.permute import apply_orders
+from groupify.graph.trace import on_same_graph
+
+
+@dataclass(frozen=True)
+class TracedConversion:
+    """A converted module whose graph is known.
+
+    Attributes:
+        student: the converted module.
+        fits: how well each conv was fitted.
+        notes: what the reader should know.
+        kept_before, kept: share of the clustering score inside the groups, before and after.
+    """
+
+    student: nn.Module
+    fits: tuple[SiteFit, ...] = ()
+    notes: tuple[str, ...] = ()
+    kept_before: float | None = None
+    kept: float | None = None
+
+
+def convert_in_order(
+    dense: nn.Module,
+    traced: fx.GraphModule,
+    batches: Sequence[Tensor],
+    sites: Mapping[str, SiteRecipe],
+    calibration: Calibration,
+    *,
+    seed: int,
+    clock: Clock,
+    progress: bool,
+) -> TracedConversion:
+    """Convert a traced module by its inputs.
+
+    Args:
+        dense: the dense module, in evaluation mode; left untouched.
+        traced: its graph.
+        batches: what it is fed, float32.
+        sites: the convs to replace, by name.
+        calibration: how the inputs are used; its images are not read.
+        seed: seed of everything random.
+        clock: takes the time of the parts.
+        progress: show bars on stderr.
+    """
+    sums = residual_sums(traced, sites)
+    groups = {name: site.groups for name, site in sites.items()}
+    if calibration.fit.refit_dense:
+        groups |= dict.fromkeys(refittable(traced, sites, calibration.fit.refit_max_inputs), 1)
+        sums = residual_sums(traced, groups)
+    samples = observe_teacher(traced, batches, groups, sums, calibration.budget, seed=seed, progress=progress)
+    clock.lap("dense model")
+    found = TracedConversion(dense)
+    if calibration.clustering != "none":
+        found = _clustered(dense, traced, batches[0][:1], samples, sites, calibration, seed, clock)
+    student = restructure(found.student, list(sites.values()))
+    graph = on_same_graph(traced, student)
+    names = {str(conv.target): total.name for conv, total in sums.items()}
+    fits = fit_student(
+        graph, found.student, batches, sites, samples, names, calibration.fit, clock=clock, progress=progress
+    )
+    clock.lap("fit")
+    del samples
+    notes = found.notes
+    options = calibration.reconstruction
+    if options.steps and len({batch.shape[1:] for batch in batches}) == 1:
+        teacher = on_same_graph(traced, found.student)
+        reconstruct(graph, teacher, torch.cat(list(batches)), sites, options, seed=seed, progress=progress)
+        clock.lap("reconstruction")
+    elif options.steps:
+        notes = (*notes, "inputs of several sizes: no block reconstruction")
+    return replace(found, student=student, fits=tuple(fits.values()), notes=notes)
+
+
+def convert_from_weights(
+    dense: nn.Module, traced: fx.GraphModule, example: Tensor, sites: Mapping[str, SiteRecipe], *, seed: int
+) -> TracedConversion:
+    """Convert a traced module without data: cluster by weight norm, truncate, correct the batch norms.
+
+    Args:
+        dense: the dense module, in evaluation mode; left untouched.
+        traced: its graph.
+        example: an input.
+        sites: the convs to replace, by name.
+        seed: seed of the clustering.
+    """
+    channels = channel_classes(traced, example)
+    scores = [SiteScore(site, norm_score(dense.get_submodule(name))) for name, site in sites.items()]
+    found = cluster(channels, scores, restarts=0, seed=seed)
+    permuted = apply_orders(dense, channels, found.orders)
+    student = restructure(permuted, list(sites.values()))
+    correct_batch_norms(on_same_graph(traced, student), permuted, sites)
+    return TracedConversion(student, kept_before=found.kept_before, kept=found.kept)
+
+
+def _clustered(
+    dense: nn.Module,
+    traced: fx.GraphModule,
+    example: Tensor,
+    samples: dict[str, SiteSamples],
+    sites: Mapping[str, SiteRecipe],
+    calibration: Calibration,
+    seed: int,
+    clock: Clock,
+) -> TracedConversion:
+    """Reorder the channels, of the samples too, if that lowers the fitted error."""
+    channels = channel_classes(traced, example.clone())
+    clock.lap("graph")
+    scores = []
+    for name, site in sites.items():
+        conv = dense.get_submodule(name)
+        by_norm = calibration.clustering == "norm"
+        scores.append(SiteScore(site, norm_score(conv) if by_norm else data_score(conv, samples[name])))
+    found = cluster(channels, scores, restarts=calibration.restarts, seed=seed)
+    before = sum(fitted_error(site, samples[name]) for name, site in sites.items())
+    _permute_samples(samples, channels, found.orders)
+    after = sum(fitted_error(site, samples[name]) for name, site in sites.items())
+    permuted = apply_orders(dense, channels, found.orders)
+    if after < before and same_outputs(dense, permuted, example):
+        clock.lap("clustering")
+        return TracedConversion(permuted, kept_before=found.kept_before, kept=found.kept)
+    if after < before:
+        note = "reordered channels would change the outputs; the channels keep their order"
+    else:
+        note = "clustering would not have lowered the fitted error; the channels keep their order"
+    _permute_samples(samples, channels, {i: torch.argsort(order) for i, order in found.orders.items()})
+    clock.lap("clustering")
+    return TracedConversion(dense, notes=(note,), kept_before=found.kept_before, kept=found.kept_before)
+
+
+def _permute_samples(
+    samples: dict[str, SiteSamples], channels: Channels, orders: Mapping[int, Tensor]
+) -> None:
+    for name in samples:  # one after the other: all at once would need the memory twice
+        samples[name] = permuted_samples(samples[name], name, channels, orders)
+
+
+@torch.no_grad()
+def same_outputs(model: nn.Module, other: nn.Module, example: Tensor) -> bool:
+    """Whether two models give the same outputs up to rounding."""
+    ours, theirs = _leaves(model(example.clone())), _leaves(other(example.clone()))
+    if [value.shape for value in ours] != [value.shape for value in theirs]:
+        return False
+    for a, b in zip(ours, theirs, strict=True):
+        scale = float(torch.nan_to_num(a, nan=0.0, posinf=0.0, neginf=0.0).abs().max()) if a.numel() else 0.0
+        # An overflow, which is reported later, is no difference.
+        if not torch.allclose(a, b, rtol=1e-3, atol=1e-4 * max(1.0, scale), equal_nan=True):
+            return False
+    return True
+
+
+def _leaves(value: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
