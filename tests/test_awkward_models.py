@@ -80,7 +80,7 @@ class Choosing(nn.Module):
 
 def test_a_shared_block_keeps_being_shared() -> None:
     net = randomise(SharedBlock()).eval()
-    make_block_diagonal(net.first[0], 4)
+    make_block_diagonal(net.first[0], 4)  # type: ignore[arg-type]
     found, result = converted(net)
     assert [site.name for site in found.converted] == ["first.0"]
     again = result.model
@@ -175,20 +175,20 @@ def test_lazy_layers_are_refused_until_they_have_run() -> None:
 def test_half_precision_and_channels_last(
     dtype: torch.dtype, layout: torch.memory_format, tmp_path: Path
 ) -> None:
-    net = randomise(Residual()).eval().to(dtype=dtype, memory_format=layout)
+    net = randomise(Residual()).eval().to(dtype=dtype)
+    net.to(memory_format=layout)
     found, result = converted(net)
     conv = result.model.get_submodule("conv1")
     assert conv.weight.dtype == dtype
     spec = groupify.ModelSpec("tests.conversion.nets:Residual", {}, SHAPE, None)
     recipe = groupify.Recipe(spec, groupify.WeightsOrigin("random", pretrained=False), found.recipes)
     groupify.save(tmp_path / "out", result.model, recipe)
-    again = groupify.load(tmp_path / "out", model=net)
+    again: Any = groupify.load(tmp_path / "out", model=net)
     assert again.get_submodule("conv1").weight.dtype == dtype
     if layout == torch.channels_last:
         assert again.get_submodule("stem").weight.is_contiguous(memory_format=torch.channels_last)
-    x = images(2).to(dtype)
     with torch.no_grad():
-        assert torch.equal(again(x), result.model.eval()(x))
+        assert torch.equal(again(images(2).to(dtype)), result.model.eval()(images(2).to(dtype)))
 
 
 def test_a_model_on_the_meta_device_can_be_planned_but_not_converted() -> None:
@@ -279,7 +279,7 @@ class Leaky(Choosing):
     """Uses the inside of its backbone behind the backbone's back."""
 
     def forward(self, x: Tensor, **options: Any) -> Tensor:
-        stem: Tensor = self.backbone.stem(x)  # type: ignore[union-attr,operator]
+        stem: Tensor = self.backbone.stem(x)  # type: ignore[operator]
         return super().forward(x) + stem.mean((1, 2, 3)).unsqueeze(1)
 
 
@@ -290,10 +290,12 @@ class Tied(Choosing):
         super().__init__(Residual())
         self.reading = nn.Linear(16, 16, bias=False)
         self.reading.weight = nn.Parameter(torch.randn(16, 16))
-        self.backbone.skip.weight = nn.Parameter(self.reading.weight.data.view(16, 16, 1, 1))  # type: ignore[union-attr]
+        skip: Any = self.get_submodule("backbone").get_submodule("skip")
+        skip.weight = nn.Parameter(self.reading.weight.data.view(16, 16, 1, 1))
 
     def forward(self, x: Tensor, **options: Any) -> Tensor:
-        return super().forward(x) + self.reading(torch.ones(len(x), 16)).sum(1, keepdim=True)
+        read: Tensor = self.reading(torch.ones(len(x), 16))
+        return super().forward(x) + read.sum(1, keepdim=True)
 
 
 @pytest.mark.parametrize("make", [lambda: Leaky(Residual()), Tied])
