@@ -157,6 +157,11 @@ def default(shuffle: str = "none", steps: int = 0) -> Method:
     return method
 
 
+def flow_only(setting: Setting, groups: int) -> nn.Module:
+    """Groupify without the second part of the clustering."""
+    return setting.convert(groups, replace(Calibration(setting.images), refine_sweeps=0))
+
+
 def grouped_pointwise(setting: Setting, groups: int) -> nn.Module:
     """Grouped + pointwise with the number of groups whose MACs come nearest to the grouped net's."""
     example = setting.images[:1]
@@ -223,7 +228,8 @@ METHODS: dict[str, tuple[Method, bool]] = {  # name: (method, whether the seed m
     "  + ReLU-aware targets": (fitted(_RELU), True),
     "  + refit of the dense layers": (fitted(_REFIT), True),
     "  + clustering by norm": (fitted(_REFIT, "norm"), True),
-    "groupify (clustering by data)": (default(), True),
+    "  + clustering by flow": (flow_only, True),
+    "groupify (clustering by fitted error)": (default(), True),
     "groupify on a random grouping": (random_grouping, True),
     "groupify, shuffle all": (default(shuffle="all"), True),
     "groupify, grouped-pointwise, equal MACs": (grouped_pointwise, True),
@@ -275,8 +281,8 @@ def main() -> None:
     parser.add_argument("--data", default="fashion-mnist")
     parser.add_argument("--groups", default="2,4,8")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--methods", default="*", metavar="GLOB")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--methods", default="*", metavar="GLOB|GLOB…")
+    parser.add_argument("--json", type=Path, help="rows of other methods that it holds already are kept")
     parser.add_argument(
         "--quick", action="store_true", help="one seed, 4 groups, 300 images, 1000 test images"
     )
@@ -299,7 +305,7 @@ def main() -> None:
     bench = Bench(settings, data.test, limit, dense_top1, cost)
     rows: list[Row] = []
     for name in METHODS:
-        if not fnmatch.fnmatchcase(name, arguments.methods):
+        if not any(fnmatch.fnmatchcase(name, wanted) for wanted in arguments.methods.split("|")):
             continue
         for count in groups:
             row = bench.measure(name, count)
@@ -315,16 +321,24 @@ def main() -> None:
 
 
 def _write(path: Path, machine: object, dense_top1: float, images: int, rows: list[Row]) -> None:
+    measured = {(row.method, row.groups): asdict(row) for row in rows}
+    if path.exists():
+        kept = json.loads(path.read_text())["rows"]
+        measured = {(row["method"], row["groups"]): row for row in kept} | measured
+    order = list(METHODS)
+    known = [row for row in measured.values() if row["method"] in order]
     document = {
         # Names without their folders: where a checkpoint lay on one machine tells nobody anything.
         "command": " ".join(Path(argument).name for argument in sys.argv),
         "machine": asdict(machine),  # type: ignore[call-overload]
         "dense_accuracy": dense_top1,
         "calibration_images": images,
-        "rows": [asdict(row) for row in rows],
+        "rows": sorted(known, key=lambda row: (order.index(row["method"]), row["groups"])),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=2) + "\n")
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(document, indent=2) + "\n")
+    partial.replace(path)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Choose which channels form a group: coordinate ascent over the permutation classes.
 
-Each class in turn is put into the order that keeps the most of what flows through its convs while
-the others stay; each such step is a balanced assignment problem (channels to groups of fixed size).
+Each class in turn is put into the order that is worth the most to its convs while the others stay;
+each such step is a balanced assignment problem (channels to groups of fixed size).
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from groupify.conversion.assignment import balanced_assignment
+from groupify.conversion.objectives import Benefits, Flow, Membership, Objective
 from groupify.conversion.surgery import SiteRecipe
 from groupify.graph.channels import CONV_INPUT, CONV_OUTPUT, Channels
 
 _MAX_SWEEPS = 20
+# Where many moves at once spoil each other, only those above these quantiles of their gain are made.
+_QUANTILES = (0.0, 0.5, 0.8, 0.95)
 
 _Orders = Mapping[int, NDArray[np.int64]]
 
@@ -62,7 +65,8 @@ def cluster(
         restarts: number of random starts besides the given order.
         seed: seed of the random starts.
     """
-    problem = _Problem(channels, scores)
+    flows = [Flow(entry.score) for entry in scores]
+    problem = _Problem(channels, [entry.site for entry in scores], flows)
     identity = problem.identity()
     before = problem.objective(identity)
     best, best_value = problem.ascend(identity)
@@ -72,9 +76,32 @@ def cluster(
         orders, value = problem.ascend(start)
         if value > best_value:
             best, best_value = orders, value
-    total = problem.total or 1.0
+    total = sum(flow.total for flow in flows) or 1.0
     chosen = {index: torch.from_numpy(order) for index, order in best.items()}
     return Clustering(chosen, before / total, best_value / total)
+
+
+def refine(
+    channels: Channels,
+    sites: Sequence[SiteRecipe],
+    objectives: Sequence[Objective],
+    orders: Mapping[int, Tensor],
+    *,
+    sweeps: int,
+) -> dict[int, Tensor]:
+    """Improve an order by another, costlier objective; it never gets worse by that.
+
+    Args:
+        channels: the model's permutation classes.
+        sites: the convs to be converted.
+        objectives: one for each site.
+        orders: where to start.
+        sweeps: how often each class is visited at most.
+    """
+    problem = _Problem(channels, sites, objectives)
+    start = {index: orders[index].numpy() for index in problem.classes}
+    found, _ = problem.ascend(start, sweeps=sweeps, quantiles=_QUANTILES)
+    return {**orders, **{index: torch.from_numpy(order) for index, order in found.items()}}
 
 
 @dataclass(frozen=True)
@@ -111,12 +138,15 @@ class _End:
 
 
 class _Problem:
-    def __init__(self, channels: Channels, scores: Sequence[SiteScore]) -> None:
-        self._scores = [entry.score.float().numpy() for entry in scores]
-        self.total = float(sum(score.sum(dtype=np.float64) for score in self._scores))
-        self._inputs = [_end(_contiguous(s.score.shape[1], s.site.groups), s.site.groups) for s in scores]
-        self._outputs = [_end(_output_groups(s), s.site.groups) for s in scores]
-        numbers = {entry.site.name: number for number, entry in enumerate(scores)}
+    def __init__(
+        self, channels: Channels, sites: Sequence[SiteRecipe], objectives: Sequence[Objective]
+    ) -> None:
+        self._objectives = objectives
+        self._inputs, self._outputs = [], []
+        for site, objective in zip(sites, objectives, strict=True):
+            self._inputs.append(_end(_contiguous(objective.in_channels, site.groups), site.groups))
+            self._outputs.append(_end(_output_groups(objective.out_channels, site), site.groups))
+        numbers = {site.name: number for number, site in enumerate(sites)}
         self._sides: dict[int, list[_Side]] = {}
         for class_index, channel_class in enumerate(channels.classes):
             for use, places in channel_class.places.items():
@@ -135,60 +165,99 @@ class _Problem:
     def identity(self) -> _Orders:
         return {index: np.arange(size) for index, size in self._sizes.items()}
 
+    def _membership(self, number: int, orders: _Orders) -> tuple[Membership, Membership]:
+        inputs, outputs = self._inputs[number], self._outputs[number]
+        return inputs.membership_of_channels(orders), outputs.membership_of_channels(orders)
+
     def _site_value(self, number: int, orders: _Orders) -> float:
-        inputs = self._inputs[number].membership_of_channels(orders)
-        outputs = self._outputs[number].membership_of_channels(orders)
-        return float(((outputs @ self._scores[number]) * inputs).sum(dtype=np.float64))
+        return self._objectives[number].value(*self._membership(number, orders))
 
     def objective(self, orders: _Orders) -> float:
-        return sum(self._site_value(number, orders) for number in range(len(self._scores)))
+        return sum(self._site_value(number, orders) for number in range(len(self._objectives)))
 
-    def ascend(self, start: _Orders) -> tuple[_Orders, float]:
+    def ascend(
+        self, start: _Orders, *, sweeps: int = _MAX_SWEEPS, quantiles: Sequence[float] = (0.0,)
+    ) -> tuple[_Orders, float]:
         orders = dict(start)
         stale = set(self.classes)
-        for _ in range(_MAX_SWEEPS):
+        for _ in range(sweeps):
             for class_index in self.classes:
                 if class_index not in stale:
                     continue
                 stale.discard(class_index)
-                touched = sorted({side.site for side in self._sides[class_index]})
-                before = sum(self._site_value(number, orders) for number in touched)
-                candidate = {**orders, class_index: self._best_order(class_index, orders)}
-                after = sum(self._site_value(number, candidate) for number in touched)
-                # Where one class is both input and output of a conv the step is only linearised.
-                if after > before * (1 + 1e-6) + 1e-12:
-                    orders = candidate
+                better = self._better_order(class_index, orders, quantiles)
+                if better is not None:
+                    orders[class_index] = better
                     stale |= self._neighbours[class_index]
             if not stale:
                 break
         return orders, self.objective(orders)
 
-    def _best_order(self, class_index: int, orders: _Orders) -> NDArray[np.int64]:
-        """Assign the channels of one class to its places, the other classes fixed."""
-        columns = []  # group of each place, for each side and repeat
-        benefits = []  # (size, groups): value of each channel in each group
+    def _better_order(
+        self, class_index: int, orders: _Orders, quantiles: Sequence[float]
+    ) -> NDArray[np.int64] | None:
+        touched = sorted({side.site for side in self._sides[class_index]})
+        before = sum(self._site_value(number, orders) for number in touched)
+        step = self._step(class_index, orders)
+        for quantile in quantiles:
+            candidate = step.order(quantile)
+            if np.array_equal(candidate, orders[class_index]):
+                continue
+            changed = {**orders, class_index: candidate}
+            after = sum(self._site_value(number, changed) for number in touched)
+            # The step is only linearised where moves act on each other, or where one class is both
+            # input and output of a conv.
+            if after > before * (1 + 1e-6) + 1e-12:
+                return candidate
+        return None
+
+    def _step(self, class_index: int, orders: _Orders) -> _Step:
+        """What each channel of one class is worth in each of its places, the other classes fixed."""
+        columns: list[NDArray[np.int64]] = []  # group of each place, for each side and repeat
+        benefits: list[Benefits] = []  # (size, groups): value of each channel in each group
         for side in self._sides[class_index]:
-            score = self._scores[side.site]
+            objective, membership = self._objectives[side.site], self._membership(side.site, orders)
             if side.is_input:
-                values = (self._outputs[side.site].membership_of_channels(orders) @ score).T
-                groups = self._inputs[side.site].groups
+                values, groups = objective.input_benefits(*membership), self._inputs[side.site].groups
             else:
-                values = score @ self._inputs[side.site].membership_of_channels(orders).T
-                groups = self._outputs[side.site].groups
+                values, groups = objective.output_benefits(*membership), self._outputs[side.site].groups
             for positions in side.positions.T:
                 columns.append(groups[positions])
-                benefits.append(values[positions].astype(np.float64))
+                benefits.append(values[positions])
         cells, cell_of_place = np.unique(np.stack(columns, 1), axis=0, return_inverse=True)
-        cell_of_place = cell_of_place.reshape(-1)
         value = np.sum([benefit[:, cells[:, n]] for n, benefit in enumerate(benefits)], axis=0)
-        current = orders[class_index]
-        channel_cells = np.empty(len(current), dtype=np.int64)
-        channel_cells[current] = cell_of_place
-        assigned = balanced_assignment(value, np.bincount(cell_of_place), channel_cells)
-        order = np.empty(len(current), dtype=np.int64)
-        for cell in range(len(cells)):
+        return _Step(value, cell_of_place.reshape(-1), orders[class_index])
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One class to be ordered anew.
+
+    Attributes:
+        value: what each channel is worth in each cell (places that are equal), shape (size, cells).
+        cell_of_place: shape (size,).
+        current: the present order, channel of each place.
+    """
+
+    value: Benefits
+    cell_of_place: NDArray[np.int64]
+    current: NDArray[np.int64]
+
+    def order(self, quantile: float) -> NDArray[np.int64]:
+        """Assign channels to places; moves that gain less than this quantile of all are not worth it."""
+        channel_cells = np.empty(len(self.current), dtype=np.int64)
+        channel_cells[self.current] = self.cell_of_place
+        own = self.value[np.arange(len(channel_cells)), channel_cells]
+        gains = self.value.max(1) - own
+        value = self.value
+        if quantile and bool((gains > 0).any()):
+            value = value.copy()
+            value[np.arange(len(own)), channel_cells] = own + np.quantile(gains[gains > 0], quantile)
+        assigned = balanced_assignment(value, np.bincount(self.cell_of_place), channel_cells)
+        order = np.empty(len(self.current), dtype=np.int64)
+        for cell in range(self.value.shape[1]):
             # Inside a cell the places are equal: channels keep their present relative order.
-            order[cell_of_place == cell] = current[assigned[current] == cell]
+            order[self.cell_of_place == cell] = self.current[assigned[self.current] == cell]
         return order
 
 
@@ -197,8 +266,7 @@ def _contiguous(channels: int, groups: int) -> NDArray[np.int64]:
     return np.repeat(np.arange(groups, dtype=np.int64), channels // groups)
 
 
-def _output_groups(entry: SiteScore) -> NDArray[np.int64]:
-    channels, site = entry.score.shape[0], entry.site
+def _output_groups(channels: int, site: SiteRecipe) -> NDArray[np.int64]:
     if site.shuffle:
         return np.arange(channels, dtype=np.int64) % np.int64(site.groups)
     return _contiguous(channels, site.groups)

@@ -154,8 +154,8 @@ class _Fitter:
         if not self._options.in_order or samples.calls > 1:
             # A conv that runs several times: its later inputs do not exist yet, so the teacher's must do.
             return samples.patches[call].float()
-        inputs = self._run.value(node.all_input_nodes[0], call)
-        return input_patches(inputs, layer, samples.positions[call])
+        inputs = self._run.stored(node.all_input_nodes[0], call)
+        return input_patches(inputs, layer, samples.positions[call]).float()
 
     def _target(
         self,

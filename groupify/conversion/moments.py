@@ -66,8 +66,13 @@ class GroupedMoments:
         self.input_sum += inputs.sum(1)
         self.output_sum += outputs.sum(1)
 
-    def replace_outputs(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Take other outputs for the same inputs; ``batches`` holds (inputs, outputs) as in ``update``."""
+    def replace_outputs(self, batches: Iterable[tuple[Tensor, Tensor]], *, squares: bool = True) -> None:
+        """Take other outputs for the same inputs.
+
+        Args:
+            batches: (inputs, outputs) as in ``update``.
+            squares: whether to sum the squared outputs; without them the error of a fit means nothing.
+        """
         assert self._input_shift is not None
         assert self._output_shift is not None
         for sums in (self.output_input, self.output_output, self.output_sum):
@@ -78,8 +83,9 @@ class GroupedMoments:
             # The inputs' shift is taken off the sums: shifting all inputs again would cost a copy of them.
             self.output_input += torch.bmm(shifted.transpose(1, 2), inputs.transpose(0, 1))
             self.output_input -= total.double().unsqueeze(2) * self._input_shift
-            self.output_output += torch.linalg.vector_norm(shifted, dim=1).square()
             self.output_sum += total
+            if squares:
+                self.output_output += shifted.square_().sum(1)
 
     def fit(self, *, ridge: float, prior: Tensor | None = None) -> GroupedFit:
         """Solve the ridge regression of each group.

@@ -136,5 +136,12 @@ def compact(values: Tensor) -> Tensor:
     """Halve the memory of float32 values that wait for later, where half precision can hold them."""
     if values.dtype != torch.float32 or not values.numel():
         return values
-    low, high = torch.aminmax(values)
+    low, high = torch.aminmax(_in_memory_order(values))
     return values.half() if max(-float(low), float(high)) < _HALF_LIMIT else values
+
+
+def _in_memory_order(values: Tensor) -> Tensor:
+    """View a channels-last tensor as it lies in memory: reductions copy anything else first."""
+    if values.is_contiguous() or values.dim() < 3:
+        return values
+    return values.movedim(1, -1)

@@ -75,7 +75,7 @@ class FitOptions:
     compensate_residual: bool = True
     in_order: bool = True
     refresh_batch_norm: bool = True
-    relu_iterations: int = 5
+    relu_iterations: int = 3
     refit_dense: bool = True
     refit_ridge: float = 0.1
     refit_max_inputs: int = 4608
@@ -205,10 +205,14 @@ def _least_squares(
         for target in mirrored
         if target.thresholds is not None
     ]
-    for _ in range(options.relu_iterations):
+    for iteration in range(1, options.relu_iterations + 1):
         weight, bias = result.weight.float(), result.bias.float()
         moments.replace_outputs(
-            (block, limit.relaxed(block, weight, bias)) for block, limit in zip(blocks, limits, strict=True)
+            (
+                (block, limit.relaxed(block, weight, bias))
+                for block, limit in zip(blocks, limits, strict=True)
+            ),
+            squares=iteration == options.relu_iterations,
         )
         result = moments.fit(ridge=ridge, prior=prior)
     return GroupedFit(result.weight * flip, result.bias * flip.squeeze(2), result.error), moments.count

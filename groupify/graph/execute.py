@@ -55,9 +55,11 @@ class BatchedRun:
 
     def value(self, node: fx.Node, batch: int) -> Any:
         """Return the value of a node for one batch, in full precision."""
-        if node in self._deferred:
-            return self.compute(node, batch)
-        return _map(_restore, self._values[node][batch])
+        return _map(_restore, self.stored(node, batch))
+
+    def stored(self, node: fx.Node, batch: int) -> Any:
+        """Return the value of a node for one batch as it is kept, perhaps in half precision."""
+        return self.compute(node, batch) if node in self._deferred else self._values[node][batch]
 
     def preset(self, node: fx.Node, values: Sequence[Any]) -> None:
         """Give the values of a node, one for each batch, instead of running it."""
