@@ -29,7 +29,7 @@ def correlated_samples(conv: nn.Conv2d, seed: int, count: int = 400) -> SiteSamp
 
 def grouping(channels: int, groups: int, seed: int) -> Membership:
     of_channel = np.random.default_rng(seed).permutation(np.repeat(np.arange(groups), channels // groups))
-    return (of_channel == np.arange(groups)[:, None]).astype(np.float32)
+    return np.asarray(of_channel == np.arange(groups)[:, None], dtype=np.float32)
 
 
 def explained_by_hand(conv: nn.Conv2d, samples: SiteSamples, inputs: Tensor, rows: Tensor) -> float:
