@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from groupify.conversion.convert import Calibration, Conversion, convert
 from groupify.conversion.site_fit import FitOptions, Target, _Limit, fit_site
 from groupify.conversion.surgery import GROUPED, GROUPED_POINTWISE, SiteRecipe, restructure
+from groupify.conversion.teacher import SampleBudget
 from groupify.planning.rules import describe
 from tests.conversion.nets import SHAPE, Chain, Residual, images, plan_of, randomise, relative_error
 
@@ -17,7 +18,8 @@ PLAIN = FitOptions(ridge=1e-6, relu_iterations=0, refit_dense=False, refresh_bat
 
 
 def converted(net: nn.Module, *names: str, options: FitOptions) -> Conversion:
-    calibration = Calibration(images(256), clustering="none", fit=options)
+    budget = SampleBudget(minimum=16384)  # all positions of these images
+    calibration = Calibration(images(256), clustering="none", fit=options, budget=budget)
     return convert(net, plan_of(net, *names), calibration)
 
 
