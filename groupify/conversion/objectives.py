@@ -111,8 +111,7 @@ class ExplainedVariance:
         variance = (output_input * weight).sum(1, keepdim=True).clamp(min=1e-12)
         self._output_input = output_input / variance.sqrt()
         self._ridge = ridge * float(self._input_input.diagonal().mean()) + 1e-12
-        by_channel = self._input_input.unflatten(0, (-1, self._taps)).unflatten(2, (-1, self._taps))
-        self._own = by_channel.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (I, k, k)
+        self._own = self._blocks(self._input_input)
         self._known: dict[Any, _Group] = {}
 
     def value(self, inputs: Membership, outputs: Membership) -> float:
@@ -161,21 +160,38 @@ class ExplainedVariance:
         weight = torch.linalg.solve_triangular(group.factor.T, group.explained[:, rows], upper=True)
         weight = weight.unflatten(0, (-1, self._taps))  # (I/G, k, rows)
         inverse = torch.cholesky_inverse(group.factor)
-        inverse = inverse.unflatten(0, (-1, self._taps)).unflatten(2, (-1, self._taps))
-        own = inverse.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (I/G, k, k)
-        loss: Tensor = (weight * torch.linalg.solve(own, weight)).sum((1, 2))
-        return loss
+        return _explained(self._blocks(inverse), weight)
 
     def _gain(self, group: _Group, rows: Tensor) -> Tensor:
         """What the outputs ``rows`` would gain from each channel besides the group's, shape (I,)."""
         known = torch.linalg.solve_triangular(group.factor, self._input_input[group.taps], upper=False)
         missing = self._output_input[rows] - group.explained[:, rows].T @ known
         missing = missing.unflatten(1, (-1, self._taps)).permute(1, 2, 0)  # (I, k, rows)
-        known = known.unflatten(1, (-1, self._taps)).permute(1, 2, 0)  # (I, k, d)
-        unknown = self._own - known @ known.transpose(1, 2)
+        if self._taps == 1:
+            unknown = self._own - known.square().sum(0)[:, None, None]
+        else:
+            known = known.unflatten(1, (-1, self._taps)).permute(1, 2, 0)  # (I, k, d)
+            unknown = self._own - known @ known.transpose(1, 2)
         unknown.diagonal(dim1=1, dim2=2).add_(self._ridge)
-        gain: Tensor = (missing * torch.linalg.solve(unknown, missing)).sum((1, 2))
-        return gain
+        return _explained(unknown, missing)
+
+    def _blocks(self, matrix: Tensor) -> Tensor:
+        """Return the diagonal block of each channel, shape (channels, k, k)."""
+        by_channel = matrix.unflatten(0, (-1, self._taps)).unflatten(2, (-1, self._taps))
+        blocks: Tensor = by_channel.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        return blocks
+
+
+def _explained(covariance: Tensor, covariance_with_outputs: Tensor) -> Tensor:
+    """What each channel explains of some outputs, all of them added up.
+
+    Args:
+        covariance: of each channel's taps, shape (channels, k, k).
+        covariance_with_outputs: shape (channels, k, outputs).
+    """
+    weight = torch.linalg.inv(covariance) @ covariance_with_outputs
+    explained: Tensor = (weight * covariance_with_outputs).sum((1, 2))
+    return explained
 
 
 def _members(membership: Membership) -> list[Tensor]:
