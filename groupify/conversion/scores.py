@@ -36,12 +36,7 @@ def permuted_samples(
     samples: SiteSamples, name: str, channels: Channels, orders: Mapping[int, Tensor]
 ) -> SiteSamples:
     """Return the samples that the layer ``name`` would have given in another channel order."""
-    inputs = outputs = None
-    for index, use in enumerate(channels.uses):
-        if use.name == name and use.kind in (CONV_INPUT, LINEAR_INPUT):
-            inputs = use_order(channels, index, orders)
-        elif use.name == name and use.kind in (CONV_OUTPUT, LINEAR_OUTPUT):
-            outputs = use_order(channels, index, orders)
+    inputs, outputs = site_orders(name, channels, orders)
     return replace(
         samples,
         patches=[part[:, inputs] for part in samples.patches],
@@ -49,6 +44,19 @@ def permuted_samples(
         outputs=[part[:, outputs] for part in samples.outputs],
         sums=[part[:, outputs] for part in samples.sums],
     )
+
+
+def site_orders(
+    name: str, channels: Channels, orders: Mapping[int, Tensor]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the orders of the inputs and the outputs of the layer ``name``."""
+    inputs = outputs = None
+    for index, use in enumerate(channels.uses):
+        if use.name == name and use.kind in (CONV_INPUT, LINEAR_INPUT):
+            inputs = use_order(channels, index, orders)
+        elif use.name == name and use.kind in (CONV_OUTPUT, LINEAR_OUTPUT):
+            outputs = use_order(channels, index, orders)
+    return inputs, outputs
 
 
 def fitted_error(site: SiteRecipe, samples: SiteSamples) -> float:

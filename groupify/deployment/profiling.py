@@ -13,6 +13,8 @@ import torch
 
 from groupify.deployment.runtime import open_session
 
+_KERNEL = "_kernel_time"
+
 
 @dataclass(frozen=True)
 class OperatorTime:
@@ -45,6 +47,20 @@ def profile_onnx(
     Raises:
         GroupifyError: ONNX Runtime is missing or refuses the file.
     """
+    operators: dict[str, list[float]] = defaultdict(list)
+    for (operator, _), milliseconds in node_times(path, input_shape, threads, batch_size, runs, seed).items():
+        operators[operator].append(milliseconds)
+    totals = [OperatorTime(name, len(nodes), sum(nodes)) for name, nodes in operators.items()]
+    return tuple(sorted(totals, key=lambda total: total.milliseconds, reverse=True))
+
+
+def node_times(
+    path: Path | str, input_shape: tuple[int, ...], threads: int, batch_size: int, runs: int, seed: int
+) -> dict[tuple[str, str], float]:
+    """Return the median kernel time of each node of the optimised graph, by operator and name, in ms.
+
+    Args and errors are those of ``profile_onnx``.
+    """
     generator = torch.Generator().manual_seed(seed)
     batch = torch.randn(batch_size, *input_shape, generator=generator).numpy()
     with tempfile.TemporaryDirectory() as folder:
@@ -55,10 +71,7 @@ def profile_onnx(
         events = json.loads(Path(session.end_profiling()).read_text())
     times: dict[tuple[str, str], list[float]] = defaultdict(list)
     for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            times[event["args"]["op_name"], event["name"]].append(event["dur"] / 1000)
-    operators: dict[str, list[float]] = defaultdict(list)
-    for (operator, _), durations in times.items():
-        operators[operator].append(statistics.median(durations))
-    totals = [OperatorTime(name, len(nodes), sum(nodes)) for name, nodes in operators.items()]
-    return tuple(sorted(totals, key=lambda total: total.milliseconds, reverse=True))
+        if event.get("cat") == "Node" and event["name"].endswith(_KERNEL):
+            name = event["name"].removesuffix(_KERNEL)
+            times[event["args"]["op_name"], name].append(event["dur"] / 1000)
+    return {node: statistics.median(durations) for node, durations in times.items()}

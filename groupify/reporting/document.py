@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import math
 from typing import Any
 
+from groupify.conversion.pictures import BlockPicture
 from groupify.planning import Change, SitePlan
 from groupify.reporting.results import Report
+
+# Of the document, as report.schema.json has it; readers check them first.
+FORMAT = "groupify-report"
+VERSION = 1
 
 
 def report_document(report: Report) -> dict[str, Any]:
@@ -16,6 +22,10 @@ def report_document(report: Report) -> dict[str, Any]:
     latency = report.latency
     document: dict[str, Any] = clean(
         {
+            "format": FORMAT,
+            "version": VERSION,
+            "groupify": report.version,
+            "command": report.command,
             "model": report.model,
             "weights": dataclasses.asdict(report.weights),
             "input_shape": list(report.input_shape),
@@ -46,9 +56,20 @@ def report_document(report: Report) -> dict[str, Any]:
             "machine": None if report.machine is None else dataclasses.asdict(report.machine),
             "files": dict(report.files),
             "notes": list(report.notes),
+            "site_milliseconds": {
+                name: change_document(times) for name, times in report.site_milliseconds.items()
+            },
+            "pictures": [_picture_document(picture) for picture in report.pictures],
         }
     )
     return document
+
+
+def _picture_document(picture: BlockPicture) -> dict[str, Any]:
+    pixels = {
+        name: base64.b64encode(getattr(picture, name)).decode("ascii") for name in ("before", "after")
+    }
+    return {**dataclasses.asdict(picture), **pixels}
 
 
 def site_document(site: SitePlan) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from groupify.conversion.pictures import BlockPicture
 from groupify.conversion.site_fit import SiteFit
 from groupify.deployment.machine import Machine
 from groupify.deployment.parity import Parity
@@ -70,6 +71,10 @@ class Report:
         machine: where it ran.
         seed: seed of everything random.
         files: what was written, by role.
+        pictures: the convs that gained most from the clustering.
+        site_milliseconds: time of each conv in the profiled ONNX files, dense and grouped, by site.
+        command: the command line; None where the API was called.
+        version: groupify's.
         notes: what the reader should know before trusting the numbers.
     """
 
@@ -89,3 +94,7 @@ class Report:
     seed: int = 0
     files: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    pictures: tuple[BlockPicture, ...] = ()
+    site_milliseconds: Mapping[str, Change[float]] = field(default_factory=dict)
+    command: str | None = None
+    version: str | None = None

@@ -1,0 +1,76 @@
+"""What clustering did to a conv, as a small picture: the flow between channels before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from groupify.conversion.clustering import SiteScore
+from groupify.conversion.scores import site_orders
+from groupify.conversion.surgery import GROUPED, row_channels
+from groupify.graph.channels import Channels
+
+PICTURES = 3
+_SIDE = 48  # pixels at most: enough to see blocks, and one byte each
+
+
+@dataclass(frozen=True)
+class BlockPicture:
+    """How much of each output of a conv comes through each input; the grouped conv keeps the diagonal blocks.
+
+    Attributes:
+        name: qualified module name.
+        groups: number of diagonal blocks.
+        rows, columns: size of the pictures; outputs by inputs, several channels to a pixel.
+        before, after: one byte per pixel, row by row, 0 to 255, with the given channel order and the chosen.
+        kept_before, kept: share of the flow inside the blocks, before and after.
+    """
+
+    name: str
+    groups: int
+    rows: int
+    columns: int
+    before: bytes
+    after: bytes
+    kept_before: float
+    kept: float
+
+
+def block_pictures(
+    scores: Sequence[SiteScore], channels: Channels, orders: Mapping[int, Tensor], *, count: int = PICTURES
+) -> tuple[BlockPicture, ...]:
+    """Draw the convs that gained the most from the chosen channel orders, the largest gain first.
+
+    Args:
+        scores: flow between the channels of each site, in the given order.
+        channels, orders: what was permuted, as for ``graph.apply_orders``.
+        count: pictures at most; convs that gained nothing get none.
+    """
+    gains = []
+    for index, one in enumerate(scores):
+        inputs, outputs = site_orders(one.site.name, channels, orders)
+        rows = row_channels(len(one.score), one.site.groups, one.site.kind == GROUPED and one.site.shuffle)
+        before, after = one.score[rows], one.score[outputs][:, inputs][rows]
+        kept = [_kept(score, one.site.groups) for score in (before, after)]
+        if kept[1] > kept[0]:
+            gains.append((kept[0] - kept[1], index, before, after, kept))
+    gains.sort(key=lambda gain: gain[:2])
+    return tuple(_picture(scores[index], *rest) for _, index, *rest in gains[:count])
+
+
+def _kept(score: Tensor, groups: int) -> float:
+    blocks = score.reshape(groups, score.shape[0] // groups, groups, score.shape[1] // groups)
+    inside = torch.einsum("aiaj->", blocks)
+    return float(inside / score.sum().clamp(min=1e-30))
+
+
+def _picture(one: SiteScore, before: Tensor, after: Tensor, kept: Sequence[float]) -> BlockPicture:
+    size = tuple(min(_SIDE, length) for length in before.shape)
+    small = [F.adaptive_avg_pool2d(score.float()[None, None], size)[0, 0].sqrt() for score in (before, after)]
+    brightest = max(float(score.amax()) for score in small) or 1.0
+    pixels = [bytes((score * (255 / brightest)).round().to(torch.uint8).flatten().tolist()) for score in small]
+    return BlockPicture(one.site.name, one.site.groups, size[0], size[1], *pixels, *kept)
