@@ -18,6 +18,7 @@ from groupify.cli.evaluate import evaluate
 from groupify.cli.export import export
 from groupify.cli.finetune import finetune
 from groupify.cli.plan import plan
+from groupify.cli.report import report
 from groupify.cli.shared import CONTEXT
 from groupify.errors import GroupifyError, GroupifyWarning
 
@@ -115,5 +116,5 @@ def cli() -> None:
     _speak_in_lines()
 
 
-for _command in (convert, plan, evaluate, finetune, export, bench):
+for _command in (convert, plan, evaluate, finetune, export, bench, report):
     cli.add_command(_command)

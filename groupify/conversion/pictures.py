@@ -50,27 +50,37 @@ def block_pictures(
         channels, orders: what was permuted, as for ``graph.apply_orders``.
         count: pictures at most; convs that gained nothing get none.
     """
-    gains = []
-    for index, one in enumerate(scores):
+    drawn = []
+    for one in scores:
         inputs, outputs = site_orders(one.site.name, channels, orders)
         rows = row_channels(len(one.score), one.site.groups, one.site.kind == GROUPED and one.site.shuffle)
-        before, after = one.score[rows], one.score[outputs][:, inputs][rows]
-        kept = [_kept(score, one.site.groups) for score in (before, after)]
-        if kept[1] > kept[0]:
-            gains.append((kept[0] - kept[1], index, before, after, kept))
-    gains.sort(key=lambda gain: gain[:2])
-    return tuple(_picture(scores[index], *rest) for _, index, *rest in gains[:count])
+        drawn.append(_picture(one, one.score[rows], one.score[outputs][:, inputs][rows]))
+    gained = [picture for picture in drawn if picture.kept > picture.kept_before]
+    return tuple(sorted(gained, key=lambda picture: picture.kept_before - picture.kept)[:count])
+
+
+def _picture(one: SiteScore, before: Tensor, after: Tensor) -> BlockPicture:
+    rows, columns = (min(_SIDE, length) for length in before.shape)
+    small = [
+        F.adaptive_avg_pool2d(score.float()[None, None], (rows, columns))[0, 0].sqrt()
+        for score in (before, after)
+    ]
+    brightest = max(float(score.amax()) for score in small) or 1.0
+    pixels = [
+        bytes((score * (255 / brightest)).round().to(torch.uint8).flatten().tolist()) for score in small
+    ]
+    return BlockPicture(
+        name=one.site.name,
+        groups=one.site.groups,
+        rows=rows,
+        columns=columns,
+        before=bytes(levels[0].flatten().tolist()),
+        after=bytes(levels[1].flatten().tolist()),
+        kept_before=_kept(before, one.site.groups),
+        kept=_kept(after, one.site.groups),
+    )
 
 
 def _kept(score: Tensor, groups: int) -> float:
     blocks = score.reshape(groups, score.shape[0] // groups, groups, score.shape[1] // groups)
-    inside = torch.einsum("aiaj->", blocks)
-    return float(inside / score.sum().clamp(min=1e-30))
-
-
-def _picture(one: SiteScore, before: Tensor, after: Tensor, kept: Sequence[float]) -> BlockPicture:
-    size = tuple(min(_SIDE, length) for length in before.shape)
-    small = [F.adaptive_avg_pool2d(score.float()[None, None], size)[0, 0].sqrt() for score in (before, after)]
-    brightest = max(float(score.amax()) for score in small) or 1.0
-    pixels = [bytes((score * (255 / brightest)).round().to(torch.uint8).flatten().tolist()) for score in small]
-    return BlockPicture(one.site.name, one.site.groups, size[0], size[1], *pixels, *kept)
+    return float(torch.einsum("aiaj->", blocks) / score.sum().clamp(min=1e-30))

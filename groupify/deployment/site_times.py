@@ -15,7 +15,13 @@ _BLOCKED = "_nchwc"
 
 
 def site_times(
-    path: Path, sites: Sequence[str], *, input_shape: tuple[int, ...], threads: int, batch_size: int, runs: int = 10
+    path: Path,
+    sites: Sequence[str],
+    *,
+    input_shape: tuple[int, ...],
+    threads: int,
+    batch_size: int,
+    runs: int = 10,
 ) -> dict[str, float]:
     """Profile a file that ``export_onnx`` wrote; return milliseconds per batch by site.
 

@@ -66,9 +66,7 @@ def report_document(report: Report) -> dict[str, Any]:
 
 
 def _picture_document(picture: BlockPicture) -> dict[str, Any]:
-    pixels = {
-        name: base64.b64encode(getattr(picture, name)).decode("ascii") for name in ("before", "after")
-    }
+    pixels = {name: base64.b64encode(getattr(picture, name)).decode("ascii") for name in ("before", "after")}
     return {**dataclasses.asdict(picture), **pixels}
 
 

@@ -60,7 +60,7 @@ def print_report(report: Report, console: Console) -> None:
 def print_plan(plan: Plan, console: Console) -> None:
     """Print the table of sites and their totals."""
     _print_sites(plan.sites, console)
-    table = _table(console, "convs", "dense", "grouped", "ratio", numeric=("dense", "grouped", "ratio"))
+    table = plain_table(console, "convs", "dense", "grouped", "ratio", numeric=("dense", "grouped", "ratio"))
     for title, change in (("params", plan.params), ("MACs", plan.macs)):
         table.add_row(title, count(change.dense), count(change.grouped), ratio(change.ratio))
     console.print(table)
@@ -73,7 +73,7 @@ def print_bench(result: BenchResult, console: Console) -> None:
     """Print one row per engine and setting, and what does not depend on them."""
     columns = ("threads", "batch", "dense ms", "grouped ms", "speed-up", "efficiency", "images/s")
     numeric = columns[:-1] if is_narrow(console) else columns  # images/s only says the medians once more
-    table = _table(console, "engine", *numeric, numeric=numeric)
+    table = plain_table(console, "engine", *numeric, numeric=numeric)
     for row in result.rows:
         cells = (
             row.engine,
@@ -112,7 +112,7 @@ def sites_table(sites: Sequence[SitePlan], console: Console) -> Table:
     narrow = is_narrow(console)
     numbers = {reason: index for index, reason in enumerate(_reasons(sites), start=1)}
     last = "why" if narrow else "reason"
-    table = _table(console, "site", "shape", "groups", "params", "MACs", last, numeric=("params", "MACs"))
+    table = plain_table(console, "site", "shape", "groups", "params", "MACs", last, numeric=("params", "MACs"))
     for site in sites:
         reason = site.reason or ""
         cells = (
@@ -165,7 +165,7 @@ def _print_sites(sites: Sequence[SitePlan], console: Console) -> None:
 
 def summary_table(report: Report, console: Console) -> Table:
     """Totals: dense, grouped, ratio."""
-    table = _table(console, "", "dense", "grouped", "ratio", numeric=("dense", "grouped", "ratio"))
+    table = plain_table(console, "", "dense", "grouped", "ratio", numeric=("dense", "grouped", "ratio"))
     dense, grouped = report.cost.dense, report.cost.grouped
     rows = [
         ("params", count(dense.params), count(grouped.params), Change(dense.params, grouped.params).ratio),
@@ -260,7 +260,8 @@ def _arrow(change: Change[int], changed: bool) -> str:
     return f"{count(change.dense)} → {count(change.grouped)}" if changed else count(change.dense)
 
 
-def _table(console: Console, *titles: str, numeric: Sequence[str] = ()) -> Table:
+def plain_table(console: Console, *titles: str, numeric: Sequence[str] = ()) -> Table:
+    """Return an empty table without box lines, its titles bold on a terminal."""
     plain = not console.is_terminal
     table = Table(
         box=None,

@@ -1,0 +1,137 @@
+"""Where everything in a chart goes; the templates draw it as SVG, in the colours of the page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+WIDTH, HEIGHT = 440, 280
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 16, 44
+_LINE = 13  # of a label, in pixels
+_LABEL_REACH = 110
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A linear scale from values to pixels."""
+
+    title: str
+    low: float
+    high: float
+    start: float
+    end: float
+    unit: str = ""
+
+    def __call__(self, value: float) -> float:
+        """Return the pixel of a value."""
+        return round(self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start), 1)
+
+    @property
+    def ticks(self) -> list[tuple[float, str]]:
+        """Pixel and text of each tick."""
+        step = _step(self.high - self.low)
+        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        digits = max(0, -math.floor(math.log10(step) + 1e-9))
+        return [(self(i * step), f"{i * step:.{digits}f}{self.unit}") for i in range(first, last + 1)]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One mark: a value on each axis, its look, what hovering shows, and perhaps a label beside it."""
+
+    x: float
+    y: float
+    look: str  # "dense" | "converted" | "recovered" | "other"
+    title: str
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point in pixels; the label goes where it hides no other."""
+
+    x: float
+    y: float
+    look: str
+    title: str
+    label: str
+    label_x: float
+    label_y: float
+    anchor: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart in pixels: two axes, marks, and lines as SVG paths with their look."""
+
+    name: str
+    x: Axis
+    y: Axis
+    marks: tuple[Mark, ...]
+    paths: tuple[tuple[str, str], ...]
+    width: int = WIDTH
+    height: int = HEIGHT
+
+
+def chart(
+    name: str,
+    points: Sequence[Point],
+    *,
+    x_title: str,
+    y_title: str,
+    x_unit: str = "",
+    y_unit: str = "",
+    from_zero: bool = False,
+    lines: Sequence[tuple[str, Sequence[Point]]] = (),
+) -> Chart:
+    """Lay out a chart.
+
+    Args:
+        name: what it shows, for readers who do not see it.
+        points: the marks.
+        x_title, y_title, x_unit, y_unit: of the axes.
+        from_zero: whether the x axis begins at 0.
+        lines: look and points of lines to draw below the marks.
+    """
+    every = [*points, *(point for _, line in lines for point in line)]
+    x = _axis(x_title, [point.x for point in every], _LEFT, WIDTH - _RIGHT, x_unit, from_zero=from_zero)
+    y = _axis(y_title, [point.y for point in every], HEIGHT - _BOTTOM, _TOP, y_unit)
+    paths = tuple(
+        (look, "M" + "L".join(f"{x(point.x)} {y(point.y)}" for point in line)) for look, line in lines if line
+    )
+    return Chart(name, x, y, _marks(points, x, y), paths)
+
+
+def _marks(points: Sequence[Point], x: Axis, y: Axis) -> tuple[Mark, ...]:
+    placed: list[Mark] = []
+    for point in sorted(points, key=lambda point: y(point.y)):
+        px, py = x(point.x), y(point.y)
+        right = px < _LEFT + 0.62 * (WIDTH - _LEFT - _RIGHT)
+        label_y = py + 4
+        if point.label:
+            for other in placed:
+                near = abs(other.x - px) < _LABEL_REACH and (other.anchor == "start") == right
+                if other.label and near and label_y - other.label_y < _LINE:
+                    label_y = other.label_y + _LINE
+        placed.append(
+            Mark(
+                px, py, point.look, point.title, point.label,
+                round(px + (9 if right else -9), 1), round(label_y, 1), "start" if right else "end",
+            )
+        )  # fmt: skip
+    return tuple(placed)
+
+
+def _axis(
+    title: str, values: Sequence[float], start: float, end: float, unit: str, *, from_zero: bool = False
+) -> Axis:
+    low, high = (0.0 if from_zero else min(values)), max(values)
+    margin = 0.12 * (high - low) or 0.05 * abs(high) or 1.0
+    return Axis(title, low if from_zero else low - margin, high + margin, start, end, unit)
+
+
+def _step(span: float) -> float:
+    """Return a round distance that cuts the span into three to seven parts."""
+    power = 10.0 ** math.floor(math.log10(span / 4))
+    return next(factor * power for factor in (1, 2, 5, 10) if span / (factor * power) <= 6)

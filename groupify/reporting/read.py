@@ -1,0 +1,74 @@
+"""Read reports back from output folders, checking what comes from outside."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from groupify.errors import ArtefactError
+from groupify.reporting.document import FORMAT, VERSION
+
+REPORT_FILE = "report.json"
+_MAX_BYTES = 64 * 2**20
+_MAX_SIBLINGS = 200
+# What the pages and tables read without asking first.
+_NEEDED = (
+    "model", "weights", "input_shape", "sites", "fits", "params", "macs", "weight_bytes", "activation_bytes",
+    "onnx_bytes", "latency_ms", "accuracy", "history", "parity", "machine", "notes", "pictures",
+    "site_milliseconds",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One report and the name of the folder that it lay in."""
+
+    name: str
+    document: dict[str, Any]
+
+
+def read_report(folder: Path) -> Run:
+    """Read the report of an output folder.
+
+    Raises:
+        ArtefactError: there is none, it cannot be read, or it is no report of this version.
+    """
+    path = folder / REPORT_FILE
+    try:
+        if not path.is_file():
+            raise ArtefactError(
+                f"no {REPORT_FILE} in {folder}; expected an output folder of 'groupify convert'"
+            )
+        if path.stat().st_size > _MAX_BYTES:
+            raise ArtefactError(f"{path} has more than {_MAX_BYTES >> 20} MiB; that is no report of groupify")
+        document = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ArtefactError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ArtefactError(f"{path} is no JSON: {error}; convert the model again") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ArtefactError(f"{path} is no report of this groupify; convert the model again")
+    if document.get("version") != VERSION:
+        raise ArtefactError(f"{path} has version {document.get('version')!r}, expected {VERSION}")
+    missing = [name for name in _NEEDED if name not in document]
+    if missing:
+        raise ArtefactError(f"{path} lacks {missing[0]!r}; convert the model again")
+    return Run(folder.resolve().name, document)
+
+
+def earlier_runs(folder: Path, document: dict[str, Any]) -> list[Run]:
+    """Reports of the same model in the folders beside ``folder``, by name, as far as they can be read."""
+    runs = []
+    own = folder.resolve()
+    with contextlib.suppress(OSError):
+        for path in sorted(own.parent.glob(f"*/{REPORT_FILE}"))[:_MAX_SIBLINGS]:
+            if path.parent == own or path.parent.name.startswith("."):
+                continue
+            with contextlib.suppress(ArtefactError):
+                run = read_report(path.parent)
+                if all(run.document[key] == document[key] for key in ("model", "input_shape", "weights")):
+                    runs.append(run)
+    return runs
