@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -196,6 +198,7 @@ def output_request(options: dict[str, Any], default: Path) -> OutputRequest:
         force=options["force"],
         static_batch=options["static_batch"],
         threads=options["threads"],
+        command=shlex.join(["groupify", *sys.argv[1:]]),
     )
 
 

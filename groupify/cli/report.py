@@ -51,7 +51,9 @@ def report(folders: tuple[Path, ...], form: str, output: Path | None) -> None:
         return
     if output is not None:
         if form != "md":
-            raise SpecError(f"--output writes html or md, not {form}; leave it out and redirect standard output")
+            raise SpecError(
+                f"--output writes html or md, not {form}; leave it out and redirect standard output"
+            )
         _write(output, markdown(runs))
         click.echo(f"wrote {output}")
     elif form == "md":

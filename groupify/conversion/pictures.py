@@ -66,9 +66,7 @@ def _picture(one: SiteScore, before: Tensor, after: Tensor) -> BlockPicture:
         for score in (before, after)
     ]
     brightest = max(float(score.amax()) for score in small) or 1.0
-    pixels = [
-        bytes((score * (255 / brightest)).round().to(torch.uint8).flatten().tolist()) for score in small
-    ]
+    levels = [(score * (255 / brightest)).round().to(torch.uint8) for score in small]
     return BlockPicture(
         name=one.site.name,
         groups=one.site.groups,

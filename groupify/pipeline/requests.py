@@ -78,12 +78,14 @@ class OutputRequest:
         force: replace an earlier output folder.
         static_batch: fixed batch size of the ONNX file; None = dynamic.
         threads: intra-op threads of the timing.
+        command: the command line, for the report; None = the API was called.
     """
 
     folder: Path
     force: bool = False
     static_batch: int | None = None
     threads: int = 1
+    command: str | None = None
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -14,19 +14,21 @@ from groupify.conversion.convert import Conversion
 from groupify.data import DataSplits, calibration_images
 from groupify.deployment.benchmark import QUICK_SECONDS, benchmark_onnx, speed_up
 from groupify.deployment.export import ExportedModel, export_onnx
-from groupify.deployment.machine import describe_machine
+from groupify.deployment.machine import describe_machine, package_version
 from groupify.deployment.parity import check_parity
+from groupify.deployment.site_times import site_times
 from groupify.graph.trace import example_input
 from groupify.output_folder import RECIPE_FILE
 from groupify.pipeline.requests import OutputRequest
+from groupify.pipeline.write_report import PAGE_FILE, write_report
 from groupify.planning import Change, Plan, measure_cost
 from groupify.recipe import Recipe
 from groupify.recovery.finetune import FinetuneResult
-from groupify.reporting import AccuracyChange, CostChange, LatencyChange, Report, report_document
+from groupify.reporting import AccuracyChange, CostChange, LatencyChange, Report
+from groupify.reporting.read import REPORT_FILE
 from groupify.zoo import Source
 
 MODEL_FILE = "model.onnx"
-REPORT_FILE = "report.json"
 # Enough real images to see a wrong export; parity is not an accuracy measurement.
 _PARITY_IMAGES = 4
 # 90th over 10th percentile of the times; above it, something else kept the processor busy.
@@ -85,13 +87,16 @@ def write_output(
         target=target,
     )
     parity = check_parity(model, exported.path, input_shape=shape, images=images, seed=seed)
-    latency, dense_file = time_against_dense(source.model, exported, shape, request, progress=progress)
+    latency, dense_file, profile = time_against_dense(
+        source.model, exported, shape, request, [site.name for site in chosen.sites], progress=progress
+    )
     example = example_input(shape, like=source.model)
     files = {
         "recipe": RECIPE_FILE,
         "weights": WEIGHTS_FILE,
         "onnx": MODEL_FILE,
         "report": REPORT_FILE,
+        "page": PAGE_FILE,
     }
     report = Report(
         model=source.spec.name,
@@ -110,9 +115,12 @@ def write_output(
         seed=seed,
         files={role: str(request.folder / name) for role, name in files.items()},
         notes=_notes(source, conversion),
+        pictures=() if conversion is None else conversion.pictures,
+        site_milliseconds=profile,
+        command=request.command,
+        version=package_version("groupify"),
     )
-    text = json.dumps(report_document(report), indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+    write_report(folder, request.folder, report)
     return report
 
 
@@ -121,10 +129,11 @@ def time_against_dense(
     grouped: ExportedModel,
     shape: tuple[int, ...],
     request: OutputRequest,
+    sites: Sequence[str] = (),
     *,
     progress: bool,
-) -> tuple[LatencyChange, ExportedModel]:
-    """Export the dense model aside and time both in ONNX Runtime, interleaved."""
+) -> tuple[LatencyChange, ExportedModel, dict[str, Change[float]]]:
+    """Export the dense model aside and time both in ONNX Runtime, interleaved; then profile their sites."""
     batch, threads = request.static_batch or 1, request.threads
     with tempfile.TemporaryDirectory(prefix="groupify-") as aside:
         dense_file = export_onnx(
@@ -138,9 +147,18 @@ def time_against_dense(
             seconds=QUICK_SECONDS,
             progress=progress,
         )
+        profiles = [
+            site_times(path, sites, input_shape=shape, threads=threads, batch_size=batch)
+            for path in (dense_file.path, grouped.path)
+        ]
+    profile = {
+        name: Change(profiles[0][name], profiles[1][name])
+        for name in sites
+        if all(name in p for p in profiles)
+    }
     times = Change(first.median_ms, second.median_ms)
     steady = all(row.p90_ms < _STEADY * row.p10_ms for row in (first, second))
-    return LatencyChange(times, speed_up(first, second), threads, batch, steady), dense_file
+    return LatencyChange(times, speed_up(first, second), threads, batch, steady), dense_file, profile
 
 
 def _parity_images(data: DataSplits | None) -> Tensor | None:

@@ -107,7 +107,9 @@ def _marks(points: Sequence[Point], x: Axis, y: Axis) -> tuple[Mark, ...]:
     placed: list[Mark] = []
     for point in sorted(points, key=lambda point: y(point.y)):
         px, py = x(point.x), y(point.y)
-        right = px < _LEFT + 0.62 * (WIDTH - _LEFT - _RIGHT)
+        right = px < _LEFT + 0.62 * (WIDTH - _LEFT - _RIGHT) and not any(
+            abs(y(other.y) - py) < _LINE / 2 and 4 < x(other.x) - px < _LABEL_REACH for other in points
+        )
         label_y = py + 4
         if point.label:
             for other in placed:

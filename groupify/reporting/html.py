@@ -93,10 +93,9 @@ def _tiles(document: dict[str, Any]) -> list[Tile]:
     tiles = []
     latency, accuracy = document["latency_ms"], document["accuracy"]
     if latency is not None:
-        threads = f"{latency['threads']} thread{'s' if latency['threads'] > 1 else ''}"
         tiles.append(
             Tile(
-                f"latency, {threads}, batch {latency['batch_size']}",
+                "latency",
                 ratio(latency["speed_up"]),
                 f"{latency['dense']:.2f} → {latency['grouped']:.2f} ms",
             )
@@ -135,15 +134,14 @@ def _plane(run: Run | None, others: Sequence[Run]) -> Chart | None:
     points, line = [], []
     if run is not None and run.document["latency_ms"] is not None:
         latency, accuracy = run.document["latency_ms"], run.document["accuracy"]
+        trained = accuracy["recovered"] is not None and accuracy["recovered"] != accuracy["converted"]
         for look, milliseconds in (
             ("dense", latency["dense"]), ("converted", latency["grouped"]), ("recovered", latency["grouped"])
         ):  # fmt: skip
-            if accuracy[look] is not None:
-                point = Point(
-                    milliseconds, 100 * accuracy[look], look, _title(look, milliseconds, accuracy[look]), look
-                )
-                points.append(point)
-                line.append(point)
+            if accuracy[look] is not None and (trained or look != "recovered"):
+                title = _title(look, milliseconds, accuracy[look])
+                points.append(Point(milliseconds, 100 * accuracy[look], look, title, look))
+        line = list(points)
     measured = [
         (other, final_accuracy(other.document))
         for other in others
@@ -220,7 +218,7 @@ def _site_rows(document: dict[str, Any]) -> list[dict[str, Any]]:
                 if time is None or time["grouped"] is None
                 else Bar(
                     time["grouped"],
-                    f"{time['grouped']:.3f} ms",
+                    f"{time['grouped']:.3f}",
                     f"dense {_milliseconds(time['dense'])}, {100 * (time['dense'] or 0) / dense_total:.0f}% "
                     f"of all convs; now {time['grouped']:.3f} ms",
                     100 * (time["dense"] or 0) / slowest,

@@ -120,7 +120,7 @@ def _sites(sites: Sequence[dict[str, Any]]) -> Table:
 
 
 def _markdown_table(table: Table) -> str:
-    lines = [table.header, tuple(["---", *["---:"] * (len(table.header) - 1)]), *table.rows]
+    lines = [table.header, ("---", *["---:"] * (len(table.header) - 1)), *table.rows]
     return "\n".join("| " + " | ".join(_escape(cell) for cell in line) + " |" for line in lines)
 
 

@@ -112,7 +112,9 @@ def sites_table(sites: Sequence[SitePlan], console: Console) -> Table:
     narrow = is_narrow(console)
     numbers = {reason: index for index, reason in enumerate(_reasons(sites), start=1)}
     last = "why" if narrow else "reason"
-    table = plain_table(console, "site", "shape", "groups", "params", "MACs", last, numeric=("params", "MACs"))
+    table = plain_table(
+        console, "site", "shape", "groups", "params", "MACs", last, numeric=("params", "MACs")
+    )
     for site in sites:
         reason = site.reason or ""
         cells = (

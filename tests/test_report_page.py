@@ -1,0 +1,334 @@
+"""report.html, report.json against its schema, and ``groupify report``."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import jsonschema  # type: ignore[import-untyped]
+import pytest
+from PIL import Image
+
+from groupify.conversion.pictures import BlockPicture
+from groupify.conversion.site_fit import SiteFit
+from groupify.errors import ArtefactError
+from groupify.planning import Change
+from groupify.recovery.finetune import FinetuneRow
+from groupify.reporting import report_document
+from groupify.reporting.charts import Point, chart
+from groupify.reporting.html import comparison_page, report_page
+from groupify.reporting.pixels import png_uri
+from groupify.reporting.read import Run, earlier_runs, read_report
+from groupify.reporting.tables import markdown
+from groupify.reporting.verdict import verdict
+from groupify.zoo import WeightsOrigin
+from tests.chromium import Page, chromium, needs_chromium
+from tests.conftest import ROOT
+from tests.conftest import Run as Command
+from tests.test_reporting import REPORT
+
+SCHEMA = json.loads((ROOT / "groupify" / "reporting" / "report.schema.json").read_text("utf-8"))
+FULL = replace(
+    REPORT,
+    weights=WeightsOrigin("demo", pretrained=True),
+    fits=(SiteFit("layer.conv", 0.125, 4096, 48), SiteFit("last", 0.5, 4096, 27)),
+    history=(
+        FinetuneRow(0, 0.0, None, None, None, 0.9, 0.3),
+        FinetuneRow(10, 0.5, 0.7, 0.01, 900.0, 0.915, 0.28),
+        FinetuneRow(20, 1.0, 0.6, 0.0, 900.0, 0.92, 0.27),
+    ),
+    pictures=(BlockPicture("layer.conv", 4, 2, 3, bytes(range(6)), bytes(range(6, 12)), 0.25, 0.5),),
+    site_milliseconds={"stem": Change(2.0, 2.0), "layer.conv": Change(1.0, 0.25)},
+    command="groupify convert resnet18 --groups 4",
+    version="0.1.0",
+)
+
+
+def run_of(name: str = "out", **changes: Any) -> Run:
+    return Run(name, {**report_document(FULL), **changes})
+
+
+def validate(document: dict[str, Any]) -> None:
+    jsonschema.Draft202012Validator(SCHEMA).validate(document)
+
+
+def written(folder: Path, document: dict[str, Any]) -> Path:
+    folder.mkdir()
+    (folder / "report.json").write_text(json.dumps(document), "utf-8")
+    return folder
+
+
+# the document ----------------------------------------------------------------------------------
+
+
+def test_schema_is_sound_and_knows_every_part() -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    for report in (REPORT, FULL, replace(FULL, latency=None, parity=None, machine=None, onnx_bytes=None)):
+        document = report_document(report)
+        validate(document)
+        assert set(SCHEMA["required"]) <= set(document)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("accuracy", "dense"), 93.6),
+        (("sites", 0, "kind"), "pruned"),
+        (("latency_ms", "dense"), 0),
+        (("params", "grouped"), -1),
+        (("pictures", 0, "before"), None),
+        (("version",), 2),
+    ],
+)
+def test_schema_refuses_what_is_wrong(path: tuple[Any, ...], value: object) -> None:
+    document = copy.deepcopy(report_document(FULL))
+    part: Any = document
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = value
+    with pytest.raises(jsonschema.ValidationError):
+        validate(document)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({}, "3.1× faster, 2.0× smaller, 1.1 points less accurate"),
+        ({"latency_ms": None}, "2.0× smaller, 1.1 points less accurate"),
+        ({"accuracy": {"dense": 0.9, "converted": 0.9, "recovered": None, "images": 9}}, "just as accurate"),
+        ({"accuracy": {"dense": 0.9, "converted": 0.9, "recovered": 0.91, "images": 9}}, "1.0 point more"),
+        ({"accuracy": {"dense": None, "converted": None, "recovered": None, "images": None}}, "not measured"),
+        ({"weights": {"source": "random, seed 0", "pretrained": False}}, "accuracy not measured"),
+    ],
+)
+def test_verdict(changes: dict[str, Any], sentence: str) -> None:
+    assert sentence in verdict(run_of(**changes).document)
+
+
+def test_verdict_says_slower_and_larger() -> None:
+    document = run_of(onnx_bytes={"dense": 10, "grouped": 20}).document
+    document["latency_ms"]["speed_up"] = 0.5
+    assert verdict(document).startswith("2.0× slower, 2.0× larger, ")
+
+
+# reading ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no report.json in"),
+        ("{", "is no JSON"),
+        ("[" * 100_000, "is no JSON"),
+        ("[]", "is no report of this groupify"),
+        ('{"format": "groupify-report", "version": 7}', "has version 7, expected 1"),
+        ('{"format": "groupify-report", "version": 1}', "lacks 'model'"),
+    ],
+)
+def test_what_is_no_report_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "report.json").write_text(text, "utf-8")
+    with pytest.raises(ArtefactError, match=message):
+        read_report(tmp_path)
+
+
+def test_earlier_runs_are_those_of_the_same_model_beside_it(tmp_path: Path) -> None:
+    document = report_document(FULL)
+    own = written(tmp_path / "own", document)
+    written(tmp_path / "second", document)
+    written(tmp_path / "other-model", {**document, "model": "vgg16"})
+    written(tmp_path / ".hidden.partial", document)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "report.json").write_text("?")
+    assert [run.name for run in earlier_runs(own, document)] == ["second"]
+
+
+# parts -----------------------------------------------------------------------------------------
+
+
+def test_picture_holds_the_values_as_opacity() -> None:
+    values = bytes([0, 60, 120, 180, 240, 255])
+    picture = Image.open(io.BytesIO(base64.b64decode(png_uri(values, 3).partition(",")[2])))
+    assert picture.size == (3, 2)
+    assert picture.getchannel("A").tobytes() == values
+    with pytest.raises(ValueError, match="6 pixels do not make rows of 4"):
+        png_uri(values, 4)
+
+
+def test_chart_keeps_everything_inside_and_labels_apart() -> None:
+    points = [
+        Point(x, 90 + y, "other", "", f"run {x}") for x, y in ((1, 0.0), (1.1, 0.01), (1.2, 0.02), (9, 3))
+    ]
+    drawn = chart("a chart", points, x_title="x", y_title="y", from_zero=True)
+    for mark in drawn.marks:
+        assert drawn.x.start <= mark.x <= drawn.x.end
+        assert drawn.y.end <= mark.y <= drawn.y.start
+    places = sorted(mark.label_y for mark in drawn.marks if mark.x < 200 and mark.anchor == "start")
+    assert all(low + 12 <= high for low, high in pairwise(places))
+    assert 3 <= len(drawn.x.ticks) <= 8
+    assert drawn.x.ticks[0][1] == "0"
+    alone = chart("one point", [Point(1, 1, "dense", "")], x_title="", y_title="")
+    assert len(alone.marks) == 1
+
+
+def test_names_from_outside_cannot_write_the_page() -> None:
+    evil = "<script>alert(1)</script>"
+    run = run_of(evil, model=evil, command=evil, notes=[evil])
+    run.document["sites"][0] |= {"name": evil, "reason": evil}
+    for page in (report_page(run, [run]), comparison_page([run, run])):
+        assert "<script>alert" not in page
+        assert "&lt;script&gt;" in page
+    text = markdown([run, run])
+    assert "<script>" not in text.replace("\\<script\\>", "")
+
+
+@pytest.mark.parametrize(
+    "report", [REPORT, replace(FULL, sites=(), fits=(), pictures=(), latency=None, machine=None)]
+)
+def test_page_of_a_report_with_little_in_it(report: Any) -> None:
+    page = report_page(Run("out", report_document(report)))
+    assert "What clustering did" not in page
+    assert "None" not in page
+
+
+def test_markdown_for_a_pull_request() -> None:
+    text = markdown([run_of()])
+    assert text.startswith(
+        "**resnet18: 3.1× faster, 2.0× smaller, 1.1 points less accurate**\n\n| | dense |"
+    ) or ("|  | dense | grouped | change |" in text)
+    assert "| top-1 | 93.65% | 92.50% | −1.15 points |" in text
+    assert "| latency (2 threads, batch 8) | 145.78 ms | 47.17 ms | 3.10× |" in text
+    assert "<details><summary>2 of 3 convolutions converted</summary>" in text
+    assert "| layer.conv | 4 + shuffle | 24.6k → 6.14k | 38.5M → 9.63M |  |" in text
+
+
+# the command -----------------------------------------------------------------------------------
+
+
+def test_convert_writes_both_and_report_reads_them(run: Command, tmp_path: Path) -> None:
+    options = (
+        "--input-size",
+        "3,8,8",
+        "--min-group-width",
+        1,
+        "--data",
+        "tests.cli_nets:data",
+        "--epochs",
+        1,
+    )
+    assert run("convert", "tests.cli_nets:net", "--groups", 2, "-o", "first", *options).code == 0
+    document = json.loads((tmp_path / "first" / "report.json").read_text("utf-8"))
+    validate(document)
+    assert document["command"].startswith("groupify convert tests.cli_nets:net --groups 2 -o first")
+    assert document["site_milliseconds"].keys() == {"0", "2", "5"}
+    assert all(time["grouped"] > 0 for time in document["site_milliseconds"].values())
+    page = (tmp_path / "first" / "report.html").read_text("utf-8")
+    assert "<h1>" in page
+
+    shown = run("report", "first", "--format", "json")
+    assert (shown.code, json.loads(shown.out)) == (0, document)
+    (tmp_path / "first" / "report.html").unlink()
+    assert run("report", "first").out == f"wrote {Path('first') / 'report.html'}\n"
+    assert (tmp_path / "first" / "report.html").read_text("utf-8") == page
+
+    written(tmp_path / "second", document)
+    assert run("report", "first", "second").out == "wrote comparison.html\n"
+    assert "2 runs compared" in (tmp_path / "comparison.html").read_text("utf-8")
+    table = run("report", "first", "second", "--format", "text").out
+    assert [line.split()[0] for line in table.splitlines() if line[:3] in ("fir", "sec")].count("first") == 1
+    assert "\x1b" not in table
+    assert len(json.loads(run("report", "first", "second", "--format", "json").out)) == 2
+    assert run("report", "first", "--format", "md", "-o", "pr.md").code == 0
+    assert (tmp_path / "pr.md").read_text("utf-8") == run("report", "first", "--format", "md").out
+
+
+def test_report_refuses_in_one_line(run: Command) -> None:
+    missing = run("report", "nowhere")
+    assert (missing.code, missing.out) == (2, "")
+    assert missing.err.startswith("groupify: error: no report.json in nowhere")
+    assert missing.err.count("\n") == 1
+    assert run("report").code == 2
+
+
+def test_no_color_and_completion(tmp_path: Path) -> None:
+    written(tmp_path / "out", report_document(FULL))
+    environment = {**os.environ, "NO_COLOR": "1", "FORCE_COLOR": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "groupify"]
+    shown = subprocess.run(
+        [*command, "report", "out", "--format", "text"],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        check=True,
+    ).stdout.decode()
+    assert "top-1" in shown
+    assert not any(f"\x1b[{code}" in shown for code in ("3", "4", "9"))  # colours; bold is none
+    completion = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.argv = ['groupify']; from groupify.cli import main; main()"],
+        env={
+            **environment,
+            "_GROUPIFY_COMPLETE": "bash_complete",
+            "COMP_WORDS": "groupify re",
+            "COMP_CWORD": "1",
+        },
+        capture_output=True,
+        check=False,
+    )
+    assert completion.stdout.decode().splitlines() == ["plain,report"]
+
+
+# in a browser ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    with chromium(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
+
+
+@needs_chromium
+@pytest.mark.parametrize("kind", ["report", "comparison"])
+def test_pages_open_without_errors_or_requests(page: Page, kind: str, tmp_path: Path) -> None:
+    runs = [run_of("a run"), run_of("another", latency_ms=None)]
+    file = tmp_path / "page.html"
+    file.write_text(report_page(runs[0], runs[1:]) if kind == "report" else comparison_page(runs), "utf-8")
+    for width, dark in ((1200, False), (1200, True), (390, False)):
+        page.open(file.as_uri(), width=width, dark=dark)
+        assert page.problems == []
+        assert page.requests == [file.as_uri()]
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.screenshot(tmp_path / f"{width}-{dark}.png")
+        picture = Image.open(tmp_path / f"{width}-{dark}.png").convert("L")
+        assert (picture.getpixel((2, 2)) < 64) == dark  # type: ignore[operator]
+    assert page.print_pdf().startswith(b"%PDF")
+
+
+@needs_chromium
+def test_a_click_sorts(page: Page, tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    file.write_text(report_page(run_of()), "utf-8")
+    page.open(file.as_uri())
+
+    def click(title: str) -> tuple[list[str], str]:
+        buttons = "[...document.querySelectorAll('#sites th button')]"
+        page.evaluate(f"{buttons}.find(button => button.textContent === {title!r}).click()")
+        names = page.evaluate("[...document.querySelectorAll('#sites tbody .name')].map(c => c.textContent)")
+        return names, page.evaluate("document.querySelector('#sites th[aria-sort]').ariaSort")
+
+    assert click("params") == (["stem", "layer.conv", "last"], "descending")
+    assert click("params") == (["last", "layer.conv", "stem"], "ascending")
+    assert click("site") == (["last", "layer.conv", "stem"], "ascending")
+    # The stem has no fitted error: it stays below whichever way the others go.
+    assert click("fitted error") == (["last", "layer.conv", "stem"], "descending")
+    assert click("fitted error") == (["layer.conv", "last", "stem"], "ascending")
+    assert page.problems == []
