@@ -254,7 +254,7 @@ def test_help_has_an_example(verb: str, run: Run) -> None:
 
 
 def test_verbs(run: Run) -> None:
-    assert sorted(cli.commands) == ["bench", "convert", "evaluate", "export", "finetune", "plan"]
+    assert sorted(cli.commands) == ["bench", "convert", "evaluate", "export", "finetune", "plan", "report"]
     nothing = run()
     assert (nothing.code, nothing.out) == (2, "")
     assert nothing.err.startswith("Usage: ")
@@ -304,6 +304,8 @@ def test_the_same_command_gives_the_same_result(run: Run, tmp_path: Path) -> Non
         document = json.loads(outcome.out)
         assert document == json.loads((tmp_path / "out" / "report.json").read_text())
         assert document.pop("latency_ms")["dense"] > 0
+        assert document.pop("site_milliseconds")
+        assert document.pop("command").startswith("groupify convert ")
         for row in document["history"]:
             row.pop("images_per_second")
         documents.append(document)
@@ -343,6 +345,7 @@ def test_from_the_weights_alone(run: Run, tmp_path: Path) -> None:
         "model.onnx",
         "model.safetensors",
         "recipe.json",
+        "report.html",
         "report.json",
     ]
     graph = onnx.load(str(tmp_path / "net-g2" / "model.onnx")).graph

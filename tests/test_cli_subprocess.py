@@ -85,6 +85,7 @@ def test_the_document(converted: tuple[Path, dict[str, Any]]) -> None:
         "onnx": "demo-g4/model.onnx",
         "recipe": "demo-g4/recipe.json",
         "report": "demo-g4/report.json",
+        "page": "demo-g4/report.html",
         "weights": "demo-g4/model.safetensors",
     }
     assert sorted(document["files"].values()) == sorted(f"demo-g4/{path.name}" for path in folder.iterdir())

@@ -16,6 +16,7 @@ from groupify.conversion.by_part import convert_by_part, convert_parts_from_weig
 from groupify.conversion.calibration import Calibration
 from groupify.conversion.clock import Clock
 from groupify.conversion.in_order import convert_from_weights, convert_in_order, same_outputs
+from groupify.conversion.pictures import BlockPicture
 from groupify.conversion.site_fit import SiteFit
 from groupify.conversion.surgery import SiteRecipe, restructure
 from groupify.errors import ConversionError, GroupifyWarning
@@ -38,6 +39,7 @@ class Conversion:
         method: one line on how the weights were found.
         notes: what the reader should know before trusting the model.
         kept_before, kept: share of the clustering score inside the groups, before and after.
+        pictures: the convs that gained most from the clustering.
         seconds: duration of each step.
     """
 
@@ -49,6 +51,7 @@ class Conversion:
     kept_before: float | None
     kept: float | None
     seconds: Mapping[str, float]
+    pictures: tuple[BlockPicture, ...] = ()
 
     def summary(self) -> dict[str, Any]:
         """Return what a recipe keeps of it, as JSON values."""
@@ -105,6 +108,7 @@ def convert(
         notes=tuple(work.notes),
         kept_before=work.kept_before,
         kept=work.kept,
+        pictures=work.pictures,
         seconds=work.clock.seconds,
     )
 
@@ -180,6 +184,7 @@ class _Conversion:
         self.notes: list[str] = []
         self.kept_before: float | None = None
         self.kept: float | None = None
+        self.pictures: tuple[BlockPicture, ...] = ()
 
     def run(self) -> nn.Module:
         """Return the student."""
@@ -209,6 +214,7 @@ class _Conversion:
             seed=self._seed, clock=self.clock, progress=self._progress,
         )  # fmt: skip
         self.fits, self.kept_before, self.kept = found.fits, found.kept_before, found.kept
+        self.pictures = found.pictures
         self.notes.extend(found.notes)
         self.method = f"least squares in order, {len(calibration.images)} unlabelled images"
         steps = calibration.reconstruction.steps

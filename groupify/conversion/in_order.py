@@ -14,6 +14,7 @@ from groupify.conversion.clock import Clock
 from groupify.conversion.clustering import SiteScore, cluster, refine
 from groupify.conversion.fit import fit_student
 from groupify.conversion.objectives import ExplainedVariance, Flow, Objective
+from groupify.conversion.pictures import BlockPicture, block_pictures
 from groupify.conversion.reconstruct import reconstruct
 from groupify.conversion.scores import data_score, fitted_error, norm_score, permuted_samples
 from groupify.conversion.site_fit import SiteFit
@@ -34,6 +35,7 @@ class TracedConversion:
         fits: how well each conv was fitted.
         notes: what the reader should know.
         kept_before, kept: share of the clustering score inside the groups, before and after.
+        pictures: the convs that gained most from the clustering.
     """
 
     student: nn.Module
@@ -41,6 +43,7 @@ class TracedConversion:
     notes: tuple[str, ...] = ()
     kept_before: float | None = None
     kept: float | None = None
+    pictures: tuple[BlockPicture, ...] = ()
 
 
 def convert_in_order(
@@ -144,7 +147,8 @@ def _clustered(
     permuted = apply_orders(dense, channels, orders)
     if after < before and same_outputs(dense, permuted, example):
         clock.lap("clustering")
-        return TracedConversion(permuted, kept_before=found.kept_before, kept=found.kept)
+        pictures = block_pictures(scores, channels, orders)
+        return TracedConversion(permuted, kept_before=found.kept_before, kept=found.kept, pictures=pictures)
     if after < before:
         note = "reordered channels would change the outputs; the channels keep their order"
     else:
