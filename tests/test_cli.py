@@ -113,6 +113,8 @@ BAD_INPUT = [
     ("plan demo --target sparc", "Invalid value for '--target'"),
     ("plan demo --seed -1", "Invalid value for '--seed'"),
     ("convert demo --epochs 1", "--epochs 1 needs --data"),
+    ("convert demo --quantize", "--quantize needs --data to calibrate with"),
+    ("export demo --quantize", "--quantize needs --data to calibrate with"),
     ("convert demo --reconstruct 10", "--reconstruct 10 needs --data"),
     ("convert demo --data demo --epochs -1", "epochs is -1.0; expected"),
     ("convert demo --data demo --epochs nan", "epochs is nan; expected"),

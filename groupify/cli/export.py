@@ -8,53 +8,60 @@ from typing import Any
 
 import click
 
-from groupify.cli.options import common_options, model_options
+from groupify.cli.options import (
+    common_options,
+    model_options,
+    quantize_option,
+    target_option,
+    threads_option,
+)
 from groupify.cli.shared import CONTEXT, open_target, print_json
-from groupify.errors import ArtefactError
 
 
 @click.command(context_settings=CONTEXT, short_help="Export to ONNX, checked against PyTorch.")
-@click.argument("target")
+@click.argument("name", metavar="TARGET")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="File to write; default TARGET.onnx.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option("--static-batch", type=click.IntRange(1), help="Fixed batch size.")
 @click.option("--trust", is_flag=True, help="Let the folder's recipe import the code that it names.")
+@click.option("--data", metavar="SPEC", help="Real images for the check, and the calibration of --quantize.")
+@quantize_option
+@target_option
+@threads_option
 @model_options
 @common_options
-def export(target: str, **options: Any) -> None:
+def export(name: str, **options: Any) -> None:
     """Export TARGET, an output folder or a dense model, to ONNX and check the file against PyTorch.
 
     Example: groupify export demo-g4 -o demo-g4.onnx --static-batch 1
     """
-    from groupify.deployment.export import export_onnx
-    from groupify.deployment.parity import check_parity
+    from groupify.artefact import read_recipe
+    from groupify.data import load_data
+    from groupify.pipeline.export import check_export_paths, run_export
+    from groupify.pipeline.int8 import check_quantize
+    from groupify.reporting.document import export_document
+    from groupify.reporting.text import export_lines
 
-    path = options["output"] or Path(f"{Path(target).name.rpartition(':')[2]}.onnx")
-    if os.path.lexists(path) and not options["force"]:
-        raise ArtefactError(f"{path} exists; give --force to replace it, or another file with -o")
-    if os.path.isdir(path) or not os.path.isdir(path.parent):
-        raise ArtefactError(f"cannot write {path}: expected a file in an existing folder; choose it with -o")
-    model, spec = open_target(target, options)
-    exported = export_onnx(
+    path = options["output"] or Path(f"{Path(name).name.rpartition(':')[2]}.onnx")
+    check_quantize(options["quantize"], options["data"])
+    check_export_paths(path, quantize=options["quantize"], force=options["force"])
+    model, spec = open_target(name, options)
+    data = None if options["data"] is None else load_data(options["data"], spec, seed=options["seed"])
+    result = run_export(
         model,
+        spec,
         path,
-        input_shape=spec.input_shape,
-        preprocessing=spec.preprocessing,
+        data=data,
+        quantize=options["quantize"],
         static_batch=options["static_batch"],
+        recipe_sha256=read_recipe(name).sha256 if os.path.isdir(name) else None,
+        target=options["target"],
+        threads=options["threads"],
+        seed=options["seed"],
+        progress=not options["quiet"],
     )
-    parity = check_parity(model, exported.path, input_shape=spec.input_shape, seed=options["seed"])
     if options["as_json"]:
-        print_json(
-            {
-                "model": target,
-                "files": {"onnx": str(exported.path)},
-                "onnx_bytes": exported.file_bytes,
-                "opset": exported.opset,
-                "parity": {"max_abs_diff": parity.max_abs_diff, "max_rel_diff": parity.max_rel_diff},
-            }
-        )
+        print_json({"model": name, **export_document(result)})
     else:
-        click.echo(
-            f"wrote {exported.path} ({exported.file_bytes} bytes, opset {exported.opset}); "
-            f"ONNX Runtime against PyTorch: largest difference {parity.max_abs_diff:.1e}"
-        )
+        for line in export_lines(result):
+            click.echo(line)

@@ -100,6 +100,16 @@ model_options = _options(
     ),
     click.option("--input-size", "input_shape", callback=_input_shape, help="C,H,W of one image."),
 )
+target_option = click.option(
+    "--target",
+    type=click.Choice(["auto", "avx2", "avx512", "arm64", "any"]),
+    default="auto",
+    show_default=True,
+    help="The processor that will run the model; auto: this one.",
+)
+threads_option = click.option(
+    "--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads when timing."
+)
 plan_options = _options(
     click.option("--groups", "-g", type=int, default=4, show_default=True, help="Groups to aim at."),
     click.option(
@@ -117,13 +127,7 @@ plan_options = _options(
         callback=number_or("auto", "channels"),
         help="Fewest channels per group. auto: the block of ONNX Runtime's fast kernel; 1 switches it off.",
     ),
-    click.option(
-        "--target",
-        type=click.Choice(["auto", "avx2", "avx512", "arm64", "any"]),
-        default="auto",
-        show_default=True,
-        help="The processor that will run the model; auto: this one.",
-    ),
+    target_option,
     click.option(
         "--shuffle",
         is_flag=False,
@@ -132,6 +136,11 @@ plan_options = _options(
         show_default=True,
         help="none, or all: a channel shuffle behind every converted conv.",
     ),
+)
+quantize_option = click.option(
+    "--quantize",
+    is_flag=True,
+    help="Write an int8 variant of the ONNX file beside it, calibrated on the data.",
 )
 common_options = _options(
     click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
@@ -142,9 +151,8 @@ output_options = _options(
     click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder to write."),
     click.option("--force", is_flag=True, help="Replace an earlier output folder."),
     click.option("--static-batch", type=click.IntRange(1), help="Fixed batch size of the ONNX file."),
-    click.option(
-        "--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads when timing."
-    ),
+    threads_option,
+    quantize_option,
 )
 
 
@@ -199,6 +207,7 @@ def output_request(options: dict[str, Any], default: Path) -> OutputRequest:
         static_batch=options["static_batch"],
         threads=options["threads"],
         command=shlex.join(["groupify", *sys.argv[1:]]),
+        quantize=options["quantize"],
     )
 
 

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from groupify.deployment.comparison import Array
 from groupify.deployment.machine import int8_dot_products
 from groupify.deployment.runtime import open_session, require
-from groupify.errors import ArtefactError, DataError
+from groupify.errors import ArtefactError, DataError, GroupifyError
 
 _BATCH = 16
 
@@ -34,9 +36,9 @@ class QuantizedModel:
 def quantize_onnx(path: Path | str, target: Path | str, *, images: Tensor) -> QuantizedModel:
     """Quantise an exported file to int8, with activation ranges (minimum and maximum) from images.
 
-    How much it changes is for :func:`check_parity` with ``tolerance=math.inf`` to measure, and what it does
-    to accuracy for ``evaluate(OnnxModule(target), data)``. It is not always faster: ONNX Runtime has no
-    blocked kernel for int8 convs, so time both.
+    How much it changes is for ``compare_files`` to measure, and what it does to accuracy for
+    ``evaluate(OnnxModule(target), data)``. It is not always faster: ONNX Runtime has no blocked kernel for
+    int8 convs, so time both.
 
     Args:
         path: the float file.
@@ -87,18 +89,47 @@ def quantize_onnx(path: Path | str, target: Path | str, *, images: Tensor) -> Qu
 class OnnxModule(nn.Module):
     """An ONNX file that is called like a module: tensor in, first output out, on the CPU.
 
-    It lets everything that measures a model, accuracy first of all, measure the file.
+    It lets everything that measures a model, accuracy first of all, measure the file. A file of fixed batch
+    size is run as often as the images need, the last batch filled up with zeros.
     """
 
     def __init__(self, path: Path | str, *, threads: int = 1) -> None:
         super().__init__()
+        self._path = str(path)
         self._session = open_session(path, threads=threads)
-        self._name = self._session.get_inputs()[0].name
+        source = self._session.get_inputs()[0]
+        self._name = source.name
+        self._batch = source.shape[0] if isinstance(source.shape[0], int) else None
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Run the file on a batch."""
-        outputs = self._session.run(None, {self._name: inputs.detach().cpu().numpy()})
-        return torch.from_numpy(outputs[0])
+        return torch.from_numpy(next(iter(self.outputs(inputs).values())))
+
+    def outputs(self, inputs: Tensor) -> dict[str, Array]:
+        """Run the file on a batch and return all outputs by name.
+
+        Raises:
+            GroupifyError: the file does not take inputs of that shape.
+        """
+        values = inputs.detach().float().cpu()
+        if self._batch is None:
+            return self._run(values)
+        filler = -len(values) % self._batch
+        filled = torch.cat([values, values.new_zeros(filler, *values.shape[1:])])
+        parts = [self._run(part) for part in filled.split(self._batch)]
+        return {name: np.concatenate([part[name] for part in parts])[: len(values)] for name in parts[0]}
+
+    def _run(self, values: Tensor) -> dict[str, Array]:
+        try:
+            results = self._session.run(None, {self._name: values.numpy()})
+        except Exception as error:  # onnxruntime raises bare pybind classes of its own
+            reason = str(error).splitlines()[0]
+            raise GroupifyError(
+                f"ONNX Runtime cannot run {self._path!r} on {tuple(values.shape)}: {reason}"
+            ) from error
+        return {
+            output.name: result for output, result in zip(self._session.get_outputs(), results, strict=True)
+        }
 
 
 def _reader(quantization: Any, source: Any, images: Tensor) -> Any:

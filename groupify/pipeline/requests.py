@@ -79,6 +79,7 @@ class OutputRequest:
         static_batch: fixed batch size of the ONNX file; None = dynamic.
         threads: intra-op threads of the timing.
         command: the command line, for the report; None = the API was called.
+        quantize: write an int8 variant of the ONNX file beside it; needs data.
     """
 
     folder: Path
@@ -86,6 +87,7 @@ class OutputRequest:
     static_batch: int | None = None
     threads: int = 1
     command: str | None = None
+    quantize: bool = False
 
 
 @dataclass(frozen=True)

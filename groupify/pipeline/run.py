@@ -17,6 +17,7 @@ from groupify.errors import DataError, SpecError
 from groupify.evaluation import class_logits, evaluate, evaluating
 from groupify.graph.trace import example_input
 from groupify.output_folder import writing_folder
+from groupify.pipeline.int8 import check_quantize
 from groupify.pipeline.requests import ConversionRequest, FinetuneRequest
 from groupify.pipeline.write_output import write_output
 from groupify.planning import describe
@@ -32,6 +33,7 @@ def run_conversion(request: ConversionRequest, *, progress: bool = False) -> Rep
     Raises:
         GroupifyError: anything that cannot be done as asked.
     """
+    check_quantize(request.output.quantize, request.data)
     with writing_folder(request.output.folder, request.output.force) as folder:
         source = request.model.load(request.seed)
         chosen = request.plan.make(source)

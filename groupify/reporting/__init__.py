@@ -1,12 +1,13 @@
 """Results as dataclasses and, apart from them, their formatters."""
 
 from groupify.reporting.document import report_document
-from groupify.reporting.results import AccuracyChange, CostChange, LatencyChange, Report
+from groupify.reporting.results import AccuracyChange, CostChange, Int8File, LatencyChange, Report
 from groupify.reporting.text import print_plan, print_report
 
 __all__ = [
     "AccuracyChange",
     "CostChange",
+    "Int8File",
     "LatencyChange",
     "Report",
     "print_plan",

@@ -9,7 +9,7 @@ from typing import Any
 
 from groupify.conversion.pictures import BlockPicture
 from groupify.planning import Change, SitePlan
-from groupify.reporting.results import Report
+from groupify.reporting.results import ExportResult, Report
 
 # Of the document, as report.schema.json has it; readers check them first.
 FORMAT = "groupify-report"
@@ -50,6 +50,7 @@ def report_document(report: Report) -> dict[str, Any]:
                 "batch_size": latency.batch_size,
                 "steady": latency.steady,
             },
+            "int8": None if report.int8 is None else dataclasses.asdict(report.int8),
             "accuracy": dataclasses.asdict(report.accuracy),
             "history": [dataclasses.asdict(row) for row in report.history],
             "parity": None if report.parity is None else dataclasses.asdict(report.parity),
@@ -68,6 +69,21 @@ def report_document(report: Report) -> dict[str, Any]:
 def _picture_document(picture: BlockPicture) -> dict[str, Any]:
     pixels = {name: base64.b64encode(getattr(picture, name)).decode("ascii") for name in ("before", "after")}
     return {**dataclasses.asdict(picture), **pixels}
+
+
+def export_document(result: ExportResult) -> dict[str, Any]:
+    """Return what was exported as plain JSON values."""
+    document: dict[str, Any] = clean(
+        {
+            "files": dict(result.files),
+            "onnx_bytes": result.exported.file_bytes,
+            "opset": result.exported.opset,
+            "parity": dataclasses.asdict(result.parity),
+            "int8": None if result.int8 is None else dataclasses.asdict(result.int8),
+            "notes": list(result.notes),
+        }
+    )
+    return document
 
 
 def site_document(site: SitePlan) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from groupify.conversion.pictures import BlockPicture
 from groupify.conversion.site_fit import SiteFit
+from groupify.deployment.agreement import Agreement
+from groupify.deployment.export import ExportedModel
 from groupify.deployment.machine import Machine
 from groupify.deployment.parity import Parity
 from groupify.planning import Change, ModelCost, SitePlan
@@ -52,6 +54,50 @@ class LatencyChange:
 
 
 @dataclass(frozen=True)
+class Int8File:
+    """The statically quantised variant beside the float ONNX file.
+
+    Attributes:
+        file_bytes: its size.
+        calibration_images: how many set its activation ranges.
+        reduced_range: whether the weights have 7 bits, since the CPU's 8-bit products could overflow.
+        agreement: its outputs against those of the float file, on test images where there are such.
+        top1: accuracy on the test part, a fraction; None where it was not measured.
+        milliseconds: median per batch, timed in one run with the float files; None where not timed.
+        speed_up: dense float ÷ int8.
+        speed_up_over_float: grouped float ÷ int8.
+    """
+
+    file_bytes: int
+    calibration_images: int
+    reduced_range: bool
+    agreement: Agreement
+    top1: float | None = None
+    milliseconds: float | None = None
+    speed_up: float | None = None
+    speed_up_over_float: float | None = None
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A checked ONNX file.
+
+    Attributes:
+        exported: the file.
+        parity: ONNX Runtime against PyTorch.
+        files: what was written, by role.
+        int8: the quantised variant, timed against the float file; None where none was asked for.
+        notes: what the reader should know before using it.
+    """
+
+    exported: ExportedModel
+    parity: Parity
+    files: Mapping[str, str]
+    int8: Int8File | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything that one conversion run measured.
 
@@ -68,6 +114,7 @@ class Report:
         onnx_bytes: size of the ONNX files.
         parity: ONNX Runtime against PyTorch.
         latency: dense against grouped; None where not timed.
+        int8: the quantised variant of the ONNX file; None where none was asked for.
         machine: where it ran.
         seed: seed of everything random.
         files: what was written, by role.
@@ -90,6 +137,7 @@ class Report:
     onnx_bytes: Change[int] | None = None
     parity: Parity | None = None
     latency: LatencyChange | None = None
+    int8: Int8File | None = None
     machine: Machine | None = None
     seed: int = 0
     files: Mapping[str, str] = field(default_factory=dict)

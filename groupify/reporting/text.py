@@ -14,7 +14,7 @@ from rich.text import Text
 
 from groupify.bench import BenchResult
 from groupify.planning import Change, Plan, SitePlan
-from groupify.reporting.results import Report
+from groupify.reporting.results import ExportResult, Int8File, Report
 
 # Piped output is for grep and diff: no line may be folded.
 _PIPED_WIDTH = 400
@@ -211,6 +211,8 @@ def report_lines(report: Report) -> list[str]:
     lines.append(f"weights: {report.weights.source}; {report.calibration}")
     if report.parity is not None:
         lines.append(f"ONNX Runtime against PyTorch: largest difference {report.parity.max_abs_diff:.1e}")
+    if report.int8 is not None:
+        lines.append(int8_line(report.int8))
     if report.machine is not None:
         lines.append(f"machine: {report.machine}")
     if report.latency is not None and not report.latency.steady:
@@ -221,6 +223,39 @@ def report_lines(report: Report) -> list[str]:
     if report.files:
         lines.append("wrote " + ", ".join(report.files.values()))
     return lines
+
+
+def int8_line(int8: Int8File) -> str:
+    """Size, accuracy, agreement with the float file and latency of an int8 file, as far as measured."""
+    agreement = int8.agreement
+    parts = [size(int8.file_bytes)]
+    if int8.top1 is not None:
+        parts.append(f"top-1 {100 * int8.top1:.2f}%")
+    if agreement.top1_agreement is not None:
+        parts.append(
+            f"same top-1 as float on {100 * agreement.top1_agreement:.1f}% of {agreement.images} images"
+        )
+    parts.append(
+        f"largest difference {agreement.max_abs_diff:.2g} ({100 * agreement.max_rel_diff:.2g}% of the output)"
+    )
+    if int8.milliseconds is not None and int8.speed_up_over_float is not None:
+        over_dense = "" if int8.speed_up is None else f"{ratio(int8.speed_up)} over dense and "
+        parts.append(
+            f"{int8.milliseconds:.2f} ms, {over_dense}{ratio(int8.speed_up_over_float)} over the float file"
+        )
+    return "int8: " + ", ".join(parts)
+
+
+def export_lines(result: ExportResult) -> list[str]:
+    """What was exported, how far it is from PyTorch, and the int8 file."""
+    exported = result.exported
+    lines = [
+        f"wrote {', '.join(result.files.values())} ({exported.file_bytes} bytes, opset {exported.opset}); "
+        f"ONNX Runtime against PyTorch: largest difference {result.parity.max_abs_diff:.1e}"
+    ]
+    if result.int8 is not None:
+        lines.append(int8_line(result.int8))
+    return [*lines, *(f"note: {note}" for note in result.notes)]
 
 
 def shape(site: SitePlan) -> str:

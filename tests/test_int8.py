@@ -1,0 +1,119 @@
+"""``--quantize``: the int8 file beside the float one, and what the reports say of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+from pathlib import Path
+
+import onnx
+import pytest
+from rich.console import Console
+
+from groupify.deployment.agreement import Agreement
+from groupify.deployment.export import ExportedModel
+from groupify.errors import GroupifyWarning
+from groupify.pipeline.latency import Timed, latency_notes
+from groupify.planning import Change
+from groupify.reporting import Int8File, LatencyChange, print_report, report_document
+from groupify.reporting.text import int8_line
+from tests.cli_nets import INPUT_SIZE
+from tests.conftest import Run
+from tests.test_reporting import REPORT
+
+NET = ("tests.cli_nets:net", "--input-size", INPUT_SIZE, "--model-args", '{"channels": 64}')
+DATA = ("--data", "tests.cli_nets:data")
+INT8 = Int8File(
+    file_bytes=2048,
+    calibration_images=256,
+    reduced_range=False,
+    agreement=Agreement(0.47, 0.038, 0.992, 256),
+    top1=0.91,
+    milliseconds=0.39,
+    speed_up=4.0,
+    speed_up_over_float=1.32,
+)
+
+
+def timed(speed_up: float = 3.0, over_float: float | None = None, *, steady: bool = True) -> Timed:
+    latency = LatencyChange(Change(6.0, 2.0), speed_up, 1, 1, steady)
+    int8 = None if over_float is None else dataclasses.replace(INT8, speed_up_over_float=over_float)
+    return Timed(latency, ExportedModel(Path("dense.onnx"), 18, 1, "input", ("output",), 0, 0), int8)
+
+
+def test_convert_and_finetune_and_export(run: Run, tmp_path: Path) -> None:
+    outcome = run("convert", *NET, *DATA, "--calibrate", 64, "-g", 4, "--min-group-width", 16,
+                  "--quantize", "-o", "out", "--json")  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    document = json.loads(outcome.out)
+    assert document == json.loads((tmp_path / "out" / "report.json").read_text())
+    int8, file = document["int8"], tmp_path / "out" / "model.int8.onnx"
+    assert document["files"]["onnx_int8"] == "out/model.int8.onnx"
+    assert int8["file_bytes"] == file.stat().st_size < document["onnx_bytes"]["grouped"]
+    assert int8["calibration_images"] == 96  # all there are
+    assert int8["agreement"]["images"] == 40  # the test part
+    assert 0 < int8["agreement"]["max_rel_diff"] < 0.2
+    assert 0 <= int8["top1"] <= 1
+    assert math.isclose(int8["top1"] * 40, round(int8["top1"] * 40))
+    times = document["latency_ms"]
+    # The speed-ups come from rounds in which all ran side by side, the medians from all rounds.
+    assert int8["milliseconds"] > 0
+    assert math.isclose(int8["speed_up"] / int8["speed_up_over_float"], times["speed_up"], rel_tol=0.5)
+    assert (int8["speed_up_over_float"] < 1) == any("int8 is slower" in note for note in document["notes"])
+    metadata = {entry.key: entry.value for entry in onnx.load(str(file)).metadata_props}
+    assert metadata["groupify.recipe_sha256"]
+
+    tuned = run("finetune", "out", *DATA, "--epochs", 1, "--quantize", "--trust")
+    assert tuned.code == 0, tuned.err
+    assert "\nint8: " in tuned.out
+    assert (tmp_path / "out-finetuned" / "model.int8.onnx").exists()
+
+    command = ("export", "out", *DATA, "--quantize", "--trust", "-o", "net.onnx", "--static-batch", 3)
+    exported = run(*command, "--json")
+    assert exported.code == 0, exported.err
+    document = json.loads(exported.out)
+    assert document["files"] == {"onnx": "net.onnx", "onnx_int8": "net.int8.onnx"}
+    assert document["parity"]["real_images"] > 0
+    assert document["int8"]["speed_up"] is None  # no dense model was timed
+    assert document["int8"]["milliseconds"] > 0
+    float_file = onnx.load(str(tmp_path / "net.onnx"))
+    assert {entry.key: entry.value for entry in float_file.metadata_props}["groupify.recipe_sha256"]
+    (tmp_path / "net.onnx").unlink()
+    again = run(*command)
+    assert (again.code, again.err) == (
+        2, "groupify: error: net.int8.onnx exists; give --force to replace it, or another file with -o\n",
+    )  # fmt: skip
+    assert "int8: " in run(*command, "--force").out
+
+
+def test_a_report_with_int8() -> None:
+    report = dataclasses.replace(REPORT, int8=INT8)
+    console = Console(file=io.StringIO(), width=400, no_color=True)
+    print_report(report, console)
+    assert isinstance(console.file, io.StringIO)
+    assert (
+        "int8: 2.0 KiB, top-1 91.00%, same top-1 as float on 99.2% of 256 images, largest difference 0.47 "
+        "(3.8% of the output), 0.39 ms, 4.00× over dense and 1.32× over the float file\n"
+    ) in console.file.getvalue()
+    document = report_document(report)
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+    assert document["int8"]["agreement"]["max_abs_diff"] == 0.47
+    broken = dataclasses.replace(INT8, agreement=Agreement(math.nan, math.nan, 0.0, 4))
+    assert (
+        report_document(dataclasses.replace(report, int8=broken))["int8"]["agreement"]["max_abs_diff"] is None
+    )
+    bare = Int8File(2048, 256, False, Agreement(0.47, 0.038, None, 256))
+    assert int8_line(bare) == "int8: 2.0 KiB, largest difference 0.47 (3.8% of the output)"
+
+
+def test_what_does_not_pay_is_said() -> None:
+    assert latency_notes(timed()) == ()
+    assert latency_notes(timed(over_float=1.2)) == ()
+    (note,) = latency_notes(timed(over_float=0.8))
+    assert note.startswith("int8 is slower than float on this machine: 0.80× its speed")
+    with pytest.warns(GroupifyWarning, match=r"slower than the dense model.*0\.91"):
+        (note,) = latency_notes(timed(0.91))
+    assert "speed-up 0.91" in note
+    assert latency_notes(timed(0.91, steady=False)) == ()  # a busy machine has a note of its own
