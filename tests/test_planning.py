@@ -311,7 +311,7 @@ def test_number_of_groups(
     sizes: tuple[int, int], groups: int, options: dict[str, int], chosen: int, reason: str | None
 ) -> None:
     model = behind_stem(nn.Conv2d(*sizes, 1), sizes[0])
-    site = only_site(model, groups, **options)
+    site = only_site(model, groups, size=32, **options)
     assert (site.groups, site.reason) == (chosen, reason)
 
 
@@ -355,7 +355,10 @@ def test_every_plan_keeps_its_rules_and_its_counts_are_torch_s(
     model = behind_stem(conv, in_channels)
     try:
         result = plan(model, (3, 5, 5), groups=groups, min_group_width=width, block=block, kind=kind)
-    except PlanError:
+    except PlanError as error:
+        if "would be slower" in str(error):
+            assert block > 1
+            return
         common = math.gcd(in_channels, out_channels)
         narrow = min(in_channels, out_channels)
         fitting = [d for d in range(2, groups + 1) if common % d == 0 and narrow >= width * d]

@@ -65,6 +65,7 @@ class PlanRequest:
             exclude=self.exclude,
             min_group_width=block if self.min_group_width is None else self.min_group_width,
             block=block,
+            target_block=blocked_width(self.target),
             shuffle=self.shuffle,
         )
 

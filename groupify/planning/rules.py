@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from groupify.conversion.surgery import GROUPED, GROUPED_POINTWISE, KINDS, SiteRecipe
-from groupify.errors import PlanError, near_names
+from groupify.errors import GroupifyWarning, PlanError, near_names
 from groupify.graph.operations import CONVS, Conv
 from groupify.graph.trace import example_input
 from groupify.planning.cost import Change, conv_params, run_once
+from groupify.planning.latency import latency_warning, leave_slow_sites_dense, with_latency_reasons
 from groupify.planning.limits import check_ready, functional_convs, limits, removal_of_parametrization
 from groupify.planning.plan import DENSE, Plan, SitePlan
 
@@ -56,6 +58,7 @@ def plan(
     exclude: Sequence[str] = (),
     min_group_width: int = 1,
     block: int = 1,
+    target_block: int | None = None,
     shuffle: str = "none",
 ) -> Plan:
     """Decide for every conv of a model how many groups it gets.
@@ -71,7 +74,10 @@ def plan(
         exclude: glob patterns of names that are left alone.
         min_group_width: smallest number of channels per group.
         block: channel block of the kernel that is to run the model, as ``blocked_width`` gives it. A conv
-            gets the most groups whose widths are multiples of it, where there are such; 1 = any width.
+            gets the most groups whose widths are multiples of it, where there are such, and stays dense
+            where grouped it would be slower; 1 = any width, and no conv stays dense for that.
+        target_block: the block of the target where ``block`` is 1: sites that will be slower are warned
+            of, and their reason says so. None = nothing is known of the target.
         shuffle: ``"none"``, or ``"all"`` for a channel shuffle behind every converted conv.
 
     Raises:
@@ -108,7 +114,16 @@ def plan(
     result = Plan(tuple(sites), tuple(input_shape), groups)
     if not result.converted:
         raise PlanError(_nothing_fits(result, groups, min_group_width))
-    return replace(result, notes=limits(model, [site.name for site in result.converted], example))
+    if block > 1:
+        result = leave_slow_sites_dense(result, block)
+    notes = limits(model, [site.name for site in result.converted], example)
+    known = target_block or block
+    slower = latency_warning(result, known) if known > 1 else None
+    if slower is not None:
+        result = with_latency_reasons(result, known)
+        notes = (*notes, slower)
+        warnings.warn(slower, GroupifyWarning, stacklevel=2)
+    return replace(result, notes=notes)
 
 
 def describe(model: nn.Module, recipes: Sequence[SiteRecipe], input_shape: tuple[int, ...]) -> Plan:
