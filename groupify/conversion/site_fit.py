@@ -75,7 +75,7 @@ class FitOptions:
     compensate_residual: bool = True
     in_order: bool = True
     refresh_batch_norm: bool = True
-    relu_iterations: int = 3
+    relu_iterations: int = 5
     refit_dense: bool = True
     refit_ridge: float = 0.1
     refit_max_inputs: int = 4608

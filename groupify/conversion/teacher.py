@@ -49,8 +49,8 @@ class SampleBudget:
         patches_per_input, patches_minimum: the same for the positions whose input patches are kept.
     """
 
-    per_input: float = 16.0
-    minimum: int = 8192
+    per_input: float = 8.0
+    minimum: int = 16384
     patches_per_input: float = 2.0
     patches_minimum: int = 2048
 
