@@ -45,6 +45,13 @@ def evaluate(
         limit: measure on the first images only.
         progress: show a bar on stderr.
 
+    Example:
+        >>> labels = torch.tensor([0, 1, 2, 2])
+        >>> images = torch.nn.functional.one_hot(labels, 3).float()[:, :, None, None]
+        >>> data = torch.utils.data.TensorDataset(images, torch.tensor([0, 1, 2, 0]))
+        >>> groupify.evaluate(torch.nn.Flatten(), data)
+        Accuracy(top1=0.75, images=4)
+
     Raises:
         DataError: data without labels, labels out of range, NaN, no images; or outputs that are no logits.
     """

@@ -81,6 +81,15 @@ def convert(
         seed: seed of everything random.
         progress: show bars on stderr.
 
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3), torch.nn.ReLU(), torch.nn.Conv2d(32, 8, 3))
+        >>> plan = groupify.plan(net, (16, 8, 8), groups=4)
+        >>> conversion = groupify.convert(net, plan, torch.randn(64, 16, 8, 8))
+        >>> conversion.model[2]
+        Conv2d(32, 8, kernel_size=(3, 3), stride=(1, 1), groups=4)
+        >>> [fit.name for fit in conversion.fits]
+        ['2']
+
     Raises:
         ConversionError: the plan is for another model, or weights or activations are NaN or infinite.
         DataError: no calibration images, or NaN in them.

@@ -81,6 +81,11 @@ def calibration_images(data: Data, count: int, *, seed: int) -> Tensor:
     A map-style data set is sampled as a whole; of a stream, at most the first 20 × ``count`` images.
     If there are fewer than ``count`` images, all of them are returned, in random order.
 
+    Example:
+        >>> data = groupify.load_data("demo", groupify.load_model("demo").spec)
+        >>> groupify.calibration_images(data.train, 100, seed=0).shape
+        torch.Size([100, 3, 28, 28])
+
     Raises:
         DataError: as :func:`iterate_batches`.
     """

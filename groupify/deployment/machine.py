@@ -61,6 +61,10 @@ def blocked_width(target: str = "auto") -> int:
     Args:
         target: "auto" (the CPU at hand), "avx512", "avx2", "arm64", or "any" (safe everywhere).
 
+    Example:
+        >>> groupify.blocked_width("avx2"), groupify.blocked_width("avx512")
+        (8, 16)
+
     Raises:
         SpecError: the target is unknown.
     """

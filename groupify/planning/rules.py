@@ -80,6 +80,13 @@ def plan(
             of, and their reason says so. None = nothing is known of the target.
         shuffle: ``"none"``, or ``"all"`` for a channel shuffle behind every converted conv.
 
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 24, 3), torch.nn.Conv2d(24, 64, 3))
+        >>> for site in groupify.plan(net, (3, 16, 16), groups=16).sites:
+        ...     print(site.name, site.groups, site.reason)
+        0 1 first conv: too few input channels (3)
+        1 8 clamped: 16 groups do not divide 24 → 64 channels
+
     Raises:
         PlanError: ``groups`` fits no conv, a pattern matches nothing, or an option is out of range.
         ConversionError: the model does not run on that input shape.

@@ -1,0 +1,116 @@
+"""A hook of mkdocs: put the results of benchmarks/*.json where a page says ``<!-- table: NAME -->``.
+
+So that no number is copied by hand. A result file that is not there yet is named in the table's place.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+_MARK = re.compile(r"<!-- table: ([\w-]+) -->")
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Fill in the tables of a page.
+
+    Raises:
+        KeyError: a page asks for a table that nobody makes.
+    """
+    return _MARK.sub(lambda found: table(found[1]), markdown)
+
+
+def table(name: str) -> str:
+    """Return one table as Markdown, with the command and the machine that it comes from."""
+    command, make = TABLES[name]
+    path = BENCHMARKS / f"{name}.json"
+    if not path.exists():
+        return f"*Not measured yet: `{command}` writes `benchmarks/{name}.json`.*"
+    document = json.loads(path.read_text("utf-8"))
+    machine = document["machine"]
+    if not isinstance(machine, str):
+        machine = (
+            f"{machine['cpu']} ({machine['simd']}), torch {machine['torch']}, "
+            f"onnxruntime {machine['onnxruntime']}"
+        )
+    lines = [" | ".join(("", *row, "")).strip() for row in make(document)]
+    columns = lines[0].count("|") - 1
+    lines.insert(1, "|" + "---|" * columns)
+    return "\n".join(lines) + f"\n\n`{command}` → `benchmarks/{name}.json`, {machine}"
+
+
+Rows = list[tuple[str, ...]]
+
+
+def accuracy(document: dict[str, Any]) -> Rows:
+    """A line per method, a column per number of groups."""
+    groups = sorted({row["groups"] for row in document["rows"]})
+    methods = list(dict.fromkeys(row["method"] for row in document["rows"]))
+    rows: Rows = [("top-1 (MACs)", *(f"g={count}" for count in groups))]
+    for method in methods:
+        found = {row["groups"]: row for row in document["rows"] if row["method"] == method}
+        cells = [
+            f"{found[count]['accuracy_mean']:.2f}% (÷{found[count]['macs_ratio']:.1f})"
+            if count in found
+            else "–"
+            for count in groups
+        ]
+        rows.append((method.strip(), *cells))
+    return rows
+
+
+def latency(document: dict[str, Any]) -> Rows:
+    """A line per model: times, speed-up, MAC ratio, efficiency."""
+    rows: Rows = [("", "dense → grouped", "speed-up", "MACs", "efficiency", "convs in the blocked kernel")]
+    for row in document["rows"]:
+        times = row["latency_ms"]
+        blocked = row["blocked_convs"]["grouped"]
+        rows.append(
+            (
+                row["name"],
+                f"{times['dense']['median']:.1f} → {times['grouped']['median']:.1f} ms",
+                f"{row['speed_up']:.2f}×",
+                f"÷{row['mac_ratio']:.2f}",
+                f"{row['efficiency']:.2f}",
+                f"{blocked['blocked']} of {blocked['total']}",
+            )
+        )
+    return rows
+
+
+def shuffle(document: dict[str, Any]) -> Rows:
+    """A line per size, a column per way to shuffle."""
+    ways = list(document["rows"][0]["median_ms"])
+    rows: Rows = [("channels × size", *ways)]
+    for row in document["rows"]:
+        times = [f"{row['median_ms'][way]:.2f} ms" if way in row["median_ms"] else "–" for way in ways]
+        rows.append((f"{row['channels']} × {row['side']}²", *times))
+    return rows
+
+
+def peers(document: dict[str, Any]) -> Rows:
+    """A line per method, MACs and training."""
+    threads = sorted({count for row in document["rows"] for count in row["latency"] or {}})
+    trainings = sorted({row["epochs"] for row in document["rows"]})
+    head = [f"{count:g} epochs" for count in trainings] + [f"speed-up, {count} thr." for count in threads]
+    rows: Rows = [("", "MACs", "params", *head)]
+    for key in dict.fromkeys((row["groups"], row["method"]) for row in document["rows"]):
+        found = {row["epochs"]: row for row in document["rows"] if (row["groups"], row["method"]) == key}
+        one = next(iter(found.values()))
+        tops = [f"{found[count]['accuracy_mean']:.2f}%" if count in found else "–" for count in trainings]
+        times = one["latency"] or {}
+        speeds = [f"{times[count]['speed_up']:.2f}×" if count in times else "–" for count in threads]
+        rows.append((key[1], f"÷{one['macs_ratio']:.2f}", f"÷{one['params_ratio']:.2f}", *tops, *speeds))
+    return rows
+
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
+    "accuracy": ("python scripts/benchmark_accuracy.py --checkpoint FILE --json FILE", accuracy),
+    "latency": ("python scripts/benchmark_latency.py --json FILE", latency),
+    "shuffle": ("python scripts/benchmark_shuffle.py --json FILE", shuffle),
+    "peers": ("python -m scripts.benchmark_peers --checkpoint FILE", peers),
+}
