@@ -16,12 +16,17 @@ from groupify.cli.options import (
     threads_option,
 )
 from groupify.cli.shared import CONTEXT, open_target, print_json
+from groupify.errors import ArtefactError
 
 
 @click.command(context_settings=CONTEXT, short_help="Export to ONNX, checked against PyTorch.")
 @click.argument("name", metavar="TARGET")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="File to write; default TARGET.onnx.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
+@click.option(
+    "--python", type=click.Path(path_type=Path), metavar="FILE",
+    help="Write a Python file that rebuilds the folder's model with torch and torchvision alone, no ONNX.",
+)  # fmt: skip
 @click.option("--static-batch", type=click.IntRange(1), help="Fixed batch size.")
 @click.option("--trust", is_flag=True, help="Let the folder's recipe import the code that it names.")
 @click.option("--data", metavar="SPEC", help="Real images for the check, and the calibration of --quantize.")
@@ -35,6 +40,9 @@ def export(name: str, **options: Any) -> None:
 
     Example: groupify export demo-g4 -o demo-g4.onnx --static-batch 1
     """
+    if options["python"] is not None:
+        _export_python(name, options)
+        return
     from groupify.artefact import read_recipe
     from groupify.data import load_data
     from groupify.pipeline.export import check_export_paths, run_export
@@ -65,3 +73,20 @@ def export(name: str, **options: Any) -> None:
     else:
         for line in export_lines(result):
             click.echo(line)
+
+
+def _export_python(target: str, options: dict[str, Any]) -> None:
+    from groupify.artefact import WEIGHTS_FILE, read_recipe
+    from groupify.deployment.python_file import write_python_file
+    from groupify.pipeline.export import check_export_paths
+
+    path = options["python"]
+    check_export_paths(path, quantize=False, force=options["force"], option="--python")
+    if not os.path.isdir(target):
+        raise ArtefactError(f"--python needs an output folder of 'groupify convert', not {target!r}")
+    write_python_file(read_recipe(target), path, trust=options["trust"])
+    weights = Path(target) / WEIGHTS_FILE
+    if options["as_json"]:
+        print_json({"model": target, "files": {"python": str(path), "weights": str(weights)}})
+    else:
+        click.echo(f"wrote {path}: load({str(weights)!r}) gives the model, with torch and torchvision alone")

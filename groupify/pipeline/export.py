@@ -18,7 +18,7 @@ from groupify.reporting.results import ExportResult
 from groupify.zoo import ModelSpec
 
 
-def check_export_paths(path: Path, *, quantize: bool, force: bool) -> None:
+def check_export_paths(path: Path, *, quantize: bool, force: bool, option: str = "-o") -> None:
     """Refuse files that cannot be written, before any work.
 
     Raises:
@@ -26,10 +26,10 @@ def check_export_paths(path: Path, *, quantize: bool, force: bool) -> None:
     """
     for file in (path, *((int8_path(path),) if quantize else ())):
         if os.path.lexists(file) and not force:
-            raise ArtefactError(f"{file} exists; give --force to replace it, or another file with -o")
+            raise ArtefactError(f"{file} exists; give --force to replace it, or another file with {option}")
         if os.path.isdir(file) or not os.path.isdir(file.parent):
             raise ArtefactError(
-                f"cannot write {file}: expected a file in an existing folder; choose it with -o"
+                f"cannot write {file}: expected a file in an existing folder; choose it with {option}"
             )
 
 

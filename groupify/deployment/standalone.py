@@ -1,0 +1,112 @@
+"""Grouped convs in a dense model, and its weights from a safetensors file, with torch alone.
+
+The text of this module is copied into the files that ``export --python`` writes, so it imports nothing of
+groupify's.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
+    "F64": torch.float64,
+}  # fmt: skip
+
+
+class Shuffled(nn.Module):
+    """A grouped conv whose output channels are interleaved, as in ShuffleNet."""
+
+    def __init__(self, *args: Any, shuffle_groups: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.shuffle_groups = shuffle_groups
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
+        """Convolve, then shuffle; shapes as in the conv itself."""
+        outputs: Tensor = super().forward(input)
+        blocks: Tensor = outputs.unflatten(1, (self.shuffle_groups, -1))
+        return blocks.transpose(1, 2).reshape(outputs.shape)
+
+
+def grouped(conv: Any, kind: str, groups: int, shuffle: bool) -> nn.Module:
+    """Return what takes the place of a dense conv, its weights still to be loaded.
+
+    Args:
+        conv: the dense conv, in one, two or three dimensions.
+        kind: ``"grouped"``, or ``"grouped-pointwise"`` for a grouped conv and a dense one with kernel 1.
+        groups: number of groups.
+        shuffle: whether a channel shuffle follows.
+    """
+    base = type(conv)
+    options = {
+        "kernel_size": conv.kernel_size, "stride": conv.stride, "padding": conv.padding,
+        "dilation": conv.dilation, "groups": groups, "padding_mode": conv.padding_mode,
+    }  # fmt: skip
+    channels, biased = (conv.in_channels, conv.out_channels), conv.bias is not None
+    if kind == "grouped-pointwise":
+        pointwise = base(channels[1], channels[1], 1, bias=biased)
+        first = base(*channels, bias=False, **options)
+        return nn.Sequential(OrderedDict([("grouped", first), ("pointwise", pointwise)]))
+    if shuffle:
+        kept: nn.Module = type("Shuffled", (Shuffled, base), {})(
+            *channels, bias=biased, shuffle_groups=groups, **options
+        )
+        return kept
+    plain: nn.Module = base(*channels, bias=biased, **options)
+    return plain
+
+
+def with_groups(model: nn.Module, sites: dict[str, tuple[str, int, bool]]) -> nn.Module:
+    """Return a copy of a dense model with the named convs replaced, under every name that they have."""
+    model = copy.deepcopy(model)
+    for name, site in sites.items():
+        conv = model.get_submodule(name)
+        replacement = grouped(conv, *site)
+        for alias, module in list(model.named_modules(remove_duplicate=False)):
+            if module is conv:
+                parent, _, attribute = alias.rpartition(".")
+                setattr(model.get_submodule(parent), attribute, replacement)
+    return model
+
+
+def read_safetensors(path: str | Path) -> OrderedDict[str, Tensor]:
+    """Return the tensors of a safetensors file: a length, a JSON header, then the bytes of all tensors."""
+    content = bytearray(Path(path).read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    tensors = OrderedDict[str, Tensor]()
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        first, last = entry["data_offsets"]
+        dtype = DTYPES[entry["dtype"]]
+        values = torch.empty(0, dtype=dtype)
+        if last > first:
+            values = torch.frombuffer(content[start + first : start + last], dtype=dtype)
+        tensors[name] = values.reshape(entry["shape"])
+    return tensors
+
+
+def fill(model: nn.Module, state: OrderedDict[str, Tensor], channels_last: bool) -> nn.Module:
+    """Load weights strictly into a model, which takes their types, and return it in eval mode."""
+    types = {value.dtype for value in state.values() if value.is_floating_point()}
+    if len(types) == 1:
+        model.to(types.pop())
+    target = model.state_dict(keep_vars=True)
+    for name, value in target.items():
+        if name in state and value.dtype != state[name].dtype:
+            value.data = value.data.to(state[name].dtype)
+    # Some modules (torchvision's MNASNet) refuse a state without their own version number.
+    state._metadata = getattr(target, "_metadata", None)  # type: ignore[attr-defined]
+    model.load_state_dict(state, strict=True)
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    return model.eval()
