@@ -22,6 +22,7 @@ from PIL import Image
 
 from groupify.conversion.pictures import BlockPicture
 from groupify.conversion.site_fit import SiteFit
+from groupify.deployment.agreement import Agreement
 from groupify.errors import ArtefactError
 from groupify.planning import Change
 from groupify.recovery.finetune import FinetuneRow
@@ -30,6 +31,7 @@ from groupify.reporting.charts import Point, chart
 from groupify.reporting.html import comparison_page, report_page
 from groupify.reporting.pixels import png_uri
 from groupify.reporting.read import Run, earlier_runs, read_report
+from groupify.reporting.results import Int8File
 from groupify.reporting.tables import markdown
 from groupify.reporting.verdict import verdict
 from groupify.zoo import WeightsOrigin
@@ -50,6 +52,7 @@ FULL = replace(
     ),
     pictures=(BlockPicture("layer.conv", 4, 2, 3, bytes(range(6)), bytes(range(6, 12)), 0.25, 0.5),),
     site_milliseconds={"stem": Change(2.0, 2.0), "layer.conv": Change(1.0, 0.25)},
+    int8=Int8File(18_000, 256, False, Agreement(0.1, 0.01, 0.99, 256), 0.92, 20.0, 7.3, 2.4),
     command="groupify convert resnet18 --groups 4",
     version="0.1.0",
 )
@@ -200,6 +203,13 @@ def test_page_of_a_report_with_little_in_it(report: Any) -> None:
     page = report_page(Run("out", report_document(report)))
     assert "What clustering did" not in page
     assert "None" not in page
+
+
+def test_page_has_the_int8_file() -> None:
+    page = report_page(run_of())
+    assert "17.6 KiB, top-1 92.00%, 20.00 ms, 7.30× faster than the dense float file" in page
+    assert "<title>int8: 20.00 ms, 92.00%</title>" in page
+    assert "Int8 file" not in report_page(run_of(int8=None))
 
 
 def test_markdown_for_a_pull_request() -> None:

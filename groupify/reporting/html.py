@@ -142,6 +142,10 @@ def _plane(run: Run | None, others: Sequence[Run]) -> Chart | None:
                 title = _title(look, milliseconds, accuracy[look])
                 points.append(Point(milliseconds, 100 * accuracy[look], look, title, look))
         line = list(points)
+        int8 = run.document.get("int8")
+        if int8 and int8["milliseconds"] and int8["top1"] is not None:
+            title = _title("int8", int8["milliseconds"], int8["top1"])
+            points.append(Point(int8["milliseconds"], 100 * int8["top1"], "recovered", title, "int8"))
     measured = [
         (other, final_accuracy(other.document))
         for other in others
