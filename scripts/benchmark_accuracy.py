@@ -157,9 +157,9 @@ def default(shuffle: str = "none", steps: int = 0) -> Method:
     return method
 
 
-def flow_only(setting: Setting, groups: int) -> nn.Module:
-    """Groupify without the second part of the clustering."""
-    return setting.convert(groups, replace(Calibration(setting.images), refine_sweeps=0))
+def refined(setting: Setting, groups: int) -> nn.Module:
+    """Groupify, and the clustering goes on by what least squares itself explains."""
+    return setting.convert(groups, Calibration(setting.images, refine_sweeps=3))
 
 
 def grouped_pointwise(setting: Setting, groups: int) -> nn.Module:
@@ -228,8 +228,8 @@ METHODS: dict[str, tuple[Method, bool]] = {  # name: (method, whether the seed m
     "  + ReLU-aware targets": (fitted(_RELU), True),
     "  + refit of the dense layers": (fitted(_REFIT), True),
     "  + clustering by norm": (fitted(_REFIT, "norm"), True),
-    "  + clustering by flow": (flow_only, True),
-    "groupify (clustering by fitted error)": (default(), True),
+    "groupify (clustering by data)": (default(), True),
+    "groupify, clustering by fitted error": (refined, True),
     "groupify on a random grouping": (random_grouping, True),
     "groupify, shuffle all": (default(shuffle="all"), True),
     "groupify, grouped-pointwise, equal MACs": (grouped_pointwise, True),

@@ -21,7 +21,7 @@ METHODS = (
     "truncation + clustering by norm + refresh",
     "Torch-Pruning + refresh, equal MACs",
     "least squares, in order",
-    "groupify (clustering by fitted error)",
+    "groupify (clustering by data)",
     "groupify, reconstruction",
 )
 # Okabe and Ito (2008): told apart by colour-blind readers too.
