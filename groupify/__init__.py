@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from groupify.planning import Plan, plan
     from groupify.recipe import Recipe
     from groupify.recovery.finetune import FinetuneSettings, finetune
+    from groupify.shuffles import ShuffleChoice, choose_shuffles
     from groupify.zoo import ModelSpec, Source, WeightsOrigin, load_model
 
 __all__ = [
@@ -33,11 +34,13 @@ __all__ = [
     "ModelSpec",
     "Plan",
     "Recipe",
+    "ShuffleChoice",
     "Source",
     "WeightsOrigin",
     "benchmark",
     "blocked_width",
     "calibration_images",
+    "choose_shuffles",
     "convert",
     "evaluate",
     "export",
@@ -60,6 +63,7 @@ _HOMES = {
     "planning": ("Plan", "plan"),
     "recipe": ("Recipe",),
     "recovery.finetune": ("FinetuneSettings", "finetune"),
+    "shuffles": ("ShuffleChoice", "choose_shuffles"),
     "zoo": ("ModelSpec", "Source", "WeightsOrigin", "load_model"),
 }
 _LAZY = {name.removesuffix("_onnx"): (home, name) for home, names in _HOMES.items() for name in names}

@@ -43,6 +43,7 @@ class PlanRequest:
         min_group_width: None = the channel block of the kernel on ``target``, and widths that are
             multiples of it where there are such.
         target: the processor that will run the model; see ``blocked_width``.
+        shuffle: "none", "all", or "auto": made without, for ``choose_shuffles`` to add them.
     """
 
     groups: int
@@ -53,8 +54,8 @@ class PlanRequest:
     target: str = "auto"
     shuffle: str = "none"
 
-    def make(self, source: Source) -> Plan:
-        """Make the plan for a model."""
+    def make(self, source: Source, *, with_shuffles: bool = True) -> Plan:
+        """Make the plan for a model, if asked for without the shuffles, which auto measures later."""
         block = blocked_width(self.target) if self.min_group_width is None else 1
         return plan(
             source.model,
@@ -66,7 +67,7 @@ class PlanRequest:
             min_group_width=block if self.min_group_width is None else self.min_group_width,
             block=block,
             target_block=blocked_width(self.target),
-            shuffle=self.shuffle,
+            shuffle=self.shuffle if with_shuffles else "none",
         )
 
 

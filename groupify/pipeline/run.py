@@ -24,6 +24,7 @@ from groupify.planning import describe
 from groupify.recipe import Recipe
 from groupify.recovery.finetune import finetune
 from groupify.reporting import AccuracyChange, Report
+from groupify.shuffles import choose_shuffles
 from groupify.zoo import Source, load_model
 
 
@@ -34,11 +35,23 @@ def run_conversion(request: ConversionRequest, *, progress: bool = False) -> Rep
         GroupifyError: anything that cannot be done as asked.
     """
     check_quantize(request.output.quantize, request.data)
+    measures_shuffles = request.plan.shuffle == "auto"
+    if measures_shuffles and (request.data is None or request.calibration_images == 0):
+        raise SpecError(
+            "--shuffle auto is measured on images: give --data, not --calibrate none; or choose none or all"
+        )
     with writing_folder(request.output.folder, request.output.force) as folder:
         source = request.model.load(request.seed)
-        chosen = request.plan.make(source)
+        chosen = request.plan.make(source, with_shuffles=not measures_shuffles)
         data = None if request.data is None else open_data(request.data, source, request.seed)
         calibration = _calibration(data, request)
+        shuffles = None
+        if measures_shuffles and calibration is not None:
+            shuffles = choose_shuffles(
+                source.model, chosen, calibration, target=request.plan.target,
+                threads=request.output.threads, seed=request.seed, progress=progress,
+            )  # fmt: skip
+            chosen = shuffles.plan
         conversion = convert(source.model, chosen, calibration, seed=request.seed, progress=progress)
         accuracy = _accuracy(source.model, conversion.model, data, progress)
         model, tuned = conversion.model, None
@@ -53,6 +66,7 @@ def run_conversion(request: ConversionRequest, *, progress: bool = False) -> Rep
             chosen,
             model,
             conversion=conversion,
+            shuffles=shuffles,
             tuned=tuned,
             accuracy=accuracy,
             data=data,

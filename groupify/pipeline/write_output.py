@@ -24,6 +24,7 @@ from groupify.recipe import Recipe
 from groupify.recovery.finetune import FinetuneResult
 from groupify.reporting import AccuracyChange, CostChange, Report
 from groupify.reporting.read import REPORT_FILE
+from groupify.shuffles import ShuffleChoice
 from groupify.zoo import Source
 
 MODEL_FILE = "model.onnx"
@@ -43,6 +44,7 @@ def write_output(
     seed: int,
     progress: bool,
     target: str = "auto",
+    shuffles: ShuffleChoice | None = None,
 ) -> Report:
     """Write recipe, weights, ONNX file and report into ``folder``, measuring on the way.
 
@@ -59,6 +61,7 @@ def write_output(
         seed: seed of the parity check's inputs and of the choice of images for int8.
         progress: show bars on stderr.
         target: the processor that will run the ONNX file; see ``blocked_width``.
+        shuffles: how the shuffles were chosen; None where they were not measured.
     """
     shape = source.spec.input_shape
     recipe = Recipe(
@@ -109,6 +112,7 @@ def write_output(
         parity=parity,
         latency=timed.latency,
         int8=timed.int8,
+        shuffles=shuffles,
         machine=describe_machine(),
         seed=seed,
         files={role: str(request.folder / name) for role, name in files.items()},

@@ -56,8 +56,13 @@ def relative_latency(site: SitePlan, block: int) -> float:
     if site.kind == GROUPED_POINTWISE:
         grouped += outputs**2 * (positions + _WEIGHT) + outputs * positions * _VALUE
     if site.shuffle:
-        grouped += outputs * positions * _SHUFFLED_VALUE + _NODE
+        grouped += shuffle_work(site)
     return grouped / dense
+
+
+def shuffle_work(site: SitePlan) -> float:
+    """Estimate what a channel shuffle behind a site costs at run time, in MACs of the blocked kernel."""
+    return site.out_channels * math.prod(site.output_size) * _SHUFFLED_VALUE + _NODE
 
 
 def leave_slow_sites_dense(plan: Plan, block: int) -> Plan:

@@ -169,6 +169,11 @@ def _check_options(groups: int, kind: str, min_group_width: int, block: int, shu
         raise PlanError(f"min_group_width is {min_group_width}, expected at least 1 channel")
     if block < 1:
         raise PlanError(f"block is {block}, expected at least 1 channel")
+    if shuffle == "auto":
+        raise PlanError(
+            "shuffle 'auto' is measured on images, which a plan has none of: make it with 'none' and give it "
+            "to choose_shuffles; on the command line, 'groupify convert --shuffle auto --data SPEC'"
+        )
     if shuffle not in SHUFFLES:
         raise PlanError(f"unknown shuffle {shuffle!r}, expected one of {', '.join(SHUFFLES)}")
     if shuffle != "none" and kind == GROUPED_POINTWISE:

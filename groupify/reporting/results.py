@@ -13,6 +13,7 @@ from groupify.deployment.machine import Machine
 from groupify.deployment.parity import Parity
 from groupify.planning import Change, ModelCost, SitePlan
 from groupify.recovery.finetune import FinetuneRow
+from groupify.shuffles import ShuffleChoice
 from groupify.zoo import WeightsOrigin
 
 
@@ -115,6 +116,7 @@ class Report:
         parity: ONNX Runtime against PyTorch.
         latency: dense against grouped; None where not timed.
         int8: the quantised variant of the ONNX file; None where none was asked for.
+        shuffles: how the shuffles were chosen; None where they were not measured.
         machine: where it ran.
         seed: seed of everything random.
         files: what was written, by role.
@@ -138,6 +140,7 @@ class Report:
     parity: Parity | None = None
     latency: LatencyChange | None = None
     int8: Int8File | None = None
+    shuffles: ShuffleChoice | None = None
     machine: Machine | None = None
     seed: int = 0
     files: Mapping[str, str] = field(default_factory=dict)

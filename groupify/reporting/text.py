@@ -90,14 +90,34 @@ def print_bench(result: BenchResult, console: Console) -> None:
     dense, grouped = result.blocked_convs
     memory = result.peak_memory_bytes
     for line in (
+        *_int8_lines(result),
         f"MAC ratio {ratio(result.macs.ratio)}; efficiency = speed-up ÷ MAC ratio; "
         "milliseconds as median (10–90%)",
         f"convs in ONNX Runtime's blocked kernel: dense {dense.blocked} of {dense.total}, "
         f"grouped {grouped.blocked} of {grouped.total}",
         f"peak memory of a fresh process: {size(memory.dense)} → {size(memory.grouped)}",
         f"machine: {result.machine}",
+        *(f"note: {note}" for note in result.notes),
     ):
         console.print(Text(line), soft_wrap=True)
+
+
+def _int8_lines(result: BenchResult) -> list[str]:
+    lines = [
+        f"int8, threads {row.threads}, batch {row.batch_size}: "
+        f"{_with_spread(row.int8.median_ms, row.int8.spread_ms)} ms, "
+        f"{row.int8.images_per_second:.0f} images/s, {ratio(row.int8.speed_up)} over dense, "
+        f"{ratio(row.int8.speed_up_over_float)} over grouped float"
+        for row in result.rows
+        if row.int8 is not None
+    ]
+    if result.int8_peak_memory_bytes is not None and result.int8_blocked_convs is not None:
+        blocked = result.int8_blocked_convs
+        lines.append(
+            f"int8: peak memory {size(result.int8_peak_memory_bytes)}, "
+            f"{blocked.blocked} of {blocked.total} convs in the blocked kernel"
+        )
+    return lines
 
 
 def _with_spread(median: float, spread: tuple[float, float]) -> str:
@@ -211,6 +231,8 @@ def report_lines(report: Report) -> list[str]:
     lines.append(f"weights: {report.weights.source}; {report.calibration}")
     if report.parity is not None:
         lines.append(f"ONNX Runtime against PyTorch: largest difference {report.parity.max_abs_diff:.1e}")
+    if report.shuffles is not None:
+        lines.append(shuffles_line(report))
     if report.int8 is not None:
         lines.append(int8_line(report.int8))
     if report.machine is not None:
@@ -223,6 +245,22 @@ def report_lines(report: Report) -> list[str]:
     if report.files:
         lines.append("wrote " + ", ".join(report.files.values()))
     return lines
+
+
+def shuffles_line(report: Report) -> str:
+    """How many places got a shuffle, and what that was decided on."""
+    choice = report.shuffles
+    if choice is None or not choice.places:
+        return "shuffle auto: no grouped conv reads another, so no shuffle could gain"
+    chosen = sum(place.chosen for place in choice.places)
+    errors = [fit.error for fit in report.fits]
+    now = f", {sum(errors) / len(errors):.4f} as chosen" if errors else ""
+    return (
+        f"shuffle auto: at {chosen} of {len(choice.places)} places; mean fitted error "
+        f"{choice.error_without:.4f} without, {choice.error_with:.4f} with all{now}; latency "
+        f"{choice.milliseconds_without:.2f} ms without, {choice.milliseconds_with:.2f} ms with all; "
+        f"1% of latency had to save {choice.error_per_percent:g}"
+    )
 
 
 def int8_line(int8: Int8File) -> str:
