@@ -1,24 +1,34 @@
 from __future__ import annotations
 
+import io
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from groupify import Recipe, WeightsOrigin, plan, save
-from groupify.bench import BenchResult, bench_document, bench_folder
+from groupify.artefact import load, read_recipe
+from groupify.bench import BenchResult, BenchRow, Int8Latency, _slow_notes, bench_document, bench_folder
 from groupify.conversion.surgery import restructure
-from groupify.errors import ArtefactError, GroupifyError, SpecError
+from groupify.deployment.export import export_onnx
+from groupify.deployment.quantize import quantize_onnx
+from groupify.errors import ArtefactError, GroupifyError, GroupifyWarning, SpecError
+from groupify.planning import Change
+from groupify.reporting.text import print_bench
 from groupify.zoo import ModelSpec
 from tests.cli_nets import net
 
-SPEC = ModelSpec("tests.cli_nets:net", {}, (3, 8, 8), None)
+# Wide enough to be faster when grouped, on any machine: a slower one is warned of.
+SPEC = ModelSpec("tests.cli_nets:net", {"channels": 64}, (3, 16, 16), None)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    dense = net()
+    dense = net(64)
     chosen = plan(dense, SPEC.input_shape, groups=4)
     path = tmp_path_factory.mktemp("bench") / "out"
     save(
@@ -46,10 +56,10 @@ def test_rows(result: BenchResult) -> None:
 
 
 def test_counts(result: BenchResult) -> None:
-    # 3 → 32 at 8×8, 32 → 64 at 4×4, 64 → 64 1×1 at 4×4, and the linear.
-    outside = 3 * 32 * 9 * 64 + 64 * 10
-    assert result.macs.dense == outside + 32 * 64 * 9 * 16 + 64 * 64 * 16
-    assert result.macs.grouped == outside + (32 * 64 * 9 * 16 + 64 * 64 * 16) // 4
+    # 3 → 64 at 16×16, 64 → 128 at 8×8, 128 → 128 1×1 at 8×8, and the linear.
+    outside = 3 * 64 * 9 * 256 + 128 * 10
+    assert result.macs.dense == outside + 64 * 128 * 9 * 64 + 128 * 128 * 64
+    assert result.macs.grouped == outside + (64 * 128 * 9 * 64 + 128 * 128 * 64) // 4
     assert [convs.total for convs in result.blocked_convs] == [3, 3]
     assert result.peak_memory_bytes.dense > 2**20
     document = bench_document(result)
@@ -66,5 +76,66 @@ def test_refused(folder: Path, tmp_path: Path) -> None:
         bench_folder(folder)
     with pytest.raises(ArtefactError, match="no folder"):
         bench_folder(tmp_path / "missing")
+    # Before anything is read or exported: the folder is missing too.
     with pytest.raises(GroupifyError, match="threads"):
-        bench_folder(folder, threads=(), trust=True)
+        bench_folder(tmp_path / "missing", threads=())
+    with pytest.raises(GroupifyError, match=r"batch sizes \(1, 0\)"):
+        bench_folder(tmp_path / "missing", batch_sizes=(1, 0))
+
+
+def with_int8(
+    folder: Path, target: Path, *, recipe_sha256: str | None = None, batch: int | None = None
+) -> Path:
+    """A copy of the folder with an int8 file."""
+    shutil.copytree(folder, target)
+    sha256 = recipe_sha256 or read_recipe(folder).sha256 or ""
+    export_onnx(
+        load(target, trust=True), target / "float.onnx", input_shape=SPEC.input_shape, static_batch=batch,
+        metadata={"groupify.recipe_sha256": sha256},
+    )  # fmt: skip
+    images = torch.randn(8, *SPEC.input_shape, generator=torch.Generator().manual_seed(0))
+    quantize_onnx(target / "float.onnx", target / "model.int8.onnx", images=images)
+    return target
+
+
+def test_int8_is_timed_with_the_others(folder: Path, tmp_path: Path) -> None:
+    path = with_int8(folder, tmp_path / "out")
+    result = bench_folder(path, batch_sizes=(1, 4), seconds=0.1, trust=True)
+    for row in result.rows:
+        assert row.int8 is not None
+        assert row.int8.spread_ms[0] <= row.int8.median_ms <= row.int8.spread_ms[1]
+        assert row.int8.images_per_second == pytest.approx(1000 * row.batch_size / row.int8.median_ms)
+        said = [f"batch {row.batch_size})" in note for note in result.notes if "grouped int8" in note]
+        assert any(said) == (row.int8.speed_up_over_float < 1)
+    assert result.int8_peak_memory_bytes is not None
+    assert result.int8_peak_memory_bytes > 2**20
+    assert result.int8_blocked_convs is not None
+    assert (result.int8_blocked_convs.blocked, result.int8_blocked_convs.total) == (0, 3)
+    document = bench_document(result)
+    assert document["rows"][0]["int8"]["median_ms"] > 0
+    json.dumps(document, allow_nan=False)
+    console = Console(file=io.StringIO(), width=400, no_color=True)
+    print_bench(result, console)
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert "int8, threads 1, batch 4: " in text
+    assert "0 of 3 convs in the blocked kernel" in text
+
+
+def test_an_int8_file_that_does_not_belong_is_left_out(folder: Path, tmp_path: Path) -> None:
+    foreign = with_int8(folder, tmp_path / "foreign", recipe_sha256="0" * 64)
+    fixed = with_int8(folder, tmp_path / "fixed", batch=3)
+    for path, reason in ((foreign, "another recipe"), (fixed, "takes batches of 3 only")):
+        result = bench_folder(path, seconds=0.1, trust=True)
+        assert all(row.int8 is None for row in result.rows)
+        assert any(reason in note for note in result.notes)
+        assert result.int8_peak_memory_bytes is None
+
+
+def test_a_slower_setting_is_warned_of() -> None:
+    row = BenchRow("ONNX Runtime", 1, 8, Change(2.0, 2.5), (1.9, 2.1), (2.4, 2.6), Change(1.0, 1.0), 0.8, 0.2)
+    with pytest.warns(GroupifyWarning, match=r"speed-up 0\.80 \(ONNX Runtime, threads 1, batch 8"):
+        (note,) = _slow_notes([row, replace(row, speed_up=1.2)])
+    int8 = Int8Latency(3.0, (2.9, 3.1), 100.0, 0.9, 0.83)
+    (note,) = _slow_notes([replace(row, speed_up=1.2, int8=int8)])
+    assert note.startswith("grouped int8 is slower than grouped float: 0.83×")

@@ -132,6 +132,17 @@ def benchmark_pytorch(
         torch.set_num_threads(before)
 
 
+def check_settings(threads: Sequence[int], batch_sizes: Sequence[int]) -> None:
+    """Refuse lists of settings that cannot be timed.
+
+    Raises:
+        GroupifyError: a list is empty, or a number is below 1.
+    """
+    for what, values in (("threads", threads), ("batch sizes", batch_sizes)):
+        if not values or min(values) < 1:
+            raise GroupifyError(f"{what} {tuple(values)}: expected one or more numbers, each at least 1")
+
+
 def _benchmark(
     models: Mapping[str, object],
     prepare: Callable[[Tensor, int], dict[str, Callable[[], object]]],
@@ -144,9 +155,7 @@ def _benchmark(
 ) -> list[Latency]:
     if not models:
         raise GroupifyError("no model to time: give at least one")
-    for what, values in (("threads", threads), ("batch sizes", batch_sizes)):
-        if not values or min(values) < 1:
-            raise GroupifyError(f"{what} {tuple(values)}: expected one or more numbers, each at least 1")
+    check_settings(threads, batch_sizes)
     rows: list[Latency] = []
     settings = [(count, size) for count in threads for size in batch_sizes]
     for count, size in tqdm(settings, desc="timing", disable=None if progress else True):
