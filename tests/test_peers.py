@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 from groupify.conversion.sampling import input_patches, pick, sample_positions
 from groupify.conversion.teacher import SiteSamples
+from groupify.data import load_data
 from groupify.planning import measure_cost, plan
+from groupify.zoo import ModelSpec
 from scripts import benchmark_peers
 from scripts.benchmark_accuracy import Setting
 from scripts.benchmark_peers import Bench, Results, Row, table
 from scripts.low_rank import STRUCTURES, Size, choose_ranks, factorise
 from scripts.plot_peers import draw
+from tests import cli_nets
 
 SHAPE = (8, 10, 9)
 
@@ -171,3 +174,16 @@ def test_picture_has_a_panel_per_training(tmp_path: Path) -> None:
     picture = (tmp_path / "peers.svg").read_text("utf-8")
     for text in ("no training", "1 epoch", "groupify", "truncation", "dense 93.50%"):
         assert picture.count(f">{text}<") == 1
+
+
+def test_training_gives_a_row_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = cli_nets.net()
+    splits = load_data("tests.cli_nets:data", ModelSpec("net", {}, (3, 8, 8), None))
+    images = torch.randn(8, 3, 8, 8)
+    monkeypatch.setitem(benchmark_peers.METHODS, "truncation", lambda setting, groups: cli_nets.net())
+    results = Results(tmp_path / "peers.json", {"dense_accuracy": 50.0})
+    bench = Bench([Setting(model, images, 0)], splits, 50.0, None, ())
+    bench.measure("truncation", 4, [0.0, 0.5], results)
+    assert sorted(results.rows) == [("truncation", 4, 0.0), ("truncation", 4, 0.5)]
+    assert all(row.macs_ratio == 1 and row.latency is None for row in results.rows.values())
