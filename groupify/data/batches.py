@@ -191,10 +191,23 @@ def _sample_stream(data: Iterable[Any], batch_size: int) -> Iterator[Batch]:
 
 def _iterate(data: Any) -> Iterator[Any]:
     try:
-        return iter(data)
+        return _watched(iter(data))
     except TypeError as error:
         raise DataError(
             f"data of type {type(data).__name__}: expected a Dataset, an IterableDataset or a DataLoader"
+        ) from error
+
+
+def _watched(items: Iterator[Any]) -> Iterator[Any]:
+    try:
+        yield from items
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"a worker of the data loader died ({reason}): out of memory, or a crash in the data set; "
+            "num_workers=0 shows which"
         ) from error
 
 

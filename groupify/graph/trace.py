@@ -35,7 +35,9 @@ def trace(model: nn.Module) -> Traced:
         return Traced(_symbolic_trace(model), None)
     except Exception as error:  # any Python code may run here, so any exception may come out
         reason = str(error).strip().splitlines()
-        return Traced(None, f"{type(error).__name__}: {reason[0] if reason else 'no message'}")
+        return Traced(
+            None, f"{type(error).__name__}: {reason[0].partition('. ')[0] if reason else 'no message'}"
+        )
     finally:
         for module, was_training in training.items():
             module.training = was_training

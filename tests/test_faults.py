@@ -1,0 +1,160 @@
+"""What can go wrong around a conversion: each has one line, and an earlier artefact stays as it was.
+
+Beside these: a full disk and a vanished folder in test_output_folder.py, test_artefact.py and test_cli.py;
+NaN, labels out of range and empty data in test_data.py, test_evaluation.py and conversion/test_convert.py.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+import groupify
+from groupify.data import iterate_batches
+from groupify.deployment import machine
+from groupify.errors import GroupifyError
+from tests.conftest import ROOT, Run
+from tests.conversion.nets import SHAPE, Residual, images, randomise
+
+SPEC = groupify.ModelSpec("tests.conversion.nets:Residual", {}, SHAPE, None)
+
+
+def artefact(net: nn.Module) -> groupify.Recipe:
+    plan = groupify.plan(net, SHAPE, groups=4)
+    return groupify.Recipe(SPEC, groupify.WeightsOrigin("factory", pretrained=False), plan.recipes)
+
+
+def converted(seed: int) -> tuple[nn.Module, groupify.Recipe]:
+    net = randomise(Residual(), seed).eval()
+    recipe = artefact(net)
+    return groupify.convert(net, groupify.plan(net, SHAPE, groups=4), images()).model, recipe
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+@pytest.mark.parametrize("syncs", [0, 1])
+def test_a_process_killed_during_save_leaves_the_earlier_artefact(syncs: int, tmp_path: Path) -> None:
+    model, recipe = converted(0)
+    groupify.save(tmp_path / "out", model, recipe)
+    other, _ = converted(1)
+    done = 0
+
+    def killing(descriptor: int) -> None:
+        nonlocal done
+        if done == syncs:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done += 1
+
+    child = os.fork()
+    if child == 0:  # pragma: no cover - the child is killed
+        os.fsync = killing
+        try:
+            groupify.save(tmp_path / "out", other, recipe, force=True)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    x = images(2)
+    with torch.no_grad():
+        assert torch.equal(groupify.load(tmp_path / "out", model=Residual())(x), model(x))
+    # What the dead process left behind is no obstacle.
+    groupify.save(tmp_path / "out", other, recipe, force=True)
+    with torch.no_grad():
+        assert torch.equal(groupify.load(tmp_path / "out", model=Residual())(x), other(x))
+
+
+_LOADER = """
+import os, signal, sys, torch
+from torch.utils.data import DataLoader, Dataset
+from groupify.data import iterate_batches
+from groupify.errors import DataError
+
+class Dying(Dataset):
+    def __len__(self):
+        return 8
+    def __getitem__(self, index):
+        if index == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.zeros(3, 8, 8), index
+
+try:
+    list(iterate_batches(DataLoader(Dying(), 2, num_workers=1, multiprocessing_context="fork"), 2))
+except DataError as error:
+    print(error)
+    sys.stdout.flush()
+    os._exit(7)  # torch raises again whenever it is told of the dead child
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
+def test_a_dead_worker_of_a_data_loader_is_one_line() -> None:
+    # In a process of its own: torch reports the death from a signal handler, wherever the process is then.
+    ended = subprocess.run([sys.executable, "-c", _LOADER], capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 7, ended.stderr
+    assert "a worker of the data loader died (DataLoader worker" in ended.stdout
+    assert ended.stdout.count("\n") == 1
+
+
+class _Broken(Dataset[tuple[Tensor, int]]):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        raise RuntimeError("the data set's own error")
+
+
+def test_an_error_of_the_data_set_itself_goes_through() -> None:
+    with pytest.raises(RuntimeError, match="the data set's own error"):
+        list(iterate_batches(DataLoader(_Broken(), batch_size=2), 2))
+
+
+@pytest.mark.parametrize(("flags", "simd", "width"), [
+    ({"sse4_2", "avx", "avx2"}, "avx2", 8), ({"sse4_2"}, "baseline", 8), (set(), "baseline", 8),
+    ({"avx2", "avx512f"}, "avx512", 16),
+])  # fmt: skip
+def test_a_cpu_without_avx_512(
+    flags: set[str], simd: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert machine.describe_machine().simd == simd
+    assert groupify.blocked_width() == width
+
+
+def test_onnx_runtime_missing_leaves_the_earlier_output(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model, recipe = converted(0)
+    groupify.save(tmp_path / "out", model, recipe)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    outcome = run("convert", "demo", "--groups", "4", "-o", "out", "--force", "--quiet")
+    assert outcome.code == 2
+    assert "pip install onnxruntime" in outcome.err
+    assert outcome.err.strip().count("\n") == outcome.err.count("groupify: warning")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    # What needs no ONNX Runtime still works.
+    assert run("plan", "demo", "--groups", "4").code == 0
+    groupify.load(tmp_path / "out", model=Residual())
+
+
+def test_one_image_is_enough_to_convert_and_evaluate() -> None:
+    net = randomise(Residual()).eval()
+    one = [(images(1), torch.tensor([3]))]
+    with pytest.warns(groupify.GroupifyWarning, match="fewer samples than inputs"):
+        result = groupify.convert(
+            net, groupify.plan(net, SHAPE, groups=2), groupify.calibration_images(one, 5, seed=0)
+        )
+    accuracy = groupify.evaluate(result.model, one)
+    assert accuracy.images == 1
+    with pytest.raises(GroupifyError, match="label 3"):
+        groupify.evaluate(nn.Sequential(result.model, nn.Linear(5, 2)), one)
