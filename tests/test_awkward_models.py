@@ -232,6 +232,21 @@ def test_a_subclass_of_conv_is_left_alone() -> None:
     assert type(result.model.get_submodule("conv1")) is Standardised
 
 
+def test_a_subclass_that_only_builds_differently_is_a_plain_conv() -> None:
+    class ThreeByThree(nn.Conv2d):
+        def __init__(self, channels: int) -> None:
+            super().__init__(channels, channels, 3, padding=1, bias=False)
+
+    net = Residual()
+    net.conv1 = ThreeByThree(16)
+    randomise(net).eval()
+    make_block_diagonal(net.conv1, 4)
+    found = groupify.plan(net, SHAPE, groups=4, include=["conv1"])
+    result = groupify.convert(net, found, Calibration(images(64), fit=EXACT))
+    assert type(result.model.get_submodule("conv1")) is nn.Conv2d
+    assert relative_error(result.model, net, images(seed=1)) < 1e-3
+
+
 def test_complex_inputs_and_weights_are_refused() -> None:
     net = randomise(Residual()).eval()
     found = groupify.plan(net, SHAPE, groups=4)

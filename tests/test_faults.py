@@ -47,7 +47,7 @@ def test_a_process_killed_during_save_leaves_the_earlier_artefact(syncs: int, tm
     other, _ = converted(1)
     done = 0
 
-    def killing(descriptor: int) -> None:
+    def killing(descriptor: object) -> None:
         nonlocal done
         if done == syncs:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -55,7 +55,7 @@ def test_a_process_killed_during_save_leaves_the_earlier_artefact(syncs: int, tm
 
     child = os.fork()
     if child == 0:  # pragma: no cover - the child is killed
-        os.fsync = killing
+        os.fsync = killing  # type: ignore[assignment]
         try:
             groupify.save(tmp_path / "out", other, recipe, force=True)
         finally:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from groupify.conversion.layers import SHUFFLED, shuffle_order
 from groupify.errors import ConversionError, near_names
-from groupify.graph.operations import CONVS, Conv
+from groupify.graph.operations import CONVS, Conv, conv_kind
 
 GROUPED = "grouped"
 GROUPED_POINTWISE = "grouped-pointwise"
@@ -77,7 +77,8 @@ def _new_conv(dense: Conv, groups: int, shuffle: bool, *, bias: bool) -> Conv:
         "padding_mode": dense.padding_mode,
         "dtype": dense.weight.dtype,
     }
-    kind = type(dense)
+    kind = conv_kind(dense)
+    assert kind is not None
     conv: Conv = SHUFFLED[kind](shuffle_groups=groups, **options) if shuffle else kind(**options)
     return conv.to_empty(device=dense.weight.device)
 
@@ -97,7 +98,9 @@ def _replacement(dense: Conv, site: SiteRecipe) -> nn.Module:
     else:
         conv = _new_conv(dense, site.groups, shuffle=False, bias=False)
         channels = dense.out_channels
-        pointwise = type(dense)(
+        kind = conv_kind(dense)
+        assert kind is not None
+        pointwise = kind(
             channels, channels, 1, bias=has_bias, device="meta", dtype=dense.weight.dtype
         ).to_empty(device=dense.weight.device)
         with torch.no_grad():
@@ -120,7 +123,7 @@ def _check(site: SiteRecipe, model: nn.Module) -> Conv:
             f"the model has no layer {site.name!r}, so it is not the model that the plan was made for"
             f"{near_names(site.name, convs)}"
         )
-    if not isinstance(module, CONVS) or type(module) not in CONVS:
+    if not isinstance(module, CONVS) or conv_kind(module) is None:
         raise ConversionError(
             f"layer {site.name!r} is a {type(module).__name__}, expected a plain Conv1d, Conv2d or Conv3d"
         )

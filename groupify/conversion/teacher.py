@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from groupify.conversion.sampling import Positions, compact, input_patches, pick, sample_positions
 from groupify.errors import ConversionError
-from groupify.graph.operations import CONVS, Conv, is_batch_norm
+from groupify.graph.operations import CONVS, Conv, conv_kind, is_batch_norm
 
 
 @dataclass
@@ -206,7 +206,7 @@ def refittable(module: fx.GraphModule, sites: Iterable[str], max_inputs: int) ->
                 changed
                 and name not in names
                 and isinstance(layer, (nn.Linear, *CONVS))
-                and type(layer) in (nn.Linear, *CONVS)
+                and (type(layer) is nn.Linear or conv_kind(layer) is not None)
                 and isinstance(layer._parameters.get("weight"), nn.Parameter)  # else computed before each run
                 and getattr(layer, "groups", 1) == 1
                 and layer.weight[0].numel() <= max_inputs

@@ -45,7 +45,7 @@ def grouped(conv: Any, kind: str, groups: int, shuffle: bool) -> nn.Module:
         groups: number of groups.
         shuffle: whether a channel shuffle follows.
     """
-    base = type(conv)
+    base = next(kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(conv, kind))
     options = {
         "kernel_size": conv.kernel_size, "stride": conv.stride, "padding": conv.padding,
         "dilation": conv.dilation, "groups": groups, "padding_mode": conv.padding_mode,

@@ -148,7 +148,7 @@ class Labeller(fx.Interpreter):
         if type(module) is nn.Linear and features is not None:
             self._record(LINEAR_INPUT, name, features)
             return self._outputs(LINEAR_OUTPUT, name, module.out_features).expand(value.shape)
-        if type(module) in ops.CONVS and channels is not None:
+        if ops.conv_kind(module) is not None and channels is not None:
             return self._label_conv(name, module, channels, value)
         return None
 

@@ -79,6 +79,20 @@ BATCH_NORMS = (
 )  # fmt: skip
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+def conv_kind(module: nn.Module) -> type[Conv] | None:
+    """Return the conv class whose computation a module has; None for any other, as a subclass may be.
+
+    A subclass that changes the constructor alone (torchvision's video models have such) computes the same.
+    """
+    for kind in CONVS:
+        if isinstance(module, kind):
+            same = type(module).forward is kind.forward
+            return kind if same and type(module)._conv_forward is kind._conv_forward else None
+    return None
+
+
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 

@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from groupify.conversion.surgery import GROUPED, GROUPED_POINTWISE, KINDS, SiteRecipe
 from groupify.errors import GroupifyWarning, PlanError, near_names
-from groupify.graph.operations import CONVS, Conv
+from groupify.graph.operations import CONVS, Conv, conv_kind
 from groupify.graph.trace import example_input
 from groupify.planning.cost import Change, conv_params, run_once
 from groupify.planning.latency import latency_warning, leave_slow_sites_dense, with_latency_reasons
@@ -262,7 +262,7 @@ def _why_not(
         return (
             f"its weight is parametrized (weight or spectral norm); first {removal_of_parametrization(conv)}"
         )
-    if type(conv) not in CONVS:
+    if conv_kind(conv) is None:
         kind = next(base.__name__ for base in CONVS if isinstance(conv, base))
         return f"a subclass of {kind} ({type(conv).__name__}), whose forward may differ"
     if observed is None:
