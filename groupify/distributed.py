@@ -40,11 +40,14 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def total(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over all ranks; the tensor stays as it is."""
+        return tensor if self.world == 1 else self.sum(tensor.clone())
+
     def sums(self, *values: float, device: torch.device | None = None) -> tuple[float, ...]:
         """Sum numbers over all ranks."""
         if self.world == 1:
             return values
-        # NCCL takes tensors of a GPU only, and no MPS or CPU backend has less than float32.
         return tuple(self.sum(torch.tensor(values, dtype=torch.float64, device=device)).tolist())
 
     def broadcast(self, tensor: Tensor) -> Tensor:
@@ -97,7 +100,8 @@ def process_group() -> Iterator[Ranks]:
     on_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= local_world
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_TIMEOUT)
+    # Some numbers are summed on the CPU, also where the models are on GPUs.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_TIMEOUT)
     try:
         yield current_ranks()
     finally:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from groupify.data import UNLABELLED, Data, check_labels, is_map_style, iterate_batches
+from groupify.distributed import ALONE, Ranks
 from groupify.errors import DataError
 
 _OUTPUT_NAMES = ("logits", "out")
@@ -32,6 +33,7 @@ def evaluate(
     batch_size: int = 256,
     limit: int | None = None,
     progress: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Accuracy:
     """Return the top-1 accuracy of a classifier.
 
@@ -44,6 +46,7 @@ def evaluate(
         batch_size: images per batch.
         limit: measure on the first images only.
         progress: show a bar on stderr.
+        ranks: the processes that divide the images among themselves; each gets the accuracy of all.
 
     Example:
         >>> labels = torch.tensor([0, 1, 2, 2])
@@ -60,7 +63,7 @@ def evaluate(
     total = len(cast(Any, data)) if is_map_style(data) else None
     if total is not None and limit is not None:
         total = min(total, limit)
-    batches = iterate_batches(data, batch_size, limit=limit)
+    batches = iterate_batches(data, batch_size, limit=limit, share=(ranks.rank, ranks.world))
     with (
         evaluating(model),
         torch.inference_mode(),
@@ -73,7 +76,8 @@ def evaluate(
             check_labels(labels, logits.shape[1])
             correct += int((logits.argmax(1).cpu() == labels).sum())
             images_seen += len(labels)
-            bar.update(len(labels))
+            bar.update(ranks.world * len(labels))
+    correct, images_seen = (int(value) for value in ranks.sums(correct, images_seen))
     return Accuracy(correct / images_seen, images_seen)
 
 

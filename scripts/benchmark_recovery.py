@@ -6,7 +6,7 @@
 
 Setting and dense net are those of scripts/benchmark_accuracy.py. Every method gets the same images (54,000
 to train on, 6,000 held out to choose the best weights), the same budget and the same distillation from the
-dense net; its learning rate is the best of --learning-rates in a tenth of an epoch with seed 0, by the
+dense net; its learning rate is the best of --learning-rates with seed 0 and the row's own budget, by the
 held-out images, so that no rival has to make do with groupify's. Accuracy is measured on all 10,000 test
 images, in float32. Each result goes into the JSON file as it comes; what is there is not measured again, so
 the run may be stopped at any time and started again, and several may share the rows by --rows.
@@ -58,7 +58,6 @@ from scripts.benchmark_accuracy import (
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "benchmarks" / "recovery.json"
 FAST = FinetuneSettings(amp="bfloat16", channels_last=True)
-CHOICE_EPOCHS = 0.1  # what the learning rate is chosen with
 SPEED_STEPS = 12
 RATES = "0.005,0.02,0.1"
 
@@ -119,8 +118,7 @@ class RememberingTeacher(nn.Module):
 class Row:
     """One method at one number of groups after some training; accuracies in percent, by seed.
 
-    ``seconds`` is the time of the last seed, the conversion included. ``learning_rates`` maps those that
-    were tried to their held-out accuracy; it is that of seed 0 after a tenth of an epoch.
+    ``seconds`` is the time of the last seed, the conversion included.
     """
 
     method: str
@@ -203,14 +201,15 @@ class Bench:
             if known is not None and str(setting.seed) in known["accuracy"]:
                 continue
             start = time.perf_counter()
-            rate = self._learning_rate(method, groups) if epochs else None
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 model = CONTESTANTS[method].make(setting, groups)
-            example = setting.images[:1]
-            dense, own = measure_cost(setting.dense, example), measure_cost(model, example)
-            if rate is not None:
-                model = self._train(method, model, epochs, rate, setting.seed).model
+                example = setting.images[:1]
+                dense, own = measure_cost(setting.dense, example), measure_cost(model, example)
+                rate = None
+                if epochs:
+                    rate, tried = self._learning_rate(key, method, model, epochs, setting.seed)
+                    model = tried or self._train(method, model, epochs, rate, setting.seed).model
             top1 = 100 * evaluate(model, self.data.test, limit=self.limit, batch_size=500).top1  # type: ignore[arg-type]
             with self.results.changing() as document:
                 rows = document.setdefault("rows", {})
@@ -239,23 +238,26 @@ class Bench:
         )
         return finetune(model, self.data, teacher=self.teacher, settings=settings, progress=True)
 
-    def _learning_rate(self, method: str, groups: int) -> float:
-        """Return the learning rate that does best after a tenth of an epoch, on held-out images."""
-        key = f"{method} g={groups}"
-        known = self.results.read().get("learning_rates", {}).get(key, {})
-        for rate in self.learning_rates:
-            if f"{rate:g}" in known or len(self.learning_rates) == 1:
+    def _learning_rate(
+        self, key: str, method: str, model: nn.Module, epochs: float, seed: int
+    ) -> tuple[float, nn.Module | None]:
+        """Return the learning rate that does best on the held-out images, and what was trained with it.
+
+        It is chosen with the first seed; the model is None for the others.
+        """
+        known: dict[str, float] = self.results.read().get("learning_rates", {}).get(key, {})
+        trained: dict[float, nn.Module] = {}
+        for rate in self.learning_rates if len(self.learning_rates) > 1 else ():
+            if f"{rate:g}" in known:
                 continue
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                model = CONTESTANTS[method].make(self.settings[0], groups)
-                result = self._train(method, model, CHOICE_EPOCHS, rate, self.settings[0].seed)
-            # A net that starts from nothing is judged by what it has become, as the others are.
-            known = {**known, f"{rate:g}": 100 * result.history[-1].validation_top1}
+            result = self._train(method, model, epochs, rate, seed)
+            trained[rate] = result.model
+            known = {**known, f"{rate:g}": 100 * result.best_validation_top1}
             with self.results.changing() as document:
                 document.setdefault("learning_rates", {})[key] = known
-            print(f"{key:34s} learning rate {rate:g}: held-out {known[f'{rate:g}']:.2f}", flush=True)
-        return max(self.learning_rates, key=lambda rate: known.get(f"{rate:g}", 0.0))
+            print(f"{key}, learning rate {rate:g}: held-out {known[f'{rate:g}']:.2f}", flush=True)
+        best = max(self.learning_rates, key=lambda rate: known.get(f"{rate:g}", 0.0))
+        return best, trained.get(best)
 
 
 def describe(row: Row) -> str:

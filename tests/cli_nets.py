@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import IterableDataset, Subset, TensorDataset
 
 from groupify.data import DataSplits, ImageArrays, load_data
 from groupify.demo import INPUT_SHAPE
@@ -39,6 +41,26 @@ def _images(count: int, seed: int) -> tuple[Tensor, Tensor]:
 def data() -> tuple[TensorDataset, TensorDataset]:
     """Labelled images, training and test part."""
     return TensorDataset(*_images(96, 1)), TensorDataset(*_images(40, 2))
+
+
+class Stream(IterableDataset[tuple[Tensor, Tensor]]):
+    """Images without a length; where there is a file ``interrupt``, Ctrl-C comes in the second long pass."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed, self.long_passes = count, seed, 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for number, item in enumerate(zip(*_images(self.count, self.seed), strict=True)):
+            if number == 150:
+                self.long_passes += 1
+                if self.long_passes == 2 and Path("interrupt").exists():
+                    raise KeyboardInterrupt
+            yield item
+
+
+def stream() -> dict[str, Stream]:
+    """The same as ``data``, and more of it, as streams."""
+    return {"train": Stream(192, 1), "test": Stream(40, 2)}
 
 
 def bad_labels() -> tuple[TensorDataset, TensorDataset]:

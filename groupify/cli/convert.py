@@ -9,7 +9,6 @@ import click
 
 from groupify.cli.options import (
     common_options,
-    finetune_settings,
     model_options,
     model_request,
     number_or,
@@ -17,9 +16,9 @@ from groupify.cli.options import (
     output_request,
     plan_options,
     plan_request,
-    recovery_options,
 )
 from groupify.cli.shared import CONTEXT, print_report
+from groupify.cli.training import recovery_options, training_request
 from groupify.errors import SpecError
 
 
@@ -67,7 +66,7 @@ def convert(model: str, **options: Any) -> None:
             data=options["data"],
             calibration_images=options["calibrate"] or 0,
             reconstruct_steps=options["reconstruct"],
-            finetune=finetune_settings(options) if options["epochs"] else None,
+            training=training_request(options),
             seed=options["seed"],
         ),
         progress=not options["quiet"],

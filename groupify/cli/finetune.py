@@ -7,14 +7,10 @@ from typing import Any
 
 import click
 
-from groupify.cli.options import (
-    common_options,
-    finetune_settings,
-    output_options,
-    output_request,
-    recovery_options,
-)
+from groupify.cli.options import common_options, output_options, output_request
 from groupify.cli.shared import CONTEXT, beside, print_report
+from groupify.cli.training import recovery_options, training_request
+from groupify.errors import SpecError
 
 
 @click.command(context_settings=CONTEXT, short_help="Train a converted model further.")
@@ -32,16 +28,21 @@ def finetune(folder: Path, **options: Any) -> None:
 
     Writes FOLDER-finetuned, or the folder given with -o.
 
+    Under torchrun the processes share each batch, and the first one writes and prints.
+
     Example: groupify finetune demo-g4 --data demo --epochs 2
     """
     from groupify.pipeline import FinetuneRequest, run_finetune
 
+    training = training_request(options)
+    if training is None:
+        raise SpecError("--epochs is 0: there is nothing to train; give a number above 0")
     report = run_finetune(
         FinetuneRequest(
             folder=folder,
             output=output_request(options, beside(folder, "-finetuned")),
             data=options["data"],
-            settings=finetune_settings(options),
+            training=training,
             checkpoint=options["checkpoint"],
             trust=options["trust"],
             seed=options["seed"],

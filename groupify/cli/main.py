@@ -93,15 +93,21 @@ def _leave(error: BaseException | None) -> NoReturn:
 
 
 def _die(message: str, code: int) -> NoReturn:
-    click.echo(f"groupify: error: {' '.join(message.split())}", err=True)
+    if _speaks():
+        click.echo(f"groupify: error: {' '.join(message.split())}", err=True)
     sys.exit(code)
+
+
+def _speaks() -> bool:
+    """Of the processes of torchrun only the first one says something."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _speak_in_lines() -> None:
     """Show groupify's warnings as one line each, and no other library's."""
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-        if issubclass(category, GroupifyWarning):
+        if issubclass(category, GroupifyWarning) and _speaks():
             click.echo(f"groupify: warning: {' '.join(str(message).split())}", err=True)
 
     warnings.simplefilter("ignore")

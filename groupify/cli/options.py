@@ -6,7 +6,6 @@ import json
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,7 +15,6 @@ from groupify.errors import SpecError
 
 if TYPE_CHECKING:
     from groupify.pipeline import ModelRequest, OutputRequest, PlanRequest
-    from groupify.recovery.settings import FinetuneSettings
 
 # Everything heavy (torch first of all) is imported inside the functions: --help answers at once.
 
@@ -157,19 +155,6 @@ output_options = _options(
 )
 
 
-def recovery_options(epochs: float) -> Callable[[Command], Command]:
-    """Return the options of a fine-tune; ``epochs`` is the default of the first."""
-    return _options(
-        click.option("--epochs", type=float, default=epochs, show_default=True, help="Of fine-tuning."),
-        click.option("--batch-size", type=click.IntRange(1), help="Images per training step."),
-        click.option("--learning-rate", type=float, help="Peak learning rate."),
-        click.option(
-            "--labels", type=click.Choice(["auto", "none"]), default="auto", show_default=True,
-            help="none: learn from the dense model alone.",
-        ),
-    )  # fmt: skip
-
-
 def plan_request(options: dict[str, Any]) -> PlanRequest:
     """Return how the convs are to be replaced."""
     from groupify.pipeline import PlanRequest
@@ -210,14 +195,3 @@ def output_request(options: dict[str, Any], default: Path) -> OutputRequest:
         command=shlex.join(["groupify", *sys.argv[1:]]),
         quantize=options["quantize"],
     )
-
-
-def finetune_settings(options: dict[str, Any]) -> FinetuneSettings:
-    """Return how to train."""
-    from groupify.recovery.settings import FinetuneSettings
-
-    settings = FinetuneSettings(
-        epochs=options["epochs"], labels=options["labels"] != "none", seed=options["seed"]
-    )
-    changes = {key: options[key] for key in ("batch_size", "learning_rate") if options[key] is not None}
-    return replace(settings, **changes)

@@ -23,8 +23,10 @@ def print_json(document: Any) -> None:
     click.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def print_report(report: Report, as_json: bool) -> None:
-    """Print a report, for people or as JSON."""
+def print_report(report: Report | None, as_json: bool) -> None:
+    """Print a report, for people or as JSON; None = another process has it."""
+    if report is None:
+        return
     from groupify.reporting import print_report, report_document
     from groupify.reporting.text import stdout_console
 

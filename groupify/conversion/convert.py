@@ -19,6 +19,7 @@ from groupify.conversion.in_order import convert_from_weights, convert_in_order,
 from groupify.conversion.pictures import BlockPicture
 from groupify.conversion.site_fit import SiteFit
 from groupify.conversion.surgery import SiteRecipe, restructure
+from groupify.distributed import sharing
 from groupify.errors import ConversionError, GroupifyWarning
 from groupify.graph.trace import example_input, trace
 from groupify.planning.plan import Plan
@@ -108,6 +109,9 @@ def convert(
     with torch.random.fork_rng(devices=[]):
         work = _Conversion(dense, sites, calibration, plan, seed, progress)
         student = work.run()
+        if calibration is not None:
+            for value in student.state_dict().values():
+                calibration.ranks.broadcast(value)
     _warn_of_few_samples(work.fits)
     return Conversion(
         model=_with_weights(model, sites, student),
@@ -218,10 +222,12 @@ class _Conversion:
         return [batch.contiguous(memory_format=torch.channels_last) for batch in batches]
 
     def _in_order(self, traced: fx.GraphModule, batches: list[Tensor], calibration: Calibration) -> nn.Module:
-        found = convert_in_order(
-            self._dense, traced, batches, self._sites, calibration,
-            seed=self._seed, clock=self.clock, progress=self._progress,
-        )  # fmt: skip
+        ranks = calibration.ranks
+        with sharing(ranks):
+            found = convert_in_order(
+                self._dense, traced, batches[ranks.rank :: ranks.world], self._sites, calibration,
+                seed=self._seed, clock=self.clock, progress=self._progress,
+            )  # fmt: skip
         self.fits, self.kept_before, self.kept = found.fits, found.kept_before, found.kept
         self.pictures = found.pictures
         self.notes.extend(found.notes)

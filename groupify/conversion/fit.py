@@ -20,6 +20,7 @@ from groupify.conversion.sampling import compact, input_patches, pick
 from groupify.conversion.site_fit import FitOptions, SiteFit, Target, fit_site, refit_layer
 from groupify.conversion.surgery import SiteRecipe
 from groupify.conversion.teacher import SiteSamples, is_relu
+from groupify.distributed import sharers
 from groupify.graph.execute import BatchedRun
 from groupify.graph.operations import CONVS, ELEMENTWISE_MODULES, BatchNorm, Conv, is_batch_norm
 
@@ -243,6 +244,9 @@ class _Fitter:
             count += values.numel() // values.shape[1]
             total += values.sum(others)
             squares += values.square().sum(others)
+        ranks = sharers()
+        (count,) = (int(value) for value in ranks.sums(count))
+        total, squares = ranks.sum(total), ranks.sum(squares)
         if count < 2:
             return
         mean = total / count

@@ -21,6 +21,7 @@ from groupify.conversion.site_fit import SiteFit
 from groupify.conversion.surgery import GROUPED, SiteRecipe, restructure
 from groupify.conversion.teacher import SiteSamples, observe_teacher, refittable, residual_sums
 from groupify.conversion.weights_only import correct_batch_norms
+from groupify.distributed import sharers
 from groupify.graph.channels import Channels, channel_classes
 from groupify.graph.permute import apply_orders
 from groupify.graph.trace import on_same_graph
@@ -64,11 +65,12 @@ def convert_in_order(
         traced: its graph.
         batches: what it is fed, float32.
         sites: the convs to replace, by name.
-        calibration: how the inputs are used; its images are not read.
+        calibration: how the inputs are used; its images are read only where ranks share them.
         seed: seed of everything random.
         clock: takes the time of the parts.
         progress: show bars on stderr.
     """
+    ranks = sharers()
     sums = residual_sums(traced, sites)
     groups = {name: site.groups for name, site in sites.items()}
     if calibration.fit.refit_dense:
@@ -78,7 +80,9 @@ def convert_in_order(
     clock.lap("dense model")
     found = TracedConversion(dense)
     if calibration.clustering != "none":
-        found = _clustered(dense, traced, batches[0][:1], samples, sites, calibration, seed, clock)
+        # The same example on all ranks, for the same decisions.
+        example = ranks.broadcast(batches[0][:1].clone(memory_format=torch.contiguous_format))
+        found = _clustered(dense, traced, example, samples, sites, calibration, seed, clock)
     student = restructure(found.student, list(sites.values()))
     graph = on_same_graph(traced, student)
     names = {str(conv.target): total.name for conv, total in sums.items()}
@@ -91,7 +95,9 @@ def convert_in_order(
     options = calibration.reconstruction
     if options.steps and len({batch.shape[1:] for batch in batches}) == 1:
         teacher = on_same_graph(traced, found.student)
-        reconstruct(graph, teacher, torch.cat(list(batches)), sites, options, seed=seed, progress=progress)
+        # Steps follow each other: every rank does all of them.
+        inputs = torch.cat(list(batches)) if ranks.world == 1 else calibration.images.to(batches[0])
+        reconstruct(graph, teacher, inputs, sites, options, seed=seed, progress=progress)
         clock.lap("reconstruction")
     elif options.steps:
         notes = (*notes, "inputs of several sizes: no block reconstruction")

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from groupify.distributed import sharers
+
 
 @dataclass(frozen=True)
 class GroupedFit:
@@ -34,6 +36,7 @@ class GroupedMoments:
 
     def __init__(self, *, centred: bool = True) -> None:
         self.centred = centred
+        self._ranks = sharers()
         self.count = 0
         self._input_shift: Tensor | None = None
         self._output_shift: Tensor | None = None
@@ -50,8 +53,8 @@ class GroupedMoments:
         if self._input_shift is None or self._output_shift is None:
             groups, _, width = inputs.shape
             rows = outputs.shape[2]
-            self._input_shift = inputs.mean(1, keepdim=True) * float(self.centred)
-            self._output_shift = outputs.mean(1, keepdim=True) * float(self.centred)
+            self._input_shift = self._ranks.broadcast(inputs.mean(1, keepdim=True) * float(self.centred))
+            self._output_shift = self._ranks.broadcast(outputs.mean(1, keepdim=True) * float(self.centred))
             self.input_input = inputs.new_zeros((groups, width, width), dtype=torch.float64)
             self.output_input = inputs.new_zeros((groups, rows, width), dtype=torch.float64)
             self.output_output = inputs.new_zeros((groups, rows), dtype=torch.float64)
@@ -100,10 +103,10 @@ class GroupedMoments:
         """
         assert self._input_shift is not None, "no samples yet"
         assert self._output_shift is not None
-        count = float(self.count)
-        input_mean, output_mean = self.input_sum / count, self.output_sum / count
-        cov_yu = self.output_input / count
-        var_y = self.output_output / count
+        total, count = self._ranks.total, float(self.samples)
+        input_mean, output_mean = total(self.input_sum) / count, total(self.output_sum) / count
+        cov_yu = total(self.output_input) / count
+        var_y = total(self.output_output) / count
         if self.centred:
             cov_yu -= output_mean.unsqueeze(2) * input_mean.unsqueeze(1)
             var_y -= output_mean.square()
@@ -123,13 +126,24 @@ class GroupedMoments:
             bias = torch.zeros_like(output_mean)
         return GroupedFit(weight, bias, error)
 
+    @property
+    def samples(self) -> int:
+        """Number of samples, those of all ranks."""
+        return int(self._ranks.sums(self.count)[0])
+
+    def input_covariance(self, *, centred: bool = True) -> Tensor:
+        """Return ``Cov(u)`` of each group, shape (G, D, D); not centred, the second moment."""
+        count = float(self.samples)
+        covariance = self._ranks.total(self.input_input) / count
+        if centred:
+            mean = self._ranks.total(self.input_sum) / count
+            covariance -= mean.unsqueeze(2) * mean.unsqueeze(1)
+        return covariance
+
     def _factorise(self, ridge: float) -> tuple[Tensor, Tensor]:
         """Cholesky factor of ``Cov(u) + λI``, shape (G, D, D), and λ, shape (G, 1, 1)."""
         if self._factor is None or self._factor[0] != ridge:
-            covariance = self.input_input / float(self.count)
-            if self.centred:
-                mean = self.input_sum / float(self.count)
-                covariance -= mean.unsqueeze(2) * mean.unsqueeze(1)
+            covariance = self.input_covariance(centred=self.centred)
             diagonal = torch.diagonal(covariance, dim1=1, dim2=2)
             # The tiny floor keeps a group of dead inputs solvable.
             strength = (ridge * diagonal.mean(1) + 1e-12 * (1 + diagonal.amax(1))).unsqueeze(1)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from groupify.conversion.teacher import SiteSamples
+from groupify.distributed import sharers
 
 Membership = NDArray[np.float32]
 Benefits = NDArray[np.float64]
@@ -104,8 +105,10 @@ class ExplainedVariance:
         _, self.in_channels, self._taps = patches.shape
         self.out_channels = len(weight)
         patches = patches.flatten(1)
-        patches = patches.sub_(patches.mean(0))
-        self._input_input = patches.T @ patches / len(patches)
+        ranks = sharers()
+        (count,) = ranks.sums(len(patches))
+        patches = patches.sub_(ranks.sum(patches.sum(0)) / count)
+        self._input_input = ranks.sum(patches.T @ patches) / count
         # The dense conv is linear, so its weights give the covariance of its outputs.
         output_input = weight @ self._input_input
         variance = (output_input * weight).sum(1, keepdim=True).clamp(min=1e-12)

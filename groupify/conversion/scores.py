@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from groupify.conversion.moments import GroupedMoments
 from groupify.conversion.surgery import GROUPED, SiteRecipe, row_channels
 from groupify.conversion.teacher import SiteSamples
+from groupify.distributed import sharers
 from groupify.graph.channels import Channels
 from groupify.graph.permute import use_order
 from groupify.graph.uses import CONV_INPUT, CONV_OUTPUT, LINEAR_INPUT, LINEAR_OUTPUT
@@ -26,10 +27,13 @@ def data_score(conv: nn.Module, samples: SiteSamples) -> Tensor:
     weight = conv.get_parameter("weight").detach().flatten(2)
     patches = torch.cat([part.float() for part in samples.patches])
     outputs = torch.cat([part.float() for part in samples.patch_outputs])
-    by_channel = (patches - patches.mean(0)).transpose(0, 1)  # (I, n, k)
-    covariance = by_channel.transpose(1, 2) @ by_channel / len(patches)
+    ranks = sharers()
+    (count,) = ranks.sums(len(patches))
+    by_channel = (patches - ranks.sum(patches.sum(0)) / count).transpose(0, 1)  # (I, n, k)
+    covariance = ranks.sum(by_channel.transpose(1, 2) @ by_channel) / count
     through = torch.einsum("oia,iab,oib->oi", weight, covariance, weight)
-    return through / outputs.var(0, correction=0).clamp(min=1e-12).unsqueeze(1)
+    variance = ranks.sum((outputs - ranks.sum(outputs.sum(0)) / count).square().sum(0)) / count
+    return through / variance.clamp(min=1e-12).unsqueeze(1)
 
 
 def permuted_samples(

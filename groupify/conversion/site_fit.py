@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from groupify.conversion.moments import GroupedFit, GroupedMoments
 from groupify.conversion.surgery import GROUPED, SiteRecipe, row_channels
+from groupify.distributed import sharers
 from groupify.graph.operations import CONVS, BatchNorm, Conv
 
 
@@ -130,7 +131,8 @@ def refit_layer(
     Args and shapes are those of ``fit_site``.
     """
     assert isinstance(layer, (*CONVS, nn.Linear))
-    if sum(len(patches) for patches in inputs) < layer.weight[0].numel():
+    (samples,) = sharers().sums(sum(len(patches) for patches in inputs))
+    if samples < layer.weight[0].numel():
         return
     prior = layer.weight.reshape(1, len(layer.weight), -1)
     rows, centred = torch.arange(len(layer.weight)), norm is not None or layer.bias is not None
@@ -199,7 +201,7 @@ def _least_squares(
         moments.update(block, grouped(target.outputs))
     result = moments.fit(ridge=ridge, prior=prior)
     if flip is None:
-        return result, moments.count
+        return result, moments.samples
     limits = [
         _Limit(grouped(target.outputs), grouped(target.thresholds))
         for target in mirrored
@@ -215,7 +217,7 @@ def _least_squares(
             squares=iteration == options.relu_iterations,
         )
         result = moments.fit(ridge=ridge, prior=prior)
-    return GroupedFit(result.weight * flip, result.bias * flip.squeeze(2), result.error), moments.count
+    return GroupedFit(result.weight * flip, result.bias * flip.squeeze(2), result.error), moments.samples
 
 
 class _Limit:
@@ -255,9 +257,7 @@ def _fit_grouped_pointwise(
     for patches in inputs:
         blocks = patches.reshape(len(patches), groups, -1)
         covariance.update(blocks, blocks[:, :, :1])
-    mean = covariance.input_sum / covariance.count
-    cov = covariance.input_input / covariance.count - mean.unsqueeze(2) * mean.unsqueeze(1)
-    _, vectors = torch.linalg.eigh(weight @ cov @ weight.transpose(1, 2))
+    _, vectors = torch.linalg.eigh(weight @ covariance.input_covariance() @ weight.transpose(1, 2))
     basis = vectors[:, :, -rank:].transpose(1, 2) @ weight  # (G, r, D)
     grouped.weight.copy_(basis.reshape(grouped.weight.shape))
     kernel = basis.float()

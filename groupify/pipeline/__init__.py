@@ -6,6 +6,7 @@ from groupify.pipeline.requests import (
     ModelRequest,
     OutputRequest,
     PlanRequest,
+    TrainingRequest,
 )
 from groupify.pipeline.run import run_conversion, run_finetune
 
@@ -15,6 +16,7 @@ __all__ = [
     "ModelRequest",
     "OutputRequest",
     "PlanRequest",
+    "TrainingRequest",
     "run_conversion",
     "run_finetune",
 ]

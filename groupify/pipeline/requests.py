@@ -8,9 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from groupify.deployment.machine import blocked_width
+from groupify.errors import SpecError
 from groupify.planning import Plan, plan
+from groupify.recovery.logs import LogSettings
 from groupify.recovery.settings import FinetuneSettings
+from groupify.recovery.state import Checkpointing
 from groupify.zoo import Source, load_model
+
+# Steps between two writes of a training's state, where it is to be kept and nothing more is said.
+SAVE_EVERY = 200
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,47 @@ class OutputRequest:
 
 
 @dataclass(frozen=True)
+class TrainingRequest:
+    """How to fine-tune, and what to keep on the way.
+
+    Attributes:
+        settings: how to train.
+        save_every: steps between two writes of the training's state; None = no state, unless ``resume``.
+        resume: go on from the state, if there is one.
+        log: where to log; None = nowhere.
+        device: "cpu", "cuda", or "auto": a GPU if there is one.
+    """
+
+    settings: FinetuneSettings
+    save_every: int | None = None
+    resume: bool = False
+    log: LogSettings | None = None
+    device: str = "auto"
+
+    def checkpointing(self, output: OutputRequest) -> Checkpointing | None:
+        """Return where the state goes: beside the output folder, which is there only at the end.
+
+        Raises:
+            SpecError: an interrupted run has left a state, and nothing is said about it.
+        """
+        file = self.state_file(output)
+        if not self.resume and not output.force and file.exists():
+            raise SpecError(
+                f"{file} is the state of an interrupted run: go on from it with --resume, "
+                "or begin anew with --force"
+            )
+        if self.save_every is None and not self.resume:
+            return None
+        return Checkpointing(file, self.save_every or SAVE_EVERY, self.resume)
+
+    @staticmethod
+    def state_file(output: OutputRequest) -> Path:
+        """Return the name of the state, that of the output folder with ``.state`` behind it."""
+        folder = output.folder.expanduser().absolute()
+        return folder.with_name(f"{folder.name}.state")
+
+
+@dataclass(frozen=True)
 class ConversionRequest:
     """Everything that ``run_conversion`` does.
 
@@ -102,7 +149,7 @@ class ConversionRequest:
         data: data spec; None = no data.
         calibration_images: unlabelled training images for the fit; 0 = from the weights alone.
         reconstruct_steps: steps of block reconstruction after the fit; 0 = none.
-        finetune: settings of the fine-tune; None = none.
+        training: the fine-tune; None = none.
         seed: seed of everything random.
     """
 
@@ -112,7 +159,7 @@ class ConversionRequest:
     data: str | None = None
     calibration_images: int = 1000
     reconstruct_steps: int = 0
-    finetune: FinetuneSettings | None = None
+    training: TrainingRequest | None = None
     seed: int = 0
 
 
@@ -124,7 +171,7 @@ class FinetuneRequest:
         folder: the output folder of a conversion.
         output: what to write and to measure.
         data: data spec with a training part.
-        settings: how to train.
+        training: how to train.
         checkpoint: the dense weights, where the recipe names a file.
         trust: let the recipe import the code that it names.
         seed: seed of everything random.
@@ -133,7 +180,7 @@ class FinetuneRequest:
     folder: Path
     output: OutputRequest
     data: str
-    settings: FinetuneSettings
+    training: TrainingRequest
     checkpoint: Path | None = None
     trust: bool = False
     seed: int = 0

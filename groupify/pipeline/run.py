@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -13,38 +16,54 @@ from groupify.artefact import load, read_recipe
 from groupify.conversion.convert import Calibration, convert
 from groupify.conversion.reconstruct import ReconstructionOptions
 from groupify.data import DataSplits, calibration_images, load_data
+from groupify.distributed import Ranks, process_group
 from groupify.errors import DataError, SpecError
 from groupify.evaluation import class_logits, evaluate, evaluating
 from groupify.graph.trace import example_input
 from groupify.output_folder import writing_folder
 from groupify.pipeline.int8 import check_quantize
-from groupify.pipeline.requests import ConversionRequest, FinetuneRequest
+from groupify.pipeline.requests import (
+    ConversionRequest,
+    FinetuneRequest,
+    OutputRequest,
+    TrainingRequest,
+)
 from groupify.pipeline.write_output import write_output
 from groupify.planning import describe
 from groupify.recipe import Recipe
-from groupify.recovery.finetune import finetune
+from groupify.recovery.finetune import FinetuneResult, finetune
+from groupify.recovery.state import Checkpointing
 from groupify.reporting import AccuracyChange, Report
 from groupify.shuffles import choose_shuffles
 from groupify.zoo import Source, load_model
 
 
-def run_conversion(request: ConversionRequest, *, progress: bool = False) -> Report:
+def run_conversion(request: ConversionRequest, *, progress: bool = False) -> Report | None:
     """Load, plan, convert, recover, measure and write; the folder appears whole or not at all.
+
+    Under torchrun every process does its share of the work, and the first one writes.
+
+    Returns:
+        The report; None in all processes but the first.
 
     Raises:
         GroupifyError: anything that cannot be done as asked.
     """
     check_quantize(request.output.quantize, request.data)
+    checkpointing = None if request.training is None else request.training.checkpointing(request.output)
     measures_shuffles = request.plan.shuffle == "auto"
     if measures_shuffles and (request.data is None or request.calibration_images == 0):
         raise SpecError(
             "--shuffle auto is measured on images: give --data, not --calibrate none; or choose none or all"
         )
-    with writing_folder(request.output.folder, request.output.force) as folder:
+    with process_group() as ranks, _writing(request.output, ranks) as folder:
+        if measures_shuffles and ranks.world > 1:
+            raise SpecError("--shuffle auto is measured in one process; under torchrun choose none or all")
+        progress = progress and ranks.first
         source = request.model.load(request.seed)
         chosen = request.plan.make(source, with_shuffles=not measures_shuffles)
         data = None if request.data is None else open_data(request.data, source, request.seed)
-        calibration = _calibration(data, request)
+        calibration = _calibration(data, request, ranks)
         shuffles = None
         if measures_shuffles and calibration is not None:
             shuffles = choose_shuffles(
@@ -53,13 +72,15 @@ def run_conversion(request: ConversionRequest, *, progress: bool = False) -> Rep
             )  # fmt: skip
             chosen = shuffles.plan
         conversion = convert(source.model, chosen, calibration, seed=request.seed, progress=progress)
-        accuracy = _accuracy(source.model, conversion.model, data, progress)
+        accuracy = _accuracy(source.model, conversion.model, data, progress, ranks)
         model, tuned = conversion.model, None
-        if request.finetune is not None and data is not None:
-            tuned = finetune(model, data, teacher=source.model, settings=request.finetune, progress=progress)
+        if request.training is not None and data is not None:
+            tuned = _train(model, source.model, data, request.training, checkpointing, progress, ranks)
             model = tuned.model
-            accuracy = dataclasses.replace(accuracy, recovered=_top1(model, data, progress))
-        return write_output(
+            accuracy = dataclasses.replace(accuracy, recovered=_top1(model, data, progress, ranks))
+        if folder is None:
+            return None
+        report = write_output(
             folder,
             request.output,
             source,
@@ -74,23 +95,34 @@ def run_conversion(request: ConversionRequest, *, progress: bool = False) -> Rep
             progress=progress,
             target=request.plan.target,
         )
+    _forget_state(checkpointing)
+    return report
 
 
-def run_finetune(request: FinetuneRequest, *, progress: bool = False) -> Report:
+def run_finetune(request: FinetuneRequest, *, progress: bool = False) -> Report | None:
     """Train a converted model further, measure and write; the folder appears whole or not at all.
+
+    Under torchrun every process does its share of the work, and the first one writes.
+
+    Returns:
+        The report; None in all processes but the first.
 
     Raises:
         GroupifyError: anything that cannot be done as asked.
     """
-    with writing_folder(request.output.folder, request.output.force) as folder:
+    checkpointing = request.training.checkpointing(request.output)
+    with process_group() as ranks, _writing(request.output, ranks) as folder:
+        progress = progress and ranks.first
         recipe = read_recipe(request.folder)
         student = load(request.folder, trust=request.trust)
         source = dense_source(recipe, request.checkpoint, trust=request.trust)
         data = open_data(request.data, source, request.seed)
-        accuracy = _accuracy(source.model, student, data, progress)
-        tuned = finetune(student, data, teacher=source.model, settings=request.settings, progress=progress)
-        accuracy = dataclasses.replace(accuracy, recovered=_top1(tuned.model, data, progress))
-        return write_output(
+        accuracy = _accuracy(source.model, student, data, progress, ranks)
+        tuned = _train(student, source.model, data, request.training, checkpointing, progress, ranks)
+        accuracy = dataclasses.replace(accuracy, recovered=_top1(tuned.model, data, progress, ranks))
+        if folder is None:
+            return None
+        report = write_output(
             folder,
             request.output,
             source,
@@ -103,6 +135,8 @@ def run_finetune(request: FinetuneRequest, *, progress: bool = False) -> Report:
             seed=request.seed,
             progress=progress,
         )
+    _forget_state(checkpointing)
+    return report
 
 
 def dense_source(recipe: Recipe, checkpoint: Path | None, *, trust: bool) -> Source:
@@ -153,27 +187,78 @@ def class_count(source: Source) -> int | None:
             return None
 
 
-def _calibration(data: DataSplits | None, request: ConversionRequest) -> Calibration | None:
+@contextlib.contextmanager
+def _writing(output: OutputRequest, ranks: Ranks) -> Iterator[Path | None]:
+    """Yield the folder to write into; None in all processes but the first."""
+    if not ranks.first:
+        yield None
+        return
+    with writing_folder(output.folder, output.force) as folder:
+        yield folder
+
+
+def _train(
+    student: nn.Module,
+    teacher: nn.Module,
+    data: DataSplits,
+    request: TrainingRequest,
+    checkpointing: Checkpointing | None,
+    progress: bool,
+    ranks: Ranks,
+) -> FinetuneResult:
+    """Fine-tune on the device asked for; the result is on the CPU."""
+    device = _device(request.device)
+    tuned = finetune(
+        copy.deepcopy(student).to(device),
+        data,
+        teacher=copy.deepcopy(teacher).to(device),
+        settings=request.settings,
+        checkpointing=checkpointing,
+        log=request.log,
+        distributed=ranks.world > 1,
+        progress=progress,
+    )
+    return dataclasses.replace(tuned, model=tuned.model.cpu(), last_model=tuned.last_model.cpu())
+
+
+def _device(name: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise SpecError("--device cuda: PyTorch sees no GPU here; give --device cpu")
+    if name == "cpu" or not available:
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _forget_state(checkpointing: Checkpointing | None) -> None:
+    """Remove the state of a training whose result is written."""
+    if checkpointing is not None:
+        checkpointing.file.unlink(missing_ok=True)
+
+
+def _calibration(data: DataSplits | None, request: ConversionRequest, ranks: Ranks) -> Calibration | None:
     if data is None or request.calibration_images == 0:
         return None
     part = data.train if data.train is not None else data.test
     if part is None:
         raise DataError(f"data {data.spec!r} has neither a training nor a test part")
     images = calibration_images(part, request.calibration_images, seed=request.seed)
-    return Calibration(images, reconstruction=ReconstructionOptions(steps=request.reconstruct_steps))
+    return Calibration(
+        images, reconstruction=ReconstructionOptions(steps=request.reconstruct_steps), ranks=ranks
+    )
 
 
 def _accuracy(
-    dense: nn.Module, converted: nn.Module, data: DataSplits | None, progress: bool
+    dense: nn.Module, converted: nn.Module, data: DataSplits | None, progress: bool, ranks: Ranks
 ) -> AccuracyChange:
     if data is None or not data.labelled or data.test is None:
         return AccuracyChange()
-    before = evaluate(dense, data.test, progress=progress)
-    after = evaluate(converted, data.test, progress=progress)
+    before = evaluate(dense, data.test, progress=progress, ranks=ranks)
+    after = evaluate(converted, data.test, progress=progress, ranks=ranks)
     return AccuracyChange(dense=before.top1, converted=after.top1, images=before.images)
 
 
-def _top1(model: nn.Module, data: DataSplits, progress: bool) -> float | None:
+def _top1(model: nn.Module, data: DataSplits, progress: bool, ranks: Ranks) -> float | None:
     if not data.labelled or data.test is None:
         return None
-    return evaluate(model, data.test, progress=progress).top1
+    return evaluate(model, data.test, progress=progress, ranks=ranks).top1

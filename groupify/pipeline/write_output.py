@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from safetensors.torch import save_file
 from torch import nn
 
 from groupify.artefact import WEIGHTS_FILE, write_artefact
@@ -28,6 +29,7 @@ from groupify.shuffles import ShuffleChoice
 from groupify.zoo import Source
 
 MODEL_FILE = "model.onnx"
+LAST_FILE = "last.safetensors"
 
 
 def write_output(
@@ -69,7 +71,7 @@ def write_output(
         weights=source.weights,
         sites=chosen.recipes,
         calibration=None if conversion is None else conversion.summary(),
-        recovery=None if tuned is None else dataclasses.asdict(tuned.settings),
+        recovery=None if tuned is None else tuned.settings.as_recipe(),
         metrics={key: value for key, value in dataclasses.asdict(accuracy).items() if value is not None},
     )
     recipe = write_artefact(folder, model, recipe)
@@ -91,6 +93,7 @@ def write_output(
     timed = time_against_dense(source.model, exported, int8, shape, request, names, progress=progress)
     example = example_input(shape, like=source.model)
     files = {
+        **_write_last(folder, tuned),
         "recipe": RECIPE_FILE,
         "weights": WEIGHTS_FILE,
         "onnx": MODEL_FILE,
@@ -124,6 +127,16 @@ def write_output(
     )
     write_report(folder, request.folder, report)
     return report
+
+
+def _write_last(folder: Path, tuned: FinetuneResult | None) -> dict[str, str]:
+    """Write the weights of the last step beside the best ones, where they are others."""
+    if tuned is None or tuned.best_step == tuned.steps:
+        return {}
+    # Clones: safetensors refuses tensors that share memory, as tied weights do.
+    state = {name: value.clone().contiguous() for name, value in tuned.last_model.state_dict().items()}
+    save_file(state, folder / LAST_FILE, {"format": "pt"})
+    return {"last_weights": LAST_FILE}
 
 
 def _notes(source: Source, conversion: Conversion | None) -> tuple[str, ...]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from groupify.errors import SpecError
 
@@ -122,6 +124,10 @@ class FinetuneSettings:
     def peak_learning_rate(self) -> float:
         """The highest learning rate, also where none was given."""
         return _LEARNING_RATES[self.optimizer] if self.learning_rate is None else self.learning_rate
+
+    def as_recipe(self) -> dict[str, Any]:
+        """Return what a recipe keeps of it, as JSON values."""
+        return {**dataclasses.asdict(self), "learning_rate": self.peak_learning_rate}
 
 
 def learning_rate_at(step: int, steps: int, settings: FinetuneSettings) -> float:

@@ -1,0 +1,110 @@
+"""The command line's training: its options, streams, an interrupted run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from groupify.cli.training import finetune_settings, training_request
+from groupify.errors import SpecError
+from groupify.recovery.settings import FinetuneSettings
+from tests.cli_nets import INPUT_SIZE
+from tests.conftest import Run
+
+TINY = ("tests.cli_nets:net", "--input-size", INPUT_SIZE, "--min-group-width", "8")
+STREAM = ("--data", "tests.cli_nets:stream", "--images-per-epoch", 192, "--batch-size", 16)
+
+
+def test_each_option_reaches_its_setting(run: Run, tmp_path: Path) -> None:
+    options = {
+        "--batch-size": 32, "--accumulate": 2, "--optimizer": "adamw", "--learning-rate": 0.002,
+        "--learning-rate-schedule": "one-cycle", "--weight-decay": 0.01, "--distill": "attention",
+        "--distillation-weight": 0.5, "--temperature": 2.0, "--label-smoothing": 0.1, "--ema": 0.9,
+    }  # fmt: skip
+    flags = ("--augment", "--freeze-batch-norms", "--channels-last", "--amp", "bf16", "--device", "cpu")
+    command = ("convert", *TINY, "--data", "tests.cli_nets:data", "--calibrate", 64, "--epochs", 0.5)
+    outcome = run(*command, *(word for pair in options.items() for word in pair), *flags, "-o", "out")
+    assert outcome.code == 0, outcome.err
+    recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
+    expected = FinetuneSettings(
+        epochs=0.5, batch_size=32, accumulate=2, optimizer="adamw", learning_rate=0.002, schedule="one-cycle",
+        weight_decay=0.01, distill="attention", distillation_weight=0.5, temperature=2.0, label_smoothing=0.1,
+        ema_decay=0.9, augment=True, freeze_batch_norms=True, channels_last=True, amp="bfloat16",
+    )  # fmt: skip
+    assert recipe["recovery"] == expected.as_recipe()
+
+
+def test_a_recipe_holds_the_learning_rate_that_was_used() -> None:
+    assert FinetuneSettings().as_recipe()["learning_rate"] == FinetuneSettings().peak_learning_rate
+
+
+@pytest.mark.parametrize("option", ["--save-every=5", "--resume", "--log-file=a", "--tensorboard=a"])
+def test_training_options_without_training(run: Run, option: str) -> None:
+    refused = run("convert", *TINY, option)
+    assert refused.code == 2
+    assert option.partition("=")[0] in refused.err
+    assert "give --epochs N" in refused.err
+
+
+def test_finetune_for_no_epochs(run: Run) -> None:
+    refused = run("finetune", "somewhere", "--data", "demo", "--epochs", 0)
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "nothing to train" in refused.err
+
+
+def test_streams_in_every_verb(run: Run, tmp_path: Path) -> None:
+    options = (*STREAM, "--epochs", 1)
+    outcome = run("convert", *TINY, *options, "--calibrate", 64, "-o", "out", "--json")
+    assert outcome.code == 0, outcome.err
+    report = json.loads(outcome.out)
+    assert report["accuracy"]["images"] == 40
+    assert report["history"][-1]["epoch"] == 1
+    evaluated = run("evaluate", "out", *STREAM[:2], "--trust", "--json")
+    assert json.loads(evaluated.out)["top1"] == pytest.approx(report["accuracy"]["recovered"])
+    tuned = run("finetune", "out", *options, "--labels", "none", "--trust", "--json")
+    assert tuned.code == 0, tuned.err
+    assert json.loads(tuned.out)["accuracy"]["images"] == 40
+
+
+def test_the_last_weights_are_written_where_they_are_others(run: Run, tmp_path: Path) -> None:
+    options = ("--data", "tests.cli_nets:data", "--calibrate", 64, "--epochs", 2, "--learning-rate", 0.5)
+    report = json.loads(run("convert", *TINY, *options, "-o", "out", "--json").out)
+    best = max(report["history"], key=lambda row: (row["validation_top1"], -row["validation_loss"]))
+    assert best["step"] < report["history"][-1]["step"]
+    assert report["files"]["last_weights"] == "out/last.safetensors"
+    best_weights, last = (
+        load_file(tmp_path / "out" / name) for name in ("model.safetensors", "last.safetensors")
+    )
+    assert best_weights.keys() == last.keys()
+    assert any(not value.equal(last[key]) for key, value in best_weights.items())
+
+
+def test_settings_without_options_are_the_defaults() -> None:
+    names = [
+        "batch_size", "accumulate", "optimizer", "learning_rate", "learning_rate_schedule", "weight_decay",
+        "distill", "distillation_weight", "temperature", "label_smoothing", "ema", "images_per_epoch",
+    ]  # fmt: skip
+    options: dict[str, Any] = dict.fromkeys(names)
+    options |= dict.fromkeys(("augment", "channels_last", "freeze_batch_norms"), False)
+    options |= {"epochs": 1.0, "labels": "auto", "amp": "none", "seed": 0}
+    assert finetune_settings(options) == FinetuneSettings()
+    request = training_request(
+        {**options, "log_file": None, "tensorboard": None, "log_every": 50, "save_every": None,
+         "resume": False, "device": "auto"}
+    )  # fmt: skip
+    assert request is not None
+    assert request.log is None
+
+
+def test_log_every_nothing_is_refused() -> None:
+    from groupify.recovery.logs import LogSettings
+    from groupify.recovery.state import Checkpointing
+
+    with pytest.raises(SpecError, match="log interval is 0"):
+        LogSettings(interval=0)
+    with pytest.raises(SpecError, match="every 0 steps"):
+        Checkpointing(Path("state"), interval=0)
