@@ -70,6 +70,37 @@ def test_streams_in_every_verb(run: Run, tmp_path: Path) -> None:
     assert json.loads(tuned.out)["accuracy"]["images"] == 40
 
 
+def test_an_interrupted_command_goes_on_where_it_was(run: Run, tmp_path: Path) -> None:
+    def command(folder: str, *more: object) -> Any:
+        return run(
+            "convert", *TINY, *STREAM, "--calibrate", 64, "--epochs", 2, "--save-every", 3,
+            "--log-file", f"{folder}.jsonl", "--log-every", 1, "-o", folder, *more,
+        )  # fmt: skip
+
+    assert command("whole").code == 0
+    (tmp_path / "interrupt").touch()
+    assert command("out").code == 130
+    state = tmp_path / "out.state"
+    assert state.is_file()
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "interrupt").unlink()
+    refused = command("out")
+    assert refused.code == 2
+    assert "out.state is the state of an interrupted run" in refused.err
+    other = command("out", "--resume", "--temperature", 3)
+    assert other.code == 2
+    assert "is the state of another run" in other.err
+    assert command("out", "--resume").code == 0
+    assert not state.exists()
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert all(value.equal(resumed[key]) for key, value in whole.items())
+    lines = [
+        [(line["step"], line.get("loss")) for line in map(json.loads, path.read_text().splitlines())]
+        for path in (tmp_path / "whole.jsonl", tmp_path / "out.jsonl")
+    ]
+    assert lines[0] == lines[1]
+
+
 def test_the_last_weights_are_written_where_they_are_others(run: Run, tmp_path: Path) -> None:
     options = ("--data", "tests.cli_nets:data", "--calibrate", 64, "--epochs", 2, "--learning-rate", 0.5)
     report = json.loads(run("convert", *TINY, *options, "-o", "out", "--json").out)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import warnings
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from torch import nn
 
 import groupify
 from tests.cli_nets import part_of_the_demo
@@ -73,6 +75,34 @@ def test_own_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "conv2: relative error of the fit 0." in out
     assert f"wrote {tmp_path / 'own-g4.onnx'}" in out
+
+
+def test_plain_training_loop(capsys: pytest.CaptureFixture[str]) -> None:
+    splits = part_of_the_demo()
+    accuracies = example("plain_training_loop").main(splits.train, splits.test, epochs=4, convert_after=3)
+    dense, converted, grouped = accuracies[-3:]
+    assert len(accuracies) == 5
+    assert dense > 0.4  # three epochs on 300 images
+    assert converted > dense - 0.15
+    assert grouped > dense - 0.1
+    assert "converted: " in capsys.readouterr().out
+
+
+def test_lightning_loop(tmp_path: Path) -> None:
+    pytest.importorskip("lightning", reason="lightning is optional: pip install lightning")
+    splits = part_of_the_demo()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's advice on workers and loggers
+        module = example("lightning_loop").main(
+            splits.train, splits.test, epochs=2, convert_after=1, folder=tmp_path, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            accelerator="cpu", limit_train_batches=3, limit_val_batches=1, num_sanity_val_steps=0,
+        )  # fmt: skip
+    groups = {conv.groups for conv in module.model.modules() if isinstance(conv, nn.Conv2d)}
+    assert max(groups) == 4
+    (optimizer,) = [module.optimizers(use_pl_optimizer=False)]
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert trained == {id(parameter) for parameter in module.model.parameters()}
 
 
 def test_the_readme_s_commands_are_those_of_ci() -> None:

@@ -66,6 +66,18 @@ def test_it_is_copied_and_stored_like_any_module(model: nn.Module, images: Tenso
     assert torch.equal(copied(images), model(images))
 
 
+def test_torch_compile_takes_it_whole(model: nn.Module, images: Tensor) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-4)
+    expected = gradients(copy.deepcopy(model), images)
+    own = copy.deepcopy(model)
+    torch._dynamo.reset()
+    found = gradients(own, images, torch.compile(own, backend="aot_eager", fullgraph=True))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
 def test_torch_export_takes_it(model: nn.Module, images: Tensor) -> None:
     batch = torch.export.Dim("batch", min=2, max=64)
     exported = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
