@@ -81,7 +81,10 @@ def test_the_document(converted: tuple[Path, dict[str, Any]]) -> None:
     assert 0.8 < accuracy["converted"] <= 1
     assert 0.8 < accuracy["recovered"] <= 1
     assert document["parity"]["max_abs_diff"] < 1e-3
-    assert document["files"] == {
+    files = dict(document["files"])
+    # The weights of the last step are there where others did better on the held-out images.
+    assert files.pop("last_weights", "demo-g4/last.safetensors") == "demo-g4/last.safetensors"
+    assert files == {
         "onnx": "demo-g4/model.onnx",
         "recipe": "demo-g4/recipe.json",
         "report": "demo-g4/report.json",

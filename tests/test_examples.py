@@ -109,7 +109,7 @@ def test_the_readme_s_commands_are_those_of_ci() -> None:
     ci = (ROOT / ".ci" / "run").read_text("utf-8")
     (quick_start,) = re.findall(r"^groupify convert demo.*?(?=  )", README, flags=re.MULTILINE)
     assert quick_start in ci
-    for words in ("pip install .", "pip install -e '.[dev]'", "scripts/test"):
+    for words in ("pip install .", "pip install -e '.[dev,docs]'", "scripts/test"):
         assert words in README or words.replace("'", '"') in README
         assert words.removeprefix("pip install ") in ci
 
