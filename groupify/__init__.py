@@ -19,12 +19,17 @@ if TYPE_CHECKING:
     from groupify.deployment.machine import blocked_width
     from groupify.evaluation import evaluate
     from groupify.planning import Plan, plan
+    from groupify.planning.budget import Budget
+    from groupify.planning.plan_file import PlanFile
+    from groupify.planning.search import BudgetPlan, SearchOptions, plan_for_budget
     from groupify.recipe import Recipe
     from groupify.recovery.finetune import FinetuneSettings, finetune
     from groupify.shuffles import ShuffleChoice, choose_shuffles
     from groupify.zoo import ModelSpec, Source, WeightsOrigin, load_model
 
 __all__ = [
+    "Budget",
+    "BudgetPlan",
     "Calibration",
     "Conversion",
     "DataSplits",
@@ -33,7 +38,9 @@ __all__ = [
     "GroupifyWarning",
     "ModelSpec",
     "Plan",
+    "PlanFile",
     "Recipe",
+    "SearchOptions",
     "ShuffleChoice",
     "Source",
     "WeightsOrigin",
@@ -49,6 +56,7 @@ __all__ = [
     "load_data",
     "load_model",
     "plan",
+    "plan_for_budget",
     "save",
 ]
 
@@ -61,6 +69,9 @@ _HOMES = {
     "deployment.machine": ("blocked_width",),
     "evaluation": ("evaluate",),
     "planning": ("Plan", "plan"),
+    "planning.budget": ("Budget",),
+    "planning.plan_file": ("PlanFile",),
+    "planning.search": ("BudgetPlan", "SearchOptions", "plan_for_budget"),
     "recipe": ("Recipe",),
     "recovery.finetune": ("FinetuneSettings", "finetune"),
     "shuffles": ("ShuffleChoice", "choose_shuffles"),

@@ -46,7 +46,25 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where measured numbers are kept."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("GROUPIFY_CACHE", str(folder))
+    return folder
+
+
 BAD_INPUT = [
+    # budgets
+    ("plan demo --target macs=0%", "target 'macs=0%': expected a value above 0"),
+    ("plan demo --target mac=40%", "did you mean 'macs'"),
+    ("plan demo --target avx2 --target avx512", "--target names two processors, avx2 and avx512"),
+    ("plan demo --target macs=40% --plan plan.json", "--plan and a budget"),
+    ("plan demo --target drop=1", "needs images; give --data"),
+    ("plan demo --frontier", "--frontier needs a budget"),
+    ("plan demo --plan missing.json", "cannot read plan 'missing.json'"),
+    ("plan demo --target latency=2x --latency-table missing.json", "cannot read latency table"),
+    ("bench missing", "no folder 'missing'"),
     # models
     ("convert resnett18", "unknown model 'resnett18'", "did you mean 'resnet18'"),
     ("plan nothing:at_all", "cannot import 'nothing'"),
@@ -114,7 +132,7 @@ BAD_INPUT = [
     ("convert demo --shuffle auto", "--shuffle auto is measured on images: give --data"),
     ("convert demo --shuffle auto --data demo --calibrate none", "--shuffle auto is measured on images"),
     ("plan demo --kind grouped-pointwise --shuffle all", "the pointwise conv mixes the groups already"),
-    ("plan demo --target sparc", "Invalid value for '--target'"),
+    ("plan demo --target sparc", "--target 'sparc': expected a processor"),
     ("plan demo --seed -1", "Invalid value for '--seed'"),
     ("convert demo --epochs 1", "--epochs 1 needs --data"),
     ("convert demo --quantize", "--quantize needs --data to calibrate with"),
@@ -362,3 +380,61 @@ def test_from_the_weights_alone(run: Run, tmp_path: Path) -> None:
     conv = model.get_submodule("2")
     assert isinstance(conv, torch.nn.Conv2d)
     assert conv.groups == 2
+
+
+# ---- budgets
+
+
+def test_a_budget_is_planned_saved_and_converted(run: Run, tmp_path: Path, cache: Path) -> None:
+    path = tmp_path / "plan.json"
+    outcome = run(
+        "plan", *TINY, "--target", "macs=60%", "--target", "any", "--data", "tests.cli_nets:data",
+        "--calibrate", 48, "--save-plan", path, "--frontier", "--frontier-plot", tmp_path / "f.png", "-q",
+    )  # fmt: skip
+    assert outcome.code == 0
+    assert "planned for macs=60%: macs" in outcome.out
+    assert "measured divergence" in outcome.out
+    assert "← asked budget" in outcome.out
+    assert list(cache.glob("sensitivity-*.json"))
+    saved = json.loads(path.read_text())
+    assert saved["model"] == TINY[0]
+    converted = [site for site in saved["sites"] if site["kind"] != "dense"]
+    assert converted
+    outcome = run("convert", *TINY, "--plan", path, "-o", tmp_path / "out", "-q", "--json")
+    assert outcome.code == 0
+    sites = json.loads(outcome.out)["sites"]
+    assert {site["name"]: site["groups"] for site in sites if site["kind"] != "dense"} == {
+        site["name"]: site["groups"] for site in converted
+    }
+
+
+def test_convert_takes_a_budget_and_says_what_it_won_against(run: Run, tmp_path: Path, cache: Path) -> None:
+    outcome = run(
+        "convert", *TINY, "--target", "macs=60%,params=90%", "--data", "tests.cli_nets:data",
+        "--calibrate", 48, "-o", tmp_path / "out", "-q", "--json", "--save-plan", tmp_path / "plan.json",
+    )  # fmt: skip
+    assert outcome.code == 0
+    document = json.loads(outcome.out)
+    assert document["macs"]["grouped"] <= 0.6 * document["macs"]["dense"]
+    assert any(note.startswith("planned for macs=60%,params=90%") for note in document["notes"])
+    assert (tmp_path / "plan.json").is_file()
+
+
+def test_a_plan_for_a_budget_as_json(run: Run, cache: Path) -> None:
+    outcome = run("plan", *TINY, "--target", "macs=60%", "--frontier", "-q", "--json")
+    assert outcome.code == 0
+    document = json.loads(outcome.out)
+    assert document["budget"] == ["macs=60%"]
+    assert document["contenders"][0]["costs"]["macs"] <= 0.6 * document["dense_costs"]["macs"]
+    assert sum(point["asked"] for point in document["frontier"]["points"]) == 1
+
+
+def test_a_latency_table_made_by_bench_serves_a_plan(run: Run, tmp_path: Path, cache: Path) -> None:
+    path = tmp_path / "table.json"
+    outcome = run("bench", *TINY, "--table", path, "-q")
+    assert outcome.code == 0
+    assert f"wrote {path}" in outcome.out
+    outcome = run("plan", *TINY, "--target", "latency=99%", "--latency-table", path, "-q", "--json")
+    # Within noise no plan may be faster for so small a net; either way the table was enough.
+    assert outcome.code == 0 or "latency=99% cannot be held" in outcome.err
+    assert not list(cache.glob("latency-*.json"))

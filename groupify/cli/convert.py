@@ -8,10 +8,11 @@ from typing import Any
 import click
 
 from groupify.cli.options import (
+    calibrate_option,
     common_options,
+    data_option,
     model_options,
     model_request,
-    number_or,
     output_options,
     output_request,
     plan_options,
@@ -26,19 +27,8 @@ from groupify.errors import SpecError
 @click.argument("model")
 @model_options
 @plan_options
-@click.option(
-    "--data",
-    metavar="SPEC",
-    help="demo, fashion-mnist[:ROOT], cifar10:ROOT, imagefolder:ROOT, module:function.",
-)
-@click.option(
-    "--calibrate",
-    default="1000",
-    show_default=True,
-    metavar="N|none",
-    callback=number_or("none", "images"),
-    help="Unlabelled training images for the fit. none: from the weights alone.",
-)
+@data_option
+@calibrate_option
 @click.option("--reconstruct", type=click.IntRange(0), default=0, show_default=True, metavar="STEPS",
               help="Steps per block on the dense model's activations, after the fit; no labels.")  # fmt: skip
 @recovery_options(epochs=0)
@@ -50,6 +40,8 @@ def convert(model: str, **options: Any) -> None:
     MODEL is a torchvision name, demo, or package.module:factory.
 
     Example: groupify convert demo --groups 4 --data demo --epochs 1
+
+    Or, for a budget: groupify convert demo --target macs=30% --data demo
     """
     from groupify.pipeline import ConversionRequest, run_conversion
 
@@ -58,16 +50,19 @@ def convert(model: str, **options: Any) -> None:
     if options["data"] is None and options["reconstruct"]:
         raise SpecError(f"--reconstruct {options['reconstruct']} needs --data, for example --data demo")
     label = model.rpartition(":")[2].rpartition(".")[2]
+    plan = plan_request(options)
+    ending = "planned" if plan.search is not None or plan.file is not None else f"g{options['groups']}"
     report = run_conversion(
         ConversionRequest(
             model=model_request(model, options),
-            plan=plan_request(options),
-            output=output_request(options, Path(f"{label}-g{options['groups']}")),
+            plan=plan,
+            output=output_request(options, Path(f"{label}-{ending}")),
             data=options["data"],
             calibration_images=options["calibrate"] or 0,
             reconstruct_steps=options["reconstruct"],
             training=training_request(options),
             seed=options["seed"],
+            save_plan=options["save_plan"],
         ),
         progress=not options["quiet"],
     )

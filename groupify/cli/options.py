@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
-from groupify.errors import SpecError
+from groupify.errors import SpecError, near_names
 
 if TYPE_CHECKING:
-    from groupify.pipeline import ModelRequest, OutputRequest, PlanRequest
+    from groupify.pipeline import ModelRequest, OutputRequest, PlanRequest, SearchRequest
 
 # Everything heavy (torch first of all) is imported inside the functions: --help answers at once.
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def _input_shape(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+def input_shape(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """Parse C,H,W."""
     if value is None:
         return None
     try:
@@ -33,7 +35,8 @@ def _input_shape(_: click.Context, __: click.Parameter, value: str | None) -> tu
     return shape
 
 
-def _model_arguments(_: click.Context, __: click.Parameter, value: str | None) -> dict[str, Any]:
+def model_arguments(_: click.Context, __: click.Parameter, value: str | None) -> dict[str, Any]:
+    """Parse the JSON object of a factory's arguments."""
     if value is None:
         return {}
     try:
@@ -73,6 +76,23 @@ def number_or(word: str, what: str) -> Callable[[click.Context, click.Parameter,
     return parse
 
 
+PROCESSORS = ("auto", "avx2", "avx512", "arm64", "any")
+
+
+def _targets(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """Tell the processor from the targets of a budget, which have a ``=``."""
+    processors = [value for value in values if "=" not in value]
+    for value in processors:
+        if value not in PROCESSORS:
+            raise SpecError(
+                f"--target {value!r}: expected a processor ({', '.join(PROCESSORS)}) or a budget "
+                f"like macs=40%{near_names(value, PROCESSORS)}"
+            )
+    if len(set(processors)) > 1:
+        raise SpecError(f"--target names two processors, {' and '.join(processors)}; expected one")
+    return (processors or ["auto"])[0], tuple(value for value in values if "=" in value)
+
+
 def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
     def decorate(command: Command) -> Command:
         for option in reversed(options):
@@ -94,9 +114,9 @@ model_options = _options(
         "--checkpoint", type=click.Path(path_type=Path), help="Your own weights: safetensors or torch."
     ),
     click.option(
-        "--model-args", "arguments", callback=_model_arguments, help="Arguments of the model's factory, JSON."
+        "--model-args", "arguments", callback=model_arguments, help="Arguments of the model's factory, JSON."
     ),
-    click.option("--input-size", "input_shape", callback=_input_shape, help="C,H,W of one image."),
+    click.option("--input-size", "input_shape", callback=input_shape, help="C,H,W of one image."),
 )
 target_option = click.option(
     "--target",
@@ -125,7 +145,16 @@ plan_options = _options(
         callback=number_or("auto", "channels"),
         help="Fewest channels per group. auto: the block of ONNX Runtime's fast kernel; 1 switches it off.",
     ),
-    target_option,
+    click.option(
+        "--target",
+        "targets",
+        multiple=True,
+        callback=_targets,
+        metavar="CPU|BUDGET",
+        help="The processor that will run the model: auto (this one), avx2, avx512, arm64 or any. And a "
+        "budget, to plan for instead of --groups: macs=40%, params=8M, bytes=8MB, latency=2x, drop=0.5. "
+        "Repeatable; all hold.",
+    ),
     click.option(
         "--shuffle",
         is_flag=False,
@@ -133,8 +162,36 @@ plan_options = _options(
         default="none",
         show_default=True,
         help="none; all: a channel shuffle behind every converted conv; auto: where the fitted error that it "
-        "saves is worth its latency, both measured, which needs data.",
+        "saves is worth its latency, both measured, which needs data. With a budget: all and auto try both.",
     ),
+    click.option(
+        "--plan", "plan_file", type=click.Path(path_type=Path), help="Take the plan from this file."
+    ),
+    click.option("--save-plan", type=click.Path(path_type=Path), help="Write the plan to this file."),
+    click.option(
+        "--latency-table", type=click.Path(path_type=Path),
+        help="Latencies measured where the model will run, by groupify bench MODEL --table FILE.",
+    ),
+    click.option(
+        "--sensitivity", type=click.Choice(["fisher", "exact"]), default="fisher", show_default=True,
+        help="With a budget: predict what each conv loses, or convert each alone and measure it (slow).",
+    ),
+    click.option(
+        "--no-verify", is_flag=True, help="With a budget: do not convert the plan to compare it with uniform."
+    ),
+)  # fmt: skip
+data_option = click.option(
+    "--data",
+    metavar="SPEC",
+    help="demo, fashion-mnist[:ROOT], cifar10:ROOT, imagefolder:ROOT, module:function.",
+)
+calibrate_option = click.option(
+    "--calibrate",
+    default="1000",
+    show_default=True,
+    metavar="N|none",
+    callback=number_or("none", "images"),
+    help="Unlabelled training images for the fit. none: from the weights alone.",
 )
 quantize_option = click.option(
     "--quantize",
@@ -165,8 +222,32 @@ def plan_request(options: dict[str, Any]) -> PlanRequest:
         include=options["include"],
         exclude=options["exclude"],
         min_group_width=options["min_group_width"],
-        target=options["target"],
+        target=options["targets"][0],
         shuffle=options["shuffle"],
+        file=options["plan_file"],
+        search=_search_request(options),
+    )
+
+
+def _search_request(options: dict[str, Any]) -> SearchRequest | None:
+    """Return the budget to plan for, if one is given."""
+    if not options["targets"][1]:
+        return None
+    if options["plan_file"] is not None:
+        raise SpecError("--plan and a budget: a plan file leaves nothing to plan; give one of the two")
+    from groupify.conversion.surgery import KINDS
+    from groupify.pipeline import SearchRequest
+    from groupify.planning.budget import Budget
+
+    # The default of --kind is for plans without a budget; only a kind that was asked for narrows the choice.
+    source = click.get_current_context().get_parameter_source("kind")
+    asked = source not in (None, ParameterSource.DEFAULT)
+    return SearchRequest(
+        Budget.parse(*options["targets"][1]),
+        kinds=(options["kind"],) if asked else KINDS,
+        sensitivity=options["sensitivity"],
+        verify=not options["no_verify"],
+        latency_table=options["latency_table"],
     )
 
 

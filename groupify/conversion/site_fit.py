@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from groupify.conversion.moments import GroupedFit, GroupedMoments
+from groupify.conversion.principal import principal_maps
 from groupify.conversion.surgery import GROUPED, SiteRecipe, row_channels
 from groupify.distributed import sharers
 from groupify.graph.operations import CONVS, BatchNorm, Conv
@@ -247,8 +248,7 @@ def _fit_grouped_pointwise(
 ) -> tuple[Tensor, float, int]:
     """Principal output directions of each input group, then a pointwise conv fitted on top.
 
-    The best rank-r map of group g's share ``W_g u_g`` of the output is its projection on the first
-    r eigenvectors U of ``W_g Cov(u_g) W_gᵀ``, so the grouped conv holds ``Uᵀ W_g``.
+    The grouped conv holds the ``principal_maps`` of the dense weight.
     """
     out_channels = dense_conv.out_channels
     rank = out_channels // groups
@@ -257,8 +257,7 @@ def _fit_grouped_pointwise(
     for patches in inputs:
         blocks = patches.reshape(len(patches), groups, -1)
         covariance.update(blocks, blocks[:, :, :1])
-    _, vectors = torch.linalg.eigh(weight @ covariance.input_covariance() @ weight.transpose(1, 2))
-    basis = vectors[:, :, -rank:].transpose(1, 2) @ weight  # (G, r, D)
+    basis = principal_maps(weight, covariance.input_covariance(), rank)  # (G, r, D)
     grouped.weight.copy_(basis.reshape(grouped.weight.shape))
     kernel = basis.float()
     features = [

@@ -6,6 +6,7 @@ from groupify.pipeline.requests import (
     ModelRequest,
     OutputRequest,
     PlanRequest,
+    SearchRequest,
     TrainingRequest,
 )
 from groupify.pipeline.run import run_conversion, run_finetune
@@ -16,6 +17,7 @@ __all__ = [
     "ModelRequest",
     "OutputRequest",
     "PlanRequest",
+    "SearchRequest",
     "TrainingRequest",
     "run_conversion",
     "run_finetune",

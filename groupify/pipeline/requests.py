@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from groupify.conversion.surgery import KINDS
 from groupify.deployment.machine import blocked_width
 from groupify.errors import SpecError
 from groupify.planning import Plan, plan
+from groupify.planning.budget import Budget
+from groupify.planning.plan_file import PlanFile
 from groupify.recovery.logs import LogSettings
 from groupify.recovery.settings import FinetuneSettings
 from groupify.recovery.state import Checkpointing
@@ -42,6 +45,23 @@ class ModelRequest:
 
 
 @dataclass(frozen=True)
+class SearchRequest:
+    """A budget to plan for; see ``SearchOptions`` for the fields not said here.
+
+    Attributes:
+        budget: what the model may cost and lose.
+        kinds: kinds of replacement to consider.
+        latency_table: file of a table measured on the device; None = measure here.
+    """
+
+    budget: Budget
+    kinds: Sequence[str] = KINDS
+    sensitivity: str = "fisher"
+    verify: bool = True
+    latency_table: Path | None = None
+
+
+@dataclass(frozen=True)
 class PlanRequest:
     """How the convs are to be replaced; see ``plan`` for the fields not said here.
 
@@ -50,6 +70,8 @@ class PlanRequest:
             multiples of it where there are such.
         target: the processor that will run the model; see ``blocked_width``.
         shuffle: "none", "all", or "auto": made without, for ``choose_shuffles`` to add them.
+        file: a plan file to take instead.
+        search: a budget to plan for instead of ``groups``; see ``pipeline.budget``.
     """
 
     groups: int
@@ -59,9 +81,13 @@ class PlanRequest:
     min_group_width: int | None = None
     target: str = "auto"
     shuffle: str = "none"
+    file: Path | None = None
+    search: SearchRequest | None = None
 
     def make(self, source: Source, *, with_shuffles: bool = True) -> Plan:
-        """Make the plan for a model, if asked for without the shuffles, which auto measures later."""
+        """Make the plan for a model, or read it; if asked for without the shuffles, which auto adds later."""
+        if self.file is not None:
+            return PlanFile.read(self.file).apply(source.model, source.spec.input_shape)
         block = blocked_width(self.target) if self.min_group_width is None else 1
         return plan(
             source.model,
@@ -151,6 +177,7 @@ class ConversionRequest:
         reconstruct_steps: steps of block reconstruction after the fit; 0 = none.
         training: the fine-tune; None = none.
         seed: seed of everything random.
+        save_plan: file to write the plan to.
     """
 
     model: ModelRequest
@@ -161,6 +188,7 @@ class ConversionRequest:
     reconstruct_steps: int = 0
     training: TrainingRequest | None = None
     seed: int = 0
+    save_plan: Path | None = None
 
 
 @dataclass(frozen=True)

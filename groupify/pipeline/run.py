@@ -21,19 +21,24 @@ from groupify.errors import DataError, SpecError
 from groupify.evaluation import class_logits, evaluate, evaluating
 from groupify.graph.trace import example_input
 from groupify.output_folder import writing_folder
+from groupify.pipeline.budget import find_plan
 from groupify.pipeline.int8 import check_quantize
 from groupify.pipeline.requests import (
     ConversionRequest,
     FinetuneRequest,
     OutputRequest,
+    PlanRequest,
     TrainingRequest,
 )
 from groupify.pipeline.write_output import write_output
 from groupify.planning import describe
+from groupify.planning.plan_file import PlanFile
+from groupify.planning.search import BudgetPlan
 from groupify.recipe import Recipe
 from groupify.recovery.finetune import FinetuneResult, finetune
 from groupify.recovery.state import Checkpointing
 from groupify.reporting import AccuracyChange, Report
+from groupify.reporting.budget import race_lines
 from groupify.shuffles import choose_shuffles
 from groupify.zoo import Source, load_model
 
@@ -51,18 +56,22 @@ def run_conversion(request: ConversionRequest, *, progress: bool = False) -> Rep
     """
     check_quantize(request.output.quantize, request.data)
     checkpointing = None if request.training is None else request.training.checkpointing(request.output)
-    measures_shuffles = request.plan.shuffle == "auto"
+    # A budget weighs shuffles itself, and a plan file says where they are.
+    is_given = request.plan.search is not None or request.plan.file is not None
+    measures_shuffles = request.plan.shuffle == "auto" and not is_given
     if measures_shuffles and (request.data is None or request.calibration_images == 0):
         raise SpecError(
             "--shuffle auto is measured on images: give --data, not --calibrate none; or choose none or all"
         )
     with process_group() as ranks, _writing(request.output, ranks) as folder:
-        if measures_shuffles and ranks.world > 1:
-            raise SpecError("--shuffle auto is measured in one process; under torchrun choose none or all")
+        if ranks.world > 1:
+            _refuse_what_one_process_measures(request.plan, measures_shuffles)
         progress = progress and ranks.first
         source = request.model.load(request.seed)
-        chosen = request.plan.make(source, with_shuffles=not measures_shuffles)
         data = None if request.data is None else open_data(request.data, source, request.seed)
+        found = _find_plan(request, source, data, progress)
+        make = request.plan.make
+        chosen = found.plan if found is not None else make(source, with_shuffles=not measures_shuffles)
         calibration = _calibration(data, request, ranks)
         shuffles = None
         if measures_shuffles and calibration is not None:
@@ -71,7 +80,11 @@ def run_conversion(request: ConversionRequest, *, progress: bool = False) -> Rep
                 threads=request.output.threads, seed=request.seed, progress=progress,
             )  # fmt: skip
             chosen = shuffles.plan
+        if request.save_plan is not None and ranks.first:
+            PlanFile.of(source.spec.name, chosen).write(request.save_plan)
         conversion = convert(source.model, chosen, calibration, seed=request.seed, progress=progress)
+        if found is not None:
+            conversion = dataclasses.replace(conversion, notes=(*race_lines(found), *conversion.notes))
         accuracy = _accuracy(source.model, conversion.model, data, progress, ranks)
         model, tuned = conversion.model, None
         if request.training is not None and data is not None:
@@ -187,6 +200,16 @@ def class_count(source: Source) -> int | None:
             return None
 
 
+def _refuse_what_one_process_measures(plan: PlanRequest, measures_shuffles: bool) -> None:
+    if measures_shuffles:
+        raise SpecError("--shuffle auto is measured in one process; under torchrun choose none or all")
+    if plan.search is not None and plan.file is None:
+        raise SpecError(
+            "a budget is planned in one process: write the plan with 'groupify plan --save-plan FILE', "
+            "then give --plan FILE under torchrun"
+        )
+
+
 @contextlib.contextmanager
 def _writing(output: OutputRequest, ranks: Ranks) -> Iterator[Path | None]:
     """Yield the folder to write into; None in all processes but the first."""
@@ -234,6 +257,19 @@ def _forget_state(checkpointing: Checkpointing | None) -> None:
     """Remove the state of a training whose result is written."""
     if checkpointing is not None:
         checkpointing.file.unlink(missing_ok=True)
+
+
+def _find_plan(
+    request: ConversionRequest, source: Source, data: DataSplits | None, progress: bool
+) -> BudgetPlan | None:
+    """Plan for a budget, where there is one."""
+    search = request.plan.search
+    if search is None or request.plan.file is not None:
+        return None
+    return find_plan(
+        request.plan, search, source, data, calibration_images=request.calibration_images,
+        threads=request.output.threads, seed=request.seed, progress=progress,
+    )  # fmt: skip
 
 
 def _calibration(data: DataSplits | None, request: ConversionRequest, ranks: Ranks) -> Calibration | None:

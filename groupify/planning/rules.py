@@ -6,7 +6,7 @@ import fnmatch
 import math
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,9 +34,15 @@ _EXCLUDED, _NOT_INCLUDED = "excluded", "not included"
 
 
 @dataclass(frozen=True)
-class _Observed:
-    """What one forward pass shows of a conv."""
+class Observed:
+    """What one forward pass shows of a conv.
 
+    Attributes:
+        input_size, output_size: spatial sizes at its last call, pixels.
+        calls: how often it runs in one forward pass.
+    """
+
+    input_size: tuple[int, ...]
     output_size: tuple[int, ...]
     calls: int
 
@@ -92,11 +98,39 @@ def plan(
         ConversionError: the model does not run on that input shape.
     """
     _check_options(groups, kind, min_group_width, block, shuffle)
-    check_ready(model)
     example = example_input(input_shape, like=model)
-    observed = _observe(model, example)
+    made = plan_observed(
+        model, observe(model, example), input_shape, groups=groups, kind=kind, include=include,
+        exclude=exclude, min_group_width=min_group_width, block=block, shuffle=shuffle,
+    )  # fmt: skip
+    notes = limits(model, [site.name for site in made.converted], example)
+    known = target_block or block
+    slower = latency_warning(made, known) if known > 1 else None
+    if slower is not None:
+        made = with_latency_reasons(made, known)
+        notes = (*notes, slower)
+        warnings.warn(slower, GroupifyWarning, stacklevel=2)
+    return replace(made, notes=notes)
+
+
+def plan_observed(
+    model: nn.Module,
+    observed: Mapping[str, Observed],
+    input_shape: tuple[int, ...],
+    *,
+    groups: int,
+    kind: str,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    min_group_width: int,
+    block: int,
+    shuffle: str,
+) -> Plan:
+    """Do what ``plan`` does, from a forward pass that ``observe`` has watched; without the notes."""
+    _check_options(groups, kind, min_group_width, block, shuffle)
     convs = {name: module for name, module in model.named_modules() if isinstance(module, CONVS)}
     if not convs:
+        example = example_input(input_shape, like=model)
         functional = "; ".join(("", *functional_convs(model, example)))
         raise PlanError(f"the model has no conv layer, so there is no convolution worth grouping{functional}")
     _check_patterns((*include, *exclude), convs)
@@ -123,14 +157,7 @@ def plan(
         raise PlanError(_nothing_fits(result, groups, min_group_width))
     if block > 1:
         result = leave_slow_sites_dense(result, block)
-    notes = limits(model, [site.name for site in result.converted], example)
-    known = target_block or block
-    slower = latency_warning(result, known) if known > 1 else None
-    if slower is not None:
-        result = with_latency_reasons(result, known)
-        notes = (*notes, slower)
-        warnings.warn(slower, GroupifyWarning, stacklevel=2)
-    return replace(result, notes=notes)
+    return result
 
 
 def describe(model: nn.Module, recipes: Sequence[SiteRecipe], input_shape: tuple[int, ...]) -> Plan:
@@ -144,7 +171,7 @@ def describe(model: nn.Module, recipes: Sequence[SiteRecipe], input_shape: tuple
     Raises:
         ConversionError: the model does not run on that input shape.
     """
-    observed = _observe(model, example_input(input_shape, like=model))
+    observed = observe(model, example_input(input_shape, like=model))
     replaced = {recipe.name: recipe for recipe in recipes}
     sites = []
     convs = {name: module for name, module in model.named_modules() if isinstance(module, CONVS)}
@@ -191,21 +218,27 @@ def _check_patterns(patterns: Sequence[str], names: dict[str, Any]) -> None:
             )
 
 
-def _observe(model: nn.Module, example: Tensor) -> dict[str, _Observed]:
-    """Run the model once; the convs in the order in which they run."""
-    observed: dict[str, _Observed] = {}
+def observe(model: nn.Module, example: Tensor) -> dict[str, Observed]:
+    """Run the model once; the convs in the order in which they run.
+
+    Raises:
+        ConversionError: the model is not ready to run, or not on that input shape.
+    """
+    check_ready(model)
+    observed: dict[str, Observed] = {}
     handles = []
 
     def watch(name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        def hook(module: nn.Module, inputs: Any, named: dict[str, Any], output: Tensor) -> None:
+            source = inputs[0] if inputs else named["input"]
             calls = observed[name].calls if name in observed else 0
-            observed[name] = _Observed(tuple(output.shape[2:]), calls + 1)
+            observed[name] = Observed(tuple(source.shape[2:]), tuple(output.shape[2:]), calls + 1)
 
         return hook
 
     for name, module in model.named_modules():
         if isinstance(module, CONVS):
-            handles.append(module.register_forward_hook(watch(name)))
+            handles.append(module.register_forward_hook(watch(name), with_kwargs=True))
     try:
         run_once(model, example)
     finally:
@@ -248,7 +281,7 @@ def _choose(conv: Conv, groups: int, kind: str, min_group_width: int, block: int
 def _why_not(
     name: str,
     conv: Conv,
-    observed: _Observed | None,
+    observed: Observed | None,
     is_first: bool,
     include: Sequence[str],
     exclude: Sequence[str],
@@ -280,7 +313,7 @@ def _why_not(
     return None
 
 
-def _macs(conv: Conv, observed: _Observed) -> int:
+def _macs(conv: Conv, observed: Observed) -> int:
     return (
         conv_params(conv.in_channels, conv.out_channels, conv.kernel_size, conv.groups, bias=False)
         * math.prod(observed.output_size)
@@ -288,7 +321,7 @@ def _macs(conv: Conv, observed: _Observed) -> int:
     )
 
 
-def _is_cheap_shortcut(conv: Conv, observed: _Observed, total_macs: int) -> bool:
+def _is_cheap_shortcut(conv: Conv, observed: Observed, total_macs: int) -> bool:
     strided = max(conv.kernel_size) == 1 and max(conv.stride) > 1
     return strided and _macs(conv, observed) < _SHORTCUT_SHARE * total_macs
 
@@ -298,7 +331,7 @@ def _pointwise_is_smaller(conv: Conv, groups: int) -> bool:
     return dense // groups + conv.out_channels**2 < dense
 
 
-def _site(name: str, conv: Conv, choice: _Choice, observed: _Observed | None, shuffle: str) -> SitePlan:
+def _site(name: str, conv: Conv, choice: _Choice, observed: Observed | None, shuffle: str) -> SitePlan:
     has_bias = conv.bias is not None
     sizes = (conv.in_channels, conv.out_channels, conv.kernel_size)
     before = conv_params(*sizes, conv.groups, has_bias)

@@ -1,0 +1,253 @@
+"""Measured latencies: of every conv a model has or could get, and of the model itself."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from groupify.conversion.sampling import padding_amounts
+from groupify.conversion.surgery import GROUPED_POINTWISE
+from groupify.deployment.conv_timing import ConvShape, time_convs, time_network
+from groupify.deployment.export import export_onnx
+from groupify.deployment.machine import describe_machine
+from groupify.errors import ArtefactError, PlanError
+from groupify.graph.operations import CONVS, Conv
+from groupify.planning.cache import cache_folder, fingerprint, write_aside
+from groupify.planning.candidates import Candidate, Choices
+from groupify.planning.rules import Observed
+from groupify.strict_json import JsonObject, is_finite, is_text, parse, refuse
+
+FORMAT = "groupify latency table"
+SCHEMA_VERSION = 1
+_MAX_ENTRIES = 100_000
+_MAX_MS = 1e7
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Milliseconds for one image.
+
+    Attributes:
+        machine: where it was measured.
+        threads: intra-op threads of ONNX Runtime.
+        convs: shape of a conv and what replaces it → time with its activation.
+        networks: fingerprint of a dense network → time of all of it.
+    """
+
+    machine: str
+    threads: int = 1
+    convs: Mapping[str, float] = field(default_factory=dict)
+    networks: Mapping[str, float] = field(default_factory=dict)
+
+    def dumps(self) -> str:
+        """Return the table as a JSON text; ``loads`` of it is this table."""
+        document = {"format": FORMAT, "schema_version": SCHEMA_VERSION, **asdict(self)}
+        return json.dumps(document, indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def loads(cls, text: str) -> LatencyTable:
+        """Return the table of a JSON text.
+
+        Raises:
+            ArtefactError: the text is not JSON, or not a latency table.
+        """
+        top = JsonObject(parse(text), "table")
+        if top.take("format") != FORMAT:
+            raise ArtefactError(f'it is no latency table: expected "format": "{FORMAT}"')
+        version = top.integer("schema_version", 1, 10**9)
+        if version != SCHEMA_VERSION:
+            raise ArtefactError(
+                f"its schema version is {version}, this groupify reads version {SCHEMA_VERSION}: "
+                "make it anew with groupify bench MODEL --table FILE"
+            )
+        table = cls(
+            machine=top.text("machine"),
+            threads=top.integer("threads", 1, 65_536),
+            convs=_times(top.take("convs"), "table.convs"),
+            networks=_times(top.take("networks"), "table.networks"),
+        )
+        top.finish()
+        return table
+
+    @classmethod
+    def read(cls, path: Path) -> LatencyTable:
+        """Read a file.
+
+        Raises:
+            ArtefactError: it cannot be read, or is no latency table.
+        """
+        try:
+            return cls.loads(path.read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            raise ArtefactError(
+                f"cannot read latency table {str(path)!r}: {error}; "
+                "make one with groupify bench MODEL --table FILE"
+            ) from error
+        except ArtefactError as error:
+            raise ArtefactError(f"latency table {str(path)!r}: {error}") from error
+
+    def write(self, path: Path) -> None:
+        """Write a file aside, then rename it."""
+        try:
+            write_aside(path, self.dumps())
+        except OSError as error:
+            raise ArtefactError(f"cannot write {path}: {error}; choose another file") from error
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """What a table says of one model.
+
+    Attributes:
+        dense_ms: the whole dense model.
+        convs_ms: each candidate of each conv, over all its calls, in the order of the choices.
+    """
+
+    dense_ms: float
+    convs_ms: tuple[tuple[float, ...], ...]
+
+    @property
+    def rest_ms(self) -> float:
+        """What is not in the convs: everything that no plan changes."""
+        return max(0.0, self.dense_ms - sum(times[0] for times in self.convs_ms))
+
+    def total(self, chosen: Sequence[int]) -> float:
+        """Return the predicted latency of a plan, milliseconds for one image."""
+        return self.rest_ms + sum(times[index] for times, index in zip(self.convs_ms, chosen, strict=True))
+
+
+def conv_shape(candidate: Candidate, conv: Conv, run: Observed) -> ConvShape:
+    """Return what decides the latency of a candidate."""
+    amounts = padding_amounts(conv)[::-1]  # behind and in front, the first dimension first
+    site = candidate.site
+    return ConvShape(
+        in_channels=conv.in_channels,
+        out_channels=conv.out_channels,
+        kernel_size=tuple(conv.kernel_size),
+        stride=tuple(conv.stride),
+        dilation=tuple(conv.dilation),
+        padding=(*amounts[1::2], *amounts[::2]),
+        input_size=run.input_size,
+        groups=site.groups,
+        pointwise=site.kind == GROUPED_POINTWISE,
+        shuffle=site.shuffle,
+    )
+
+
+def measure_table(
+    model: nn.Module, choices: Choices, known: LatencyTable | None = None, *, threads: int = 1,
+    progress: bool = False,
+) -> LatencyTable:  # fmt: skip
+    """Time all that a table lacks of a model: its convs, their candidates, and the whole of it.
+
+    Args:
+        model: the dense model.
+        choices: what may become of each conv.
+        known: an earlier table of this machine.
+        threads: intra-op threads.
+        progress: show a bar on stderr.
+    """
+    known = LatencyTable(str(describe_machine()), threads) if known is None else known
+    shapes = [shape for row in _shapes(model, choices) for shape in row if shape is not None]
+    missing = [shape for shape in shapes if str(shape) not in known.convs]
+    convs, networks = dict(known.convs), dict(known.networks)
+    name = _network(model, choices)
+    if missing or name not in networks:
+        with tempfile.TemporaryDirectory(prefix="groupify-") as folder:
+            file = export_onnx(model, Path(folder, "dense.onnx"), input_shape=choices.input_shape).path
+            networks[name] = time_network(file, threads=threads, input_shape=choices.input_shape)
+        measured = time_convs(missing, threads=threads, progress=progress)
+        convs |= {str(shape): time for shape, time in measured.items()}
+    return LatencyTable(known.machine, threads, convs, networks)
+
+
+def cached_table(
+    model: nn.Module, choices: Choices, *, threads: int = 1, cache: Path | None = None, progress: bool = False
+) -> LatencyTable:
+    """Return a table of this machine that knows all of a model; what is missing is measured and kept.
+
+    The file in the cache folder is that of the machine, of the ONNX Runtime and of the number of threads.
+    """
+    machine = describe_machine()
+    own = (machine.cpu, machine.simd, machine.system, str(machine.onnxruntime), str(threads))
+    path = (cache_folder() if cache is None else cache) / f"latency-{fingerprint(own)}.json"
+    try:
+        known: LatencyTable | None = LatencyTable.read(path)
+    except ArtefactError:
+        known = None  # none yet, or a damaged one: it can be measured again
+    table = measure_table(model, choices, known, threads=threads, progress=progress)
+    if known is None or table.convs != known.convs or table.networks != known.networks:
+        table.write(path)
+    return table
+
+
+def look_up(table: LatencyTable, model: nn.Module, choices: Choices) -> Latencies:
+    """Find the convs and candidates of a model in a table.
+
+    Raises:
+        PlanError: the table was made for another model, or for other options.
+    """
+    name = _network(model, choices)
+    if name not in table.networks:
+        raise PlanError(
+            f"the latency table (of {table.machine}) does not know this model: "
+            "make it with groupify bench MODEL --table FILE on that machine"
+        )
+    rows = []
+    for row in _shapes(model, choices):
+        times = []
+        for shape in row:
+            if shape is not None and str(shape) not in table.convs:
+                raise PlanError(
+                    f"the latency table (of {table.machine}) has no conv {str(shape)!r}: make it with the "
+                    "options of this plan, groupify bench MODEL --table FILE, on that machine"
+                )
+            times.append(0.0 if shape is None else table.convs[str(shape)])
+        rows.append(times)
+    calls = [choices.observed[o[0].site.name].calls if row[0] is not None else 0
+             for o, row in zip(choices.sites, _shapes(model, choices), strict=True)]  # fmt: skip
+    return Latencies(
+        table.networks[name],
+        tuple(tuple(count * time for time in times) for count, times in zip(calls, rows, strict=True)),
+    )
+
+
+def _shapes(model: nn.Module, choices: Choices) -> list[list[ConvShape | None]]:
+    """The shape of each candidate of each conv; None where the conv never runs or has no choice."""
+    rows: list[list[ConvShape | None]] = []
+    for options in choices.sites:
+        run = choices.observed.get(options[0].site.name)
+        conv = model.get_submodule(options[0].site.name)
+        assert isinstance(conv, CONVS)
+        if run is None or len(options) == 1:
+            rows.append([None] * len(options))
+        else:
+            rows.append([conv_shape(option, conv, run) for option in options])
+    return rows
+
+
+def _network(model: nn.Module, choices: Choices) -> str:
+    """A fingerprint of what decides the latency of a dense model: its convs and its number of parameters."""
+    convs = [options[0].site for options in choices.sites]
+    shapes = [
+        (c.name, c.in_channels, c.out_channels, c.kernel_size, c.stride, c.output_size, c.groups_before)
+        for c in convs
+    ]
+    params = sum(parameter.numel() for parameter in model.parameters())
+    return fingerprint((repr(shapes), repr(choices.input_shape), str(params)))
+
+
+def _times(value: object, where: str) -> dict[str, float]:
+    if not isinstance(value, dict) or len(value) > _MAX_ENTRIES:
+        refuse(where, value, f"an object of at most {_MAX_ENTRIES} times")
+    for name, time in value.items():
+        if not is_text(name):
+            refuse(f"a name in {where}", name, "printable text")
+        if not is_finite(time) or not 0 <= time <= _MAX_MS:
+            refuse(f"{where}[{name!r}]", time, f"milliseconds from 0 to {_MAX_MS:g}")
+    return {name: float(time) for name, time in value.items()}

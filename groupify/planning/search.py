@@ -1,0 +1,371 @@
+"""A plan for a budget: predict, allocate, and let the plan race against uniform groups."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from groupify.conversion.convert import Calibration, convert
+from groupify.conversion.surgery import GROUPED, GROUPED_POINTWISE
+from groupify.errors import PlanError, SpecError
+from groupify.graph.trace import example_input
+from groupify.planning.budget import LATENCY, MACS, Budget
+from groupify.planning.candidates import Uniform, candidates
+from groupify.planning.cost import measure_cost
+from groupify.planning.costing import Chosen, Costing
+from groupify.planning.judge import Judge, Judgement
+from groupify.planning.latency_table import LatencyTable, cached_table, look_up
+from groupify.planning.limits import limits as limits_of
+from groupify.planning.plan import Plan
+from groupify.planning.sensitivity import (
+    Sensitivity,
+    exact_sensitivity,
+    measure_sensitivity,
+    weight_sensitivity,
+)
+
+SENSITIVITIES = ("fisher", "exact")
+_POWERS = (1.0, 0.5)
+_BISECTIONS = 6
+_CLOSE = 0.01  # relative to the cost: a nearer bisection would only resolve noise
+_HELD_OUT = 0.25
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images to plan on, preprocessed as for inference.
+
+    Attributes:
+        fit: unlabelled calibration images to fit on, shape (N, C, H, W).
+        held_out: other images, on which plans are compared.
+        labels: class numbers of those, shape (M,); None = unlabelled. Only a limit on the drop reads them.
+    """
+
+    fit: Tensor
+    held_out: Tensor
+    labels: Tensor | None = None
+
+    @classmethod
+    def split(cls, images: Tensor, labels: Tensor | None = None) -> Images:
+        """Hold the last quarter out; of a single image, the image itself."""
+        count = max(1, round(len(images) * (1 - _HELD_OUT)))
+        if count == len(images):
+            return cls(images, images, labels)
+        return cls(images[:count], images[count:], None if labels is None else labels[count:])
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One plan in the race.
+
+    Attributes:
+        name: ``"planned"``, or which uniform plan it is.
+        uniform: whether it has the same number of groups everywhere.
+        chosen: index of each conv's candidate.
+        loss: predicted divergence.
+        costs: MACs, parameters, bytes and, where asked for, milliseconds of the whole model.
+        measured: by converting it; None where that was not done.
+    """
+
+    name: str
+    uniform: bool
+    chosen: Chosen
+    loss: float
+    costs: Mapping[str, float]
+    measured: Judgement | None = None
+
+
+@dataclass(frozen=True)
+class BudgetPlan:
+    """The plan for a budget, and what it won against.
+
+    Attributes:
+        plan: the winner's.
+        budget: what was asked for.
+        contenders: the winner first, then the others from best to worst.
+        dense_costs: MACs, parameters, bytes and milliseconds of the dense model.
+        costing: choices, sensitivities and costs that it was made from.
+        method: one line on how the losses were predicted.
+        labelled: whether the measured drop is one of accuracy, and not of agreement.
+    """
+
+    plan: Plan
+    budget: Budget
+    contenders: tuple[Contender, ...]
+    dense_costs: Mapping[str, float]
+    costing: Costing
+    method: str
+    labelled: bool
+
+    @property
+    def winner(self) -> Contender:
+        """The contender whose plan it is."""
+        return self.contenders[0]
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """What the planner may do; see ``candidates`` for the fields not said here.
+
+    Attributes:
+        sensitivity: ``"fisher"``, or ``"exact"`` to convert every candidate of every conv alone and measure
+            the divergence, which takes hours for a large model.
+        verify: whether the plan and the best uniform one are converted and compared on held-out images.
+        table: latencies measured on the device; None = measure them here, where the budget needs them.
+        threads: intra-op threads of that measurement.
+        cache: folder for what took long to measure; None = keep nothing.
+        seed: seed of everything random.
+        progress: show bars on stderr.
+    """
+
+    kinds: Sequence[str] = (GROUPED, GROUPED_POINTWISE)
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    min_group_width: int = 1
+    block: int = 1
+    shuffle: str = "none"
+    sensitivity: str = "fisher"
+    verify: bool = True
+    table: LatencyTable | None = None
+    threads: int = 1
+    cache: Path | None = None
+    seed: int = 0
+    progress: bool = False
+
+
+def plan_for_budget(
+    model: nn.Module,
+    input_shape: tuple[int, ...],
+    budget: Budget | str,
+    images: Images | Tensor | None = None,
+    options: SearchOptions | None = None,
+) -> BudgetPlan:
+    """Find the plan that loses the least within a budget.
+
+    Every conv gets the kind and number of groups for which the predicted losses of all convs add up to the
+    least within all limits. The plan is then converted, and so is the best uniform plan (the same number of
+    groups everywhere) within the same limits; whichever diverges less from the dense model on held-out
+    images is returned. For a limit on the drop alone, the smallest plan that holds it is searched by
+    bisection over the MACs (over the latency, if there is a table of it), each step converted and measured.
+
+    Args:
+        model: a dense model; left untouched.
+        input_shape: (C, H, W) of one image.
+        budget: for example ``"macs=40%,params=8M"``.
+        images: unlabelled calibration images, of which a quarter is held out, or ``Images``. None = predict
+            from the weights alone, and compare nothing.
+        options: what the planner may do.
+
+    Raises:
+        PlanError: the budget cannot be held; says by how much.
+        SpecError: the budget or an option cannot be understood, or a limit on the drop comes without images.
+        ConversionError: the model does not run on that input shape, or cannot be converted.
+    """
+    options = options or SearchOptions()
+    if isinstance(budget, str):
+        budget = Budget.parse(budget)
+    if isinstance(images, Tensor):
+        images = Images.split(images)
+    if budget.drop is not None and images is None:
+        raise SpecError(f"{budget} limits the drop of accuracy, which needs images; give --data")
+    needs_latency = options.table is not None or any(limit.quantity == LATENCY for limit in budget.limits)
+    costing = make_costing(model, input_shape, images, options, latency=needs_latency)
+    return _Search(model, budget, costing, images, options).run()
+
+
+def make_costing(
+    model: nn.Module,
+    input_shape: tuple[int, ...],
+    images: Images | None,
+    options: SearchOptions,
+    *,
+    latency: bool,
+) -> Costing:
+    """Measure all that a plan is chosen by: costs, sensitivities and, if asked for, latencies."""
+    if options.sensitivity not in SENSITIVITIES:
+        raise SpecError(
+            f"unknown sensitivity {options.sensitivity!r}, expected one of {', '.join(SENSITIVITIES)}"
+        )
+    choices = candidates(
+        model, input_shape, kinds=options.kinds, include=options.include, exclude=options.exclude,
+        min_group_width=options.min_group_width, block=options.block, shuffle=options.shuffle,
+    )  # fmt: skip
+    dense = measure_cost(model, example_input(input_shape, like=model))
+    sensitivity: Sensitivity
+    if images is None:
+        sensitivity = weight_sensitivity(model, choices, seed=options.seed, progress=options.progress)
+    elif options.sensitivity == "exact":
+        sensitivity = exact_sensitivity(
+            model, choices, images.fit, images.held_out, seed=options.seed, cache=options.cache,
+            progress=options.progress,
+        )  # fmt: skip
+    else:
+        sensitivity = measure_sensitivity(
+            model, choices, images.fit, seed=options.seed, cache=options.cache,
+            progress=options.progress,
+        )  # fmt: skip
+    latencies = None
+    if latency:
+        table = options.table
+        if table is None:
+            table = cached_table(
+                model, choices, threads=options.threads, cache=options.cache, progress=options.progress
+            )
+        latencies = look_up(table, model, choices)
+    return Costing(choices, sensitivity, dense, latencies)
+
+
+def measurer(
+    model: nn.Module, costing: Costing, images: Images, options: SearchOptions
+) -> tuple[Judge, Callable[[Chosen], Judgement]]:
+    """Return what converts plans and measures them on held-out images, each plan once."""
+    judge = Judge(model, images.held_out, images.labels)
+    known: dict[Chosen, Judgement] = {}
+
+    def measure(chosen: Chosen) -> Judgement:
+        if chosen not in known:
+            converted = convert(
+                model,
+                costing.choices.plan(chosen),
+                Calibration(images.fit),
+                seed=options.seed,
+                progress=options.progress,
+            )
+            known[chosen] = judge.judge(converted.model)
+        return known[chosen]
+
+    return judge, measure
+
+
+class _Search:
+    def __init__(
+        self,
+        model: nn.Module,
+        budget: Budget,
+        costing: Costing,
+        images: Images | None,
+        options: SearchOptions,
+    ) -> None:
+        self._model = model
+        self._budget = budget
+        self._costing = costing
+        self._options = options
+        self._judge: Judge | None = None
+        self._powers: Sequence[float] = _POWERS
+        if images is not None and (options.verify or budget.drop is not None):
+            self._judge, self._judgement = measurer(model, costing, images, options)
+        else:
+            self._powers = _POWERS[:1]  # without a race there is nothing to tell variants apart by
+
+    def run(self) -> BudgetPlan:
+        """Return the winner."""
+        costs, drop = self._budget.costs, self._budget.drop
+        dense = self._costing.dense_costs
+        if costs:
+            contenders = self._race({limit.quantity: limit.at_most(dense[limit.quantity]) for limit in costs})
+            best = contenders[0].measured
+            if drop is not None and best is not None and best.drop > drop:
+                raise PlanError(
+                    f"{self._budget} cannot be held together: within {' and '.join(map(str, costs))} the "
+                    f"drop came to {best.drop:.2f} points on {self._images}; allow more of one of them"
+                )
+        else:
+            assert drop is not None
+            contenders = self._bisect(drop)
+        return BudgetPlan(
+            plan=self._plan(contenders[0].chosen),
+            budget=self._budget,
+            contenders=tuple(contenders),
+            dense_costs=dense,
+            costing=self._costing,
+            method=self._costing.sensitivity.method,
+            labelled=self._judge is not None and self._judge.labelled,
+        )
+
+    def _plan(self, chosen: Chosen) -> Plan:
+        plan = self._costing.choices.plan(chosen)
+        names = [site.name for site in plan.converted]
+        example = example_input(plan.input_shape, like=self._model)
+        return replace(plan, notes=limits_of(self._model, names, example))
+
+    # one race ----------------------------------------------------------------------------------
+
+    def _race(self, limits: Mapping[str, float]) -> list[Contender]:
+        """All contenders within the limits, the best first."""
+        dense = self._costing.dense_costs
+        if all(dense[quantity] <= limit for quantity, limit in limits.items()):
+            raise PlanError(f"{self._budget} allows all that the dense model costs; ask for less of it")
+        contenders: list[Contender] = []
+        for power in self._powers:
+            chosen = self._costing.best(limits, power=power)
+            if chosen is None:
+                raise self._costing.refuse(self._budget.costs)
+            if all(chosen != other.chosen for other in contenders):
+                name = "planned" if power == 1 else f"planned (losses to the power {power:g})"
+                contenders.append(self._contender(name, chosen))
+        uniform = self._costing.best_uniform(limits)
+        if uniform is not None:
+            contenders.append(self._contender(uniform_name(uniform[0]), uniform[1], uniform=True))
+        if self._judge is not None:
+            contenders = [replace(c, measured=self._judgement(c.chosen)) for c in contenders]
+        return sorted(contenders, key=_rank)
+
+    def _contender(self, name: str, chosen: Chosen, *, uniform: bool = False) -> Contender:
+        costing = self._costing
+        return Contender(name, uniform, chosen, costing.loss(chosen), costing.costs(chosen))
+
+    @property
+    def _images(self) -> str:
+        assert self._judge is not None
+        kind = "labelled" if self._judge.labelled else "unlabelled"
+        return f"{len(self._judge)} held-out {kind} images"
+
+    # a limit on the drop -----------------------------------------------------------------------
+
+    def _bisect(self, drop: float) -> list[Contender]:
+        """The cheapest plan whose measured drop is within the limit, and what else was measured."""
+        costing = self._costing
+        quantity = LATENCY if costing.latencies is not None else MACS
+        dense, least = costing.dense_costs[quantity], costing.least(quantity)
+        low, high = math.log(least), math.log(dense)  # of what holds nothing; of what holds
+        seen: list[Contender] = []
+        steps = range(_BISECTIONS)
+        for _ in tqdm(steps, desc="bisection", disable=None if self._options.progress else True, leave=False):
+            if high - low < _CLOSE:
+                break
+            middle = (low + high) / 2
+            raced = self._race({quantity: math.exp(middle)})
+            seen += raced
+            winner = raced[0]
+            if winner.measured is not None and winner.measured.drop <= drop:
+                high = min(middle, math.log(winner.costs[quantity]))
+            else:
+                low = middle
+        holding = [c for c in seen if c.measured is not None and c.measured.drop <= drop]
+        if not holding:
+            best = min(seen, key=lambda c: c.measured.drop if c.measured is not None else math.inf)
+            assert best.measured is not None
+            raise PlanError(
+                f"drop={drop:g} cannot be held: the mildest plan that was tried, with "
+                f"{100 * best.costs[quantity] / dense:.0f}% of the {quantity}, lost {best.measured.drop:.2f} "
+                f"points on {self._images}; allow a larger drop"
+            )
+        best = min(holding, key=lambda c: (c.costs[quantity], _rank(c)))
+        return [best, *sorted((c for c in seen if c is not best), key=lambda c: c.costs[quantity])]
+
+
+def _rank(contender: Contender) -> tuple[float, float, bool]:
+    """Measured divergence before predicted; where both are equal, uniform first."""
+    measured = contender.measured.divergence if contender.measured is not None else 0.0
+    return measured, contender.loss, not contender.uniform
+
+
+def uniform_name(uniform: Uniform) -> str:
+    """Return a name for a plan with one number of groups."""
+    kind, groups, shuffle = uniform
+    return f"uniform {kind}, {groups} groups" + (", shuffled" if shuffle else "")

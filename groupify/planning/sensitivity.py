@@ -1,0 +1,292 @@
+"""What each candidate of each conv would cost in accuracy.
+
+The loss of a candidate is the divergence of the model's outputs, to second order: half the error of the best
+replacement, weighted by the Fisher information of the conv's output, ``½ tr(F Cov(y − ŷ))``. For a classifier
+it is in nats for each image. The losses of several convs are taken to add up.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from groupify.conversion.clustering import SiteScore, cluster
+from groupify.conversion.convert import Calibration, convert
+from groupify.conversion.surgery import SiteRecipe
+from groupify.errors import DataError, GroupifyWarning
+from groupify.graph.channels import CONV_INPUT, CONV_OUTPUT, Channels, channel_classes
+from groupify.graph.permute import use_order
+from groupify.graph.trace import example_input, trace
+from groupify.planning.cache import NumberCache, fingerprint
+from groupify.planning.candidates import Candidate, Choices
+from groupify.planning.judge import Judge
+from groupify.planning.layer_error import LayerMoments
+from groupify.planning.moments_pass import SiteStatistics, observe_sites
+
+_MEMORY = 2**31  # bytes of moments held at the same time; more convs take another pass
+_VERSION = "1"  # of what is measured: another one makes the cached numbers void
+
+Orders = Mapping[str, tuple[Tensor | None, Tensor | None]]  # candidate → its output and input order
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The loss of every candidate.
+
+    Attributes:
+        losses: by the key of the candidate, at least 0; leaving a conv as it is loses nothing.
+        method: one line on how they were measured.
+    """
+
+    losses: Mapping[str, float]
+    method: str
+
+    def loss(self, candidate: Candidate) -> float:
+        """Return the loss of one candidate."""
+        return self.losses[candidate.key] if candidate.site.converted else 0.0
+
+    def total(self, choices: Choices, chosen: Sequence[int]) -> float:
+        """Return the loss of a whole plan: the sum over its convs."""
+        pairs = zip(choices.sites, chosen, strict=True)
+        return sum(self.loss(options[index]) for options, index in pairs)
+
+
+def measure_sensitivity(
+    model: nn.Module,
+    choices: Choices,
+    images: Tensor,
+    *,
+    seed: int = 0,
+    cache: Path | None = None,
+    progress: bool = False,
+) -> Sensitivity:
+    """Measure the loss of every candidate from one pass over unlabelled images.
+
+    The pass gives the moments of what every conv reads and the Fisher information of what it computes;
+    all numbers of groups follow from these by least squares in float64. Models whose moments take more
+    than 2 GiB are read in several passes. What is finished is kept, so that an interrupted run goes on.
+
+    Args:
+        model: the dense model; left untouched.
+        choices: what may become of each conv.
+        images: shape (N, C, H, W), preprocessed as for inference.
+        seed: seed of the sampled positions and directions.
+        cache: folder to keep the numbers in; None = nowhere.
+        progress: show a bar on stderr.
+
+    Raises:
+        DataError: no images.
+        ConversionError: activations are NaN or infinite.
+
+    Warns:
+        GroupifyWarning: the outputs are no class scores; then all outputs of a conv weigh the same.
+    """
+    if len(images) == 0:
+        raise DataError("no images to measure the sensitivity on; expected at least one")
+    convs = [options for options in choices.sites if len(options) > 1]
+    store = NumberCache(None if cache is None else cache / f"sensitivity-{_key(model, images, seed)}.json")
+    dense = copy.deepcopy(model).float().eval().requires_grad_(False)
+    work = _Measurement(dense, choices, images.float(), seed, progress)
+    missing = [options for options in convs if any(c.key not in store.numbers for c in options[1:])]
+    with torch.random.fork_rng(devices=[]):
+        for chunk in _chunks(dense, missing):
+            work.observe([options[0].site.name for options in missing], chunk)
+            for options in tqdm(chunk, desc="errors", disable=None if progress else True, leave=False):
+                store.add(work.losses(options))
+    losses = {c.key: store.numbers[c.key] for options in convs for c in options[1:]}
+    return Sensitivity(
+        losses, f"fitted error weighted by Fisher information, {len(images)} unlabelled images"
+    )
+
+
+def weight_sensitivity(
+    model: nn.Module, choices: Choices, *, seed: int = 0, progress: bool = False
+) -> Sensitivity:
+    """Predict the losses from the weights alone: the share of each conv that its best replacement lacks.
+
+    All inputs count as alike and independent, and all convs as equally important.
+    """
+    dense = copy.deepcopy(model).float().eval()
+    convs = [options for options in choices.sites if len(options) > 1]
+    names = [options[0].site.name for options in convs]
+    weights = {n: dense.get_submodule(n).get_parameter("weight").detach().flatten(2) for n in names}
+    scores = {name: weight.square().sum(2) for name, weight in weights.items()}
+    example = example_input(choices.input_shape, like=dense)
+    orders = _channel_orders(dense, choices, example, scores, seed)
+    losses = {}
+    for options in tqdm(convs, desc="errors", disable=None if progress else True, leave=False):
+        weight = weights[options[0].site.name]
+        layer = LayerMoments(weight, torch.eye(weight[0].numel()))
+        for candidate in options[1:]:
+            recipe = candidate.site.recipe
+            losses[candidate.key] = layer.error(recipe, *orders.get(candidate.key, (None, None))).relative
+    return Sensitivity(losses, "from the weights alone")
+
+
+def exact_sensitivity(
+    model: nn.Module,
+    choices: Choices,
+    images: Tensor,
+    held_out: Tensor,
+    *,
+    seed: int = 0,
+    cache: Path | None = None,
+    progress: bool = False,
+) -> Sensitivity:
+    """Convert every candidate of every conv alone and measure the divergence of the outputs.
+
+    Args:
+        model: the dense model; left untouched.
+        choices: what may become of each conv.
+        images: to fit on, shape (N, C, H, W).
+        held_out: to measure on.
+        seed, cache, progress: as for ``measure_sensitivity``.
+    """
+    key = fingerprint(("exact",), (held_out,)) + _key(model, images, seed)
+    store = NumberCache(None if cache is None else cache / f"sensitivity-{key}.json")
+    judge = Judge(model, held_out)
+    moves = [
+        (number, index, candidate)
+        for number, options in enumerate(choices.sites)
+        for index, candidate in enumerate(options)
+        if candidate.site.converted
+    ]
+    for number, index, candidate in tqdm(
+        moves, desc="exact", disable=None if progress else True, leave=False
+    ):
+        if candidate.key not in store.numbers:
+            chosen = [0] * len(choices.sites)
+            chosen[number] = index
+            converted = convert(model, choices.plan(chosen), Calibration(images), seed=seed).model
+            store.add({candidate.key: max(0.0, judge.judge(converted).divergence)})
+    return Sensitivity(
+        {candidate.key: store.numbers[candidate.key] for _, _, candidate in moves},
+        f"each candidate converted alone, {len(images)} unlabelled images, {len(held_out)} held out",
+    )
+
+
+def _key(model: nn.Module, images: Tensor, seed: int) -> str:
+    structure = repr(model)
+    return fingerprint((_VERSION, structure, str(seed)), (*model.state_dict().values(), images))
+
+
+def _chunks(
+    model: nn.Module, convs: Sequence[tuple[Candidate, ...]]
+) -> Iterable[Sequence[tuple[Candidate, ...]]]:
+    chunk: list[tuple[Candidate, ...]] = []
+    used = 0
+    for options in convs:
+        size = 8 * model.get_submodule(options[0].site.name).get_parameter("weight")[0].numel() ** 2
+        if chunk and used + size > _MEMORY:
+            yield chunk
+            chunk, used = [], 0
+        chunk.append(options)
+        used += size
+    if chunk:
+        yield chunk
+
+
+class _Measurement:
+    """The passes over the images and what is computed from them."""
+
+    def __init__(self, dense: nn.Module, choices: Choices, images: Tensor, seed: int, progress: bool) -> None:
+        self._dense = dense
+        self._choices = choices
+        self._images = images
+        self._seed = seed
+        self._progress = progress
+        self._statistics: dict[str, SiteStatistics] = {}
+        self._importance: dict[str, Tensor] = {}
+        self._orders: Orders | None = None
+
+    def observe(self, names: Sequence[str], chunk: Sequence[tuple[Candidate, ...]]) -> None:
+        """Take the statistics of one chunk of convs; in the first pass, the channel orders of all."""
+        whole = [options[0].site.name for options in chunk]
+        first = self._orders is None
+        every = [options[0].site.name for options in self._choices.sites if len(options) > 1]
+        try:
+            self._statistics = self._pass(every if first else whole, whole, backward=True)
+        except DataError as problem:
+            warnings.warn(
+                f"{problem}; all outputs of a conv weigh the same instead", GroupifyWarning, stacklevel=4
+            )
+            self._statistics = self._pass(every if first else whole, whole, backward=False)
+        if self._orders is None:
+            scores = {name: _score(self._weight(name), found) for name, found in self._statistics.items()}
+            self._orders = _channel_orders(self._dense, self._choices, self._images[:1], scores, self._seed)
+
+    def _pass(
+        self, names: Sequence[str], whole: Sequence[str], *, backward: bool
+    ) -> dict[str, SiteStatistics]:
+        return observe_sites(
+            self._dense, self._images, names, whole, seed=self._seed, importance=backward,
+            progress=self._progress,
+        )  # fmt: skip
+
+    def losses(self, options: Sequence[Candidate]) -> dict[str, float]:
+        """Return the loss of each candidate of one conv that is observed at present; used up."""
+        name = options[0].site.name
+        statistics = self._statistics.pop(name)
+        layer = LayerMoments(self._weight(name), statistics.moments.covariance)
+        found = {}
+        for candidate in options[1:]:
+            outputs, inputs = (self._orders or {}).get(candidate.key, (None, None))
+            error = layer.error(candidate.site.recipe, outputs, inputs)
+            importance = statistics.importance
+            found[candidate.key] = error.relative if importance is None else error.weighted(importance) / 2
+        return found
+
+    def _weight(self, name: str) -> Tensor:
+        return self._dense.get_submodule(name).get_parameter("weight").flatten(2)
+
+
+def _channel_orders(
+    dense: nn.Module, choices: Choices, example: Tensor, scores: Mapping[str, Tensor], seed: int
+) -> Orders:
+    """Channel orders for each number of groups, as the conversion would choose them for all convs alike.
+
+    The permutation classes are respected: convs that share their channels share the order.
+    """
+    traced = trace(dense).module
+    if traced is None:
+        return {}
+    channels = channel_classes(traced, example)
+    orders: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+    for chosen in choices.uniform.values():
+        picked = [options[index] for options, index in zip(choices.sites, chosen, strict=True)]
+        picked = [candidate for candidate in picked if candidate.site.converted]
+        recipes = [candidate.site.recipe for candidate in picked]
+        entries = [SiteScore(recipe, scores[recipe.name]) for recipe in recipes]
+        found = cluster(channels, entries, restarts=0, seed=seed).orders
+        for candidate, recipe in zip(picked, recipes, strict=True):
+            orders.setdefault(candidate.key, _orders_of(recipe, channels, found))
+    return orders
+
+
+def _orders_of(
+    site: SiteRecipe, channels: Channels, orders: Mapping[int, Tensor]
+) -> tuple[Tensor | None, Tensor | None]:
+    outputs = inputs = None
+    for index, use in enumerate(channels.uses):
+        if use.name == site.name and use.kind == CONV_OUTPUT:
+            outputs = use_order(channels, index, orders)
+        elif use.name == site.name and use.kind == CONV_INPUT:
+            inputs = use_order(channels, index, orders)
+    return outputs, inputs
+
+
+def _score(weight: Tensor, statistics: SiteStatistics) -> Tensor:
+    """Share of each output's variance that comes through each input, shape (O, I)."""
+    inputs, taps = weight.shape[1:]
+    blocks = statistics.moments.covariance
+    if blocks.dim() == 2:
+        blocks = blocks.reshape(inputs, taps, inputs, taps).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    through = torch.einsum("oia,iab,oib->oi", weight, blocks.float(), weight)
+    return through / through.sum(1, keepdim=True).clamp(min=1e-12)

@@ -1,0 +1,248 @@
+#!/usr/bin/env python3
+"""Planned against uniform groups at the same MACs and at the same latency, without any training.
+
+    python scripts/benchmark_planner.py --checkpoint resnet18.safetensors
+    python scripts/benchmark_planner.py --model groupify.demo:fashion_vgg11_bn --checkpoint vgg11.safetensors
+    python scripts/benchmark_planner.py --model demo --data demo --seeds 1 --rows 'macs g=8' --images 300
+
+Checkpoints come from scripts/train_dense.py. For each row, uniform groups set the budget: their MACs (any
+width of a group), or their predicted latency on this machine (widths clamped to its blocked kernel). The
+planner gets exactly that, with 1,000 unlabelled training images to fit on and 500 others to compare plans
+on. Both models are then fitted on the 1,000 images and measured on all test images; for latency rows both
+are timed beside the dense model in ONNX Runtime. Results are merged, one entry for each row and seed, into
+the JSON file: entries that are there are not measured again. One seed of one row of resnet18 takes about
+five conversions, 3 to 5 minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from groupify.conversion.convert import Calibration, convert
+from groupify.data import calibration_images, load_data
+from groupify.deployment.benchmark import benchmark_onnx
+from groupify.deployment.export import export_onnx
+from groupify.deployment.machine import blocked_width, describe_machine
+from groupify.deployment.timing import paired_ratio
+from groupify.evaluation import evaluate
+from groupify.planning import Plan
+from groupify.planning.budget import LATENCY, MACS, Budget, Limit
+from groupify.planning.cache import cache_folder
+from groupify.planning.search import Images, SearchOptions, make_costing, plan_for_budget
+from groupify.zoo import Source, load_model
+
+IMAGES, HELD_OUT = 1000, 500
+GROUPS = (2, 4, 8)
+ROWS = tuple(f"{quantity} g={groups}" for quantity in (MACS, LATENCY) for groups in GROUPS)
+SKIP = "*downsample*"  # as in scripts/benchmark_accuracy.py: all 3×3 convs but the first are converted
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row and one seed; accuracies in percent, losses as predicted, divergences on held-out images."""
+
+    model: str
+    row: str
+    seed: int
+    dense_accuracy: float
+    uniform_accuracy: float
+    planned_accuracy: float
+    uniform_cost: float  # share of the dense model's MACs or predicted latency
+    planned_cost: float
+    winner: str
+    predicted: Mapping[str, float]
+    divergence: Mapping[str, float | None]
+    speed_up: Mapping[str, float] | None  # measured beside the dense model
+    plan: Mapping[str, str]
+    shuffle: str
+    images: int
+    seconds: float
+
+
+def main() -> None:
+    """Parse, measure what is missing, print, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="groupify.demo:fashion_resnet18")
+    parser.add_argument("--checkpoint", type=Path, help="dense weights, from train_dense.py")
+    parser.add_argument("--data", default="fashion-mnist")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rows", default="*", metavar="GLOB", help=f"of {', '.join(ROWS)}")
+    parser.add_argument("--shuffle", choices=("none", "all"), default="none", help="shuffles as candidates")
+    parser.add_argument("--sensitivity", choices=("fisher", "exact"), default="fisher")
+    parser.add_argument("--images", type=int, default=IMAGES, help="to fit on (default: %(default)s)")
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/planner.json"))
+    arguments = parser.parse_args()
+    rows = [row for row in ROWS if fnmatch.fnmatchcase(row, arguments.rows)]
+    if not rows:
+        parser.error(f"no row is called {arguments.rows!r}: there are {', '.join(ROWS)}")
+    source = load_model(arguments.model, checkpoint=arguments.checkpoint)
+    data = load_data(arguments.data, source.spec)
+    assert data.train is not None
+    assert data.test is not None
+    entries = read(arguments.json)
+    dense: float | None = None
+    for row in rows:
+        for seed in range(arguments.seeds):
+            key = (arguments.model, row, seed, arguments.shuffle, arguments.images)
+            if key in entries:
+                continue
+            if dense is None:
+                dense = 100 * evaluate(source.model, data.test, batch_size=500).top1
+            images = calibration_images(data.train, arguments.images + HELD_OUT, seed=seed)
+            run = Run(source, images[: arguments.images], images[arguments.images :], arguments, seed)
+            entries[key] = run.measure(row, dense, data.test)
+            print_entry(entries[key])
+            write(arguments.json, entries)
+    print_summary([entry for key, entry in entries.items() if key[0] == arguments.model])
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the rows of one seed share."""
+
+    source: Source
+    images: Tensor
+    held_out: Tensor
+    arguments: argparse.Namespace
+    seed: int
+
+    def measure(self, row: str, dense: float, test: Any) -> Entry:
+        """Plan at the cost of uniform groups, convert both, measure both."""
+        start = time.perf_counter()
+        quantity, _, groups = row.partition(" g=")
+        model, shape = self.source.model, self.source.spec.input_shape
+        block = blocked_width() if quantity == LATENCY else 1
+        has_shortcuts = any("downsample" in name for name, _ in model.named_modules())
+        options = SearchOptions(
+            exclude=[SKIP] if has_shortcuts else [],
+            min_group_width=block,
+            block=block,
+            shuffle=self.arguments.shuffle,
+            sensitivity=self.arguments.sensitivity,
+            cache=cache_folder(),
+            seed=self.seed,
+            progress=True,
+        )
+        images = Images(self.images, self.held_out)
+        costing = make_costing(model, shape, images, options, latency=quantity == LATENCY)
+        uniform = costing.choices.uniform["grouped", int(groups), False]
+        amount = costing.costs(uniform)[quantity]
+        budget = Budget((Limit(quantity, amount, relative=False),))
+        found = plan_for_budget(model, shape, budget, images, options)
+        plans = {"uniform": costing.choices.plan(uniform), "planned": found.plan}
+        models = {name: self.convert(plan) for name, plan in plans.items()}
+        accuracy = {name: 100 * evaluate(m, test, batch_size=500).top1 for name, m in models.items()}
+        total = found.dense_costs[quantity]
+        contenders = {contender.name: contender for contender in found.contenders}
+        measured = {name: c.measured.divergence if c.measured else None for name, c in contenders.items()}
+        return Entry(
+            model=self.arguments.model,
+            row=row,
+            seed=self.seed,
+            dense_accuracy=dense,
+            uniform_accuracy=accuracy["uniform"],
+            planned_accuracy=accuracy["planned"],
+            uniform_cost=amount / total,
+            planned_cost=found.winner.costs[quantity] / total,
+            winner=found.winner.name,
+            predicted={name: c.loss for name, c in contenders.items()} | {"row": costing.loss(uniform)},
+            divergence=measured,
+            speed_up=speed_ups(model, models, shape) if quantity == LATENCY else None,
+            plan={
+                site.name: f"{site.kind} {site.groups}" + (" shuffle" if site.shuffle else "")
+                for site in found.plan.converted
+            },
+            shuffle=self.arguments.shuffle,
+            images=len(self.images),
+            seconds=time.perf_counter() - start,
+        )
+
+    def convert(self, plan: Plan) -> nn.Module:
+        """Fit on the calibration images."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return convert(self.source.model, plan, Calibration(self.images), seed=self.seed).model
+
+
+def speed_ups(dense: nn.Module, models: Mapping[str, nn.Module], shape: tuple[int, ...]) -> dict[str, float]:
+    """Time all beside the dense model, interleaved."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = {
+            name: export_onnx(model, Path(folder, f"{name}.onnx"), input_shape=shape).path
+            for name, model in {"dense": dense, **models}.items()
+        }
+        rows = {latency.model: latency for latency in benchmark_onnx(files, input_shape=shape, seconds=8)}
+    return {name: paired_ratio(rows["dense"].timing, rows[name].timing) for name in models}
+
+
+def print_entry(entry: Entry) -> None:
+    """Print one row and seed."""
+    print(
+        f"{entry.model} {entry.row} seed {entry.seed}: dense {entry.dense_accuracy:.2f}, "
+        f"uniform {entry.uniform_accuracy:.2f}, planned {entry.planned_accuracy:.2f} ({entry.winner}; "
+        f"{100 * entry.planned_cost:.1f}% of the cost against {100 * entry.uniform_cost:.1f}%)",
+        flush=True,
+    )
+
+
+def print_summary(entries: list[Entry]) -> None:
+    """Print the means over the seeds, and how much of uniform's drop the plan closes."""
+    for row in dict.fromkeys(entry.row for entry in entries):
+        same = [entry for entry in entries if entry.row == row]
+        dense, uniform, planned = (
+            statistics.fmean(getattr(entry, f"{name}_accuracy") for entry in same)
+            for name in ("dense", "uniform", "planned")
+        )
+        drop = dense - uniform
+        closed = f"{100 * (planned - uniform) / drop:.0f}%" if drop > 0 else "none to close"
+        speeds = ""
+        if all(entry.speed_up is not None for entry in same):
+            means = {n: statistics.fmean((e.speed_up or {})[n] for e in same) for n in ("uniform", "planned")}
+            speeds = f"; measured speed-up {means['uniform']:.2f} and {means['planned']:.2f}"
+        print(
+            f"{row:14s} drop of uniform {drop:.2f}, of planned {dense - planned:.2f}: closed {closed} "
+            f"({len(same)} seeds){speeds}"
+        )
+
+
+def read(path: Path) -> dict[tuple[Any, ...], Entry]:
+    """Return the entries of an earlier run."""
+    if not path.exists():
+        return {}
+    entries = [Entry(**entry) for entry in json.loads(path.read_text())["entries"]]
+    return {(e.model, e.row, e.seed, e.shuffle, e.images): e for e in entries}
+
+
+def write(path: Path, entries: Mapping[tuple[Any, ...], Entry]) -> None:
+    """Write all entries aside, then rename."""
+    document = {
+        "command": " ".join(Path(argument).name for argument in sys.argv),
+        "machine": asdict(describe_machine()),
+        "entries": [asdict(entry) for entry in entries.values()],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(json.dumps(document, indent=2) + "\n")
+    os.replace(aside, path)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    main()

@@ -1,0 +1,141 @@
+#!/usr/bin/env python3
+"""Predicted against measured latency of whole models in ONNX Runtime, one thread, batch 1, 3×224×224.
+
+    python scripts/benchmark_prediction.py                          # four models: about 15 minutes
+    python scripts/benchmark_prediction.py --only resnet18 --seconds 4
+
+The prediction is that of the planner: the dense model as measured when the table was made, plus what the
+table says of each conv that is replaced. For every model the latency table is made anew; then the dense
+model and its converted ones are exported and timed, interleaved. Weights are random: latency does not
+depend on them. Besides uniform groups there is a mixed plan, for half of the dense latency. Needs a quiet
+machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fnmatch
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from torch import nn
+
+from groupify.conversion.surgery import restructure
+from groupify.deployment.benchmark import benchmark_onnx
+from groupify.deployment.export import export_onnx
+from groupify.deployment.machine import blocked_width, describe_machine
+from groupify.graph.trace import example_input
+from groupify.planning import Plan
+from groupify.planning.budget import LATENCY
+from groupify.planning.candidates import candidates
+from groupify.planning.cost import measure_cost
+from groupify.planning.costing import Costing
+from groupify.planning.latency_table import look_up, measure_table
+from groupify.planning.search import uniform_name
+from groupify.planning.sensitivity import weight_sensitivity
+from groupify.zoo import load_model
+
+MODELS = ("resnet18", "resnet50", "vgg16_bn", "densenet121")
+INPUT_SHAPE = (3, 224, 224)
+ALLOWED = 0.10
+UNIFORM = (
+    ("grouped", 2, False),
+    ("grouped", 4, False),
+    ("grouped", 8, False),
+    ("grouped-pointwise", 8, False),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One model with one plan; milliseconds."""
+
+    model: str
+    plan: str
+    predicted: float
+    measured: float
+    p10: float
+    p90: float
+
+    @property
+    def error(self) -> float:
+        """Relative error of the prediction."""
+        return self.predicted / self.measured - 1
+
+
+def main() -> None:
+    """Parse, measure, print, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", metavar="GLOB", default="*", help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--seconds", type=float, default=20.0, help="timing per model (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=224, help="side of the images (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the result there as well")
+    arguments = parser.parse_args()
+    models = [model for model in MODELS if fnmatch.fnmatchcase(model, arguments.only)]
+    if not models:
+        parser.error(f"no model is called {arguments.only!r}: there are {', '.join(MODELS)}")
+    rows: list[Row] = []
+    for name in models:
+        rows += measure(name, (3, arguments.size, arguments.size), arguments.seconds)
+        if arguments.json:
+            write(arguments.json, rows)
+    outside = [row for row in rows if abs(row.error) > ALLOWED]
+    print(f"{len(rows) - len(outside)} of {len(rows)} within {ALLOWED:.0%}")
+
+
+def measure(name: str, shape: tuple[int, ...], seconds: float) -> list[Row]:
+    """Predict, export and time the plans of one model."""
+    model = load_model(name, weights="none", input_shape=shape).model
+    block = blocked_width()
+    choices = candidates(model, shape, min_group_width=block, block=block)
+    latencies = look_up(measure_table(model, choices, progress=True), model, choices)
+    cost = measure_cost(model, example_input(shape, like=model))
+    costing = Costing(choices, weight_sensitivity(model, choices, progress=True), cost, latencies)
+    chosen = {"dense": (0,) * len(choices.sites)}
+    chosen |= {uniform_name(key): choices.uniform[key] for key in UNIFORM if key in choices.uniform}
+    half = costing.best({LATENCY: latencies.dense_ms / 2})
+    if half is not None:
+        chosen["planned for half of the latency"] = half
+    with tempfile.TemporaryDirectory() as folder:
+        files = {}
+        for number, (plan_name, indices) in enumerate(chosen.items()):
+            plan = choices.plan(indices)
+            path = Path(folder, f"{number}.onnx")
+            files[plan_name] = export_onnx(converted(model, plan), path, input_shape=shape).path
+        timed = benchmark_onnx(files, input_shape=shape, seconds=seconds, progress=True)
+    rows = []
+    for latency in timed:
+        predicted = latencies.total(chosen[latency.model])
+        row = Row(name, latency.model, predicted, latency.median_ms, latency.p10_ms, latency.p90_ms)
+        print(
+            f"{name:12s} {latency.model:34s} predicted {predicted:7.2f} ms, measured {row.measured:7.2f} ms "
+            f"({row.p10:.2f}–{row.p90:.2f}): {100 * row.error:+.1f}%",
+            flush=True,
+        )
+        rows.append(row)
+    return rows
+
+
+def converted(model: nn.Module, plan: Plan) -> nn.Module:
+    """Return the model with truncated weights."""
+    return restructure(model, plan.recipes) if plan.converted else model
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    """Write the rows so far."""
+    document = {
+        "command": " ".join(Path(argument).name for argument in sys.argv),
+        "machine": dataclasses.asdict(describe_machine()),
+        "rows": [{**dataclasses.asdict(row), "error": row.error} for row in rows],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from groupify.deployment.conv_timing import ConvShape, time_convs
+from groupify.deployment.export import ExportedModel
+from groupify.errors import ArtefactError, PlanError
+from groupify.planning import latency_table
+from groupify.planning.candidates import candidates
+from groupify.planning.latency_table import LatencyTable, cached_table, look_up, measure_table
+from tests.cli_nets import net
+
+SHAPE = (3, 8, 8)
+NO_FILE = ExportedModel(Path(), 18, 0, "", (), 0, 0)
+CONV = ConvShape(32, 32, (3, 3), (1, 1), (1, 1), (1, 1, 1, 1), (28, 28))
+
+
+def test_groups_and_what_follows_them_are_timed() -> None:
+    grouped = replace(CONV, groups=2)
+    shapes = [CONV, grouped, replace(grouped, pointwise=True), replace(grouped, shuffle=True), CONV]
+    times = time_convs(shapes, rounds=5)
+    assert len(times) == 4
+    assert all(0 < time < 1000 for time in times.values())
+    # The kernel times of ONNX Runtime have whole microseconds: only what must take far longer is compared.
+    large = time_convs([replace(CONV, input_size=(112, 112))], rounds=5)
+    assert sum(large.values()) > 4 * times[CONV]
+
+
+def test_convs_of_other_dimensions_strides_and_paddings_are_timed() -> None:
+    line = ConvShape(16, 32, (3,), (2,), (1,), (0, 2), (50,), groups=4, shuffle=True)
+    odd = ConvShape(6, 9, (1, 3), (2, 1), (1, 2), (0, 1, 1, 0), (9, 11), groups=3, pointwise=True)
+    assert line.output_size == (25,)
+    assert odd.output_size == (5, 8)
+    assert all(time > 0 for time in time_convs([line, odd], rounds=3).values())
+
+
+def test_a_table_knows_its_model_and_all_candidates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    choices = candidates(net(), SHAPE, group_counts=(4,))
+    table = cached_table(net(), choices, cache=tmp_path)
+    latencies = look_up(table, net(), choices)
+    assert latencies.dense_ms > 0
+    assert [len(row) for row in latencies.convs_ms] == [len(options) for options in choices.sites]
+    assert latencies.total((0,) * len(choices.sites)) == pytest.approx(
+        max(latencies.dense_ms, sum(row[0] for row in latencies.convs_ms))
+    )
+    assert LatencyTable.loads(table.dumps()) == table
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(latency_table, "time_network", fail)
+    assert cached_table(net(), choices, cache=tmp_path) == table
+    (file,) = tmp_path.glob("latency-*.json")
+    file.write_text("{")
+    with pytest.raises(AssertionError, match="measured again"):
+        cached_table(net(), choices, cache=tmp_path)
+
+
+def test_a_table_of_another_model_or_of_other_options_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency_table, "time_network", lambda *_, **__: 1.0)
+    monkeypatch.setattr(latency_table, "export_onnx", lambda *_, **__: NO_FILE)
+    few = candidates(net(), SHAPE, group_counts=(2,), kinds=("grouped",))
+    table = measure_table(net(), few)
+    with pytest.raises(PlanError, match="does not know this model"):
+        look_up(table, net(64), candidates(net(64), SHAPE))
+    with pytest.raises(PlanError, match=r"has no conv .* groups 4"):
+        look_up(table, net(), candidates(net(), SHAPE))
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"format": "x"}, "no latency table"),
+        ({"schema_version": 9}, "schema version is 9"),
+        ({"convs": {"a": -1}}, "milliseconds from 0"),
+        ({"convs": {"a": "fast"}}, "milliseconds from 0"),
+        ({"networks": [1]}, "an object"),
+        ({"threads": 0}, "from 1"),
+        ({"more": 0}, "unknown key"),
+    ],
+)
+def test_a_file_that_is_no_table_is_refused(tmp_path: Path, changed: dict[str, Any], says: str) -> None:
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({**json.loads(LatencyTable("here").dumps()), **changed}))
+    with pytest.raises(ArtefactError, match=says):
+        LatencyTable.read(path)

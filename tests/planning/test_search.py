@@ -1,0 +1,302 @@
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from groupify.conversion.surgery import restructure
+from groupify.deployment.conv_timing import ConvShape
+from groupify.deployment.export import ExportedModel
+from groupify.errors import GroupifyWarning, PlanError, SpecError
+from groupify.graph.trace import example_input
+from groupify.planning import latency_table, measure_cost, plan, search
+from groupify.planning import sensitivity as sensitivity_module
+from groupify.planning.budget import Budget
+from groupify.planning.candidates import candidates
+from groupify.planning.frontier import plot_frontier, trace_frontier
+from groupify.planning.judge import Judge, Judgement
+from groupify.planning.search import BudgetPlan, Images, SearchOptions, plan_for_budget
+from groupify.planning.sensitivity import exact_sensitivity, measure_sensitivity
+
+SHAPE = (3, 12, 12)
+NO_FILE = ExportedModel(Path(), 18, 0, "", (), 0, 0)
+
+
+def net() -> nn.Module:
+    """A residual net whose two blocks matter differently: the second one is nearly switched off."""
+    torch.manual_seed(0)
+    model = Net().eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.bias, std=0.1)
+        model.second.get_submodule("4").get_parameter("weight").fill_(0.02)
+    return model
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.first = block()
+        self.second = block()
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        value = torch.relu(self.stem(images))
+        value = torch.relu(value + self.first(value))
+        value = torch.relu(value + self.second(value))
+        scores: Tensor = self.head(value.mean((2, 3)))
+        return 4 * scores
+
+
+def block() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(32, 32, 3, padding=1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1, bias=False),
+        nn.BatchNorm2d(32),
+    )
+
+
+def images(count: int = 60) -> Tensor:
+    return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_samples() -> Any:
+    """The nets are tiny: a poor fit is no concern here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GroupifyWarning)
+        yield
+
+
+def planned(budget: str, **options: Any) -> BudgetPlan:
+    return plan_for_budget(net(), SHAPE, budget, images(), SearchOptions(**options))
+
+
+# ---- candidates
+
+
+def test_candidates_cost_what_the_converted_model_costs() -> None:
+    model = net()
+    choices = candidates(model, SHAPE, shuffle="all")
+    example = example_input(SHAPE, like=model)
+    dense = measure_cost(model, example)
+    labels = [candidate.label for candidate in choices.sites[1]]
+    assert labels[:3] == ["dense", "grouped-2", "grouped-2-shuffle"]
+    assert "grouped-pointwise-32" in labels
+    assert [len(options) for options in choices.sites] == [1, *[len(labels)] * 4]
+    for index in range(len(labels)):
+        chosen = (0, index, 0, 0, 0)
+        made = choices.plan(chosen)
+        cost = measure_cost(restructure(model, made.recipes), example)
+        assert cost.macs == dense.macs - made.macs.dense + made.macs.grouped
+        assert cost.params == dense.params - made.params.dense + made.params.grouped
+        assert choices.indices(made) == chosen
+
+
+def test_uniform_plans_are_those_of_the_rules() -> None:
+    model = net()
+    choices = candidates(model, SHAPE, min_group_width=8, block=8)
+    for (kind, groups, _), chosen in choices.uniform.items():
+        expected = plan(model, SHAPE, groups=groups, kind=kind, min_group_width=8, block=8)
+        assert choices.plan(chosen).recipes == expected.recipes
+    assert {c.site.groups for c in choices.sites[1] if c.site.kind == "grouped"} == {2, 4}
+
+
+# ---- sensitivity
+
+
+def test_a_conv_that_the_output_hardly_needs_is_predicted_to_lose_little() -> None:
+    model = net()
+    choices = candidates(model, SHAPE, group_counts=(4,), kinds=("grouped",))
+    found = measure_sensitivity(model, choices, images())
+    losses = {options[0].site.name: found.loss(options[1]) for options in choices.sites[1:]}
+    assert losses["second.3"] < losses["first.3"] / 20
+    assert all(loss > 0 for loss in losses.values())
+    measured = exact_sensitivity(model, choices, images()[:40], images()[40:])
+    exact = {options[0].site.name: measured.loss(options[1]) for options in choices.sites[1:]}
+    assert exact["second.3"] < exact["first.3"] / 5
+
+
+def test_an_interrupted_measurement_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net()
+    choices = candidates(model, SHAPE, group_counts=(2, 4), kinds=("grouped",))
+    whole = measure_sensitivity(model, choices, images())
+    calls: list[str] = []
+    original = sensitivity_module._Measurement.losses
+
+    def stop_after_two(self: Any, options: Any) -> Any:
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(options[0].site.name)
+        return original(self, options)
+
+    monkeypatch.setattr(sensitivity_module._Measurement, "losses", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        measure_sensitivity(model, choices, images(), cache=tmp_path)
+
+    def note(self: Any, options: Any) -> Any:
+        calls.append(options[0].site.name)
+        return original(self, options)
+
+    monkeypatch.setattr(sensitivity_module._Measurement, "losses", note)
+    again = measure_sensitivity(model, choices, images(), cache=tmp_path)
+    assert calls == ["first.0", "first.3", "second.0", "second.3"]
+    assert again.losses == pytest.approx(whole.losses, rel=1e-6)
+    measure_sensitivity(model, choices, images(), cache=tmp_path)
+    assert len(calls) == 4
+    measure_sensitivity(model, choices, images(30), cache=tmp_path)
+    assert len(calls) == 8
+
+
+def test_models_in_several_passes_lose_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    choices = candidates(net(), SHAPE, group_counts=(4,))
+    whole = measure_sensitivity(net(), choices, images())
+    monkeypatch.setattr(sensitivity_module, "_MEMORY", 1)
+    assert measure_sensitivity(net(), choices, images()).losses.keys() == whole.losses.keys()
+
+
+# ---- the search
+
+
+def test_the_plan_holds_its_budget_and_beats_uniform_groups() -> None:
+    found = planned("macs=40%,params=45%")
+    winner = found.winner
+    example = example_input(SHAPE)
+    cost = measure_cost(restructure(net(), found.plan.recipes), example)
+    assert winner.costs["macs"] == cost.macs <= 0.4 * found.dense_costs["macs"]
+    assert winner.costs["params"] == cost.params <= 0.45 * found.dense_costs["params"]
+    assert found.dense_costs["macs"] == measure_cost(net(), example).macs
+    uniform = [contender for contender in found.contenders if contender.uniform]
+    assert len(uniform) == 1
+    assert winner.measured is not None
+    assert uniform[0].measured is not None
+    assert winner.measured.divergence <= uniform[0].measured.divergence
+    first = found.contenders[[c.name for c in found.contenders].index("planned")]
+    assert first.loss <= uniform[0].loss
+    groups = {site.name: site.groups for site in found.plan.sites}
+    assert groups["second.3"] > groups["first.3"]
+
+
+def test_uniform_wins_where_the_plan_is_measured_to_be_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses that are all wrong: what costs the least is said to lose nothing."""
+    original = sensitivity_module._Measurement.losses
+
+    def wrong(self: Any, options: Any) -> dict[str, float]:
+        found = original(self, options)
+        second = options[0].site.name.startswith("second")
+        return dict.fromkeys(found, 1e-09 + (1.0 if second else 0.0))
+
+    monkeypatch.setattr(sensitivity_module._Measurement, "losses", wrong)
+    found = planned("macs=55%", kinds=("grouped",))
+    assert found.winner.uniform
+    assert [site.groups for site in found.plan.sites] == [1, 2, 2, 2, 2]
+
+
+def test_a_budget_without_images_is_planned_from_the_weights_alone() -> None:
+    found = plan_for_budget(net(), SHAPE, "macs=30%")
+    assert found.winner.costs["macs"] <= 0.3 * found.dense_costs["macs"]
+    assert found.winner.measured is None
+    assert found.method == "from the weights alone"
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which time is the number of weights, and half of the network is something else."""
+
+    def time_convs(shapes: Iterable[ConvShape], **_: Any) -> dict[ConvShape, float]:
+        return {shape: shape.weights / 1000 for shape in shapes}
+
+    monkeypatch.setattr(latency_table, "time_convs", time_convs)
+    monkeypatch.setattr(latency_table, "time_network", lambda *_, **__: 8 * 9.216)
+    monkeypatch.setattr(latency_table, "export_onnx", lambda *_, **__: NO_FILE)
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_latency_budget_counts_what_no_plan_changes(tmp_path: Path) -> None:
+    options = SearchOptions(cache=tmp_path, kinds=("grouped",))
+    found = plan_for_budget(net(), SHAPE, "latency=75%", options=options)
+    assert found.dense_costs["latency"] == pytest.approx(8 * 9.216)
+    assert 4 * 9.216 < found.winner.costs["latency"] <= 6 * 9.216
+    assert list(tmp_path.glob("latency-*.json"))
+    with pytest.raises(PlanError, match=r"latency=40% cannot be held: the least .* latency .* \(51\.6%\)"):
+        plan_for_budget(net(), SHAPE, "latency=40%", options=options)
+
+
+def test_a_plan_that_loses_too_much_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Judge, "judge", lambda *_: Judgement(0.1, 3.0))
+    monkeypatch.setattr(search, "convert", lambda *_, **__: SimpleNamespace(model=None))
+    with pytest.raises(PlanError, match=r"the drop came to 3\.00 points on 15 held-out unlabelled images"):
+        planned("macs=20%,drop=1")
+    with pytest.raises(
+        PlanError, match=r"drop=1 cannot be held: the mildest plan that was tried.* lost 3.00"
+    ):
+        planned("drop=1", kinds=("grouped",))
+
+
+def test_a_drop_is_searched_by_conversion_and_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "_BISECTIONS", 3)
+    labels = net()(images(80)).argmax(1)
+    given = Images.split(images(80), labels)
+    found = plan_for_budget(net(), SHAPE, "drop=10", given, SearchOptions(kinds=("grouped",)))
+    measured = found.winner.measured
+    assert found.labelled
+    assert measured is not None
+    assert measured.drop <= 10
+    cheaper = [
+        contender
+        for contender in found.contenders
+        if contender.costs["macs"] < found.winner.costs["macs"] and contender.measured is not None
+    ]
+    assert all(c.measured is not None and c.measured.drop > 10 for c in cheaper)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "says"),
+    [
+        (lambda: planned("macs=1%"), PlanError, r"macs=1% cannot be held: the least .* reach is macs"),
+        (lambda: planned("macs=100%"), PlanError, "allows all that the dense model costs"),
+        (lambda: plan_for_budget(net(), SHAPE, "drop=1"), SpecError, "needs images"),
+        (lambda: planned("macs=20%", sensitivity="guess"), SpecError, "unknown sensitivity 'guess'"),
+    ],
+)
+def test_what_cannot_be_held_is_said(make: Callable[[], Any], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        make()
+
+
+def test_limits_that_exclude_each_other_are_said_together() -> None:
+    """Alone each can be held: by depthwise convs, and by leaving everything as it is."""
+    found = planned("macs=20%", verify=False)
+    costing = found.costing
+    limits = Budget.parse("macs=20%", "params=20%").limits
+    message = str(costing.refuse(limits))
+    assert "macs=20% and params=20% cannot be held together: the nearest plan has macs" in message
+
+
+# ---- the frontier
+
+
+def test_the_frontier_goes_down_and_marks_the_budget(tmp_path: Path) -> None:
+    found = planned("macs=40%", verify=False)
+    frontier = trace_frontier(found, points=5)
+    own = [point for point in frontier.points if not point.uniform]
+    losses = [point.loss for point in own]
+    assert losses == sorted(losses)
+    (asked,) = [point for point in frontier.points if point.asked]
+    assert asked.cost == found.winner.costs["macs"]
+    for point in (point for point in frontier.points if point.uniform):
+        best = found.costing.best({"macs": point.cost})
+        assert best is not None
+        assert found.costing.loss(best) <= point.loss + 1e-12
+    if plot_frontier(frontier, tmp_path / "frontier.svg"):
+        assert "<svg" in (tmp_path / "frontier.svg").read_text()
