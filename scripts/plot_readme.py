@@ -23,6 +23,7 @@ METHODS = (
     "least squares, in order",
     "groupify (clustering by data)",
     "groupify, reconstruction",
+    "groupify, grouped-pointwise, equal MACs",
 )
 # Okabe and Ito (2008): told apart by colour-blind readers too.
 COLOURS = ("#e69f00", "#56b4e9", "#cc79a7", "#d55e00", "#009e73", "#0072b2", "#555555", "#a6761d")
