@@ -196,7 +196,8 @@ def look_up(table: LatencyTable, model: nn.Module, choices: Choices) -> Latencie
     if name not in table.networks:
         raise PlanError(
             f"the latency table (of {table.machine}) does not know this model: "
-            "make it with groupify bench MODEL --table FILE on that machine"
+            "make it with groupify bench MODEL --table FILE on that machine, with the same --model-args and "
+            "--input-size"
         )
     rows = []
     for row in _shapes(model, choices):

@@ -30,7 +30,7 @@ class FinetuneResult:
         model: a new model with the best weights of all validations, in eval mode.
         last_model: the same with the weights of the last step.
         history: one row per validation, the first before any step.
-        best_step: the step of ``model``'s weights; 0 = nothing was better than the given weights.
+        best_step: the step of ``model``'s weights; 0 = nothing came near the given weights.
         steps: steps done.
         validation_images: number of held-out images.
         seconds: duration, validation included.
@@ -71,10 +71,11 @@ def finetune(
 ) -> FinetuneResult:
     """Train a converted model further: cross-entropy and distillation from the dense model.
 
-    Part of the training data is held out, and the best weights on it are returned, the given ones
-    included; ``data.test`` is never read. The same call gives the same weights, bit for bit on a CPU with
-    the same number of threads, also when it was killed in between and resumed. Works on the student's
-    device.
+    Part of the training data is held out, and the best weights on it are returned; the given ones where
+    they are better than all others by more than one standard error, since the dense model was trained on
+    the held-out images, too. ``data.test`` is never read. The same call gives the same weights, bit for
+    bit on a CPU with the same number of threads, also when it was killed in between and resumed. Works on
+    the student's device.
 
     In a process group (``distributed``) each step's batch is divided among the processes, batch norms
     use the statistics of the whole batch, and every process returns the same result, which is that of

@@ -331,12 +331,18 @@ class Training:
         )
 
     def _keep(self, row: FinetuneRow) -> None:
-        """Note a validation; its weights are kept if they are the best. The loss decides between equals."""
+        """Note a validation; its weights are kept if they are the best. The loss decides between equals.
+
+        The given weights have an advantage: the dense model was trained on the held-out images, and the fit
+        may have seen some. They win only by more than one standard error of their own accuracy.
+        """
         self.history.append(row)
-        better = (row.validation_top1, -row.validation_loss) > (
-            self.best.validation_top1,
-            -self.best.validation_loss,
-        )
+        bar = self.best.validation_top1
+        if self.best.step == 0:
+            bar -= math.sqrt(bar * (1 - bar) / self.validation.images)
+            better = row.validation_top1 >= bar
+        else:
+            better = (row.validation_top1, -row.validation_loss) > (bar, -self.best.validation_loss)
         if better and math.isfinite(row.validation_loss):
             self.best = row
             self.best_state = copy.deepcopy(self.evaluated.state_dict())

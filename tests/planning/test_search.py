@@ -168,7 +168,7 @@ def test_models_in_several_passes_lose_the_same(monkeypatch: pytest.MonkeyPatch)
 # ---- the search
 
 
-def test_the_plan_holds_its_budget_and_beats_uniform_groups() -> None:
+def test_the_plan_holds_its_budget_and_is_no_worse_than_uniform_groups() -> None:
     found = planned("macs=40%,params=45%")
     winner = found.winner
     example = example_input(SHAPE)
@@ -183,8 +183,8 @@ def test_the_plan_holds_its_budget_and_beats_uniform_groups() -> None:
     assert winner.measured.divergence <= uniform[0].measured.divergence
     first = found.contenders[[c.name for c in found.contenders].index("planned")]
     assert first.loss <= uniform[0].loss
-    macs = {site.name: site.macs.grouped for site in found.plan.sites}
-    assert macs["second.3"] <= macs["first.3"]  # the branch that the output hardly needs
+    macs = {s.name: s.macs.grouped for s in found.costing.choices.plan(first.chosen).sites}
+    assert macs["second.3"] < macs["first.3"]  # the branch that the output hardly needs
 
 
 def test_uniform_wins_where_the_plan_is_measured_to_be_worse(monkeypatch: pytest.MonkeyPatch) -> None:

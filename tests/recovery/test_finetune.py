@@ -12,9 +12,10 @@ from torch.utils.data import Dataset, TensorDataset
 
 from groupify.data import UNLABELLED, iterate_batches
 from groupify.errors import DataError, GroupifyWarning, SpecError
+from groupify.recovery import training
 from groupify.recovery.finetune import finetune
 from groupify.recovery.holdout import hold_out
-from groupify.recovery.steps import make_optimizer
+from groupify.recovery.steps import Validation, make_optimizer
 from tests.recovery.nets import (
     CLASSES,
     SETTINGS,
@@ -92,6 +93,17 @@ def test_a_fine_tune_that_hurts_returns_the_given_weights(dense: nn.Module, data
     assert result.best_step == 0
     assert_equal_states(state_of(result.model), state_of(dense))
     assert min(row.validation_top1 for row in result.history) < result.initial_validation_top1
+
+
+def test_the_given_weights_do_not_win_by_less_than_a_standard_error(
+    dense: nn.Module, data: TensorDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 90% of 100 images have a standard error of 3%.
+    for after, kept in ((0.88, True), (0.86, False)):
+        found = iter([Validation(0.9, 1.0, 100, CLASSES)] + [Validation(after, 1.0, 100, CLASSES)] * 99)
+        monkeypatch.setattr(training, "validate", lambda *_, found=found: next(found))
+        result = finetune(dense, splits(data), settings=SETTINGS)
+        assert (result.best_step > 0) is kept
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(dense: nn.Module, data: TensorDataset) -> None:
