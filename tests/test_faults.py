@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import groupify
-from groupify.data import iterate_batches
+from groupify.data import batches, iterate_batches
 from groupify.deployment import machine
-from groupify.errors import GroupifyError
+from groupify.errors import DataError, GroupifyError
 from tests.conftest import ROOT, Run
 from tests.conversion.nets import SHAPE, Residual, images, randomise
 
@@ -99,8 +99,31 @@ def test_a_dead_worker_of_a_data_loader_is_one_line() -> None:
     # In a process of its own: torch reports the death from a signal handler, wherever the process is then.
     ended = subprocess.run([sys.executable, "-c", _LOADER], capture_output=True, text=True, cwd=ROOT)
     assert ended.returncode == 7, ended.stderr
-    assert "a worker of the data loader died (DataLoader worker" in ended.stdout
+    assert ended.stdout.startswith("a worker of the data loader died (")
     assert ended.stdout.count("\n") == 1
+
+
+class _Cut:
+    """What a loader's iterator does when a worker dies while it hands over a tensor."""
+
+    def __init__(self, workers: int, error: Exception) -> None:
+        self._num_workers, self._error = workers, error
+
+    def __iter__(self) -> _Cut:
+        return self
+
+    def __next__(self) -> None:
+        raise self._error
+
+
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError("reset")])
+def test_a_worker_that_dies_while_it_hands_over_is_one_line(error: Exception) -> None:
+    with pytest.raises(DataError, match="a worker of the data loader died"):
+        list(batches._watched(_Cut(1, error)))
+    with pytest.raises(type(error)):  # the data set's own, without workers
+        list(batches._watched(_Cut(0, error)))
+    with pytest.raises(ConnectionError, match="Caught"):  # the data set's own, from a worker
+        list(batches._watched(_Cut(1, ConnectionError("Caught ConnectionError in DataLoader worker"))))
 
 
 class _Broken(Dataset[tuple[Tensor, int]]):

@@ -201,10 +201,16 @@ def _iterate(data: Any) -> Iterator[Any]:
 def _watched(items: Iterator[Any]) -> Iterator[Any]:
     try:
         yield from items
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+    except (RuntimeError, EOFError, ConnectionError) as error:
+        if isinstance(error, RuntimeError):
+            died = str(error).startswith("DataLoader worker")
+        else:
+            # The worker died while it was handing over a tensor. What a data set itself raises in a worker
+            # comes as "Caught ...".
+            died = getattr(items, "_num_workers", 0) > 0 and not str(error).startswith("Caught ")
+        if not died:
             raise
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
             f"a worker of the data loader died ({reason}): out of memory, or a crash in the data set; "
             "num_workers=0 shows which"
