@@ -44,6 +44,18 @@ class DataSplits:
     labelled: bool
     """False for synthetic images: no accuracy is ever reported for them."""
 
+    @property
+    def for_calibration(self) -> Data:
+        """The training part, or the test part where there is no other.
+
+        Raises:
+            DataError: there is neither.
+        """
+        part = self.train if self.train is not None else self.test
+        if part is None:
+            raise DataError(f"data {self.spec!r} has neither a training nor a test part")
+        return part
+
 
 class SyntheticImages(Dataset[tuple[Tensor, Tensor]]):
     """Unlabelled standard-normal images of a given shape; each depends on the seed and its index only."""

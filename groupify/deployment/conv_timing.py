@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from groupify.chunks import chunks
 from groupify.deployment.export import OPSET
 from groupify.deployment.machine import blocked_width
 from groupify.deployment.runtime import open_session, require
@@ -115,30 +116,23 @@ def time_convs(
     Raises:
         GroupifyError: onnx or ONNX Runtime is missing, or refuses a conv.
     """
-    chunks = list(_chunks(list(dict.fromkeys(shapes)), batch_size))
+    sessions = list(
+        chunks(dict.fromkeys(shapes), lambda shape: _session_bytes(shape, batch_size), _SESSION_BYTES)
+    )
     times: dict[ConvShape, float] = {}
-    total = sum(map(len, chunks))
+    total = sum(map(len, sessions))
     with tqdm(total=total, desc="latency table", unit="conv", disable=None if progress else True) as bar:
-        for chunk in chunks:
-            times |= _time_session(chunk, threads, batch_size, rounds)
-            bar.update(len(chunk))
+        for session in sessions:
+            times |= _time_session(session, threads, batch_size, rounds)
+            bar.update(len(session))
     return times
 
 
-def _chunks(shapes: Sequence[ConvShape], batch_size: int) -> Iterable[list[ConvShape]]:
-    chunk: list[ConvShape] = []
-    used = 0
-    for shape in shapes:
-        values = shape.in_channels * math.prod(shape.input_size)
-        values += shape.out_channels * math.prod(shape.output_size)
-        size = 4 * (shape.weights + 3 * batch_size * values)
-        if chunk and used + size > _SESSION_BYTES:
-            yield chunk
-            chunk, used = [], 0
-        chunk.append(shape)
-        used += size
-    if chunk:
-        yield chunk
+def _session_bytes(shape: ConvShape, batch_size: int) -> int:
+    """Memory that one conv takes in a session: its weights, and its tensors with their copies."""
+    values = shape.in_channels * math.prod(shape.input_size)
+    values += shape.out_channels * math.prod(shape.output_size)
+    return 4 * (shape.weights + 3 * batch_size * values)
 
 
 def _time_session(

@@ -10,7 +10,7 @@ from torch import nn
 
 from groupify.data import UNLABELLED, DataSplits, iterate_batches, load_data
 from groupify.deployment.machine import TARGETS, blocked_width, describe_machine
-from groupify.errors import ArtefactError, DataError, SpecError
+from groupify.errors import ArtefactError, SpecError
 from groupify.pipeline.requests import ModelRequest, PlanRequest, SearchRequest
 from groupify.planning.budget import Budget
 from groupify.planning.cache import cache_folder
@@ -49,11 +49,15 @@ def find_plan(
         seed: seed of everything random.
         progress: show bars on stderr.
     """
-    images = None
-    if data is not None and calibration_images:
-        images = planning_images(data, calibration_images, search.budget, seed=seed)
+    images = _images(data, calibration_images, search, seed)
     options = search_options(request, search, threads=threads, seed=seed, progress=progress)
     return plan_for_budget(source.model, source.spec.input_shape, search.budget, images, options)
+
+
+def _images(data: DataSplits | None, count: int, search: SearchRequest, seed: int) -> Images | None:
+    if data is None or count == 0:
+        return None
+    return planning_images(data, count, search.budget, seed=seed)
 
 
 def find_frontier(
@@ -79,9 +83,7 @@ def find_frontier(
     assert search is not None
     source = model.load(seed)
     splits = None if data is None else load_data(data, source.spec, seed=seed)
-    images = None
-    if splits is not None and calibration_images:
-        images = planning_images(splits, calibration_images, search.budget, seed=seed)
+    images = _images(splits, calibration_images, search, seed)
     options = search_options(request, search, threads=threads, seed=seed, progress=progress)
     found = plan_for_budget(source.model, source.spec.input_shape, search.budget, images, options)
     if frontier is None:
@@ -123,9 +125,7 @@ def planning_images(data: DataSplits, count: int, budget: Budget, *, seed: int) 
     Raises:
         DataError: no images.
     """
-    part = data.train if data.train is not None else data.test
-    if part is None:
-        raise DataError(f"data {data.spec!r} has neither a training nor a test part")
+    part = data.for_calibration
     first, _ = next(iter(iterate_batches(part, 1, limit=1)))
     most = _HELD_OUT if budget.drop is None else _HELD_OUT_FOR_DROP
     more = max(1, min(most, _HELD_OUT_BYTES // (4 * math.prod(first.shape[1:]))))

@@ -9,7 +9,7 @@ from torch import Tensor
 from groupify.data import DataSplits, calibration_images
 from groupify.deployment.agreement import compare_files
 from groupify.deployment.quantize import OnnxModule, quantize_onnx
-from groupify.errors import DataError, SpecError
+from groupify.errors import SpecError
 from groupify.evaluation import evaluate
 from groupify.reporting.results import Int8File
 
@@ -55,10 +55,8 @@ def write_int8(path: Path, data: DataSplits, *, threads: int, seed: int, progres
         DataError: no images, or images that cannot be read.
         ArtefactError: the file cannot be written.
     """
-    train, test = data.train if data.train is not None else data.test, data.test
-    if train is None:
-        raise DataError(f"data {data.spec!r} has neither a training nor a test part")
-    images = calibration_images(train, _CALIBRATION_IMAGES, seed=seed)
+    test = data.test
+    images = calibration_images(data.for_calibration, _CALIBRATION_IMAGES, seed=seed)
     quantized = quantize_onnx(path, int8_path(path), images=images)
     # Images that did not set the ranges, where there are such.
     fresh = images if test is None else calibration_images(test, _COMPARED_IMAGES, seed=seed)

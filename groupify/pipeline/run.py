@@ -275,10 +275,7 @@ def _find_plan(
 def _calibration(data: DataSplits | None, request: ConversionRequest, ranks: Ranks) -> Calibration | None:
     if data is None or request.calibration_images == 0:
         return None
-    part = data.train if data.train is not None else data.test
-    if part is None:
-        raise DataError(f"data {data.spec!r} has neither a training nor a test part")
-    images = calibration_images(part, request.calibration_images, seed=request.seed)
+    images = calibration_images(data.for_calibration, request.calibration_images, seed=request.seed)
     return Calibration(
         images, reconstruction=ReconstructionOptions(steps=request.reconstruct_steps), ranks=ranks
     )

@@ -17,8 +17,9 @@ from groupify.deployment.export import export_onnx
 from groupify.deployment.machine import describe_machine
 from groupify.errors import ArtefactError, PlanError
 from groupify.graph.operations import CONVS, Conv
-from groupify.planning.cache import cache_folder, fingerprint, write_aside
+from groupify.planning.cache import cache_folder, fingerprint
 from groupify.planning.candidates import Candidate, Choices
+from groupify.planning.json_file import read_json_file, take_header, write_json_file
 from groupify.planning.rules import Observed
 from groupify.strict_json import JsonObject, is_finite, is_text, parse, refuse
 
@@ -57,14 +58,13 @@ class LatencyTable:
             ArtefactError: the text is not JSON, or not a latency table.
         """
         top = JsonObject(parse(text), "table")
-        if top.take("format") != FORMAT:
-            raise ArtefactError(f'it is no latency table: expected "format": "{FORMAT}"')
-        version = top.integer("schema_version", 1, 10**9)
-        if version != SCHEMA_VERSION:
-            raise ArtefactError(
-                f"its schema version is {version}, this groupify reads version {SCHEMA_VERSION}: "
-                "make it anew with groupify bench MODEL --table FILE"
-            )
+        take_header(
+            top,
+            "latency table",
+            FORMAT,
+            SCHEMA_VERSION,
+            "make it anew with groupify bench MODEL --table FILE",
+        )
         table = cls(
             machine=top.text("machine"),
             threads=top.integer("threads", 1, 65_536),
@@ -81,22 +81,13 @@ class LatencyTable:
         Raises:
             ArtefactError: it cannot be read, or is no latency table.
         """
-        try:
-            return cls.loads(path.read_text())
-        except (OSError, UnicodeDecodeError) as error:
-            raise ArtefactError(
-                f"cannot read latency table {str(path)!r}: {error}; "
-                "make one with groupify bench MODEL --table FILE"
-            ) from error
-        except ArtefactError as error:
-            raise ArtefactError(f"latency table {str(path)!r}: {error}") from error
+        return read_json_file(
+            path, "latency table", cls.loads, "make one with groupify bench MODEL --table FILE"
+        )
 
     def write(self, path: Path) -> None:
         """Write a file aside, then rename it."""
-        try:
-            write_aside(path, self.dumps())
-        except OSError as error:
-            raise ArtefactError(f"cannot write {path}: {error}; choose another file") from error
+        write_json_file(path, self.dumps())
 
 
 @dataclass(frozen=True)

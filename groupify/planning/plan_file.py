@@ -12,7 +12,7 @@ from torch import nn
 from groupify.conversion.surgery import KINDS, SiteRecipe, restructure
 from groupify.errors import ArtefactError, PlanError
 from groupify.graph.operations import CONVS
-from groupify.planning.cache import write_aside
+from groupify.planning.json_file import read_json_file, take_header, write_json_file
 from groupify.planning.plan import DENSE, Plan
 from groupify.planning.rules import describe
 from groupify.strict_json import JsonObject, json_list, parse
@@ -60,14 +60,7 @@ class PlanFile:
             ArtefactError: the text is not JSON, or anything in it is missing, unknown or out of range.
         """
         top = JsonObject(parse(text), "plan")
-        if top.take("format") != FORMAT:
-            raise ArtefactError(f'it is no plan: expected "format": "{FORMAT}"')
-        version = top.integer("schema_version", 1, 10**9)
-        if version != SCHEMA_VERSION:
-            raise ArtefactError(
-                f"its schema version is {version}, this groupify reads version {SCHEMA_VERSION}: "
-                "save the plan again"
-            )
+        take_header(top, "plan", FORMAT, SCHEMA_VERSION, "save the plan again")
         model = top.text("model")
         sites = [
             _site(entry, f"plan.sites[{number}]")
@@ -87,14 +80,7 @@ class PlanFile:
         Raises:
             ArtefactError: it cannot be read, or is no plan.
         """
-        try:
-            return cls.loads(path.read_text())
-        except (OSError, UnicodeDecodeError) as error:
-            raise ArtefactError(
-                f"cannot read plan {str(path)!r}: {error}; save one with groupify plan MODEL --save-plan FILE"
-            ) from error
-        except ArtefactError as error:
-            raise ArtefactError(f"plan {str(path)!r}: {error}") from error
+        return read_json_file(path, "plan", cls.loads, "save one with groupify plan MODEL --save-plan FILE")
 
     def write(self, path: Path) -> None:
         """Write a file aside, then rename it.
@@ -102,10 +88,7 @@ class PlanFile:
         Raises:
             ArtefactError: it cannot be written.
         """
-        try:
-            write_aside(path, self.dumps())
-        except OSError as error:
-            raise ArtefactError(f"cannot write {path}: {error}; choose another file") from error
+        write_json_file(path, self.dumps())
 
     def apply(self, model: nn.Module, input_shape: tuple[int, ...]) -> Plan:
         """Return the plan for a model, with what it costs.

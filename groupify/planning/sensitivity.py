@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from groupify.chunks import chunks
 from groupify.conversion.clustering import SiteScore, cluster
 from groupify.conversion.convert import Calibration, convert
 from groupify.conversion.surgery import SiteRecipe
@@ -96,7 +97,7 @@ def measure_sensitivity(
     work = _Measurement(dense, choices, images.float(), seed, progress)
     missing = [options for options in convs if any(c.key not in store.numbers for c in options[1:])]
     with torch.random.fork_rng(devices=[]):
-        for chunk in _chunks(dense, missing):
+        for chunk in chunks(missing, lambda options: _moment_bytes(dense, options), _MEMORY):
             work.observe([options[0].site.name for options in missing], chunk)
             for options in tqdm(chunk, desc="errors", disable=None if progress else True, leave=False):
                 store.add(work.losses(options))
@@ -177,20 +178,9 @@ def _key(model: nn.Module, images: Tensor, seed: int) -> str:
     return fingerprint((_VERSION, structure, str(seed)), (*model.state_dict().values(), images))
 
 
-def _chunks(
-    model: nn.Module, convs: Sequence[tuple[Candidate, ...]]
-) -> Iterable[Sequence[tuple[Candidate, ...]]]:
-    chunk: list[tuple[Candidate, ...]] = []
-    used = 0
-    for options in convs:
-        size = 8 * model.get_submodule(options[0].site.name).get_parameter("weight")[0].numel() ** 2
-        if chunk and used + size > _MEMORY:
-            yield chunk
-            chunk, used = [], 0
-        chunk.append(options)
-        used += size
-    if chunk:
-        yield chunk
+def _moment_bytes(model: nn.Module, options: tuple[Candidate, ...]) -> int:
+    """Memory of the input moments of one conv."""
+    return 8 * model.get_submodule(options[0].site.name).get_parameter("weight")[0].numel() ** 2
 
 
 class _Measurement:
