@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from groupify.conversion.surgery import SiteRecipe, restructure
 from groupify.errors import ArtefactError, CheckpointError, GroupifyError
-from groupify.output_folder import MAX_RECIPE_BYTES, RECIPE_FILE, writing_folder
+from groupify.output_folder import MAX_RECIPE_BYTES, RECIPE_FILE, folder_exists, writing_folder
 from groupify.recipe import Recipe
 from groupify.zoo import ModelSpec, build_model
 
@@ -81,6 +81,7 @@ def read_recipe(folder: str | Path) -> Recipe:
         ArtefactError: there is no such folder or recipe, or the recipe breaks the schema.
     """
     path = Path(folder) / RECIPE_FILE
+    folder_exists(folder)
     try:
         text = _read_file(path, MAX_RECIPE_BYTES).decode()
         recipe = Recipe.loads(text)

@@ -6,15 +6,19 @@ import contextlib
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from groupify.errors import ArtefactError
+from groupify.errors import ArtefactError, GroupifyWarning
 
 RECIPE_FILE = "recipe.json"
 MAX_RECIPE_BYTES = 16 * 2**20
+# Another process that finds a folder set aside puts it back, at the worst just while it is being replaced.
+_ATTEMPTS = 3
 
 
 @contextlib.contextmanager
@@ -22,8 +26,8 @@ def writing_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
     """Yield a new empty folder beside ``path``, which becomes ``path`` when the block succeeds.
 
     When the block fails or is interrupted (``KeyboardInterrupt`` included), the folder is removed,
-    and what was at ``path`` before is as it was. Everything that can be refused is refused before
-    the block runs.
+    and what was at ``path`` before is as it was; after a kill the next ``folder_exists`` or
+    ``writing_folder`` sees to that. Everything that can be refused is refused before the block runs.
 
     Args:
         path: the folder to write; missing parents are made.
@@ -37,6 +41,7 @@ def writing_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
         target = Path(path).expanduser().resolve()
     except (OSError, RuntimeError, ValueError) as error:
         raise ArtefactError(f"{str(path)!r} is no usable folder name: {error}") from error
+    folder_exists(target)
     _check_target(target, force)
     # Not tempfile.mkdtemp: the folder keeps its mode, which should follow the umask.
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
@@ -56,6 +61,52 @@ def writing_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
                 f"cannot write {target}: {error.strerror}; free some space or choose another folder with -o"
             ) from error
         raise
+
+
+def folder_exists(path: str | Path) -> bool:
+    """Whether there is a folder at ``path``.
+
+    A process that was killed while it replaced the folder may have left it aside: it is put back first.
+
+    Raises:
+        ArtefactError: it cannot be put back.
+
+    Warns:
+        GroupifyWarning: it was put back.
+    """
+    try:
+        target = Path(path).resolve()
+        if os.path.lexists(target):
+            return target.is_dir()
+        aside = max(_set_aside(target), key=lambda folder: folder.stat().st_mtime, default=None)
+    except (OSError, RuntimeError, ValueError):  # a name that cannot be, or a parent that cannot be read
+        return False
+    if aside is None:
+        return False
+    try:
+        aside.rename(target)
+    except OSError as error:
+        if target.is_dir():  # another process was faster
+            return True
+        raise ArtefactError(
+            f"a killed process left {target} as {aside.name}, and it cannot be renamed back: {error.strerror}"
+        ) from error
+    warnings.warn(
+        f"a process was killed while it replaced {target}; what was there before is back",
+        GroupifyWarning,
+        stacklevel=2,
+    )
+    return True
+
+
+def _set_aside(target: Path) -> list[Path]:
+    """Return the folders that stood at ``target`` and are about to be replaced, or were left so."""
+    own = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.old")
+    return [
+        child
+        for child in (target.parent.iterdir() if target.parent.is_dir() else ())
+        if own.fullmatch(child.name) and not child.is_symlink() and child.is_dir() and _is_output(child)
+    ]
 
 
 def _make_folders(folder: Path, made: list[Path]) -> None:
@@ -113,15 +164,26 @@ def _replace(temporary: Path, target: Path) -> None:
     old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
     moved = False
     try:
-        if target.exists():
-            target.rename(old)
-            moved = True
-        temporary.rename(target)
+        for attempt in range(_ATTEMPTS):
+            if target.exists():
+                target.rename(old)
+                moved = True
+            try:
+                temporary.rename(target)
+                break
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt == _ATTEMPTS - 1:
+                    raise
     except BaseException as error:
         if moved and not target.exists():
             old.rename(target)
         if isinstance(error, OSError):
             raise ArtefactError(f"cannot write {target}: {error.strerror}") from error
         raise
+    with contextlib.suppress(OSError):
+        for left in _set_aside(target):
+            # Under another name first: what is half removed must not be put back one day.
+            left.rename(temporary)
+            shutil.rmtree(temporary, ignore_errors=True)
     if moved:
         shutil.rmtree(old, ignore_errors=True)

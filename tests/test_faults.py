@@ -71,6 +71,48 @@ def test_a_process_killed_during_save_leaves_the_earlier_artefact(syncs: int, tm
         assert torch.equal(groupify.load(tmp_path / "out", model=Residual())(x), other(x))
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_a_process_killed_between_the_renames_leaves_the_earlier_artefact(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, recipe = converted(0)
+    groupify.save(tmp_path / "out", model, recipe)
+    other, _ = converted(1)
+    rename = Path.rename
+
+    def killing(self: Path, to: Path) -> Path:
+        if self.suffix == ".partial":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rename(self, to)
+
+    def kill_a_save() -> None:
+        child = os.fork()
+        if child == 0:  # pragma: no cover - the child is killed
+            monkeypatch.setattr(Path, "rename", killing)
+            try:
+                groupify.save(tmp_path / "out", other, recipe, force=True)
+            finally:
+                os._exit(1)
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        assert not (tmp_path / "out").exists()
+
+    kill_a_save()
+    x = images(2)
+    with pytest.warns(groupify.GroupifyWarning, match="what was there before is back"), torch.no_grad():
+        assert torch.equal(groupify.load(tmp_path / "out", model=Residual())(x), model(x))
+    kill_a_save()
+    outcome = run("export", "out", "--trust", "--python", "net.py")
+    assert outcome.code == 0, outcome.err
+    assert "what was there before is back" in outcome.err
+    kill_a_save()
+    with pytest.warns(groupify.GroupifyWarning, match="what was there before is back"):
+        groupify.save(tmp_path / "out", other, recipe, force=True)
+    with torch.no_grad():
+        assert torch.equal(groupify.load(tmp_path / "out", model=Residual())(x), other(x))
+    assert not list(tmp_path.glob(".out.*.old"))
+
+
 _LOADER = """
 import os, signal, sys, torch
 from torch.utils.data import DataLoader, Dataset

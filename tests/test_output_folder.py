@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from groupify.errors import ArtefactError
-from groupify.output_folder import RECIPE_FILE, writing_folder
+from groupify.errors import ArtefactError, GroupifyWarning
+from groupify.output_folder import RECIPE_FILE, folder_exists, writing_folder
 
 
 def make_output(folder: Path) -> None:
@@ -191,3 +191,84 @@ def test_a_failed_replacement_puts_the_old_folder_back(
         pass
     assert names(tmp_path) == ["out"]
     assert names(target) == ["old", RECIPE_FILE]
+
+
+def set_aside(target: Path, digits: str = "0123abcd") -> Path:
+    """Leave what a process leaves that is killed between the two renames of a replacement."""
+    make_output(target)
+    return target.rename(target.with_name(f".{target.name}.{digits}.old"))
+
+
+def test_what_a_killed_process_set_aside_is_put_back(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    older = set_aside(target, "ffffffff")
+    os.utime(older, (1, 1))
+    set_aside(target)
+    (tmp_path / ".out.0123abcd.partial").mkdir()
+    with pytest.warns(GroupifyWarning, match="killed while it replaced .*out; what was there before is back"):
+        assert folder_exists(target)
+    assert names(target) == ["old", RECIPE_FILE]
+    assert folder_exists(target)
+    # The next replacement takes away what is left over.
+    with writing_folder(target, force=True) as folder:
+        (folder / "new").touch()
+    assert names(target) == ["new"]
+    assert names(tmp_path) == [".out.0123abcd.partial", "out"]
+
+
+def test_what_a_killed_process_set_aside_is_not_overwritten_without_force(tmp_path: Path) -> None:
+    set_aside(tmp_path / "out")
+    with (
+        pytest.warns(GroupifyWarning, match="is back"),
+        pytest.raises(ArtefactError, match="--force"),
+        writing_folder(tmp_path / "out"),
+    ):
+        pytest.fail("refused too late")
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("name", [".out.0123.old", ".other.0123abcd.old", ".out.0123abcd.partial", "link"])
+def test_nothing_else_is_taken_for_set_aside(tmp_path: Path, name: str) -> None:
+    aside = set_aside(tmp_path / "out")
+    if name == "link":
+        aside.rename(tmp_path / "elsewhere")
+        aside.symlink_to(tmp_path / "elsewhere")
+    else:
+        aside.rename(tmp_path / name)
+    assert not folder_exists(tmp_path / "out")
+    assert not folder_exists(tmp_path / "missing" / "out")
+    assert not folder_exists("a\0b")
+
+
+def test_what_cannot_be_put_back_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_aside(tmp_path / "out")
+
+    def denied(self: Path, to: Path) -> None:
+        raise PermissionError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "rename", denied)
+    with pytest.raises(ArtefactError, match=r"as \.out\.0123abcd\.old, .*: Read-only file system"):
+        folder_exists(tmp_path / "out")
+
+
+def test_a_reader_in_the_middle_of_a_replacement_does_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out"
+    make_output(target)
+    rename = Path.rename
+    seen: list[Path] = []
+
+    def interrupted(self: Path, to: Path) -> Path:
+        moved = rename(self, to)
+        if moved.suffix == ".old" and not seen:
+            seen.append(moved)
+            assert folder_exists(target)
+        return moved
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.warns(GroupifyWarning, match="is back"), writing_folder(target, force=True) as folder:
+        (folder / "new").touch()
+    assert seen
+    assert names(target) == ["new"]
+    assert names(tmp_path) == ["out"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import click
 from groupify.cli.options import common_options, input_shape, model_arguments, whole_numbers
 from groupify.cli.shared import CONTEXT, print_json
 from groupify.errors import ArtefactError
+from groupify.output_folder import folder_exists
 
 
 @click.command(context_settings=CONTEXT, short_help="Time the converted model against the dense one.")
@@ -46,7 +46,7 @@ def bench(folder: str, **options: Any) -> None:
     if options["table"] is not None:
         _write_table(folder, options)
         return
-    if not os.path.isdir(folder):
+    if not folder_exists(folder):
         raise ArtefactError(
             f"no folder {folder!r}; expected an output folder of 'groupify convert', "
             "or a model with --table FILE"
@@ -73,7 +73,7 @@ def _write_table(target: str, options: dict[str, Any]) -> None:
     from groupify.pipeline.requests import ModelRequest
     from groupify.zoo import build_model
 
-    if os.path.isdir(target):
+    if folder_exists(target):
         spec = read_recipe(target).model
         model, shape = build_model(spec, trust=options["trust"]), spec.input_shape
     else:

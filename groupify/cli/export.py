@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from groupify.cli.options import (
 )
 from groupify.cli.shared import CONTEXT, open_target, print_json
 from groupify.errors import ArtefactError
+from groupify.output_folder import folder_exists
 
 
 @click.command(context_settings=CONTEXT, short_help="Export to ONNX, checked against PyTorch.")
@@ -62,7 +62,7 @@ def export(name: str, **options: Any) -> None:
         data=data,
         quantize=options["quantize"],
         static_batch=options["static_batch"],
-        recipe_sha256=read_recipe(name).sha256 if os.path.isdir(name) else None,
+        recipe_sha256=read_recipe(name).sha256 if folder_exists(name) else None,
         target=options["target"],
         threads=options["threads"],
         seed=options["seed"],
@@ -82,7 +82,7 @@ def _export_python(target: str, options: dict[str, Any]) -> None:
 
     path = options["python"]
     check_export_paths(path, quantize=False, force=options["force"], option="--python")
-    if not os.path.isdir(target):
+    if not folder_exists(target):
         raise ArtefactError(f"--python needs an output folder of 'groupify convert', not {target!r}")
     write_python_file(read_recipe(target), path, trust=options["trust"])
     weights = Path(target) / WEIGHTS_FILE

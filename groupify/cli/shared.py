@@ -11,6 +11,7 @@ import click
 
 from groupify.cli.options import model_request
 from groupify.errors import ArtefactError, SpecError
+from groupify.output_folder import folder_exists
 
 if TYPE_CHECKING:
     from groupify.reporting import Report
@@ -40,7 +41,7 @@ def open_target(target: str, options: dict[str, Any]) -> tuple[Any, Any]:
     """Return the model and the spec of an output folder or of a dense model."""
     from groupify.artefact import load, read_recipe
 
-    if os.path.isdir(target):
+    if folder_exists(target):
         return load(target, trust=options["trust"]), read_recipe(target).model
     if os.sep in target:
         raise ArtefactError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from groupify.errors import ArtefactError
+from groupify.output_folder import folder_exists
 from groupify.reporting.document import FORMAT, VERSION
 
 REPORT_FILE = "report.json"
@@ -37,6 +38,7 @@ def read_report(folder: Path) -> Run:
         ArtefactError: there is none, it cannot be read, or it is no report of this version.
     """
     path = folder / REPORT_FILE
+    folder_exists(folder)
     try:
         if not path.is_file():
             raise ArtefactError(
