@@ -79,9 +79,14 @@ def test_an_interrupted_command_goes_on_where_it_was(run: Run, tmp_path: Path) -
 
     assert command("whole").code == 0
     (tmp_path / "interrupt").touch()
-    assert command("out").code == 130
+    interrupted = command("out")
     state = tmp_path / "out.state"
     assert state.is_file()
+    assert interrupted.code == 130
+    assert interrupted.err.splitlines()[-1] == (
+        f"groupify: error: interrupted; the state of the training is in {state}: the same command with "
+        "--resume goes on from it"
+    )
     assert not (tmp_path / "out").exists()
     (tmp_path / "interrupt").unlink()
     refused = command("out")
@@ -99,6 +104,16 @@ def test_an_interrupted_command_goes_on_where_it_was(run: Run, tmp_path: Path) -
         for path in (tmp_path / "whole.jsonl", tmp_path / "out.jsonl")
     ]
     assert lines[0] == lines[1]
+
+
+def test_an_interrupted_command_without_a_state_left_nothing(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "interrupt").touch()
+    options = (*STREAM, "--calibrate", 64, "--epochs", 2)
+    for keeping in ((), ("--save-every", 500)):
+        outcome = run("convert", *TINY, *options, *keeping, "-o", "out")
+        assert outcome.code == 130
+        assert outcome.err.splitlines()[-1] == "groupify: error: interrupted; nothing was written"
+    assert [path.name for path in tmp_path.iterdir()] == ["interrupt"]
 
 
 def test_the_last_weights_are_written_where_they_are_others(run: Run, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from groupify.cli.options import (
     plan_request,
 )
 from groupify.cli.shared import CONTEXT, print_report
-from groupify.cli.training import recovery_options, training_request
+from groupify.cli.training import recovery_options, telling_how_to_resume, training_request
 from groupify.errors import SpecError
 
 
@@ -52,18 +52,20 @@ def convert(model: str, **options: Any) -> None:
     label = model.rpartition(":")[2].rpartition(".")[2]
     plan = plan_request(options)
     ending = "planned" if plan.search is not None or plan.file is not None else f"g{options['groups']}"
-    report = run_conversion(
-        ConversionRequest(
-            model=model_request(model, options),
-            plan=plan,
-            output=output_request(options, Path(f"{label}-{ending}")),
-            data=options["data"],
-            calibration_images=options["calibrate"] or 0,
-            reconstruct_steps=options["reconstruct"],
-            training=training_request(options),
-            seed=options["seed"],
-            save_plan=options["save_plan"],
-        ),
-        progress=not options["quiet"],
-    )
+    output, training = output_request(options, Path(f"{label}-{ending}")), training_request(options)
+    with telling_how_to_resume(training, output):
+        report = run_conversion(
+            ConversionRequest(
+                model=model_request(model, options),
+                plan=plan,
+                output=output,
+                data=options["data"],
+                calibration_images=options["calibrate"] or 0,
+                reconstruct_steps=options["reconstruct"],
+                training=training,
+                seed=options["seed"],
+                save_plan=options["save_plan"],
+            ),
+            progress=not options["quiet"],
+        )
     print_report(report, options["as_json"])

@@ -9,7 +9,7 @@ import click
 
 from groupify.cli.options import common_options, output_options, output_request
 from groupify.cli.shared import CONTEXT, beside, print_report
-from groupify.cli.training import recovery_options, training_request
+from groupify.cli.training import recovery_options, telling_how_to_resume, training_request
 from groupify.errors import SpecError
 
 
@@ -37,16 +37,18 @@ def finetune(folder: Path, **options: Any) -> None:
     training = training_request(options)
     if training is None:
         raise SpecError("--epochs is 0: there is nothing to train; give a number above 0")
-    report = run_finetune(
-        FinetuneRequest(
-            folder=folder,
-            output=output_request(options, beside(folder, "-finetuned")),
-            data=options["data"],
-            training=training,
-            checkpoint=options["checkpoint"],
-            trust=options["trust"],
-            seed=options["seed"],
-        ),
-        progress=not options["quiet"],
-    )
+    output = output_request(options, beside(folder, "-finetuned"))
+    with telling_how_to_resume(training, output):
+        report = run_finetune(
+            FinetuneRequest(
+                folder=folder,
+                output=output,
+                data=options["data"],
+                training=training,
+                checkpoint=options["checkpoint"],
+                trust=options["trust"],
+                seed=options["seed"],
+            ),
+            progress=not options["quiet"],
+        )
     print_report(report, options["as_json"])

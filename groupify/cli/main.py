@@ -87,9 +87,10 @@ def _terminate(_: int, __: FrameType | None) -> NoReturn:
 
 
 def _leave(error: BaseException | None) -> NoReturn:
+    left = str(error or "") or "nothing was written"
     if isinstance(error, _Terminated):
-        _die("terminated; nothing was written", 143)
-    _die("interrupted; nothing was written", 130)
+        _die(f"terminated; {left}", 143)
+    _die(f"interrupted; {left}", 130)
 
 
 def _die(message: str, code: int) -> NoReturn:

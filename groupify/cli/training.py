@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,7 +13,7 @@ import click
 from groupify.errors import SpecError
 
 if TYPE_CHECKING:
-    from groupify.pipeline import TrainingRequest
+    from groupify.pipeline import OutputRequest, TrainingRequest
     from groupify.recovery.settings import FinetuneSettings
 
 # Everything heavy (torch first of all) is imported inside the functions: --help answers at once.
@@ -122,3 +123,17 @@ def training_request(options: dict[str, Any]) -> TrainingRequest | None:
         log=log,
         device=options["device"],
     )
+
+
+@contextlib.contextmanager
+def telling_how_to_resume(training: TrainingRequest | None, output: OutputRequest) -> Iterator[None]:
+    """Put into a ``KeyboardInterrupt`` what it leaves: the state of the training, if there is one."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        keeps_state = training is not None and (training.resume or training.save_every is not None)
+        if training is not None and keeps_state and (file := training.state_file(output)).exists():
+            interrupt.args = (
+                f"the state of the training is in {file}: the same command with --resume goes on from it",
+            )
+        raise
