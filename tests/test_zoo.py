@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import http.server
+import socket
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -211,6 +214,47 @@ def test_server_that_refuses(monkeypatch: pytest.MonkeyPatch, offline: None) -> 
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
     with pytest.raises(SpecError, match=r"\(Name or service not known\)"):
         load_model("squeezenet1_1", weights="DEFAULT")
+
+
+class _Stalling(http.server.BaseHTTPRequestHandler):
+    """Answers, promises a file, and sends the first bytes of it only."""
+
+    stopped = threading.Event()
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+        self.wfile.write(b"PK")
+        self.stopped.wait(10)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_download_that_stalls(monkeypatch: pytest.MonkeyPatch, offline: None, tmp_path: Path) -> None:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Stalling)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    weights = get_model_weights("squeezenet1_1").DEFAULT
+    url = f"http://127.0.0.1:{server.server_port}/{weights.url.rpartition('/')[2]}"
+    monkeypatch.setattr(type(weights), "url", url)
+    monkeypatch.setattr(zoo_weights, "_STALL_SECONDS", 0.3)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    try:
+        with pytest.raises(
+            SpecError, match=r"the download of http://.* stalled for 0\.3 s: try again"
+        ) as error:
+            load_model("squeezenet1_1", weights="DEFAULT")
+    finally:
+        _Stalling.stopped.set()
+        server.shutdown()
+        server.server_close()
+    one_line(error)
+    assert socket.getdefaulttimeout() is None
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_damaged_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import sys
 import threading
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -21,6 +23,7 @@ _WRAPPERS = ("state_dict", "model", "model_state_dict")
 # What DistributedDataParallel and torch.compile put in front of every key.
 _PREFIXES = ("module.", "_orig_mod.")
 _PROBE_SECONDS = 5.0
+_STALL_SECONDS = 30.0
 
 
 def one_line(error: BaseException) -> str:
@@ -123,7 +126,8 @@ def fetch_torchvision_state(weights: Any) -> dict[str, Tensor]:
     """Return the tensors of a torchvision weights enum member, from torch's cache or the hub.
 
     Raises:
-        SpecError: not in the cache and not reachable, within seconds; or a damaged file.
+        SpecError: not in the cache and not reachable, within seconds; a download that stalls, or a
+            damaged file.
     """
     url = str(weights.url)
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(url).path).name)
@@ -132,14 +136,31 @@ def fetch_torchvision_state(weights: Any) -> dict[str, Tensor]:
         if problem is not None:
             raise SpecError(f"cannot reach {url} ({problem}), and it is not in the cache {cached.parent}")
     try:
-        state: dict[str, Tensor] = weights.get_state_dict(
-            progress=sys.stderr.isatty(), check_hash=True, weights_only=True
-        )
+        with _socket_timeout(_STALL_SECONDS):
+            state: dict[str, Tensor] = weights.get_state_dict(
+                progress=sys.stderr.isatty(), check_hash=True, weights_only=True
+            )
+    except TimeoutError as error:
+        raise SpecError(
+            f"the download of {url} stalled for {_STALL_SECONDS:g} s: try again, or put the file into "
+            f"{cached.parent}"
+        ) from error
     except Exception as error:  # download, hash and file format each raise their own
         raise SpecError(
             f"cannot load {cached} ({one_line(error)}): delete it to download it again"
         ) from error
     return state
+
+
+@contextlib.contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    """Give new sockets a timeout: torch.hub opens its own, without one."""
+    earlier = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(earlier)
 
 
 def _reach(url: str) -> str | None:
