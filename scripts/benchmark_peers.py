@@ -5,8 +5,9 @@
 
 The setting is that of scripts/benchmark_accuracy.py. Every method gets the same 1,000 unlabelled images
 and is brought as near as it can be to the MACs of the net with 2, 4 or 8 groups (about 1.9×, 3.7× and 6.9×
-fewer). Training is ``groupify.finetune`` with its defaults, for all alike. Each file is timed in ONNX
-Runtime side by side with the dense one. Rows go into benchmarks/peers.json one by one; what is there
+fewer). Training is ``groupify.finetune`` with distillation, for all alike but for the learning rate, which
+is the best of --learning-rates for each, by held-out images, after a tenth of an epoch. Each file is timed in
+ONNX Runtime side by side with the dense one. Rows go into benchmarks/peers.json one by one; what is there
 already is not measured again, so the run may be stopped and resumed. ``--table`` prints the rows as
 Markdown and measures nothing.
 """
@@ -18,7 +19,6 @@ import copy
 import fnmatch
 import json
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -31,13 +31,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from groupify.data import DataSplits, calibration_images, load_data
+from groupify.data import calibration_images, load_data
 from groupify.deployment.benchmark import SECONDS, benchmark_onnx, speed_up
 from groupify.deployment.export import export_onnx
 from groupify.deployment.machine import blocked_width, describe_machine
 from groupify.evaluation import evaluate
 from groupify.planning import measure_cost
-from groupify.recovery.finetune import FinetuneSettings, finetune
 from groupify.zoo import load_model
 from scripts.benchmark_accuracy import (
     IMAGES,
@@ -52,8 +51,10 @@ from scripts.benchmark_accuracy import (
     truncation_refresh,
 )
 from scripts.low_rank import factorise
+from scripts.results import BENCHMARKS, ResultFile
+from scripts.trained import FAST, RATES, RememberingTeacher, Trainer
 
-OUTPUT = Path(__file__).resolve().parent.parent / "benchmarks" / "peers.json"
+OUTPUT = BENCHMARKS / "peers.json"
 
 
 def low_rank(structure: str) -> Method:
@@ -117,63 +118,31 @@ class Row:
     macs_ratio: float
     params_ratio: float
     seeds: int
+    learning_rate: float | None
     seconds: float
     latency: dict[str, dict[str, float]] | None = None
     speed_up: float | None = None
 
-    @property
-    def key(self) -> tuple[str, int, float]:
-        """What tells rows apart."""
-        return self.method, self.groups, self.epochs
 
-
-class Results:
-    """The rows of a result file, written whenever one comes."""
-
-    def __init__(self, path: Path, setting: dict[str, Any]) -> None:
-        self._path, self._setting = path, setting
-        self.rows: dict[tuple[str, int, float], Row] = {}
-        if path.exists():
-            document = json.loads(path.read_text("utf-8"))
-            for name, value in setting.items():
-                if document[name] != value:
-                    sys.exit(
-                        f"benchmark_peers: {path} was measured with {name} {document[name]!r}, this would be "
-                        f"{value!r}; their rows do not mix, give another --json"
-                    )
-            self.rows = {row.key: row for row in (Row(**values) for values in document["rows"])}
-
-    def merge(self, row: Row) -> None:
-        """Put a row in and write the file."""
-        self.rows[row.key] = row
-        order = list(METHODS)
-        rows = sorted(self.rows.values(), key=lambda one: (one.epochs, order.index(one.method), one.groups))
-        document = {
-            # Names without their folders: where a checkpoint lay on one machine tells nobody anything.
-            "command": " ".join(Path(argument).name for argument in sys.argv),
-            **self._setting,
-            "machine": asdict(describe_machine()),
-            "rows": [asdict(row) for row in rows],
-        }
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        part = self._path.with_name(f".{self._path.name}.part")
-        part.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        part.replace(self._path)
+def in_order(row: dict[str, Any]) -> tuple[float, int, int]:
+    """By training, then as the methods are listed."""
+    return row["epochs"], list(METHODS).index(row["method"]), row["groups"]
 
 
 @dataclass(frozen=True)
 class Bench:
     """What every measurement shares."""
 
+    trainer: Trainer
     settings: Sequence[Setting]
-    data: DataSplits
     dense_top1: float
     limit: int | None
     threads: Sequence[int]
 
-    def measure(self, name: str, groups: int, epochs: Sequence[float], results: Results) -> None:
+    def measure(self, name: str, groups: int, epochs: Sequence[float]) -> None:
         """Measure the rows of one method at one number of groups that are not there yet."""
-        known = [row for row in results.rows.values() if (row.method, row.groups) == (name, groups)]
+        results = self.trainer.results
+        known = [Row(**row) for key, row in results.rows.items() if key[:2] == (name, groups)]
         latency = next((row.latency for row in known if row.latency), None)
         untimed = [row for row in known if row.latency is None] if self.threads and latency is None else []
         missing = [
@@ -194,13 +163,18 @@ class Bench:
             latency = self._time(models[0])
         speed = None if latency is None else latency.get("1", {}).get("speed_up")
         for row in untimed:
-            results.merge(replace(row, latency=latency, speed_up=speed))
+            results.merge(asdict(replace(row, latency=latency, speed_up=speed)), order=in_order)
         example = self.settings[0].images[:1]
         dense, own = measure_cost(self.settings[0].dense, example), measure_cost(models[0], example)
         for count in missing:
+            rate = None
+            if count:
+                rate = self.trainer.learning_rate(f"{name} g={groups}", models[0], self.settings[0].seed)
             accuracies, start = [], time.perf_counter()
             for setting, model in zip(self.settings, models, strict=True):
-                trained = model if count == 0 else self._train(model, setting, count)
+                trained = model
+                if rate is not None:
+                    trained = self.trainer.train(model, count, rate, setting.seed).model
                 top1 = evaluate(trained, self.test, limit=self.limit, batch_size=500).top1
                 accuracies.append(100 * top1)
             mean = statistics.fmean(accuracies)
@@ -215,21 +189,18 @@ class Bench:
                 macs_ratio=dense.macs / own.macs,
                 params_ratio=dense.params / own.params,
                 seeds=len(models),
+                learning_rate=rate,
                 seconds=took,
                 latency=latency,
                 speed_up=speed,
             )
-            results.merge(row)
+            results.merge(asdict(row), order=in_order)
             print(describe(row), flush=True)
 
     @property
     def test(self) -> Any:
         """The test images."""
-        return self.data.test
-
-    def _train(self, model: nn.Module, setting: Setting, epochs: float) -> nn.Module:
-        settings = FinetuneSettings(epochs=epochs, seed=setting.seed)
-        return finetune(model, self.data, teacher=setting.dense, settings=settings, progress=True).model
+        return self.trainer.data.test
 
     def _time(self, model: nn.Module) -> dict[str, dict[str, float]]:
         """Time the exported file against the dense one, batch 1."""
@@ -291,6 +262,9 @@ def main() -> None:
     parser.add_argument("--epochs", default="0,0.1,1", help="0 = without training (default: %(default)s)")
     parser.add_argument("--threads", default="1,2", help="of the timing; '' = none (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument(
+        "--learning-rates", default=RATES, help="to choose from for each method (default: %(default)s)"
+    )
     parser.add_argument("--methods", default="*", metavar="GLOB")
     parser.add_argument("--json", type=Path, default=OUTPUT)
     parser.add_argument("--table", action="store_true", help="print the rows of --json as Markdown")
@@ -310,17 +284,21 @@ def main() -> None:
     assert data.train is not None
     assert data.test is not None
     top1 = 100 * evaluate(source.model, data.test, limit=limit, batch_size=500).top1
-    results = Results(arguments.json, {"dense_accuracy": top1, "calibration_images": count})
+    training = {key: value for key, value in asdict(FAST).items() if key not in ("epochs", "seed")}
+    shared = {"dense_accuracy": top1, "calibration_images": count, "training": training}
+    results = ResultFile(arguments.json, shared, keys=("method", "groups", "epochs"))
+    rates = tuple(_numbers(arguments.learning_rates, float))
+    trainer = Trainer(RememberingTeacher(source.model), data, results, rates)
     settings = [
         Setting(source.model, calibration_images(data.train, count, seed=seed), seed)
         for seed in range(arguments.seeds)
     ]
-    bench = Bench(settings, data, top1, limit, _numbers(arguments.threads, int))
+    bench = Bench(trainer, settings, top1, limit, _numbers(arguments.threads, int))
     print(f"{describe_machine()}\ndense top-1 {top1:.2f}%, {count} unlabelled images")
     for groups in [4] if arguments.quick else _numbers(arguments.groups, int):
         for name in METHODS:
             if fnmatch.fnmatchcase(name, arguments.methods):
-                bench.measure(name, groups, _numbers(arguments.epochs, float), results)
+                bench.measure(name, groups, _numbers(arguments.epochs, float))
 
 
 def _numbers(text: str, kind: type) -> list[Any]:

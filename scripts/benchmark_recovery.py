@@ -6,7 +6,7 @@
 
 Setting and dense net are those of scripts/benchmark_accuracy.py. Every method gets the same images (54,000
 to train on, 6,000 held out to choose the best weights), the same budget and the same distillation from the
-dense net; its learning rate is the best of --learning-rates with seed 0 and the row's own budget, by the
+dense net; its learning rate is the best of --learning-rates after a tenth of an epoch with seed 0, by the
 held-out images, so that no rival has to make do with groupify's. Accuracy is measured on all 10,000 test
 images, in float32. Each result goes into the JSON file as it comes; what is there is not measured again, so
 the run may be stopped at any time and started again, and several may share the rows by --rows.
@@ -18,10 +18,8 @@ fine-tune with one and with two processes, one thread each.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
+import copy
 import fnmatch
-import hashlib
 import json
 import os
 import statistics
@@ -29,7 +27,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +41,7 @@ from groupify.deployment.machine import describe_machine
 from groupify.distributed import process_group
 from groupify.evaluation import evaluate
 from groupify.planning import measure_cost
-from groupify.recovery.finetune import FinetuneResult, FinetuneSettings, finetune
+from groupify.recovery.finetune import FinetuneSettings, finetune
 from groupify.zoo import load_model
 from scripts.benchmark_accuracy import (
     IMAGES,
@@ -54,12 +52,12 @@ from scripts.benchmark_accuracy import (
     torch_pruning,
     truncation,
 )
+from scripts.results import BENCHMARKS, ResultFile
+from scripts.trained import FAST, RATES, RememberingTeacher, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
-OUTPUT = ROOT / "benchmarks" / "recovery.json"
-FAST = FinetuneSettings(amp="bfloat16", channels_last=True)
+OUTPUT = BENCHMARKS / "recovery.json"
 SPEED_STEPS = 12
-RATES = "0.005,0.02,0.1"
 
 
 def from_random(setting: Setting, groups: int) -> nn.Module:
@@ -75,43 +73,62 @@ def from_random(setting: Setting, groups: int) -> nn.Module:
     return model
 
 
+def densified(model: nn.Module, names: Sequence[str]) -> nn.Module:
+    """Return a copy whose grouped convs are dense ones with block-diagonal weights: it computes the same."""
+    model = copy.deepcopy(model)
+    for name in names:
+        conv = model.get_submodule(name)
+        assert isinstance(conv, nn.Conv2d)
+        weight = conv.weight.new_zeros(conv.out_channels, conv.in_channels, *conv.kernel_size)
+        rows, columns = conv.out_channels // conv.groups, conv.in_channels // conv.groups
+        for group, block in enumerate(conv.weight.detach().split(rows)):
+            weight[group * rows : (group + 1) * rows, group * columns : (group + 1) * columns] = block
+        conv.weight, conv.groups = nn.Parameter(weight), 1
+    return model
+
+
 @dataclass(frozen=True)
 class Contestant:
-    """A way to a small net, and how it is trained."""
+    """A way to a small net, and how it is trained.
+
+    Attributes:
+        make: gives the net before the training.
+        labels: False = it only distils.
+        gradual: start with 2 groups and double them as the training goes on, with an equal share of the
+            training for each step.
+    """
 
     make: Method
     labels: bool = True
+    gradual: bool = False
+
+    def run(
+        self, trainer: Trainer, setting: Setting, groups: int, epochs: float, rate: float | None
+    ) -> nn.Module:
+        """Make the net and train it."""
+        steps = [groups]
+        while self.gradual and epochs and steps[0] > 2:
+            steps.insert(0, steps[0] // 2)
+        for count in steps:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = self.make(setting, count)
+            if rate is not None:
+                share = epochs / len(steps)
+                model = trainer.train(model, share, rate, setting.seed, labels=self.labels).model
+            sites = [site.name for site in setting.plan(count).converted]
+            setting = replace(setting, dense=densified(model, sites)) if self.gradual else setting
+        return model
 
 
 CONTESTANTS = {
     "groupify": Contestant(default()),
+    "groupify, gradual": Contestant(default(), gradual=True),
     "groupify, no labels": Contestant(default(), labels=False),
     "Torch-Pruning, equal MACs": Contestant(torch_pruning),
     "truncation": Contestant(truncation),
     "random weights": Contestant(from_random),
 }
-
-
-class RememberingTeacher(nn.Module):
-    """A frozen teacher that computes each image once: without augmentation it would always say the same."""
-
-    def __init__(self, teacher: nn.Module) -> None:
-        super().__init__()
-        self.teacher = teacher.eval()
-        self._known: dict[bytes, Tensor] = {}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> RememberingTeacher:
-        return self
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits of images (N, C, H, W)."""
-        rows = images.contiguous().numpy()
-        keys = [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows]
-        new = [index for index, key in enumerate(keys) if key not in self._known]
-        if new:
-            for index, logits in zip(new, self.teacher(images[new]).float(), strict=True):
-                self._known[keys[index]] = logits.clone()
-        return torch.stack([self._known[key] for key in keys])
 
 
 @dataclass(frozen=True)
@@ -144,120 +161,59 @@ def row_key(method: str, groups: int, epochs: float) -> str:
     return f"{method} g={groups} epochs={epochs:g}"
 
 
-class Results:
-    """The result file: read before, written after each result, under a lock."""
-
-    def __init__(self, path: Path, setting: dict[str, Any]) -> None:
-        self._path, self._setting = path, setting
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for name, value in setting.items():
-            if (found := self.read().get(name, value)) != value:
-                sys.exit(f"benchmark_recovery: {path} has {name} {found!r}, this would be {value!r}")
-
-    def read(self) -> dict[str, Any]:
-        """Return the document."""
-        found: dict[str, Any] = json.loads(self._path.read_text("utf-8")) if self._path.exists() else {}
-        return found
-
-    @contextlib.contextmanager
-    def changing(self) -> Iterator[dict[str, Any]]:
-        """Yield the document, and write it as it is at the end."""
-        with self._path.with_name(f".{self._path.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            document = {
-                **self.read(),
-                "command": "python -m scripts.benchmark_recovery --checkpoint FILE",
-                **self._setting,
-                "machine": asdict(describe_machine()),
-            }
-            yield document
-            part = self._path.with_name(f".{self._path.name}.part")
-            part.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-            part.replace(self._path)
-
-    def row(self, key: str) -> dict[str, Any] | None:
-        """Return a row, if it is there."""
-        found: dict[str, Any] | None = self.read().get("rows", {}).get(key)
-        return found
-
-
 @dataclass(frozen=True)
 class Bench:
     """What every measurement shares."""
 
-    teacher: RememberingTeacher
+    trainer: Trainer
     settings: tuple[Setting, ...]
-    data: DataSplits
     dense_top1: float
     limit: int | None
-    learning_rates: tuple[float, ...]
-    results: Results
 
     def measure(self, method: str, groups: int, epochs: float) -> None:
         """Measure what is missing of a row, seed by seed."""
-        key = row_key(method, groups, epochs)
+        results, contestant = self.trainer.results, CONTESTANTS[method]
         for setting in self.settings:
-            known = self.results.row(key)
-            if known is not None and str(setting.seed) in known["accuracy"]:
+            known = results.rows.get((method, groups, epochs), {"accuracy": {}})
+            if str(setting.seed) in known["accuracy"]:
                 continue
             start = time.perf_counter()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                model = CONTESTANTS[method].make(setting, groups)
-                example = setting.images[:1]
-                dense, own = measure_cost(setting.dense, example), measure_cost(model, example)
-                rate = None
-                if epochs:
-                    rate, tried = self._learning_rate(key, method, model, epochs, setting.seed)
-                    model = tried or self._train(method, model, epochs, rate, setting.seed).model
-            top1 = 100 * evaluate(model, self.data.test, limit=self.limit, batch_size=500).top1  # type: ignore[arg-type]
-            with self.results.changing() as document:
-                rows = document.setdefault("rows", {})
-                accuracy = {**rows.get(key, {"accuracy": {}})["accuracy"], str(setting.seed): top1}
-                values = list(accuracy.values())
-                mean = statistics.fmean(values)
-                row = Row(
-                    method=method,
-                    groups=groups,
-                    epochs=epochs,
-                    accuracy=accuracy,
-                    accuracy_mean=mean,
-                    accuracy_spread=max(values) - min(values),
-                    drop_mean=self.dense_top1 - mean,
-                    learning_rate=rate,
-                    macs_ratio=dense.macs / own.macs,
-                    params_ratio=dense.params / own.params,
-                    seconds=time.perf_counter() - start,
+            rate = None
+            if epochs:
+                first = self.settings[0]
+                rate = self.trainer.learning_rate(
+                    f"{method} g={groups}",
+                    contestant.make(first, groups),
+                    first.seed,
+                    labels=contestant.labels,
                 )
-                rows[key] = asdict(row)
+            model = contestant.run(self.trainer, setting, groups, epochs, rate)
+            example = setting.images[:1]
+            dense, own = measure_cost(setting.dense, example), measure_cost(model, example)
+            top1 = 100 * evaluate(model, self.trainer.data.test, limit=self.limit, batch_size=500).top1  # type: ignore[arg-type]
+            accuracy = {**known["accuracy"], str(setting.seed): top1}
+            values = list(accuracy.values())
+            mean = statistics.fmean(values)
+            row = Row(
+                method=method,
+                groups=groups,
+                epochs=epochs,
+                accuracy=accuracy,
+                accuracy_mean=mean,
+                accuracy_spread=max(values) - min(values),
+                drop_mean=self.dense_top1 - mean,
+                learning_rate=rate,
+                macs_ratio=dense.macs / own.macs,
+                params_ratio=dense.params / own.params,
+                seconds=time.perf_counter() - start,
+            )
+            results.merge(asdict(row), order=in_order)
             print(f"{describe(row)}  seed {setting.seed}: {top1:.2f}", flush=True)
 
-    def _train(self, method: str, model: nn.Module, epochs: float, rate: float, seed: int) -> FinetuneResult:
-        settings = replace(
-            FAST, epochs=epochs, learning_rate=rate, labels=CONTESTANTS[method].labels, seed=seed
-        )
-        return finetune(model, self.data, teacher=self.teacher, settings=settings, progress=True)
 
-    def _learning_rate(
-        self, key: str, method: str, model: nn.Module, epochs: float, seed: int
-    ) -> tuple[float, nn.Module | None]:
-        """Return the learning rate that does best on the held-out images, and what was trained with it.
-
-        It is chosen with the first seed; the model is None for the others.
-        """
-        known: dict[str, float] = self.results.read().get("learning_rates", {}).get(key, {})
-        trained: dict[float, nn.Module] = {}
-        for rate in self.learning_rates if len(self.learning_rates) > 1 else ():
-            if f"{rate:g}" in known:
-                continue
-            result = self._train(method, model, epochs, rate, seed)
-            trained[rate] = result.model
-            known = {**known, f"{rate:g}": 100 * result.best_validation_top1}
-            with self.results.changing() as document:
-                document.setdefault("learning_rates", {})[key] = known
-            print(f"{key}, learning rate {rate:g}: held-out {known[f'{rate:g}']:.2f}", flush=True)
-        best = max(self.learning_rates, key=lambda rate: known.get(f"{rate:g}", 0.0))
-        return best, trained.get(best)
+def in_order(row: dict[str, Any]) -> tuple[float, int, int]:
+    """By training, then as the methods are listed."""
+    return row["epochs"], list(CONTESTANTS).index(row["method"]), row["groups"]
 
 
 def describe(row: Row) -> str:
@@ -271,7 +227,7 @@ def describe(row: Row) -> str:
 
 def table(document: dict[str, Any]) -> str:
     """The rows of a result file as Markdown: a line per method and MACs, a column per training."""
-    rows = [Row(**values) for values in document["rows"].values()]
+    rows = [Row(**values) for values in document["rows"]]
     trainings = sorted({row.epochs for row in rows})
     head = ["method", "MACs", *(f"{count:g} epochs" for count in trainings)]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
@@ -324,7 +280,7 @@ def step_seconds(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def measure_speed(setting: Setting, results: Results, arguments: argparse.Namespace) -> None:
+def measure_speed(setting: Setting, results: ResultFile, arguments: argparse.Namespace) -> None:
     """A training step against the dense one, and images per second with 1 and 2 processes."""
     torch.set_num_threads(1)
     images = setting.images[: FAST.batch_size]
@@ -416,14 +372,14 @@ def main() -> None:
         return
     top1 = 100 * evaluate(source.model, data.test, limit=limit, batch_size=500).top1  # type: ignore[arg-type]
     training = {key: value for key, value in asdict(FAST).items() if key not in ("epochs", "seed", "labels")}
-    results = Results(
-        arguments.json, {"dense_accuracy": top1, "calibration_images": count, "training": training}
-    )
+    shared = {"dense_accuracy": top1, "calibration_images": count, "training": training}
+    results = ResultFile(arguments.json, shared, keys=("method", "groups", "epochs"))
     if arguments.speed:
         measure_speed(settings[0], results, arguments)
         return
     rates = tuple(float(rate) for rate in arguments.learning_rates.split(","))
-    bench = Bench(RememberingTeacher(source.model), settings, data, top1, limit, rates, results)
+    trainer = Trainer(RememberingTeacher(source.model), data, results, rates)
+    bench = Bench(trainer, settings, top1, limit)
     print(f"{describe_machine()}\ndense top-1 {top1:.2f}%, {count} unlabelled images", flush=True)
     for epochs in sorted(float(part) for part in arguments.epochs.split(",")):
         for method in CONTESTANTS:

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,13 +13,17 @@ from torch import Tensor, nn
 from groupify.conversion.sampling import input_patches, pick, sample_positions
 from groupify.conversion.teacher import SiteSamples
 from groupify.data import load_data
+from groupify.demo import fashion_resnet18
 from groupify.planning import measure_cost, plan
 from groupify.zoo import ModelSpec
 from scripts import benchmark_peers
-from scripts.benchmark_accuracy import Setting
-from scripts.benchmark_peers import Bench, Results, Row, table
+from scripts.benchmark_accuracy import Setting, truncation
+from scripts.benchmark_peers import Bench, Row, in_order, table
+from scripts.benchmark_recovery import Contestant, densified
 from scripts.low_rank import STRUCTURES, Size, choose_ranks, factorise
 from scripts.plot_peers import draw
+from scripts.results import ResultFile
+from scripts.trained import RememberingTeacher, Trainer
 from tests import cli_nets
 
 SHAPE = (8, 10, 9)
@@ -124,7 +129,21 @@ def test_ranks_go_where_the_energy_is() -> None:
     assert choose_ranks(factors, {"flat": 4, "steep": 10}, 5, 1) == {"steep": (1,)}
 
 
-ROW = Row("groupify", 4, 0.0, 92.0, 0.0, 1.5, 3.7, 3.8, 1, 10.0)
+ROW = Row("groupify", 4, 0.0, 92.0, 0.0, 1.5, 3.7, 3.8, 1, None, 10.0)
+
+
+def result_file(path: Path, **setting: Any) -> ResultFile:
+    return ResultFile(path, setting, keys=("method", "groups", "epochs"))
+
+
+def merge(results: ResultFile, row: Row) -> None:
+    results.merge(asdict(row), order=in_order)
+
+
+def bench(model: nn.Module, images: Tensor, results: ResultFile, *rates: float) -> Bench:
+    splits = load_data("tests.cli_nets:data", ModelSpec("net", {}, (3, 8, 8), None))
+    trainer = Trainer(RememberingTeacher(model), splits, results, rates)
+    return Bench(trainer, [Setting(model, images, 0)], 93.5, None, ())
 
 
 def test_rows_are_merged_and_resumed(
@@ -132,29 +151,29 @@ def test_rows_are_merged_and_resumed(
 ) -> None:
     path = tmp_path / "peers.json"
     setting = {"dense_accuracy": 93.5, "calibration_images": 1000}
-    results = Results(path, setting)
-    results.merge(ROW)
-    results.merge(replace(ROW, method="spatial SVD"))
-    again = Results(path, setting)
-    assert again.rows == results.rows
+    results = result_file(path, **setting)
+    merge(results, ROW)
+    merge(results, replace(ROW, method="spatial SVD"))
+    again = result_file(path, **setting)
+    assert [row["method"] for row in again.read()["rows"]] == ["groupify", "spatial SVD"]
 
     def refused(*_: object) -> nn.Module:
         raise AssertionError("measured again")
 
     monkeypatch.setitem(benchmark_peers.METHODS, "groupify", refused)
-    bench = Bench([Setting(net, images, 0)], None, 93.5, None, ())  # type: ignore[arg-type]
-    bench.measure("groupify", 4, [0.0], again)
+    resumed = bench(net, images, again, 0.02)
+    resumed.measure("groupify", 4, [0.0])
     with pytest.raises(AssertionError, match="measured again"):
-        bench.measure("groupify", 4, [0.0, 1.0], again)
+        resumed.measure("groupify", 4, [0.0, 1.0])
     with pytest.raises(SystemExit, match="do not mix"):
-        Results(path, {**setting, "dense_accuracy": 90.0})
+        result_file(path, **{**setting, "dense_accuracy": 90.0})
 
 
 def test_table_has_a_line_per_method_and_macs(tmp_path: Path) -> None:
-    results = Results(tmp_path / "peers.json", {})
-    results.merge(replace(ROW, latency={"1": {"dense_ms": 2.0, "ms": 0.5, "speed_up": 4.0}}, speed_up=4.0))
-    results.merge(replace(ROW, epochs=0.1, accuracy_mean=93.25))
-    results.merge(replace(ROW, method="truncation", accuracy_mean=40.0))
+    results = result_file(tmp_path / "peers.json")
+    merge(results, replace(ROW, latency={"1": {"dense_ms": 2.0, "ms": 0.5, "speed_up": 4.0}}, speed_up=4.0))
+    merge(results, replace(ROW, epochs=0.1, accuracy_mean=93.25))
+    merge(results, replace(ROW, method="truncation", accuracy_mean=40.0))
     lines = table(json.loads((tmp_path / "peers.json").read_text())).splitlines()
     assert lines[0] == "| method | MACs | params | 0 epochs | 0.1 epochs | speed-up, 1 thread |"
     assert lines[2:] == [
@@ -165,11 +184,11 @@ def test_table_has_a_line_per_method_and_macs(tmp_path: Path) -> None:
 
 def test_picture_has_a_panel_per_training(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib draws the picture")
-    results = Results(tmp_path / "peers.json", {"dense_accuracy": 93.5})
+    results = result_file(tmp_path / "peers.json", dense_accuracy=93.5)
     for groups, ratio in ((2, 1.9), (4, 3.7)):
         for epochs in (0.0, 1.0):
-            results.merge(replace(ROW, groups=groups, macs_ratio=ratio, epochs=epochs))
-    results.merge(replace(ROW, method="truncation"))
+            merge(results, replace(ROW, groups=groups, macs_ratio=ratio, epochs=epochs))
+    merge(results, replace(ROW, method="truncation"))
     draw(tmp_path / "peers.json", tmp_path / "peers.svg")
     picture = (tmp_path / "peers.svg").read_text("utf-8")
     for text in ("no training", "1 epoch", "groupify", "truncation", "dense 93.50%"):
@@ -178,12 +197,46 @@ def test_picture_has_a_panel_per_training(tmp_path: Path) -> None:
 
 def test_training_gives_a_row_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    model = cli_nets.net()
-    splits = load_data("tests.cli_nets:data", ModelSpec("net", {}, (3, 8, 8), None))
-    images = torch.randn(8, 3, 8, 8)
     monkeypatch.setitem(benchmark_peers.METHODS, "truncation", lambda setting, groups: cli_nets.net())
-    results = Results(tmp_path / "peers.json", {"dense_accuracy": 50.0})
-    bench = Bench([Setting(model, images, 0)], splits, 50.0, None, ())
-    bench.measure("truncation", 4, [0.0, 0.5], results)
-    assert sorted(results.rows) == [("truncation", 4, 0.0), ("truncation", 4, 0.5)]
-    assert all(row.macs_ratio == 1 and row.latency is None for row in results.rows.values())
+    results = result_file(tmp_path / "peers.json", dense_accuracy=50.0)
+    bench(cli_nets.net(), torch.randn(8, 3, 8, 8), results, 0.01, 0.1).measure("truncation", 4, [0.0, 0.5])
+    rows = results.rows
+    assert sorted(rows) == [("truncation", 4, 0.0), ("truncation", 4, 0.5)]
+    assert all(row["macs_ratio"] == 1 and row["latency"] is None for row in rows.values())
+    rates = results.read()["learning_rates"]["truncation g=4"]
+    assert sorted(rates) == ["0.01", "0.1"]
+    assert rates[f"{rows['truncation', 4, 0.5]['learning_rate']:g}"] == max(rates.values())
+
+
+@pytest.mark.parametrize(("gradual", "steps"), [(True, [2, 4, 8]), (False, [8])])
+def test_gradual_conversion_doubles_the_groups(gradual: bool, steps: list[int]) -> None:
+    torch.manual_seed(0)
+    model = fashion_resnet18().eval()
+    setting, made = Setting(model, torch.randn(2, 3, 28, 28), 0), []
+
+    def make(setting: Setting, groups: int) -> nn.Module:
+        made.append(groups)
+        return truncation(setting, groups)
+
+    class Untrained:
+        def train(self, model: nn.Module, *_: Any, **__: Any) -> Any:
+            return SimpleNamespace(model=model)
+
+    trainer: Any = Untrained()
+    found = Contestant(make, gradual=gradual).run(trainer, setting, 8, 1.0, 0.1)
+    assert made == steps
+    for one, other in zip(
+        found.parameters(), truncation(setting, 8).parameters(), strict=True
+    ):  # nested blocks
+        torch.testing.assert_close(one, other)
+
+
+def test_densified_net_computes_the_same() -> None:
+    torch.manual_seed(0)
+    setting = Setting(fashion_resnet18().eval(), torch.randn(2, 3, 28, 28), 0)
+    grouped = truncation(setting, 4).eval()
+    sites = [site.name for site in setting.plan(4).converted]
+    dense = densified(grouped, sites)
+    assert all(dense.get_submodule(name).groups == 1 for name in sites)
+    with torch.no_grad():
+        torch.testing.assert_close(dense(setting.images), grouped(setting.images))
