@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Accuracy of a converted ResNet-18 on Fashion-MNIST without any training, part by part.
 
-    python scripts/benchmark_accuracy.py --checkpoint FILE [--data fashion-mnist] [--json FILE] [--quick]
+    python -m scripts.benchmark_accuracy --checkpoint FILE [--data fashion-mnist] [--json FILE] [--quick]
 
 The dense net is ``groupify.demo:fashion_resnet18`` (stride-1 stem, 28×28), from a checkpoint of
 scripts/train_dense.py. All 3×3 convs but the first are converted; 1,000 unlabelled training images;
@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import fnmatch
-import json
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -38,6 +36,7 @@ from groupify.evaluation import evaluate
 from groupify.graph import apply_orders, channel_classes, trace
 from groupify.planning import ModelCost, Plan, measure_cost, plan
 from groupify.zoo import load_model
+from scripts.results import ResultFile
 
 MODEL = "groupify.demo:fashion_resnet18"
 SHAPE = (3, 28, 28)
@@ -300,45 +299,30 @@ def main() -> None:
         for seed in range(seeds)
     ]
     cost = measure_cost(source.model, settings[0].images[:1])
-    machine = describe_machine()
-    print(f"{machine}\ndense top-1 {dense_top1:.2f}%, {images} unlabelled images, {seeds} seeds\n")
+    print(f"{describe_machine()}\ndense top-1 {dense_top1:.2f}%, {images} unlabelled images, {seeds} seeds\n")
     bench = Bench(settings, data.test, limit, dense_top1, cost)
-    rows: list[Row] = []
+    results = None
+    if arguments.json:
+        shared = {"dense_accuracy": dense_top1, "calibration_images": images}
+        results = ResultFile(arguments.json, shared, keys=("method", "groups"))
     for name in METHODS:
         if not any(fnmatch.fnmatchcase(name, wanted) for wanted in arguments.methods.split("|")):
             continue
         for count in groups:
             row = bench.measure(name, count)
-            rows.append(row)
             print(
                 f"{row.method:44s} g={row.groups}"
                 f"  top-1 {row.accuracy_mean:6.2f} ± {row.accuracy_spread / 2:.2f}"
                 f"  drop {row.drop_mean:6.2f}  MACs ÷{row.macs_ratio:.2f}  {row.seconds:5.0f} s",
                 flush=True,
             )
-            if arguments.json:
-                _write(arguments.json, machine, dense_top1, images, rows)
+            if results:
+                results.merge(asdict(row), order=in_order)
 
 
-def _write(path: Path, machine: object, dense_top1: float, images: int, rows: list[Row]) -> None:
-    measured = {(row.method, row.groups): asdict(row) for row in rows}
-    if path.exists():
-        kept = json.loads(path.read_text())["rows"]
-        measured = {(row["method"], row["groups"]): row for row in kept} | measured
-    order = list(METHODS)
-    known = [row for row in measured.values() if row["method"] in order]
-    document = {
-        # Names without their folders: where a checkpoint lay on one machine tells nobody anything.
-        "command": " ".join(Path(argument).name for argument in sys.argv),
-        "machine": asdict(machine),  # type: ignore[call-overload]
-        "dense_accuracy": dense_top1,
-        "calibration_images": images,
-        "rows": sorted(known, key=lambda row: (order.index(row["method"]), row["groups"])),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(document, indent=2) + "\n")
-    partial.replace(path)
+def in_order(row: dict[str, Any]) -> tuple[int, int]:
+    """As the methods are listed."""
+    return list(METHODS).index(row["method"]), row["groups"]
 
 
 if __name__ == "__main__":

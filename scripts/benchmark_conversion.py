@@ -4,7 +4,7 @@ The conversion, clustering included, is compared with one forward pass of the de
 same images in the same process, timed just before and just after; peak memory is that of a fresh
 process that does nothing else.
 
-    python scripts/benchmark_conversion.py --json benchmarks/conversion.json
+    python -m scripts.benchmark_conversion --json benchmarks/conversion.json
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from groupify.conversion.convert import Calibration, convert
 from groupify.deployment.machine import describe_machine
 from groupify.planning.rules import plan
 from groupify.zoo import load_model
+from scripts.results import write_results
 
 GROUPS = 4
 MIN_GROUP_WIDTH = 16
@@ -54,7 +55,6 @@ def main() -> None:
         return
     rounds = [run_fresh(options) for _ in range(options.rounds)]
     result = {
-        "machine": str(describe_machine()),
         "threads": torch.get_num_threads(),
         "model": options.model,
         "images": options.images,
@@ -65,16 +65,13 @@ def main() -> None:
     }
     print(table(result))
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        partial = options.json.with_suffix(".partial")
-        partial.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(options.json)
+        write_results(options.json, result)
 
 
 def run_fresh(options: argparse.Namespace) -> dict[str, Any]:
     """Measure in a process of its own."""
     command = [
-        sys.executable, __file__, "--measure", "--model", options.model,
+        sys.executable, "-m", "scripts.benchmark_conversion", "--measure", "--model", options.model,
         "--images", str(options.images), "--size", str(options.size),
     ]  # fmt: skip
     finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -152,7 +149,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['model']}, {result['images']} images of {result['size']}×{result['size']}, "
         f"{result['groups']} groups, {middle['sites']} convs converted; {result['threads']} threads",
-        result["machine"],
+        str(describe_machine()),
         "",
         f"conversion ÷ dense forward pass   {middle['ratio']:.2f}  ({min(ratios):.2f} to {max(ratios):.2f})",
         f"peak resident memory              {peak / GIBIBYTE:.2f} GiB",

@@ -7,9 +7,9 @@ activations neither vanish nor blow up. Group widths are clamped to the blocked 
 Efficiency is the speed-up divided by the MAC ratio: 1 means that every multiply-accumulate that was saved
 saved its time. Rows below 0.8 are explained by a profile of both sessions.
 
-    python scripts/benchmark_latency.py                     # everything: about 10 minutes
-    python scripts/benchmark_latency.py --quick             # two rows, a minute
-    python scripts/benchmark_latency.py --only 'resnet50*' --json benchmarks/latency.json
+    python -m scripts.benchmark_latency                     # everything: about 10 minutes
+    python -m scripts.benchmark_latency --quick             # two rows, a minute
+    python -m scripts.benchmark_latency --only 'resnet50*' --json benchmarks/latency.json
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import argparse
 import dataclasses
 import datetime
 import fnmatch
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -38,6 +37,7 @@ from groupify.deployment.profiling import OperatorTime, profile_onnx
 from groupify.deployment.runtime import BlockedConvs, count_blocked_convs
 from groupify.planning import measure_cost, plan
 from groupify.zoo import load_model
+from scripts.results import write_results
 
 INPUT_SHAPE = (3, 224, 224)
 EXPLAIN_BELOW = 0.8
@@ -139,7 +139,7 @@ def main() -> None:
         rows.append(measure(case, seconds, attempts))
     print_table(rows)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(as_json(rows), indent=2) + "\n")
+        write_results(arguments.json, as_json(rows))
 
 
 def measure(case: Case, seconds: float, attempts: int) -> Row:
@@ -266,7 +266,6 @@ def explanation(row: Row) -> str:
 def as_json(rows: list[Row]) -> dict[str, Any]:
     """Return the whole result, without the single runs."""
     return {
-        "machine": dataclasses.asdict(describe_machine()),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "setting": {"threads": 1, "batch_size": 1, "input_shape": list(INPUT_SHAPE)},
         "rows": [

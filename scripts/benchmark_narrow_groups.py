@@ -4,14 +4,12 @@ One conv between two others that run in the blocked kernel, dense and with group
 batch 1, interleaved. This is the measurement behind the constants of ``groupify/planning/latency.py``: no
 conv may be measured slower (speed-up below 1) where the plan expects it to be faster.
 
-    python scripts/benchmark_narrow_groups.py [--quick] [--json FILE]
+    python -m scripts.benchmark_narrow_groups [--quick] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import tempfile
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from groupify.deployment.benchmark import benchmark_onnx, speed_up
 from groupify.deployment.machine import blocked_width, describe_machine
 from groupify.planning import Change, SitePlan
 from groupify.planning.latency import relative_latency
+from scripts.results import write_results
 
 WIDTHS = (1, 2, 4, 8, 16, 32)
 SIZES = (
@@ -70,11 +69,7 @@ def main() -> None:
     console.print(f"slower where it was expected to be faster: {missed or 'none'}")
     if arguments.json is not None:
         keys = ("kernel", "channels", "side", "speed_up")
-        result = {
-            "machine": dataclasses.asdict(describe_machine()),
-            "rows": [dict(zip(keys, row, strict=True)) for row in rows],
-        }
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_results(arguments.json, {"rows": [dict(zip(keys, row, strict=True)) for row in rows]})
 
 
 def site(kernel: int, channels: int, side: int, width: int) -> SitePlan:

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Planned against uniform groups at the same MACs and at the same latency, without any training.
 
-    python scripts/benchmark_planner.py --checkpoint resnet18.safetensors
-    python scripts/benchmark_planner.py --model groupify.demo:fashion_vgg11_bn --checkpoint vgg11.safetensors
-    python scripts/benchmark_planner.py --model demo --data demo --seeds 1 --rows 'macs g=8' --images 300
+    python -m scripts.benchmark_planner --checkpoint resnet18.safetensors
+    python -m scripts.benchmark_planner --model groupify.demo:fashion_vgg11_bn --checkpoint vgg11.safetensors
+    python -m scripts.benchmark_planner --model demo --data demo --seeds 1 --rows 'macs g=8' --images 300
 
 Checkpoints come from scripts/train_dense.py. For each row, uniform groups set the budget: their MACs (any
 width of a group), or their predicted latency on this machine (widths clamped to its blocked kernel). The
@@ -18,10 +18,8 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -37,7 +35,7 @@ from groupify.conversion.convert import Calibration, convert
 from groupify.data import calibration_images, load_data
 from groupify.deployment.benchmark import benchmark_onnx
 from groupify.deployment.export import export_onnx
-from groupify.deployment.machine import blocked_width, describe_machine
+from groupify.deployment.machine import blocked_width
 from groupify.deployment.timing import paired_ratio
 from groupify.evaluation import evaluate
 from groupify.planning import Plan
@@ -45,9 +43,11 @@ from groupify.planning.budget import LATENCY, MACS, Budget, Limit
 from groupify.planning.cache import cache_folder
 from groupify.planning.search import Images, SearchOptions, make_costing, plan_for_budget
 from groupify.zoo import Source, load_model
+from scripts.results import ResultFile
 
 IMAGES, HELD_OUT = 1000, 500
 GROUPS = (2, 4, 8)
+KEYS = ("model", "row", "seed", "shuffle", "images")
 ROWS = tuple(f"{quantity} g={groups}" for quantity in (MACS, LATENCY) for groups in GROUPS)
 SKIP = "*downsample*"  # as in scripts/benchmark_accuracy.py: all 3×3 convs but the first are converted
 
@@ -96,21 +96,21 @@ def main() -> None:
     data = load_data(arguments.data, source.spec)
     assert data.train is not None
     assert data.test is not None
-    entries = read(arguments.json)
+    results = ResultFile(arguments.json, keys=KEYS)
     dense: float | None = None
     for row in rows:
         for seed in range(arguments.seeds):
             key = (arguments.model, row, seed, arguments.shuffle, arguments.images)
-            if key in entries:
+            if key in results.rows:
                 continue
             if dense is None:
                 dense = 100 * evaluate(source.model, data.test, batch_size=500).top1
             images = calibration_images(data.train, arguments.images + HELD_OUT, seed=seed)
             run = Run(source, images[: arguments.images], images[arguments.images :], arguments, seed)
-            entries[key] = run.measure(row, dense, data.test)
-            print_entry(entries[key])
-            write(arguments.json, entries)
-    print_summary([entry for key, entry in entries.items() if key[0] == arguments.model])
+            entry = run.measure(row, dense, data.test)
+            print_entry(entry)
+            results.merge(asdict(entry), order=in_order)
+    print_summary([Entry(**entry) for key, entry in results.rows.items() if key[0] == arguments.model])
 
 
 @dataclass(frozen=True)
@@ -222,25 +222,9 @@ def print_summary(entries: list[Entry]) -> None:
         )
 
 
-def read(path: Path) -> dict[tuple[Any, ...], Entry]:
-    """Return the entries of an earlier run."""
-    if not path.exists():
-        return {}
-    entries = [Entry(**entry) for entry in json.loads(path.read_text())["entries"]]
-    return {(e.model, e.row, e.seed, e.shuffle, e.images): e for e in entries}
-
-
-def write(path: Path, entries: Mapping[tuple[Any, ...], Entry]) -> None:
-    """Write all entries aside, then rename."""
-    document = {
-        "command": " ".join(Path(argument).name for argument in sys.argv),
-        "machine": asdict(describe_machine()),
-        "entries": [asdict(entry) for entry in entries.values()],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(json.dumps(document, indent=2) + "\n")
-    os.replace(aside, path)
+def in_order(row: dict[str, Any]) -> tuple[str, int, int]:
+    """Model by model, as the rows are listed."""
+    return row["model"], ROWS.index(row["row"]), row["seed"]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Predicted against measured latency of whole models in ONNX Runtime, one thread, batch 1, 3×224×224.
 
-    python scripts/benchmark_prediction.py                          # four models: about 15 minutes
-    python scripts/benchmark_prediction.py --only resnet18 --seconds 4
+    python -m scripts.benchmark_prediction                          # four models: about 15 minutes
+    python -m scripts.benchmark_prediction --only resnet18 --seconds 4
 
 The prediction is that of the planner: the dense model as measured when the table was made, plus what the
 table says of each conv that is replaced. For every model the latency table is made anew; then the dense
@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import fnmatch
-import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from torch import nn
 from groupify.conversion.surgery import restructure
 from groupify.deployment.benchmark import benchmark_onnx
 from groupify.deployment.export import export_onnx
-from groupify.deployment.machine import blocked_width, describe_machine
+from groupify.deployment.machine import blocked_width
 from groupify.graph.trace import example_input
 from groupify.planning import Plan
 from groupify.planning.budget import LATENCY
@@ -37,6 +35,7 @@ from groupify.planning.latency_table import look_up, measure_table
 from groupify.planning.search import uniform_name
 from groupify.planning.sensitivity import weight_sensitivity
 from groupify.zoo import load_model
+from scripts.results import write_results
 
 MODELS = ("resnet18", "resnet50", "vgg16_bn", "densenet121")
 INPUT_SHAPE = (3, 224, 224)
@@ -83,7 +82,8 @@ def main() -> None:
     for name in models:
         rows += measure(name, (3, arguments.size, arguments.size), arguments.seconds)
         if arguments.json:
-            write(arguments.json, rows)
+            entries = [{**dataclasses.asdict(row), "error": row.error} for row in rows]
+            write_results(arguments.json, {"rows": entries})
     outside = [row for row in rows if abs(row.error) > ALLOWED]
     print(f"{len(rows) - len(outside)} of {len(rows)} within {ALLOWED:.0%}")
 
@@ -124,17 +124,6 @@ def measure(name: str, shape: tuple[int, ...], seconds: float) -> list[Row]:
 def converted(model: nn.Module, plan: Plan) -> nn.Module:
     """Return the model with truncated weights."""
     return restructure(model, plan.recipes) if plan.converted else model
-
-
-def write(path: Path, rows: list[Row]) -> None:
-    """Write the rows so far."""
-    document = {
-        "command": " ".join(Path(argument).name for argument in sys.argv),
-        "machine": dataclasses.asdict(describe_machine()),
-        "rows": [{**dataclasses.asdict(row), "error": row.error} for row in rows],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=2) + "\n")
 
 
 if __name__ == "__main__":

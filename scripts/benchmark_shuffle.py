@@ -4,14 +4,12 @@ Chains of alternating 1×1 and 3×3 grouped convs (g=4), one thread, batch 1; th
 the same chain without shuffles, per shuffle. This is the measurement behind ``MIN_BYTES`` in
 ``groupify/deployment/splitting.py`` and the choice of ``Gather``.
 
-    python scripts/benchmark_shuffle.py [--quick] [--json FILE]
+    python -m scripts.benchmark_shuffle [--quick] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from rich.table import Table
 from groupify.conversion.layers import shuffle_order
 from groupify.deployment.benchmark import benchmark_onnx
 from groupify.deployment.machine import blocked_width, describe_machine
+from scripts.results import write_results
 
 GROUPS = 4
 LAYERS = 4
@@ -57,14 +56,13 @@ def main() -> None:
     console.print(table)
     if arguments.json is not None:
         result: dict[str, Any] = {
-            "machine": dataclasses.asdict(describe_machine()),
             "groups": GROUPS,
             "shuffles": LAYERS,
             "rows": [
                 {"channels": channels, "side": side, "median_ms": medians} for channels, side, medians in rows
             ],
         }
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_results(arguments.json, result)
 
 
 def measure(channels: int, side: int, seconds: float) -> dict[str, float]:

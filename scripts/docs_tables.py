@@ -109,8 +109,8 @@ def peers(document: dict[str, Any]) -> Rows:
 
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
-    "accuracy": ("python scripts/benchmark_accuracy.py --checkpoint FILE --json FILE", accuracy),
-    "latency": ("python scripts/benchmark_latency.py --json FILE", latency),
-    "shuffle": ("python scripts/benchmark_shuffle.py --json FILE", shuffle),
+    "accuracy": ("python -m scripts.benchmark_accuracy --checkpoint FILE --json FILE", accuracy),
+    "latency": ("python -m scripts.benchmark_latency --json FILE", latency),
+    "shuffle": ("python -m scripts.benchmark_shuffle --json FILE", shuffle),
     "peers": ("python -m scripts.benchmark_peers --checkpoint FILE", peers),
 }

@@ -1,6 +1,6 @@
 """Draw the README's picture: accuracy against saved MACs, one line per method.
 
-    python scripts/plot_readme.py [benchmarks/accuracy.json] [-o docs/accuracy_latency.svg]
+    python -m scripts.plot_readme [benchmarks/accuracy.json] [-o docs/accuracy_latency.svg]
 
 Reads what ``scripts/benchmark_accuracy.py --json`` wrote. Where every row has a ``speed_up`` (measured in
 ONNX Runtime), that is the x axis, otherwise it is the MAC ratio. Needs matplotlib, of the ``dev`` extra.

@@ -66,19 +66,20 @@ class ResultFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.with_name(f".{self.path.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            document = {**self.read(), **provenance(), **self.setting}
+            document = {**self.read(), **self.setting}
             yield document
-            write_text(self.path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+            write_results(self.path, document)
 
     def _key(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(row[name] for name in self.keys)
 
 
-def provenance() -> dict[str, Any]:
-    """Return where a result comes from."""
+def write_results(path: Path, results: Mapping[str, Any]) -> None:
+    """Write results, and where they come from: the command and the machine."""
     # Names without their folders: where a checkpoint lay on one machine tells nobody anything.
     command = " ".join(Path(argument).name for argument in sys.argv)
-    return {"command": command, "machine": asdict(describe_machine())}
+    document = {**results, "command": command, "machine": asdict(describe_machine())}
+    write_text(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -4,8 +4,8 @@ Each model runs in a process of its own, with random weights, a handful of noise
 and the smallest input that works: this checks that the way is passable, not that accuracy survives. What is
 done is kept in the JSON file after each model, so that an interrupted sweep goes on where it stopped.
 
-    python scripts/sweep_models.py                     # all that is not in docs/models.json yet
-    python scripts/sweep_models.py --again 'resnet*'   # these anew
+    python -m scripts.sweep_models                     # all that is not in docs/models.json yet
+    python -m scripts.sweep_models --again 'resnet*'   # these anew
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from groupify.conversion.teacher import SampleBudget
 from groupify.deployment.export import export_onnx
 from groupify.deployment.parity import check_parity
 from groupify.errors import GroupifyError, PlanError
+from scripts.results import write_text
 
 GROUPS = 4
 MIN_GROUP_WIDTH = 8
@@ -85,21 +86,14 @@ def main() -> None:
         done[name] = run_apart(name, options.limit, options.memory)
         row = done[name]
         print(f"{name}: {row['result']}, {row['seconds']:.0f} s {row['reason'] or ''}", file=sys.stderr)
-        write(options.json, json.dumps(document(done), indent=1, ensure_ascii=False) + "\n")
-        write(options.table, table(document(done)))
+        write_text(options.json, json.dumps(document(done), indent=1, ensure_ascii=False) + "\n")
+        write_text(options.table, table(document(done)))
     print(dict(Counter(row["result"] for row in done.values())))
 
 
 def parameters(name: str) -> int:
     """Number of parameters, as torchvision tells it: small models first."""
     return int(get_model_weights(name).DEFAULT.meta["num_params"])
-
-
-def write(path: Path, text: str) -> None:
-    """Write aside, then rename."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def document(rows: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,7 +120,7 @@ def run_apart(name: str, limit: int, memory: float) -> dict[str, Any]:
 
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     finished = subprocess.run(
-        [sys.executable, __file__, "--one", name],
+        [sys.executable, "-m", "scripts.sweep_models", "--one", name],
         capture_output=True,
         text=True,
         check=False,
@@ -281,7 +275,7 @@ def table(results: Mapping[str, Any]) -> str:
     lines = [
         "# Models",
         "",
-        f"What `python scripts/sweep_models.py` found for {len(rows)} of the {len(list_models())} models "
+        f"What `python -m scripts.sweep_models` found for {len(rows)} of the {len(list_models())} models "
         f"of torchvision {results['torchvision']} (torch {results['torch']}): "
         + ", ".join(f"{count} {result}" for result, count in counts.most_common())
         + ".",

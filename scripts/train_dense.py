@@ -4,7 +4,7 @@ The defaults are the recipe of the project's benchmark checkpoint: 12 epochs, ba
 Nesterov momentum 0.9, one-cycle learning rate up to 0.1, weight decay 5e-4, random flip and 2-pixel
 shift, bf16 autocast. The demo's model is made by
 
-    python scripts/train_dense.py --model demo --epochs 10 --output groupify/demo/model.safetensors
+    python -m scripts.train_dense --model demo --epochs 10 --output groupify/demo/model.safetensors
 
 Top-1 accuracy on the test images, in float32 and after rounding to half precision, is printed and
 stored in the file's metadata. The same seed, versions and number of threads give the same weights.
