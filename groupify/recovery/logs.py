@@ -56,11 +56,6 @@ class TrainingLog:
         if self.settings.tensorboard is not None:
             self._board = _open_board(self.settings.tensorboard, first_step)
 
-    @property
-    def interval(self) -> int:
-        """Steps between two lines; 0 = nothing is logged."""
-        return 0 if self._file is None and self._board is None else self.settings.interval
-
     def write(self, step: int, epoch: float, values: dict[str, float | None]) -> None:
         """Log some values of one step."""
         if self._file is not None:

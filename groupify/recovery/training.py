@@ -171,7 +171,7 @@ class Training:
         points = _validation_points(self.steps, self.part.steps_per_epoch, self.settings)
         batches = self._batches()
         journal = TrainingLog(log if self.ranks.first else None, self.step)
-        interval = 0 if log is None else log.interval
+        interval = (log or LogSettings()).interval
         try:
             with tqdm(
                 total=self.steps,
@@ -190,9 +190,9 @@ class Training:
                     self.since_line.seconds += seconds
                     self.step += 1
                     bar.update()
-                    if interval and (self.step % interval == 0 or self.step == self.steps):
+                    if self.step % interval == 0 or self.step == self.steps:
                         self._log_line(journal, bar, rate)
-                    if self.step in points and not self._validation_point(journal, bar, rate):
+                    if self.step in points and not self._validation_point(journal, rate):
                         return
                     self._save_if_due()
         finally:
@@ -279,7 +279,7 @@ class Training:
 
     # validation and logs -----------------------------------------------------------------------
 
-    def _validation_point(self, journal: TrainingLog, bar: tqdm[Any], rate: float) -> bool:
+    def _validation_point(self, journal: TrainingLog, rate: float) -> bool:
         """Validate and note it; False = the loss is no longer finite."""
         loss, _, speed = self.since_row.means(self.ranks)
         if not math.isfinite(loss):
@@ -300,9 +300,6 @@ class Training:
             row.epoch,
             {"validation_top1": row.validation_top1, "validation_loss": row.validation_loss},
         )
-        bar.set_postfix(
-            loss=f"{loss:.3f}", rate=f"{rate:.2g}", validation=f"{row.validation_top1:.2%}", refresh=False
-        )
         return True
 
     def _log_line(self, journal: TrainingLog, bar: tqdm[Any], rate: float) -> None:
@@ -315,6 +312,11 @@ class Training:
             "images_per_second": speed,
         }
         journal.write(self.step, self.step / self.part.steps_per_epoch, values)
+        bar.set_postfix_str(
+            f"loss {loss:.3f}, accuracy {accuracy:.1%}, {speed:.0f} images/s, rate {rate:.2g}, "
+            f"validation {self.validation.top1:.2%}",
+            refresh=False,
+        )
 
     def _validate(self) -> Validation:
         return validate(self.evaluated, self.held_out, self.settings, self.teacher, self.ranks)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -232,6 +234,20 @@ def test_the_log_has_a_line_per_interval_and_validation(
     # The mean over the lines, weighted by their steps, is the row's.
     mean = (4 * training[0]["loss"] + 4 * training[1]["loss"] + 2 * training[2]["loss"]) / 10
     assert result.history[-1].loss == pytest.approx(mean)
+
+
+def test_the_bar_shows_the_running_numbers(
+    student: nn.Module, data: TensorDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    finetune(student, splits(data), settings=SHORT, log=LogSettings(interval=2), progress=True)
+    numbers = r"loss \d+\.\d{3}, accuracy \d+\.\d%, \d+ images/s, rate [\d.e-]+, validation \d+\.\d\d%"
+    assert re.search(numbers, terminal.getvalue())
 
 
 def test_a_log_that_cannot_be_written(student: nn.Module, data: TensorDataset, tmp_path: Path) -> None:
