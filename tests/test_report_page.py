@@ -119,6 +119,15 @@ def test_verdict(changes: dict[str, Any], sentence: str) -> None:
     assert sentence in verdict(run_of(**changes).document)
 
 
+def test_verdict_claims_no_speed_of_a_busy_machine() -> None:
+    run = run_of()
+    run.document["latency_ms"]["steady"] = False
+    assert verdict(run.document).startswith("speed uncertain, 2.0× smaller, ")
+    page = report_page(run, [])
+    assert "uncertain" in page
+    assert "3.1× faster" not in page
+
+
 def test_verdict_says_slower_and_larger() -> None:
     document = run_of(onnx_bytes={"dense": 10, "grouped": 20}).document
     document["latency_ms"]["speed_up"] = 0.5

@@ -13,7 +13,14 @@ from groupify.reporting.charts import Chart, Point, chart
 from groupify.reporting.pixels import png_uri
 from groupify.reporting.read import Run
 from groupify.reporting.text import count, ratio, size
-from groupify.reporting.verdict import final_accuracy, points_lost, ratio_of, verdict
+from groupify.reporting.verdict import (
+    UNCERTAIN,
+    final_accuracy,
+    points_lost,
+    ratio_of,
+    steady_speed_up,
+    verdict,
+)
 
 _LABELLED = 8  # more names in one chart would hide each other; hovering shows them
 
@@ -62,7 +69,7 @@ def report_page(run: Run, others: Sequence[Run] = ()) -> str:
 def comparison_page(runs: Sequence[Run]) -> str:
     """Return the page that compares several reports."""
     rows = [_run_row(run) for run in runs]
-    best = max(runs, key=lambda run: (run.document["latency_ms"] or {}).get("speed_up") or 0)
+    best = max(runs, key=lambda run: steady_speed_up(run.document) or 0)
     return _environment().get_template("comparison.html.j2").render(
         title=f"{len(runs)} runs compared",
         verdict=f"{len(runs)} runs: the fastest, {best.name}, is {verdict(best.document)}",
@@ -93,10 +100,11 @@ def _tiles(document: dict[str, Any]) -> list[Tile]:
     tiles = []
     latency, accuracy = document["latency_ms"], document["accuracy"]
     if latency is not None:
+        speed_up = steady_speed_up(document)
         tiles.append(
             Tile(
                 "latency",
-                ratio(latency["speed_up"]),
+                UNCERTAIN if speed_up is None else ratio(speed_up),
                 f"{latency['dense']:.2f} → {latency['grouped']:.2f} ms",
             )
         )
@@ -278,7 +286,7 @@ def _run_row(run: Run) -> dict[str, Any]:
         "groups": ", ".join(
             map(str, sorted({site["groups"] for site in document["sites"] if site["groups"] > 1}))
         ),
-        "speed_up": None if latency is None else latency["speed_up"],
+        "speed_up": steady_speed_up(document),
         "milliseconds": None if latency is None else latency["grouped"],
         "params": document["params"]["grouped"],
         "macs": document["macs"]["grouped"],

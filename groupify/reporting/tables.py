@@ -14,7 +14,14 @@ from rich.text import Text
 
 from groupify.reporting.read import Run
 from groupify.reporting.text import count, plain_table, ratio, size
-from groupify.reporting.verdict import final_accuracy, points_lost, ratio_of, verdict
+from groupify.reporting.verdict import (
+    UNCERTAIN,
+    final_accuracy,
+    points_lost,
+    ratio_of,
+    steady_speed_up,
+    verdict,
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ def _one(document: dict[str, Any]) -> Table:
     if latency is not None:
         setting = f"latency ({latency['threads']} thread{'s' if latency['threads'] > 1 else ''}, "
         setting += f"batch {latency['batch_size']})"
-        times = (f"{latency['dense']:.2f} ms", f"{latency['grouped']:.2f} ms", ratio(latency["speed_up"]))
+        times = (f"{latency['dense']:.2f} ms", f"{latency['grouped']:.2f} ms", _speed_up(document))
         rows.append((setting, *times))
     for title, key, form in (
         ("ONNX file", "onnx_bytes", size), ("params", "params", count), ("MACs", "macs", count)
@@ -85,6 +92,11 @@ def _one(document: dict[str, Any]) -> Table:
         if value is not None:
             rows.append((title, form(change["dense"]), form(change["grouped"]), ratio(value)))
     return Table(("", "dense", "grouped", "change"), tuple(rows))
+
+
+def _speed_up(document: dict[str, Any]) -> str:
+    value = steady_speed_up(document)
+    return UNCERTAIN if value is None else ratio(value)
 
 
 def _several(runs: Sequence[Run]) -> Table:
@@ -98,7 +110,7 @@ def _several(runs: Sequence[Run]) -> Table:
                 "–" if top1 is None else f"{100 * top1:.2f}%",
                 "–" if lost is None else _points(-lost),
                 "–" if latency is None else f"{latency['grouped']:.2f} ms",
-                "–" if latency is None else ratio(latency["speed_up"]),
+                "–" if latency is None else _speed_up(document),
                 count(document["params"]["grouped"]),
                 count(document["macs"]["grouped"]),
             )

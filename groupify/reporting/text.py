@@ -205,7 +205,8 @@ def summary_table(report: Report, console: Console) -> Table:
                 f"latency ({threads}, batch {report.latency.batch_size})",
                 f"{times.dense:.2f} ms",
                 f"{times.grouped:.2f} ms",
-                report.latency.speed_up,
+                # On a busy machine the longer run is interrupted more often: the ratio may be anything.
+                report.latency.speed_up if report.latency.steady else math.nan,
             )
         )
     for title, before, after, value in rows:
@@ -239,7 +240,8 @@ def report_lines(report: Report) -> list[str]:
         lines.append(f"machine: {report.machine}")
     if report.latency is not None and not report.latency.steady:
         lines.append(
-            "note: the machine was busy, so the latencies say little; time again with 'groupify bench'"
+            "note: the machine was busy, so the latencies say little, their ratio nothing; time again with "
+            "'groupify bench'"
         )
     lines.extend(f"note: {note}" for note in report.notes)
     if report.files:

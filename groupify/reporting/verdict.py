@@ -8,6 +8,10 @@ from typing import Any
 # Less than this, in points, is no difference that a reader should see.
 _EQUAL_POINTS = 0.05
 
+# What a sentence or a table says of the speed where the machine was busy.
+UNCERTAIN = "uncertain"
+UNCERTAIN_SPEED = f"speed {UNCERTAIN}"
+
 Document = Mapping[str, Any]
 
 
@@ -38,10 +42,16 @@ def points_lost(document: Document) -> float | None:
     return None if before is None or after is None else 100 * (before - after)
 
 
+def steady_speed_up(document: Document) -> float | None:
+    """The measured speed-up; None where nothing was timed, or on a busy machine, where it may be anything."""
+    latency = document["latency_ms"]
+    return float(latency["speed_up"]) if latency is not None and latency["steady"] else None
+
+
 def _speed(document: Document) -> str:
-    if document["latency_ms"] is None:
-        return ""
-    speed_up = float(document["latency_ms"]["speed_up"])
+    speed_up = steady_speed_up(document)
+    if speed_up is None:
+        return "" if document["latency_ms"] is None else UNCERTAIN_SPEED
     if 0.995 <= speed_up < 1.005:
         return "as fast"
     return f"{speed_up:.1f}× faster" if speed_up > 1 else f"{1 / speed_up:.1f}× slower"
