@@ -134,6 +134,25 @@ def test_verdict_says_slower_and_larger() -> None:
     assert verdict(document).startswith("2.0× slower, 2.0× larger, ")
 
 
+def test_page_tells_where_shuffles_went_and_why() -> None:
+    shuffles = {
+        "places": [
+            {"name": "layer.conv", "readers": ["last"], "gain": 0.01, "cost": 0.02, "chosen": True},
+            {"name": "layer.other", "readers": ["last"], "gain": 0.001, "cost": 0.02, "chosen": False},
+        ],
+        "error_without": 0.125,
+        "error_with": 0.09375,
+        "milliseconds_without": 0.5,
+        "milliseconds_with": 0.5625,
+        "error_per_percent": 0.0015,
+    }
+    document = run_of(shuffles=shuffles).document
+    validate(document)
+    page = report_page(Run("out", document), [])
+    assert "at 1 of 2 places (layer.conv); mean fitted error 0.1250 without and 0.0938 with all" in page
+    assert "Shuffles" not in report_page(run_of(), [])
+
+
 # reading ---------------------------------------------------------------------------------------
 
 
