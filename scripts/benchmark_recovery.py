@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import copy
 import fnmatch
+import functools
 import json
 import os
 import statistics
@@ -121,10 +122,11 @@ class Contestant:
         return model
 
 
+_converted = functools.cache(default())  # training leaves it untouched, so all rows start from the same nets
 CONTESTANTS = {
-    "groupify": Contestant(default()),
-    "groupify, gradual": Contestant(default(), gradual=True),
-    "groupify, no labels": Contestant(default(), labels=False),
+    "groupify": Contestant(_converted),
+    "groupify, gradual": Contestant(_converted, gradual=True),
+    "groupify, no labels": Contestant(_converted, labels=False),
     "Torch-Pruning, equal MACs": Contestant(torch_pruning),
     "truncation": Contestant(truncation),
     "random weights": Contestant(from_random),
