@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 import importlib
 import re
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import groupify
-from scripts import docs_tables
+from scripts import docs_tables, readme_tables
 from tests.conftest import ROOT
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -26,6 +27,17 @@ def test_examples_of_a_page(page: Path) -> None:
     test = doctest.DocTestParser().get_doctest(text, {}, page.name, str(page), 0)
     torch.manual_seed(0)
     assert doctest.DocTestRunner(optionflags=OPTIONS).run(test).failed == 0
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_result_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = readme_tables.README.read_text("utf-8")
+    assert readme_tables.fill(text) == text
+    results = copy.deepcopy(readme_tables.results("accuracy"))
+    row = next(row for row in results["rows"] if row["method"] == "groupify (clustering by data)")
+    row["accuracy_mean"] = 12.34
+    monkeypatch.setattr(readme_tables, "results", lambda name: results)
+    part = text[: text.index("<!-- results: latency -->")]
+    assert "12.34" in readme_tables.fill(part)
 
 
 def _documented() -> list[Any]:
