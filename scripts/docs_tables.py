@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,9 +109,52 @@ def peers(document: dict[str, Any]) -> Rows:
     return rows
 
 
+def recovery(document: dict[str, Any]) -> Rows:
+    """A line per method and number of groups, a column per training."""
+    trainings = sorted({row["epochs"] for row in document["rows"]})
+    rows: Rows = [("top-1", "MACs", *(f"{count:g} epochs" for count in trainings))]
+    for key in dict.fromkeys((row["groups"], row["method"]) for row in document["rows"]):
+        found = {row["epochs"]: row for row in document["rows"] if (row["groups"], row["method"]) == key}
+        cells = []
+        for count in trainings:
+            row = found.get(count)
+            spread = "" if row is None or len(row["accuracy"]) < 2 else f" ± {row['accuracy_spread'] / 2:.2f}"
+            cells.append("–" if row is None else f"{row['accuracy_mean']:.2f}{spread}%")
+        ratio = next(iter(found.values()))["macs_ratio"]
+        rows.append((f"{key[1]}, g={key[0]}", f"÷{ratio:.2f}", *cells))
+    return rows
+
+
+def planner(document: dict[str, Any]) -> Rows:
+    """A line per model and budget: uniform groups and the plan at the same cost, means over the seeds."""
+    rows: Rows = [("", "seeds", "dense", "uniform", "planned", "of uniform's drop closed")]
+    for model, row in dict.fromkeys((one["model"], one["row"]) for one in document["rows"]):
+        same = [one for one in document["rows"] if (one["model"], one["row"]) == (model, row)]
+        dense, uniform, planned = (
+            statistics.fmean(one[f"{name}_accuracy"] for one in same)
+            for name in ("dense", "uniform", "planned")
+        )
+        closed = f"{100 * (planned - uniform) / (dense - uniform):.0f}%" if uniform < dense else "–"
+        name = f"{model.rpartition(':')[2]}, {row}"
+        rows.append((name, str(len(same)), *(f"{top1:.2f}%" for top1 in (dense, uniform, planned)), closed))
+    return rows
+
+
+def prediction(document: dict[str, Any]) -> Rows:
+    """A line per model and plan: predicted and measured milliseconds."""
+    rows: Rows = [("", "plan", "predicted", "measured", "error")]
+    for row in document["rows"]:
+        times = (f"{row[name]:.2f} ms" for name in ("predicted", "measured"))
+        rows.append((row["model"], row["plan"], *times, f"{100 * row['error']:+.1f}%"))
+    return rows
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
     "accuracy": ("python -m scripts.benchmark_accuracy --checkpoint FILE --json FILE", accuracy),
     "latency": ("python -m scripts.benchmark_latency --json FILE", latency),
     "shuffle": ("python -m scripts.benchmark_shuffle --json FILE", shuffle),
     "peers": ("python -m scripts.benchmark_peers --checkpoint FILE", peers),
+    "recovery": ("python -m scripts.benchmark_recovery --checkpoint FILE", recovery),
+    "planner": ("python -m scripts.benchmark_planner --checkpoint FILE", planner),
+    "prediction": ("python -m scripts.benchmark_prediction --json FILE", prediction),
 }

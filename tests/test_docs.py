@@ -90,6 +90,29 @@ def test_tables_come_from_the_result_files(tmp_path: Path, monkeypatch: pytest.M
         docs_tables.on_page_markdown("<!-- table: nothing -->")
 
 
+def test_table_of_the_recovery() -> None:
+    row = {
+        "method": "groupify", "groups": 4, "epochs": 0.0, "accuracy": {"0": 92.0}, "accuracy_mean": 92.0,
+        "accuracy_spread": 0.0, "macs_ratio": 3.7,
+    }  # fmt: skip
+    trained = {**row, "epochs": 1.0, "accuracy": {"0": 93.0, "1": 93.5}, "accuracy_spread": 0.5}
+    assert docs_tables.recovery({"rows": [row, {**trained, "accuracy_mean": 93.25}]}) == [
+        ("top-1", "MACs", "0 epochs", "1 epochs"),
+        ("groupify, g=4", "÷3.70", "92.00%", "93.25 ± 0.25%"),
+    ]
+
+
+def test_table_of_the_planner() -> None:
+    row = {
+        "model": "groupify.demo:fashion_vgg11_bn", "row": "macs g=8", "dense_accuracy": 93.0,
+        "uniform_accuracy": 89.0, "planned_accuracy": 91.0,
+    }  # fmt: skip
+    rows = [row, {**row, "planned_accuracy": 92.0}]
+    assert docs_tables.planner({"rows": rows})[1:] == [
+        ("fashion_vgg11_bn, macs g=8", "2", "93.00%", "89.00%", "91.50%", "62%")
+    ]
+
+
 def test_table_of_the_peers() -> None:
     row = {
         "method": "groupify", "groups": 4, "epochs": 0.0, "accuracy_mean": 92.0, "macs_ratio": 3.7,
