@@ -32,6 +32,13 @@ def net(channels: int = 32) -> nn.Module:
     )
 
 
+def segmenter() -> nn.Module:
+    """Scores for each pixel."""
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 5, 1)
+    )
+
+
 def _images(count: int, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(count, 3, 8, 8, generator=generator)

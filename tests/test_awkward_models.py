@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import UserDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import groupify
 from groupify.conversion.convert import Calibration
+from groupify.conversion.in_order import equal_outputs
 from groupify.conversion.site_fit import FitOptions
 from groupify.conversion.teacher import SampleBudget
 from groupify.errors import ConversionError, DataError, PlanError
@@ -200,7 +203,7 @@ def test_a_model_on_the_meta_device_can_be_planned_but_not_converted() -> None:
         groupify.convert(net, found, images())
 
 
-def test_hooks_stay_where_they_are_and_see_nothing_of_the_conversion() -> None:
+def test_hooks_stay_where_they_are_and_see_one_image_of_the_conversion() -> None:
     net = randomise(Residual()).eval()
     seen: list[str] = []
     net.conv1.register_forward_hook(lambda *_: seen.append("forward"))
@@ -209,13 +212,65 @@ def test_hooks_stay_where_they_are_and_see_nothing_of_the_conversion() -> None:
     found = groupify.plan(net, SHAPE, groups=4)
     seen.clear()
     result = groupify.convert(net, found, images())
-    assert seen == []
+    assert seen == ["before", "forward"]  # to see that the outputs do not depend on them
+    seen.clear()
     net(images(1))
     assert seen == ["before", "forward"]
     seen.clear()
     result.model(images(1)).sum().backward()
     assert "before" in seen
     assert "backward" in seen
+
+
+def test_hooks_that_the_outputs_depend_on_are_part_of_the_model() -> None:
+    net = randomise(Residual()).eval()
+    for conv in (net.conv1, net.conv2):
+        make_block_diagonal(conv, 4)
+    net.stem.register_forward_hook(lambda module, inputs, output: 3 * output.abs())
+    found = groupify.plan(net, SHAPE, groups=4, include=["conv1", "conv2"])
+    result = groupify.convert(net, found, Calibration(images(64), fit=EXACT))
+    assert relative_error(result.model, net, images(seed=1)) < 1e-3
+
+
+class Collecting(Residual):
+    """Reads what its own hooks have collected, as Hugging Face's models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.collected: list[Tensor] = []
+        self.stem.register_forward_hook(self.collect)
+
+    def collect(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self.collected.append(output)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = super().forward(x)
+        return result + self.collected.pop().mean()
+
+
+def test_a_model_that_reads_what_its_hooks_collect() -> None:
+    net = randomise(Collecting()).eval()
+    found = groupify.plan(net, SHAPE, groups=4, include=["conv1"])
+    make_block_diagonal(net.conv1, 4)
+    options = FitOptions(ridge=1e-9, refresh_batch_norm=False)
+    result = groupify.convert(net, found, Calibration(images(64), fit=options))
+    assert relative_error(result.model, net, images(seed=1)) < 1e-3
+
+
+def test_outputs_of_a_class_of_one_s_own_are_compared() -> None:
+    @dataclasses.dataclass
+    class Output:
+        scores: Tensor
+        more: dict[str, Tensor]
+
+    class Table(UserDict[str, Tensor]):
+        pass
+
+    one = Output(torch.ones(2), {"a": torch.ones(3)})
+    assert equal_outputs(one, Output(torch.ones(2), {"a": torch.ones(3)}))
+    assert not equal_outputs(one, Output(torch.ones(2), {"a": torch.zeros(3)}))
+    assert not equal_outputs(one, Output(torch.zeros(2), {"a": torch.ones(3)}))
+    assert not equal_outputs(Table(a=torch.ones(2)), Table(a=torch.zeros(2)))
 
 
 def test_a_subclass_of_conv_is_left_alone() -> None:

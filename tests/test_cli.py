@@ -70,6 +70,7 @@ BAD_INPUT = [
     ("plan nothing:at_all", "cannot import 'nothing'"),
     ("plan tests.cli_nets:nett", "no 'nett' in tests.cli_nets; did you mean 'net'"),
     ("plan tests.cli_nets:net --input-size 4,8,8", "does not run on an input of shape (1, 4, 8, 8)", "C,H,W"),
+    ("convert tests.cli_nets:net --input-size 4,8,8 --data tests.cli_nets:data", "of shape (1, 4, 8, 8)"),
     ("plan resnet18 --weights FOO", "unknown weights 'FOO'", "IMAGENET1K_V1"),
     ("convert resnet18 --weights V1 --data demo", "unknown weights 'V1'"),
     # groups

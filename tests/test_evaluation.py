@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from groupify.data import load_data
-from groupify.errors import DataError
+from groupify.errors import DataError, GroupifyWarning
 from groupify.evaluation import Accuracy, evaluate
-from groupify.zoo import ModelSpec
+from groupify.pipeline.run import open_data
+from groupify.zoo import ModelSpec, load_model
 
 IMAGES = torch.eye(4).view(4, 4, 1, 1).repeat(5, 1, 1, 1)
 # The model says 0, 1, 2, 3 over and over: right on the first 12 images, wrong on the last 8.
@@ -109,3 +110,14 @@ def test_images_that_are_not_finite_and_empty_data() -> None:
         evaluate(Argmax(), TensorDataset(IMAGES * torch.nan, LABELS))
     with pytest.raises(DataError, match="empty"):
         evaluate(Argmax(), TensorDataset(IMAGES[:0], LABELS[:0]))
+
+
+def test_labels_are_not_used_for_a_model_that_is_no_classifier() -> None:
+    source = load_model("tests.cli_nets:segmenter", input_shape=(3, 8, 8))
+    with pytest.warns(
+        GroupifyWarning, match=r"segmenter gives no logits .* labels of tests.cli_nets:data are"
+    ):
+        data = open_data("tests.cli_nets:data", source, 0)
+    assert not data.labelled
+    classifier = load_model("tests.cli_nets:net", input_shape=(3, 8, 8))
+    assert open_data("tests.cli_nets:data", classifier, 0).labelled

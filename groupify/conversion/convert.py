@@ -15,7 +15,12 @@ from torch.nn.parameter import is_lazy
 from groupify.conversion.by_part import convert_by_part, convert_parts_from_weights
 from groupify.conversion.calibration import Calibration
 from groupify.conversion.clock import Clock
-from groupify.conversion.in_order import convert_from_weights, convert_in_order, same_outputs
+from groupify.conversion.in_order import (
+    convert_from_weights,
+    convert_in_order,
+    equal_outputs,
+    same_outputs,
+)
 from groupify.conversion.pictures import BlockPicture
 from groupify.conversion.site_fit import SiteFit
 from groupify.conversion.surgery import SiteRecipe, restructure
@@ -103,9 +108,7 @@ def convert(
         calibration.check(plan.input_shape)
     # A working copy: in float32, without the caller's hooks, in the memory format of oneDNN's fast path.
     dense = _in_fast_layout(copy.deepcopy(model).float().eval())
-    for module in dense.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
-            _clear(hooks)
+    _clear_hooks(dense, plan.input_shape)
     with torch.random.fork_rng(devices=[]):
         work = _Conversion(dense, sites, calibration, plan, seed, progress)
         student = work.run()
@@ -148,11 +151,35 @@ def _check_weights(model: nn.Module) -> None:
             raise ConversionError(f"{name!r} holds NaN or infinity; load a sound checkpoint")
 
 
-def _clear(hooks: MutableMapping[int, Any]) -> None:
-    for key, hook in list(hooks.items()):
-        # Those of torch itself compute the weight (weight_norm, spectral_norm, pruning).
-        if not type(hook).__module__.startswith("torch.nn.utils"):
-            del hooks[key]
+def _clear_hooks(model: nn.Module, input_shape: tuple[int, ...]) -> None:
+    """Remove the caller's hooks, unless the outputs depend on them."""
+    hooks: MutableMapping[int, Any]
+    found: list[tuple[MutableMapping[int, Any], dict[int, Any]]] = []
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
+            if any(_is_foreign(hook) for hook in hooks.values()):
+                found.append((hooks, dict(hooks)))
+    if not found:
+        return
+    example = example_input(input_shape, like=model)
+    with torch.no_grad():
+        expected = model(example.clone())
+        for hooks, before in found:
+            for key in [key for key, hook in before.items() if _is_foreign(hook)]:
+                del hooks[key]
+        try:
+            needed = not equal_outputs(expected, model(example.clone()))
+        except Exception:  # Hugging Face's models collect hidden states in hooks of their own
+            needed = True
+    if needed:
+        for hooks, before in found:
+            hooks.clear()
+            hooks.update(before)
+
+
+def _is_foreign(hook: object) -> bool:
+    # Those of torch itself compute the weight (weight_norm, spectral_norm, pruning).
+    return not type(hook).__module__.startswith("torch.nn.utils")
 
 
 def _in_fast_layout(model: nn.Module) -> nn.Module:

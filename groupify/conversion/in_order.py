@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -190,7 +190,12 @@ def _permute_samples(
 @torch.no_grad()
 def same_outputs(model: nn.Module, other: nn.Module, example: Tensor) -> bool:
     """Whether two models give the same outputs up to rounding."""
-    ours, theirs = _leaves(model(example.clone())), _leaves(other(example.clone()))
+    return equal_outputs(model(example.clone()), other(example.clone()))
+
+
+def equal_outputs(one: Any, other: Any) -> bool:
+    """Whether the tensors in two outputs are the same up to rounding."""
+    ours, theirs = _leaves(one), _leaves(other)
     if [value.shape for value in ours] != [value.shape for value in theirs]:
         return False
     for a, b in zip(ours, theirs, strict=True):
@@ -202,4 +207,12 @@ def same_outputs(model: nn.Module, other: nn.Module, example: Tensor) -> bool:
 
 
 def _leaves(value: Any) -> list[Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    tensors: list[Tensor] = []
+    for leaf in torch.utils._pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            tensors.append(leaf)
+        elif isinstance(leaf, Mapping):  # a class of the user's own, which torch does not look into
+            tensors += _leaves(list(leaf.values()))
+        elif is_dataclass(leaf):
+            tensors += _leaves([getattr(leaf, field.name) for field in fields(leaf)])
+    return tensors

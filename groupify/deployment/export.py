@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from groupify.deployment.machine import blocked_width, package_version
 from groupify.deployment.runtime import require
-from groupify.errors import ArtefactError, ConversionError
+from groupify.errors import ArtefactError, ConversionError, GroupifyError
 
 if TYPE_CHECKING:
     from groupify.zoo import Preprocessing
@@ -114,8 +114,10 @@ def _output_names(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[str, 
     try:
         with torch.no_grad():
             outputs = model(_example(model, input_shape, 1))
-    except (RuntimeError, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0]
+    except (GroupifyError, MemoryError):
+        raise
+    except Exception as error:  # the user's model can raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConversionError(
             f"the model does not run on an input of shape (1, {', '.join(map(str, input_shape))}): {reason}; "
             "give the shape it was made for"

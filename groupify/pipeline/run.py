@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from groupify.conversion.convert import Calibration, convert
 from groupify.conversion.reconstruct import ReconstructionOptions
 from groupify.data import DataSplits, calibration_images, load_data
 from groupify.distributed import Ranks, process_group
-from groupify.errors import DataError, SpecError
-from groupify.evaluation import class_logits, evaluate, evaluating
+from groupify.errors import DataError, GroupifyWarning, SpecError
+from groupify.evaluation import class_logits, evaluate
 from groupify.graph.trace import example_input
 from groupify.output_folder import writing_folder
 from groupify.pipeline.budget import find_plan
@@ -32,6 +33,7 @@ from groupify.pipeline.requests import (
 )
 from groupify.pipeline.write_output import write_output
 from groupify.planning import describe
+from groupify.planning.cost import run_once
 from groupify.planning.plan_file import PlanFile
 from groupify.planning.search import BudgetPlan
 from groupify.recipe import Recipe
@@ -185,19 +187,36 @@ def dense_source(recipe: Recipe, checkpoint: Path | None, *, trust: bool) -> Sou
 
 
 def open_data(spec: str, source: Source, seed: int) -> DataSplits:
-    """Load a data set for a model, checking its labels against the model's classes."""
-    return load_data(spec, source.spec, num_classes=class_count(source), seed=seed)
+    """Load a data set for a model, checking its labels against the model's classes.
+
+    Raises:
+        ConversionError: the model does not run on its input shape.
+        GroupifyError: the data cannot be had, or do not fit the model.
+
+    Warns:
+        GroupifyWarning: the model is no classifier, so the labels are not used.
+    """
+    classes = class_count(source)
+    data = load_data(spec, source.spec, num_classes=classes, seed=seed)
+    if classes is None and data.labelled:
+        warnings.warn(
+            f"{source.spec.name} gives no logits of shape (N, classes), so the labels of {spec} are not used "
+            "and no accuracy is measured",
+            GroupifyWarning,
+            stacklevel=2,
+        )
+        data = dataclasses.replace(data, labelled=False)
+    return data
 
 
 def class_count(source: Source) -> int | None:
     """Number of classes that a model tells apart; None when it is no classifier."""
-    with evaluating(source.model), torch.no_grad():
-        try:
-            return class_logits(
-                source.model(example_input(source.spec.input_shape, like=source.model))
-            ).shape[1]
-        except DataError:
-            return None
+    try:
+        return class_logits(
+            run_once(source.model, example_input(source.spec.input_shape, like=source.model))
+        ).shape[1]
+    except DataError:
+        return None
 
 
 def _refuse_what_one_process_measures(plan: PlanRequest, measures_shuffles: bool) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from groupify.errors import ConversionError
+from groupify.errors import ConversionError, GroupifyError
 
 Number = TypeVar("Number", int, float)
 
@@ -96,8 +96,10 @@ def run_once(model: nn.Module, example: Tensor) -> Any:
     try:
         with torch.no_grad():
             return model(example)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        reason = " ".join(str(error).split())
+    except (GroupifyError, MemoryError):
+        raise
+    except Exception as error:  # the user's model can raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ConversionError(
             f"the model does not run on an input of shape {tuple(example.shape)}: {reason}; "
             "give the shape that it expects with --input-size C,H,W"
