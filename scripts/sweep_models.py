@@ -248,7 +248,10 @@ def check_alive(one: list[Tensor], other: list[Tensor]) -> None:
 
 
 def smallest(name: str, arguments: dict[str, Any]) -> tuple[groupify.Source, tuple[int, ...]]:
-    """Build the model and find the smallest square input that it takes."""
+    """Build the model and find the smallest square input that it, and the backbone of a detector, takes.
+
+    Some detectors rescale their input to a size of their own, which the backbone alone does not.
+    """
     source = groupify.load_model(name, weights="none", arguments=arguments)
     video = source.spec.input_shape[1:-2]
     problem = ""
@@ -257,6 +260,8 @@ def smallest(name: str, arguments: dict[str, Any]) -> tuple[groupify.Source, tup
         try:
             with torch.no_grad():
                 outputs = leaves(source.model(torch.zeros(1, *shape)))
+                if kind_of(name) == "detection":
+                    source.model.get_submodule("backbone")(torch.zeros(1, *shape))
         except Exception as error:
             problem = str(error)
             continue
