@@ -24,6 +24,9 @@ from groupify.distributed import sharers
 from groupify.graph.execute import BatchedRun
 from groupify.graph.operations import CONVS, ELEMENTWISE_MODULES, BatchNorm, Conv, is_batch_norm
 
+# Output positions, over all images, whose mean and variance a batch norm gets at least.
+_NORM_POSITIONS = 65_536
+
 
 def fit_student(
     student: fx.GraphModule,
@@ -82,6 +85,7 @@ class _Fitter:
                 part.patches.clear()
                 part.patch_outputs.clear()
         self._run = BatchedRun(student, batches, compact)
+        (self._images,) = sharers().sums(sum(len(batch) for batch in batches))
         # A norm that runs at several places has the statistics of none of them.
         self._calls = Counter(str(node.target) for node in student.graph.nodes if node.op == "call_module")
         self._nodes = {node.name: node for node in student.graph.nodes}
@@ -238,7 +242,7 @@ class _Fitter:
         count, total = 0, torch.zeros_like(norm.running_mean, dtype=torch.float64)
         squares = torch.zeros_like(total)
         for batch in range(self._run.batch_count):
-            values = self._run.value(source, batch)
+            values = self._thinned(self._run.stored(source, batch)).float()
             others = [dim for dim in range(values.dim()) if dim != 1]
             values = values - norm.running_mean.reshape(-1, *[1] * (values.dim() - 2))
             count += values.numel() // values.shape[1]
@@ -261,6 +265,15 @@ class _Fitter:
             scale, shift = before
             norm.weight.copy_(scale * torch.sqrt(norm.running_var + norm.eps))
             norm.bias.copy_(shift + scale * norm.running_mean)
+
+    def _thinned(self, values: Tensor) -> Tensor:
+        """Every second, third … position of a large map: a mean and a variance need no more of them."""
+        dims = values.dim() - 2
+        positions = self._images * values.shape[2:].numel()
+        step = int((positions / _NORM_POSITIONS) ** (1 / dims)) if dims > 0 else 1
+        for dim in range(2, values.dim()) if step > 1 else ():
+            values = values[(slice(None),) * dim + (slice(step // 2, None, step),)]
+        return values
 
 
 def _is_affine(norm: BatchNorm) -> bool:

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from groupify.distributed import sharers
 
+# Narrower blocks would cost the matrix product more speed than the other half of the matrix is worth.
+_GRAM_BLOCK, _GRAM_BLOCKS = 128, 4
+
 
 @dataclass(frozen=True)
 class GroupedFit:
@@ -63,11 +66,21 @@ class GroupedMoments:
         inputs, outputs = inputs - self._input_shift, outputs - self._output_shift
         self.count += inputs.shape[1]
         self._factor = None
-        self.input_input += torch.bmm(inputs.transpose(1, 2), inputs)
+        self._add_gram(inputs)
         self.output_input += torch.bmm(outputs.transpose(1, 2), inputs)
         self.output_output += outputs.square().sum(1)
         self.input_sum += inputs.sum(1)
         self.output_sum += outputs.sum(1)
+
+    def _add_gram(self, inputs: Tensor) -> None:
+        """Add ``UᵀU``, which is symmetric: of wide inputs only the blocks above the diagonal are computed."""
+        width = inputs.shape[2]
+        step = max(_GRAM_BLOCK, -(-width // _GRAM_BLOCKS))
+        for start in range(0, width, step):
+            block = slice(start, start + step)
+            product = torch.bmm(inputs[:, :, block].transpose(1, 2), inputs[:, :, start:])
+            self.input_input[:, block, start:] += product
+            self.input_input[:, start + step :, block] += product[:, :, step:].transpose(1, 2)
 
     def replace_outputs(self, batches: Iterable[tuple[Tensor, Tensor]], *, squares: bool = True) -> None:
         """Take other outputs for the same inputs.

@@ -99,6 +99,23 @@ def test_batch_norms_get_the_statistics_of_the_student() -> None:
     torch.testing.assert_close(student.bn1.running_var, values.var((0, 2, 3)), rtol=1e-2, atol=1e-3)
 
 
+def test_batch_norms_of_large_maps_need_no_more_than_a_part_of_the_positions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net = randomise(Chain()).eval()
+    options = dataclasses.replace(PLAIN, refresh_batch_norm=True)
+    whole = converted(net, "conv1", options=options).model.get_submodule("bn1")
+    monkeypatch.setattr("groupify.conversion.fit._NORM_POSITIONS", 4000)
+    part = converted(net, "conv1", options=options).model.get_submodule("bn1")
+    assert isinstance(whole, nn.BatchNorm2d)
+    assert isinstance(part, nn.BatchNorm2d)
+    assert whole.running_mean is not None
+    assert part.running_mean is not None
+    assert not torch.equal(part.running_mean, whole.running_mean)
+    torch.testing.assert_close(part.running_mean, whole.running_mean, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(part.running_var, whole.running_var, rtol=0.2, atol=0.05)
+
+
 def test_relaxing_in_front_of_a_relu_lowers_the_error_behind_it() -> None:
     net = randomise(Chain()).eval()
     x = images(64, seed=1)

@@ -50,6 +50,16 @@ def test_streamed_fit_equals_ridge_regression_in_one_go(
         np.testing.assert_allclose(fit.error[group].numpy(), error, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("width", [127, 128, 129, 300, 700])
+def test_moments_of_wide_inputs(width: int) -> None:
+    inputs = torch.randn(50, 2, width, generator=torch.Generator().manual_seed(0))
+    moments = GroupedMoments(centred=False)
+    for batch in inputs.split(20):
+        moments.update(batch, batch[:, :, :3])
+    wanted = torch.einsum("ngi,ngj->gij", inputs.double(), inputs.double()) / 50
+    torch.testing.assert_close(moments.input_covariance(centred=False), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_the_order_of_the_batches_does_not_matter() -> None:
     inputs, outputs = data()
     forward = streamed(inputs, outputs, [100, 200], True).fit(ridge=0.01)
