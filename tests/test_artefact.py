@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import errno
@@ -27,6 +28,7 @@ from groupify.errors import ArtefactError, CheckpointError, GroupifyError
 from groupify.output_folder import RECIPE_FILE
 from groupify.recipe import Recipe
 from groupify.zoo import ModelSpec, WeightsOrigin, build_model
+from tests.test_recipe import VALUES, paths_of, replaced
 
 
 class TinyNet(nn.Module):
@@ -230,6 +232,14 @@ def test_a_recipe_imports_code_only_if_trusted(tmp_path: Path, tiny: nn.Module, 
     assert user_module.exists()
 
 
+@pytest.mark.parametrize("name", ["../tiny", "/etc/passwd", "tiny/../../tiny", "..", "\\\\host\\share"])
+def test_a_recipe_names_no_files(saved: Path, name: str) -> None:
+    set_recipe(saved, "model", "name", value=name)
+    for trust in (False, True):
+        with pytest.raises(GroupifyError, match="unknown model"):
+            load(saved, trust=trust)
+
+
 @pytest.mark.parametrize("name", ["groupify.demo:nn.Module", "os:system", "groupify.demo:fashion_resnet18.x"])
 def test_no_callable_is_reached_without_trust(saved: Path, name: str) -> None:
     set_recipe(saved, "model", "name", value=name)
@@ -252,6 +262,7 @@ def test_groupify_trusts_its_own_benchmark_networks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
+        {"weights": "../../weights.pth"},
         {"num_classes": 10**9},
         {"num_classes": 1e30},
         {"weights": "DEFAULT"},
@@ -282,6 +293,8 @@ def test_hostile_arguments_are_refused_quickly(saved: Path, name: str, arguments
         (("plan", 0, "name"), "body.9"),
         (("plan", 0, "name"), "head"),
         (("plan", 0, "name"), ""),
+        (("plan", 0, "name"), "../../etc/passwd"),
+        (("plan", 0, "name"), "/etc/passwd"),
         (("plan", 0, "groups"), 3),
         (("plan", 0, "groups"), 65_536),
         (("plan", 0, "groups"), 1),
@@ -476,7 +489,7 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory, tiny: nn.Module) -> tuple[P
     return folder, (folder / WEIGHTS_FILE).read_bytes()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_bit_flips_and_truncations_are_noticed(
     fuzzed: tuple[Path, bytes], tiny: nn.Module, data: st.DataObject
@@ -491,7 +504,7 @@ def test_bit_flips_and_truncations_are_noticed(
     load_or_refuse(folder, tiny, damaged=bytes(damaged) != content)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_damaged_headers_with_a_matching_hash_do_no_harm(
     fuzzed: tuple[Path, bytes], tiny: nn.Module, data: st.DataObject
@@ -503,3 +516,49 @@ def test_damaged_headers_with_a_matching_hash_do_no_harm(
         damaged[position] = data.draw(st.integers(0, 255) | st.sampled_from(list(b'0123456789[]{},:"')))
     set_weights(folder, bytes(damaged[: data.draw(st.integers(header_end - 4, len(content)))]))
     load_or_refuse(folder, tiny, damaged=False)
+
+
+@pytest.fixture(scope="module")
+def fuzzed_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("fuzz") / "demo"
+    sites = (SiteRecipe("layer1.1.conv1", "grouped", 4), SiteRecipe("layer2.1.conv1", "grouped", 2))
+    recipe = recipe_of("demo", sites)
+    save(folder, restructure(build_model(recipe.model), sites), recipe)
+    return folder, json.loads((folder / RECIPE_FILE).read_text())
+
+
+HOSTILE = VALUES | st.sampled_from(
+    [
+        "squeezenet1_1",
+        "os:system",
+        "demo",
+        65_536,
+        2**31,
+        "layer1.1",
+        "layer2.1.conv2",
+        {"num_classes": 10**6},
+    ]
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_mutated_recipes_load_or_are_refused(
+    fuzzed_demo: tuple[Path, dict[str, Any]], data: st.DataObject
+) -> None:
+    folder, document = fuzzed_demo
+    # Of what decides how the model is built.
+    places = [path for path in paths_of(document) if path[:1] in (("model",), ("plan",))]
+    for path in data.draw(st.lists(st.sampled_from(places), min_size=1, max_size=2)):
+        with contextlib.suppress(LookupError, TypeError):  # the one before took it away
+            document = replaced(document, path, data.draw(HOSTILE))
+    (folder / RECIPE_FILE).write_text(json.dumps(document))
+    start = time.process_time()
+    try:
+        loaded = load(folder)
+    except GroupifyError as error:
+        if "\n" in str(error):
+            pytest.fail(f"more than one line: {error}")
+    else:
+        assert isinstance(loaded, nn.Module)
+    assert time.process_time() - start < 10

@@ -123,6 +123,25 @@ def test_functional_convs_are_reported() -> None:
     assert [fit.name for fit in result.fits] == ["conv1"]
 
 
+def test_convs_in_a_plain_list_are_reported() -> None:
+    class Hidden(Residual):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden = [nn.Conv2d(16, 16, 1)]  # PyTorch itself does not see it either
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.hidden[0](self.stem(x)))
+            result: Tensor = self.fc(torch.relu(self.bn1(self.conv1(x))).mean((2, 3)))
+            return result
+
+    found, result = converted(randomise(Hidden()).eval())
+    note, problem = found.notes
+    assert "calls F.conv2d with a weight of shape (16, 16, 1, 1) (1×)" in note
+    assert "cannot be traced (NameError: module is not installed as a submodule)" in problem
+    assert note.endswith("make it an nn.Conv2d, registered as a submodule")
+    assert [fit.name for fit in result.fits] == ["conv1"]
+
+
 def test_nothing_but_functional_convs() -> None:
     class Bare(nn.Module):
         def __init__(self) -> None:

@@ -193,7 +193,7 @@ def read_or_refuse(text: str) -> None:
         assert Recipe.loads(recipe.dumps()) == recipe
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(st.data())
 def test_mutated_recipes_are_read_or_refused(data: st.DataObject) -> None:
     document: Any = DOCUMENT
@@ -203,7 +203,7 @@ def test_mutated_recipes_are_read_or_refused(data: st.DataObject) -> None:
     read_or_refuse(json.dumps(document))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(st.integers(0, len(RECIPE.dumps())), st.integers(0, 40), st.text(max_size=12))
 def test_damaged_texts_are_read_or_refused(start: int, length: int, inserted: str) -> None:
     text = RECIPE.dumps()

@@ -18,7 +18,10 @@ from typing import Any
 
 import jsonschema  # type: ignore[import-untyped]
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from rich.console import Console
 
 from groupify.conversion.pictures import BlockPicture
 from groupify.conversion.site_fit import SiteFit
@@ -32,12 +35,14 @@ from groupify.reporting.html import comparison_page, report_page
 from groupify.reporting.pixels import png_uri
 from groupify.reporting.read import Run, earlier_runs, read_report
 from groupify.reporting.results import Int8File
-from groupify.reporting.tables import markdown
+from groupify.reporting.schema import check
+from groupify.reporting.tables import markdown, print_summary
 from groupify.reporting.verdict import verdict
 from groupify.zoo import WeightsOrigin
 from tests.chromium import Page, chromium, needs_chromium
 from tests.conftest import ROOT
 from tests.conftest import Run as Command
+from tests.test_recipe import VALUES, paths_of
 from tests.test_reporting import REPORT
 
 SCHEMA = json.loads((ROOT / "groupify" / "reporting" / "report.schema.json").read_text("utf-8"))
@@ -164,7 +169,7 @@ def test_page_tells_where_shuffles_went_and_why() -> None:
         ("[" * 100_000, "is no JSON"),
         ("[]", "is no report of this groupify"),
         ('{"format": "groupify-report", "version": 7}', "has version 7, expected 1"),
-        ('{"format": "groupify-report", "version": 1}', "lacks 'model'"),
+        ('{"format": "groupify-report", "version": 1}', "report has no 'groupify'"),
     ],
 )
 def test_what_is_no_report_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
@@ -172,6 +177,80 @@ def test_what_is_no_report_is_refused(tmp_path: Path, text: str | None, message:
         (tmp_path / "report.json").write_text(text, "utf-8")
     with pytest.raises(ArtefactError, match=message):
         read_report(tmp_path)
+
+
+def mutated(document: Any, data: st.DataObject) -> Any:
+    """Replace or remove some parts of a document."""
+    document = copy.deepcopy(document)
+    for _ in range(data.draw(st.integers(1, 3))):
+        path = data.draw(st.sampled_from(paths_of(document)[1:]))
+        parent = document
+        for key in path[:-1]:
+            parent = parent[key]
+        if isinstance(parent, dict) and data.draw(st.booleans()):
+            del parent[path[-1]]
+        else:
+            parent[path[-1]] = data.draw(VALUES)
+    return document
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_mutated_reports_are_shown_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    document = mutated(report_document(FULL), data)
+    folder = tmp_path_factory.mktemp("fuzz")
+    (folder / "report.json").write_text(json.dumps(document), "utf-8")
+    try:
+        run = read_report(folder)
+    except ArtefactError as error:
+        if "\n" in str(error):
+            pytest.fail(f"more than one line: {error}")
+        return
+    report_page(run, [run_of("other")])
+    comparison_page([run, run_of("other")])
+    markdown([run])
+    print_summary([run, run], Console(file=io.StringIO()))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_own_checker_agrees_with_that_of_jsonschema(data: st.DataObject) -> None:
+    document = json.loads(json.dumps(mutated(report_document(FULL), data)))
+    sound = jsonschema.Draft202012Validator(SCHEMA).is_valid(document)
+    try:
+        check(document, SCHEMA, "report", SCHEMA)
+    except ArtefactError as error:
+        refusal = str(error)
+    else:
+        refusal = ""
+    strict = "control characters" in refusal or "float" in refusal
+    assert sound == (refusal == "") or strict
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("model",), "a\x1b[31mb", "report.model is 'a.*; expected a text without control characters"),
+        (("sites", 0, "kind"), "pruned", r"report.sites\[0\].kind is 'pruned'; expected 'dense' or"),
+        (("params",), None, "report.params is None; expected object"),
+        (("latency_ms", "dense"), 0, "report.latency_ms.dense is 0; expected more than 0"),
+        (("pictures", 0, "columns"), 5, r"report.pictures\[0\].before is .*; expected 2 by 5 pixels"),
+        (("pictures", 0, "after"), "%%", r"report.pictures\[0\].after is '%%'; expected 2 by 3 pixels"),
+        (("accuracy", "dense"), float("nan"), "NaN is not a number"),
+    ],
+)
+def test_what_is_wrong_in_a_report_is_named(
+    tmp_path: Path, path: tuple[Any, ...], value: Any, message: str
+) -> None:
+    document = copy.deepcopy(report_document(FULL))
+    parent: Any = document
+    for key in path[:-1]:
+        parent = parent[key]
+    parent[path[-1]] = value
+    with pytest.raises(ArtefactError, match=message):
+        read_report(written(tmp_path / "out", document))
 
 
 def test_earlier_runs_are_those_of_the_same_model_beside_it(tmp_path: Path) -> None:

@@ -83,7 +83,8 @@ def functional_convs(model: nn.Module, example: Tensor) -> tuple[str, ...]:
             handle.remove()
     return tuple(
         f"{name or 'the model itself'} calls F.{function} with a weight of shape {shape} ({calls}×): "
-        f"not convertible, since there is no layer to replace; make it an nn.Conv{function[-2:]}"
+        f"not convertible, since there is no layer to replace; make it an nn.Conv{function[-2:]}, "
+        "registered as a submodule"
         for (name, function, shape), calls in watch.found.items()
     )
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,14 @@ from typing import Any
 from groupify.errors import ArtefactError
 from groupify.output_folder import folder_exists
 from groupify.reporting.document import FORMAT, VERSION
+from groupify.reporting.schema import check, report_schema
+from groupify.strict_json import parse, refuse
 
 REPORT_FILE = "report.json"
 _MAX_BYTES = 64 * 2**20
 _MAX_SIBLINGS = 200
-# What the pages and tables read without asking first.
-_NEEDED = (
-    "model", "weights", "input_shape", "sites", "fits", "params", "macs", "weight_bytes", "activation_bytes",
-    "onnx_bytes", "latency_ms", "accuracy", "history", "parity", "machine", "notes", "pictures",
-    "site_milliseconds",
-)  # fmt: skip
+# What an earlier version of groupify did not write yet.
+_LATER = ("shuffles", "int8")
 
 
 @dataclass(frozen=True)
@@ -46,19 +44,39 @@ def read_report(folder: Path) -> Run:
             )
         if path.stat().st_size > _MAX_BYTES:
             raise ArtefactError(f"{path} has more than {_MAX_BYTES >> 20} MiB; that is no report of groupify")
-        document = json.loads(path.read_bytes())
+        text = path.read_text("utf-8")
     except OSError as error:
         raise ArtefactError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
+    except UnicodeDecodeError as error:
+        raise ArtefactError(f"{path} is no UTF-8 text: {error}; convert the model again") from error
+    try:
+        document = parse(text)
+    except ArtefactError as error:
         raise ArtefactError(f"{path} is no JSON: {error}; convert the model again") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ArtefactError(f"{path} is no report of this groupify; convert the model again")
     if document.get("version") != VERSION:
         raise ArtefactError(f"{path} has version {document.get('version')!r}, expected {VERSION}")
-    missing = [name for name in _NEEDED if name not in document]
-    if missing:
-        raise ArtefactError(f"{path} lacks {missing[0]!r}; convert the model again")
+    try:
+        _check(document)
+    except ArtefactError as error:
+        raise ArtefactError(f"{path}: {error}; convert the model again") from error
     return Run(folder.resolve().name, document)
+
+
+def _check(document: dict[str, Any]) -> None:
+    schema = report_schema()
+    required = [name for name in schema["required"] if name not in _LATER]
+    check(document, {**schema, "required": required}, "report", schema)
+    for index, picture in enumerate(document["pictures"]):
+        for name in ("before", "after"):
+            try:
+                pixels = len(base64.b64decode(picture[name], validate=True))
+            except ValueError:
+                pixels = -1
+            if pixels != picture["rows"] * picture["columns"]:
+                where = f"report.pictures[{index}].{name}"
+                refuse(where, picture[name], f"{picture['rows']} by {picture['columns']} pixels in base64")
 
 
 def earlier_runs(folder: Path, document: dict[str, Any]) -> list[Run]:
