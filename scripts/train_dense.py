@@ -2,7 +2,8 @@
 
 The defaults are the recipe of the project's benchmark checkpoint: 12 epochs, batch 128, SGD with
 Nesterov momentum 0.9, one-cycle learning rate up to 0.1, weight decay 5e-4, random flip and 2-pixel
-shift, bf16 autocast. The demo's model is made by
+shift, bf16 autocast. With seed 0 and one thread of an AMD EPYC core that took 70 minutes, beside other work,
+and gave 93.86% top-1. The demo's model is made by
 
     python -m scripts.train_dense --model demo --epochs 10 --output groupify/demo/model.safetensors
 
