@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--models", default="*", help="glob of names (default: all)")
     parser.add_argument("--again", metavar="GLOB", help="run these again, whatever the JSON file says")
     parser.add_argument(
-        "--limit", type=int, default=300, help="CPU seconds for a model (default: %(default)s)"
+        "--limit", type=int, default=600, help="CPU seconds for a model (default: %(default)s)"
     )
     parser.add_argument("--memory", type=float, default=16, help="GiB for a model (default: %(default)s)")
     parser.add_argument("--stop-after", type=float, help="start no model after so many seconds")
@@ -289,7 +289,8 @@ def table(results: Mapping[str, Any]) -> str:
         f"{results['calibration_images']} noise images for the fit, batch 1 and the smallest input that "
         "works: this checks that the way is passable, not that accuracy survives. *convs*: converted of all. "
         "*loaded*: the saved model, loaded again, gives bit-equal outputs. *ONNX Runtime*: largest "
-        "difference from PyTorch, of the largest output. *seconds*: CPU time, of all stages and the imports.",
+        "difference from PyTorch, of the largest output. *seconds*: CPU time, of all stages and the imports; "
+        f"{sum(row['seconds'] for row in rows.values()) / 60:.0f} minutes for all models.",
         "",
         "| model | kind | input | convs | result | loaded | exported | ONNX Runtime | seconds |",
         "|---|---|---|---|---|---|---|---|---|",
