@@ -194,7 +194,23 @@ def mutated(document: Any, data: st.DataObject) -> Any:
     return document
 
 
-@settings(max_examples=200, deadline=None)
+@pytest.mark.parametrize(
+    "path", [("accuracy", "dense"), ("accuracy", "recovered"), ("pictures", 0, "kept_before")]
+)
+def test_what_was_not_measured_is_left_out(path: tuple[Any, ...]) -> None:
+    document = json.loads(json.dumps(report_document(FULL)))
+    part = document
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = None
+    validate(document)
+    run = Run("out", document)
+    report_page(run, [run_of("other")])
+    comparison_page([run, run_of("other")])
+    markdown([run])
+
+
+@settings(max_examples=120, deadline=None)
 @given(st.data())
 def test_mutated_reports_are_shown_or_refused(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -169,7 +169,9 @@ def _plane(run: Run | None, others: Sequence[Run]) -> Chart | None:
     if run is None and measured:
         document = measured[0][0].document
         milliseconds, top1 = document["latency_ms"]["dense"], document["accuracy"]["dense"]
-        points.append(Point(milliseconds, 100 * top1, "dense", _title("dense", milliseconds, top1), "dense"))
+        if top1 is not None:
+            title = _title("dense", milliseconds, top1)
+            points.append(Point(milliseconds, 100 * top1, "dense", title, "dense"))
     if not points:
         return None
     return chart(
