@@ -35,14 +35,17 @@ class Page:
         for domain in ("Page", "Runtime", "Log", "Network"):
             self._call(f"{domain}.enable")
 
-    def open(self, url: str, *, width: int = 1200, height: int = 900, dark: bool = False) -> None:
-        """Open an address and wait until it has loaded."""
+    def open(
+        self, url: str, *, width: int = 1200, height: int = 900, dark: bool = False, printed: bool = False
+    ) -> None:
+        """Open an address, laid out for a screen or for paper, and wait until it has loaded."""
         self.problems.clear()
         self.requests.clear()
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self._call("Emulation.setDeviceMetricsOverride", **metrics)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self._call("Emulation.setEmulatedMedia", features=[scheme])
+        medium = "print" if printed else ""  # as it comes: printing prints
+        self._call("Emulation.setEmulatedMedia", media=medium, features=[scheme])
         self._call("Page.navigate", url=url)
         self.wait("document.readyState === 'complete' && location.href !== 'about:blank'")
 

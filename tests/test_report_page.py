@@ -442,6 +442,47 @@ def test_pages_open_without_errors_or_requests(page: Page, kind: str, tmp_path: 
     assert page.print_pdf().startswith(b"%PDF")
 
 
+OVERLAPS = """(() => {
+  const texts = [...document.querySelectorAll("svg text")].map((it) => [it, it.getBoundingClientRect()]);
+  return texts.flatMap(([text, a], i) => texts.slice(i + 1)
+    .filter(([, b]) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom)
+    .map(([other]) => `${text.textContent} and ${other.textContent}`));
+})()"""
+PAPER = 688  # what A4 leaves between the margins, in CSS pixels
+
+
+@needs_chromium
+@pytest.mark.parametrize(
+    ("width", "printed"), [(1200, False), (390, False), (PAPER, True)], ids=["wide", "narrow", "printed"]
+)
+def test_texts_in_charts_stay_apart_and_inside(page: Page, width: int, printed: bool, tmp_path: Path) -> None:
+    runs = [run_of(f"a run with {'a very ' * number}long name") for number in range(4)]
+    for number, run in enumerate(runs):
+        run.document["latency_ms"]["grouped"] *= 1 + 0.3 * number
+    file = tmp_path / "page.html"
+    for text in (report_page(runs[0], runs[1:]), comparison_page(runs)):
+        file.write_text(text, "utf-8")
+        page.open(file.as_uri(), width=width, printed=printed)
+        assert page.evaluate(OVERLAPS) == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@needs_chromium
+def test_printed_page_is_dark_on_white_without_what_only_a_screen_can_do(page: Page, tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    file.write_text(report_page(run_of()), "utf-8")
+    page.open(file.as_uri(), width=PAPER, dark=True, printed=True)
+    style = "getComputedStyle(document.body)"
+    assert page.evaluate(f"{style}.backgroundColor") == "rgb(255, 255, 255)"
+    assert page.evaluate(f"{style}.color") == "rgb(0, 0, 0)"
+    assert "click" not in page.evaluate("document.body.innerText")
+    tops = "[...document.querySelectorAll('.tiles div')].map(tile => tile.offsetTop)"
+    assert len(set(page.evaluate(tops))) == 1
+    assert page.evaluate("document.querySelector('#sites').getBoundingClientRect().right") <= PAPER
+    # Chromium repeats the head of a table on every page only if its buttons have no boxes.
+    assert page.evaluate("getComputedStyle(document.querySelector('#sites button')).display") == "contents"
+
+
 @needs_chromium
 def test_a_click_sorts(page: Page, tmp_path: Path) -> None:
     file = tmp_path / "page.html"

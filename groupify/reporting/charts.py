@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-WIDTH, HEIGHT = 440, 280
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 16, 44
-_LINE = 13  # of a label, in pixels
-_LABEL_REACH = 110
+WIDTH, HEIGHT = 440, 296
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 32, 44
+_LINE, _LETTER = 17, 8.5  # height and width of a label's letters, in pixels, where they are largest
+_MARK = 6
+_LONGEST = 18  # letters in a label
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Mark:
-    """A point in pixels; the label goes where it hides no other."""
+    """A point in pixels; the label goes where it hides nothing, and is left out where there is no room."""
 
     x: float
     y: float
@@ -89,7 +90,7 @@ def chart(
 
     Args:
         name: what it shows, for readers who do not see it.
-        points: the marks.
+        points: the marks, those first whose labels matter most.
         x_title, y_title, x_unit, y_unit: of the axes.
         from_zero: whether the x axis begins at 0.
         lines: look and points of lines to draw below the marks.
@@ -104,25 +105,49 @@ def chart(
 
 
 def _marks(points: Sequence[Point], x: Axis, y: Axis) -> tuple[Mark, ...]:
-    placed: list[Mark] = []
-    for point in sorted(points, key=lambda point: y(point.y)):
-        px, py = x(point.x), y(point.y)
-        right = px < _LEFT + 0.62 * (WIDTH - _LEFT - _RIGHT) and not any(
-            abs(y(other.y) - py) < _LINE / 2 and 4 < x(other.x) - px < _LABEL_REACH for other in points
-        )
-        label_y = py + 4
-        if point.label:
-            for other in placed:
-                near = abs(other.x - px) < _LABEL_REACH and (other.anchor == "start") == right
-                if other.label and near and label_y - other.label_y < _LINE:
-                    label_y = other.label_y + _LINE
-        placed.append(
+    places = [(x(point.x), y(point.y)) for point in points]
+    taken = [_Box(px - _MARK, px + _MARK, py - _MARK, py + _MARK) for px, py in places]
+    marks = []
+    for point, (px, py) in zip(points, places, strict=True):
+        label = point.label if len(point.label) <= _LONGEST else f"{point.label[: _LONGEST - 1]}…"
+        box = _free_box(len(label) * _LETTER, px, py, taken) if label else None
+        if box is None:
+            marks.append(Mark(px, py, point.look, point.title, "", px, py, "start"))
+            continue
+        taken.append(box)
+        right = box.left > px
+        marks.append(
             Mark(
-                px, py, point.look, point.title, point.label,
-                round(px + (9 if right else -9), 1), round(label_y, 1), "start" if right else "end",
+                px, py, point.look, point.title, label,
+                round(box.left if right else box.right, 1), round((box.top + box.bottom) / 2 + 4, 1),
+                "start" if right else "end",
             )
         )  # fmt: skip
-    return tuple(placed)
+    return tuple(reversed(marks))  # the first ones, drawn last, hide the others and not the reverse
+
+
+@dataclass(frozen=True)
+class _Box:
+    left: float
+    right: float
+    top: float
+    bottom: float
+
+    def touches(self, other: _Box) -> bool:
+        across = self.left < other.right and other.left < self.right
+        return across and self.top < other.bottom and other.top < self.bottom
+
+
+def _free_box(width: float, px: float, py: float, taken: Sequence[_Box]) -> _Box | None:
+    """Return a free place for a label, beside its mark or a little above or below; None where all is full."""
+    for shift in (0, 0.5, -0.5, 1, -1, 1.5, -1.5, 2, -2):
+        top = py + (shift - 0.5) * _LINE
+        for left in (px + _MARK + 3, px - _MARK - 3 - width):
+            box = _Box(left, left + width, top, top + _LINE)
+            inside = box.left >= _LEFT and box.right <= WIDTH and box.bottom <= HEIGHT - _BOTTOM
+            if inside and box.top >= _TOP - _LINE / 2 and not any(box.touches(other) for other in taken):
+                return box
+    return None
 
 
 def _axis(
