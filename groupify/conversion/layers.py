@@ -21,9 +21,8 @@ def channel_shuffle(inputs: Tensor, groups: int) -> Tensor:
     Returns:
         A tensor of the shape of ``inputs``.
     """
-    shape = inputs.shape
-    blocks = inputs.reshape(shape[0], groups, shape[1] // groups, *shape[2:])
-    return blocks.transpose(1, 2).reshape(shape)
+    # Without a look at the shape, which a symbolic trace by torch.fx does not have.
+    return inputs.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 
 def shuffle_order(channels: int, groups: int) -> Tensor:
