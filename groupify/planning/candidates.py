@@ -16,7 +16,7 @@ from groupify.planning.cost import Change
 from groupify.planning.plan import DENSE, Plan, SitePlan
 from groupify.planning.rules import Observed, observe, plan_observed
 
-GROUP_COUNTS = (2, 4, 8, 16, 32)
+GROUP_COUNTS = (2, 4, 8, 16, 32, 64)
 # What a plan can be compared with: the same number of groups, of one kind, everywhere.
 Uniform = tuple[str, int, bool]  # kind, groups, shuffle
 

@@ -150,8 +150,9 @@ def plan_for_budget(
     Every conv gets the kind and number of groups for which the predicted losses of all convs add up to the
     least within all limits. The plan is then converted, and so is the best uniform plan (the same number of
     groups everywhere) within the same limits; whichever diverges less from the dense model on held-out
-    images is returned. For a limit on the drop alone, the smallest plan that holds it is searched by
-    bisection over the MACs (over the latency, if there is a table of it), each step converted and measured.
+    images is returned, of those that hold a limit on the drop. For a limit on the drop alone, the smallest
+    plan that holds it is searched by bisection over the MACs (over the latency, if there is a table of it),
+    each step converted and measured.
 
     Args:
         model: a dense model; left untouched.
@@ -313,11 +314,18 @@ class _Search:
             contenders.append(self._contender(uniform_name(uniform[0]), uniform[1], uniform=True))
         if self._judge is not None:
             contenders = [replace(c, measured=self._judgement(c.chosen)) for c in contenders]
-        return sorted(contenders, key=_rank)
+        return sorted(contenders, key=self._rank)
 
     def _contender(self, name: str, chosen: Chosen, *, uniform: bool = False) -> Contender:
         costing = self._costing
         return Contender(name, uniform, chosen, costing.loss(chosen), costing.costs(chosen))
+
+    def _rank(self, contender: Contender) -> tuple[float, float, float, bool]:
+        """What exceeds the drop, measured divergence, predicted one; where all are equal, uniform first."""
+        measured, drop = contender.measured, self._budget.drop
+        excess = 0.0 if measured is None or drop is None else max(0.0, measured.drop - drop)
+        divergence = 0.0 if measured is None else measured.divergence
+        return excess, divergence, contender.loss, not contender.uniform
 
     @property
     def _images(self) -> str:
@@ -355,14 +363,8 @@ class _Search:
                 f"{100 * best.costs[quantity] / dense:.0f}% of the {quantity}, lost {best.measured.drop:.2f} "
                 f"points on {self._images}; allow a larger drop"
             )
-        best = min(holding, key=lambda c: (c.costs[quantity], _rank(c)))
+        best = min(holding, key=lambda c: (c.costs[quantity], self._rank(c)))
         return [best, *sorted((c for c in seen if c is not best), key=lambda c: c.costs[quantity])]
-
-
-def _rank(contender: Contender) -> tuple[float, float, bool]:
-    """Measured divergence before predicted; where both are equal, uniform first."""
-    measured = contender.measured.divergence if contender.measured is not None else 0.0
-    return measured, contender.loss, not contender.uniform
 
 
 def uniform_name(uniform: Uniform) -> str:

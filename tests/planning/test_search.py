@@ -115,6 +115,16 @@ def test_uniform_plans_are_those_of_the_rules() -> None:
 # ---- sensitivity
 
 
+def test_a_wide_conv_may_become_all_that_its_kernel_is_fast_at() -> None:
+    wide = nn.Sequential(nn.Conv2d(16, 1024, 1), nn.Conv2d(1024, 1024, 3, padding=1))
+    choices = candidates(wide, (16, 2, 2), exclude=("0",), min_group_width=16, block=16, shuffle="all")
+    counts = (2, 4, 8, 16, 32, 64)
+    assert {option.label for option in choices.sites[1]} == {
+        "dense", *(f"grouped-{count}{shuffle}" for count in counts for shuffle in ("", "-shuffle")),
+        *(f"grouped-pointwise-{count}" for count in (*counts, 1024)),
+    }  # fmt: skip
+
+
 def test_a_conv_that_the_output_hardly_needs_is_predicted_to_lose_little() -> None:
     model = net()
     choices = candidates(model, SHAPE, group_counts=(4,), kinds=("grouped",))
@@ -241,6 +251,23 @@ def test_a_plan_that_loses_too_much_is_refused(monkeypatch: pytest.MonkeyPatch) 
         PlanError, match=r"drop=1 cannot be held: the mildest plan that was tried.* lost 3.00"
     ):
         planned("drop=1", kinds=("grouped",))
+
+
+def test_the_drop_decides_before_the_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan diverges less, the uniform one alone holds the drop."""
+
+    def judged(costing: Any) -> Any:
+        uniform = set(costing.choices.uniform.values())
+        return lambda chosen: Judgement(0.2, 0.5) if chosen in uniform else Judgement(0.1, 3.0)
+
+    judge = Judge(net(), images(8))
+    monkeypatch.setattr(search, "measurer", lambda _, costing, *rest: (judge, judged(costing)))
+    assert not planned("macs=40%").winner.uniform
+    assert planned("macs=40%,drop=1").winner.uniform
+    monkeypatch.setattr(search, "_BISECTIONS", 3)
+    found = planned("drop=1")
+    assert found.winner.uniform
+    assert found.winner.costs["macs"] < 0.5 * found.dense_costs["macs"]
 
 
 def test_a_drop_is_searched_by_conversion_and_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
