@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """groupify against its peers: the same dense net, images, MACs and training; accuracy, size and latency.
 
-    python -m scripts.benchmark_peers --checkpoint FILE [--data fashion-mnist] [--epochs 0,0.1,1] [--quick]
+    python -m scripts.benchmark_peers --checkpoint FILE --twin FILE [--epochs 0,0.1,1] [--quick]
 
 The setting is that of scripts/benchmark_accuracy.py. Every method gets the same 1,000 unlabelled images
 and is brought as near as it can be to the MACs of the net with 2, 4 or 8 groups (about 1.9×, 3.7× and 6.9×
 fewer). Training is ``groupify.finetune`` with distillation, for all alike but for the learning rate, which
-is the best of --learning-rates for each, by held-out images, after a tenth of an epoch. Each file is timed in
+is the best of --learning-rates for each (see scripts/trained.py). Each file is timed in
 ONNX Runtime side by side with the dense one. Rows go into benchmarks/peers.json one by one; what is there
 already is not measured again, so the run may be stopped and resumed. ``--table`` prints the rows as
 Markdown and measures nothing.
@@ -52,7 +52,7 @@ from scripts.benchmark_accuracy import (
 )
 from scripts.low_rank import factorise
 from scripts.results import BENCHMARKS, ResultFile
-from scripts.trained import FAST, RATES, RememberingTeacher, Trainer
+from scripts.trained import FAST, RATES, RememberingTeacher, Trainer, Twin
 
 OUTPUT = BENCHMARKS / "peers.json"
 
@@ -169,7 +169,9 @@ class Bench:
         for count in missing:
             rate = None
             if count:
-                rate = self.trainer.learning_rate(f"{name} g={groups}", models[0], self.settings[0].seed)
+                rate = self.trainer.learning_rate(
+                    f"{name} g={groups}", lambda twin: METHODS[name](twin, groups)
+                )
             accuracies, start = [], time.perf_counter()
             for setting, model in zip(self.settings, models, strict=True):
                 trained = model
@@ -257,6 +259,7 @@ def main() -> None:
     """Parse, measure, merge."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, help="dense weights, from train_dense.py")
+    parser.add_argument("--twin", type=Path, help="weights of the net to choose learning rates on")
     parser.add_argument("--data", default="fashion-mnist")
     parser.add_argument("--groups", default="2,4,8", help="whose MACs to meet (default: %(default)s)")
     parser.add_argument("--epochs", default="0,0.1,1", help="0 = without training (default: %(default)s)")
@@ -288,7 +291,8 @@ def main() -> None:
     shared = {"dense_accuracy": top1, "calibration_images": count, "training": training}
     results = ResultFile(arguments.json, shared, keys=("method", "groups", "epochs"))
     rates = tuple(_numbers(arguments.learning_rates, float))
-    trainer = Trainer(RememberingTeacher(source.model), data, results, rates)
+    twin = None if arguments.twin is None else Twin.load(arguments.twin, data, count)
+    trainer = Trainer(RememberingTeacher(source.model), data, results, rates, twin)
     settings = [
         Setting(source.model, calibration_images(data.train, count, seed=seed), seed)
         for seed in range(arguments.seeds)

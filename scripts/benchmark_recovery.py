@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
 """Accuracy after a little training: converted ResNet-18 on Fashion-MNIST against its rivals.
 
-    python -m scripts.benchmark_recovery --checkpoint FILE [--data fashion-mnist] [--rows GLOB] [--seeds N]
+    python -m scripts.benchmark_recovery --checkpoint FILE --twin FILE [--rows GLOB] [--seeds N]
     python -m scripts.benchmark_recovery --checkpoint FILE --speed
 
 Setting and dense net are those of scripts/benchmark_accuracy.py. Every method gets the same images (54,000
 to train on, 6,000 held out to choose the best weights), the same budget and the same distillation from the
-dense net; its learning rate is the best of --learning-rates after a tenth of an epoch with seed 0, by the
-held-out images, so that no rival has to make do with groupify's. Accuracy is measured on all 10,000 test
-images, in float32. Each result goes into the JSON file as it comes; what is there is not measured again, so
-the run may be stopped at any time and started again, and several may share the rows by --rows.
+dense net; its learning rate is the best of --learning-rates for it (see scripts/trained.py), so that no
+rival has to make do with groupify's. Accuracy is measured on all 10,000 test images, in float32. Each
+result goes into the JSON file as it comes; what is there is not measured again, so the run may be stopped
+at any time and started again, and several may share the rows by --rows.
 
 --speed measures a training step of the grouped net against the dense one, and the images per second of the
 fine-tune with one and with two processes, one thread each.
@@ -50,11 +50,12 @@ from scripts.benchmark_accuracy import (
     Method,
     Setting,
     default,
+    grouped_pointwise,
     torch_pruning,
     truncation,
 )
 from scripts.results import BENCHMARKS, ResultFile
-from scripts.trained import FAST, RATES, RememberingTeacher, Trainer
+from scripts.trained import FAST, RATES, RememberingTeacher, Trainer, Twin
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = BENCHMARKS / "recovery.json"
@@ -95,12 +96,14 @@ class Contestant:
     Attributes:
         make: gives the net before the training.
         labels: False = it only distils.
+        tuned_as: the contestant that it has the learning rate of, if it is trained from the same net.
         gradual: start with 2 groups and double them as the training goes on, with an equal share of the
             training for each step.
     """
 
     make: Method
     labels: bool = True
+    tuned_as: str | None = None
     gradual: bool = False
 
     def run(
@@ -125,8 +128,9 @@ class Contestant:
 _converted = functools.cache(default())  # training leaves it untouched, so all rows start from the same nets
 CONTESTANTS = {
     "groupify": Contestant(_converted),
-    "groupify, gradual": Contestant(_converted, gradual=True),
-    "groupify, no labels": Contestant(_converted, labels=False),
+    "groupify, gradual": Contestant(_converted, tuned_as="groupify", gradual=True),
+    "groupify, no labels": Contestant(_converted, tuned_as="groupify", labels=False),
+    "groupify, grouped-pointwise": Contestant(grouped_pointwise, tuned_as="groupify"),
     "Torch-Pruning, equal MACs": Contestant(torch_pruning),
     "truncation": Contestant(truncation),
     "random weights": Contestant(from_random),
@@ -182,12 +186,9 @@ class Bench:
             start = time.perf_counter()
             rate = None
             if epochs:
-                first = self.settings[0]
                 rate = self.trainer.learning_rate(
-                    f"{method} g={groups}",
-                    contestant.make(first, groups),
-                    first.seed,
-                    labels=contestant.labels,
+                    f"{contestant.tuned_as or method} g={groups}",
+                    lambda twin: contestant.make(twin, groups),
                 )
             model = contestant.run(self.trainer, setting, groups, epochs, rate)
             example = setting.images[:1]
@@ -337,6 +338,7 @@ def main() -> None:
     """Parse, measure, merge."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, help="dense weights, from train_dense.py")
+    parser.add_argument("--twin", type=Path, help="weights of the net to choose learning rates on")
     parser.add_argument("--data", default="fashion-mnist")
     parser.add_argument("--groups", default="4,8")
     parser.add_argument("--epochs", default="0,0.1,1")
@@ -380,7 +382,8 @@ def main() -> None:
         measure_speed(settings[0], results, arguments)
         return
     rates = tuple(float(rate) for rate in arguments.learning_rates.split(","))
-    trainer = Trainer(RememberingTeacher(source.model), data, results, rates)
+    twin = None if arguments.twin is None else Twin.load(arguments.twin, data, count)
+    trainer = Trainer(RememberingTeacher(source.model), data, results, rates, twin)
     bench = Bench(trainer, settings, top1, limit)
     print(f"{describe_machine()}\ndense top-1 {top1:.2f}%, {count} unlabelled images", flush=True)
     for epochs in sorted(float(part) for part in arguments.epochs.split(",")):

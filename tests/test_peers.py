@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from groupify.conversion.sampling import input_patches, pick, sample_positions
 from groupify.conversion.teacher import SiteSamples
-from groupify.data import load_data
+from groupify.data import ImageArrays, load_data
 from groupify.demo import fashion_resnet18
 from groupify.planning import measure_cost, plan
 from groupify.zoo import ModelSpec
@@ -23,7 +23,8 @@ from scripts.benchmark_recovery import Contestant, densified
 from scripts.low_rank import STRUCTURES, Size, choose_ranks, factorise
 from scripts.plot_peers import draw
 from scripts.results import ResultFile
-from scripts.trained import RememberingTeacher, Trainer
+from scripts.train_dense import hold_out
+from scripts.trained import RememberingTeacher, Trainer, Twin
 from tests import cli_nets
 
 SHAPE = (8, 10, 9)
@@ -142,8 +143,10 @@ def merge(results: ResultFile, row: Row) -> None:
 
 def bench(model: nn.Module, images: Tensor, results: ResultFile, *rates: float) -> Bench:
     splits = load_data("tests.cli_nets:data", ModelSpec("net", {}, (3, 8, 8), None))
-    trainer = Trainer(RememberingTeacher(model), splits, results, rates)
-    return Bench(trainer, [Setting(model, images, 0)], 93.5, None, ())
+    setting, teacher = Setting(model, images, 0), RememberingTeacher(model)
+    assert splits.test is not None
+    trainer = Trainer(teacher, splits, results, rates, Twin(setting, teacher, splits, splits.test))
+    return Bench(trainer, [setting], 93.5, None, ())
 
 
 def test_rows_are_merged_and_resumed(
@@ -205,7 +208,26 @@ def test_training_gives_a_row_of_its_own(tmp_path: Path, monkeypatch: pytest.Mon
     assert all(row["macs_ratio"] == 1 and row["latency"] is None for row in rows.values())
     rates = results.read()["learning_rates"]["truncation g=4"]
     assert sorted(rates) == ["0.01", "0.1"]
-    assert rates[f"{rows['truncation', 4, 0.5]['learning_rate']:g}"] == max(rates.values())
+    assert rates[f"{rows['truncation', 4, 0.5]['learning_rate']:g}"] == min(rates.values())
+
+
+def test_twin_leaves_out_the_same_tenth_as_its_training() -> None:
+    images = torch.arange(40, dtype=torch.uint8).reshape(40, 1, 1, 1)
+    whole = ImageArrays(images, torch.arange(40), mean=(0.5,), std=(0.25,), channels=3)
+    kept, left_out = hold_out(whole)
+    assert (len(kept), len(left_out)) == (36, 4)
+    assert sorted([*kept.labels.tolist(), *left_out.labels.tolist()]) == list(range(40))
+    for part in (kept, left_out):
+        for index, label in enumerate(part.labels.tolist()):
+            assert torch.equal(part[index][0], whole[label][0])
+    assert torch.equal(hold_out(whole)[1].labels, left_out.labels)
+
+
+def test_learning_rates_are_not_chosen_without_a_twin(tmp_path: Path, net: Net) -> None:
+    splits = load_data("tests.cli_nets:data", ModelSpec("net", {}, (3, 8, 8), None))
+    trainer = Trainer(RememberingTeacher(net), splits, result_file(tmp_path / "peers.json"), (0.01, 0.1))
+    with pytest.raises(SystemExit, match="give --twin FILE"):
+        trainer.learning_rate("truncation g=4", lambda setting: setting.dense)
 
 
 @pytest.mark.parametrize(("gradual", "steps"), [(True, [2, 4, 8]), (False, [8])])
