@@ -34,7 +34,7 @@ from groupify.reporting.charts import Point, chart
 from groupify.reporting.html import comparison_page, report_page
 from groupify.reporting.pixels import png_uri
 from groupify.reporting.read import Run, earlier_runs, read_report
-from groupify.reporting.results import Int8File
+from groupify.reporting.results import Int8File, UniformRun
 from groupify.reporting.schema import check
 from groupify.reporting.tables import markdown, print_summary
 from groupify.reporting.verdict import verdict
@@ -58,6 +58,10 @@ FULL = replace(
     pictures=(BlockPicture("layer.conv", 4, 2, 3, bytes(range(6)), bytes(range(6, 12)), 0.25, 0.5),),
     site_milliseconds={"stem": Change(2.0, 2.0), "layer.conv": Change(1.0, 0.25)},
     int8=Int8File(18_000, 256, False, Agreement(0.1, 0.01, 0.99, 256), 0.92, 20.0, 7.3, 2.4),
+    uniform=(
+        UniformRun(2, 6_000_000, 900_000_000, 0.93, 80.0),
+        UniformRun(8, 2_000_000, 400_000_000, 0.9, 40.0),
+    ),
     command="groupify convert resnet18 --groups 4",
     version="0.1.0",
 )
@@ -335,6 +339,16 @@ def test_page_has_the_int8_file() -> None:
     assert "Int8 file" not in report_page(run_of(int8=None))
 
 
+def test_plane_has_uniform_groups() -> None:
+    page = report_page(run_of())
+    assert "<title>uniform g=2, untrained: 80.00 ms, 93.00%</title>" in page
+    assert ">uniform g=8</text>" in page
+    assert "uniform g=" not in report_page(run_of(uniform=[]))
+    document = run_of().document
+    del document["uniform"]  # as earlier versions wrote it
+    assert "uniform g=" not in report_page(Run("out", document))
+
+
 def test_markdown_for_a_pull_request() -> None:
     text = markdown([run_of()])
     assert text.startswith(
@@ -384,6 +398,32 @@ def test_convert_writes_both_and_report_reads_them(run: Command, tmp_path: Path)
     assert len(json.loads(run("report", "first", "second", "--format", "json").out)) == 2
     assert run("report", "first", "--format", "md", "-o", "pr.md").code == 0
     assert (tmp_path / "pr.md").read_text("utf-8") == run("report", "first", "--format", "md").out
+
+
+def test_uniform_groups_are_measured_for_comparison(run: Command, tmp_path: Path) -> None:
+    options = ("--input-size", "3,8,8", "--min-group-width", 1, "--data", "tests.cli_nets:data")
+    made = run("convert", "tests.cli_nets:net", "--groups", 2, "-o", "out", *options, "--uniform", "2,4,8,4")
+    assert made.code == 0
+    document = json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))
+    validate(document)
+    # Two groups are the run itself; nothing is measured twice.
+    assert [rival["groups"] for rival in document["uniform"]] == [4, 8]
+    assert document["uniform"][1]["macs"] < document["uniform"][0]["macs"] < document["macs"]["grouped"]
+    assert all(rival["milliseconds"] > 0 for rival in document["uniform"])
+    assert f"uniform groups, untrained: g=4 {100 * document['uniform'][0]['top1']:.2f}% in" in made.out
+    assert sorted(path.suffix for path in (tmp_path / "out").iterdir()).count(".onnx") == 1
+    alone = run("convert", "tests.cli_nets:net", "--groups", 4, "-o", "alone", *options)
+    again = json.loads((tmp_path / "alone" / "report.json").read_text("utf-8"))
+    assert alone.code == 0
+    assert again["accuracy"]["converted"] == document["uniform"][0]["top1"]
+    assert again["params"]["grouped"] == document["uniform"][0]["params"]
+
+
+def test_uniform_groups_need_labels(run: Command, tmp_path: Path) -> None:
+    refused = run("convert", "tests.cli_nets:net", "--input-size", "3,8,8", "--uniform", "2", "-o", "out")
+    assert (refused.code, list(tmp_path.iterdir())) == (2, [])
+    assert "--uniform compares accuracies: give --data with labels and a test part" in refused.err
+    assert "--uniform 'x': expected whole numbers" in run("convert", "demo", "--uniform", "x").err
 
 
 def test_report_refuses_in_one_line(run: Command) -> None:

@@ -17,6 +17,7 @@ from groupify.cli.options import (
     output_request,
     plan_options,
     plan_request,
+    whole_numbers,
 )
 from groupify.cli.shared import CONTEXT, print_report
 from groupify.cli.training import recovery_options, telling_how_to_resume, training_request
@@ -31,6 +32,9 @@ from groupify.errors import SpecError
 @calibrate_option
 @click.option("--reconstruct", type=click.IntRange(0), default=0, show_default=True, metavar="STEPS",
               help="Steps per block on the dense model's activations, after the fit; no labels.")  # fmt: skip
+@click.option("--uniform", callback=whole_numbers, metavar="LIST",
+              help="Numbers of groups to convert with as well, like 2,4,8, for comparison in the report: "
+              "untrained, the same everywhere. Each takes about as long as the conversion.")  # fmt: skip
 @recovery_options(epochs=0)
 @output_options
 @common_options
@@ -65,6 +69,7 @@ def convert(model: str, **options: Any) -> None:
                 training=training,
                 seed=options["seed"],
                 save_plan=options["save_plan"],
+                uniform=options["uniform"],
             ),
             progress=not options["quiet"],
         )

@@ -48,8 +48,10 @@ def model_arguments(_: click.Context, __: click.Parameter, value: str | None) ->
     return arguments
 
 
-def whole_numbers(_: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
-    """Parse a list of whole numbers from 1, like 1,2."""
+def whole_numbers(_: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...]:
+    """Parse a list of whole numbers from 1, like 1,2; none where the option is not given."""
+    if value is None:
+        return ()
     try:
         numbers = tuple(int(part) for part in value.split(","))
     except ValueError:

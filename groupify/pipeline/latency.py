@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,12 +33,14 @@ class Timed:
         dense_file: the dense model's export, gone by now.
         int8: as given, with its latency.
         site_milliseconds: each conv's share in a profiled run, dense and grouped.
+        other_milliseconds: of the other files.
     """
 
     latency: LatencyChange
     dense_file: ExportedModel
     int8: Int8File | None
     site_milliseconds: Mapping[str, Change[float]] = field(default_factory=dict)
+    other_milliseconds: Mapping[Path, float] = field(default_factory=dict)
 
 
 def time_against_dense(
@@ -48,6 +50,7 @@ def time_against_dense(
     input_shape: tuple[int, ...],
     request: OutputRequest,
     sites: Sequence[str] = (),
+    others: Collection[Path] = (),
     *,
     progress: bool,
 ) -> Timed:
@@ -60,6 +63,7 @@ def time_against_dense(
         input_shape: (C, H, W) of one image.
         request: threads and batch size.
         sites: names of the convs to profile, dense and grouped.
+        others: more files to time in the same run.
         progress: show a bar on stderr.
     """
     batch, threads = request.static_batch or 1, request.threads
@@ -70,6 +74,7 @@ def time_against_dense(
         files = {"dense": dense_file.path, "grouped": grouped.path}
         if int8 is not None:
             files["int8"] = int8_path(grouped.path)
+        files |= {str(path): path for path in others}
         rows = benchmark_onnx(
             files,
             input_shape=input_shape,
@@ -87,18 +92,20 @@ def time_against_dense(
         for name in sites
         if all(name in p for p in profiles)
     }
-    first, second = rows[:2]
+    by_name = {row.model: row for row in rows}
+    first, second = by_name["dense"], by_name["grouped"]
     steady = all(row.p90_ms < _STEADY * row.p10_ms for row in rows)
     times = Change(first.median_ms, second.median_ms)
     if int8 is not None:
+        third = by_name["int8"]
         int8 = dataclasses.replace(
             int8,
-            milliseconds=rows[2].median_ms,
-            speed_up=speed_up(first, rows[2]),
-            speed_up_over_float=speed_up(second, rows[2]),
+            milliseconds=third.median_ms,
+            speed_up=speed_up(first, third),
+            speed_up_over_float=speed_up(second, third),
         )
     latency = LatencyChange(times, speed_up(first, second), threads, batch, steady)
-    return Timed(latency, dense_file, int8, profile)
+    return Timed(latency, dense_file, int8, profile, {path: by_name[str(path)].median_ms for path in others})
 
 
 def latency_notes(timed: Timed) -> tuple[str, ...]:

@@ -178,6 +178,7 @@ class ConversionRequest:
         training: the fine-tune; None = none.
         seed: seed of everything random.
         save_plan: file to write the plan to.
+        uniform: numbers of groups to convert with as well, untrained, for comparison; needs labelled data.
     """
 
     model: ModelRequest
@@ -189,6 +190,7 @@ class ConversionRequest:
     training: TrainingRequest | None = None
     seed: int = 0
     save_plan: Path | None = None
+    uniform: Sequence[int] = ()
 
 
 @dataclass(frozen=True)

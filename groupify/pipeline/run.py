@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import re
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,9 +29,9 @@ from groupify.pipeline.requests import (
     ConversionRequest,
     FinetuneRequest,
     OutputRequest,
-    PlanRequest,
     TrainingRequest,
 )
+from groupify.pipeline.uniform import convert_uniform, uniform_plans
 from groupify.pipeline.write_output import write_output
 from groupify.planning import describe
 from groupify.planning.cost import run_once
@@ -65,12 +66,18 @@ def run_conversion(request: ConversionRequest, *, progress: bool = False) -> Rep
         raise SpecError(
             "--shuffle auto is measured on images: give --data, not --calibrate none; or choose none or all"
         )
-    with process_group() as ranks, _writing(request.output, ranks) as folder:
+    with (
+        process_group() as ranks,
+        _writing(request.output, ranks) as folder,
+        tempfile.TemporaryDirectory(prefix="groupify-") as aside,
+    ):
         if ranks.world > 1:
-            _refuse_what_one_process_measures(request.plan, measures_shuffles)
+            _refuse_what_one_process_measures(request, measures_shuffles)
         progress = progress and ranks.first
         source = request.model.load(request.seed)
         data = None if request.data is None else open_data(request.data, source, request.seed)
+        if request.uniform and (data is None or not data.labelled or data.test is None):
+            raise SpecError("--uniform compares accuracies: give --data with labels and a test part")
         found = _find_plan(request, source, data, progress)
         make = request.plan.make
         chosen = found.plan if found is not None else make(source, with_shuffles=not measures_shuffles)
@@ -82,6 +89,7 @@ def run_conversion(request: ConversionRequest, *, progress: bool = False) -> Rep
                 threads=request.output.threads, seed=request.seed, progress=progress,
             )  # fmt: skip
             chosen = shuffles.plan
+        rivals = uniform_plans(request, source, chosen)
         if request.save_plan is not None and ranks.first:
             PlanFile.of(source.spec.name, chosen).write(request.save_plan)
         conversion = convert(source.model, chosen, calibration, seed=request.seed, progress=progress)
@@ -95,6 +103,11 @@ def run_conversion(request: ConversionRequest, *, progress: bool = False) -> Rep
             accuracy = dataclasses.replace(accuracy, recovered=_top1(model, data, progress, ranks))
         if folder is None:
             return None
+        uniform = None
+        if rivals and data is not None and data.test is not None:
+            uniform = convert_uniform(
+                request, source, rivals, calibration, data.test, Path(aside), progress=progress
+            )
         report = write_output(
             folder,
             request.output,
@@ -109,6 +122,7 @@ def run_conversion(request: ConversionRequest, *, progress: bool = False) -> Rep
             seed=request.seed,
             progress=progress,
             target=request.plan.target,
+            uniform=uniform,
         )
     _forget_state(checkpointing)
     return report
@@ -219,7 +233,10 @@ def class_count(source: Source) -> int | None:
         return None
 
 
-def _refuse_what_one_process_measures(plan: PlanRequest, measures_shuffles: bool) -> None:
+def _refuse_what_one_process_measures(request: ConversionRequest, measures_shuffles: bool) -> None:
+    plan = request.plan
+    if request.uniform:
+        raise SpecError("--uniform is measured in one process: leave it out under torchrun")
     if measures_shuffles:
         raise SpecError("--shuffle auto is measured in one process; under torchrun choose none or all")
     if plan.search is not None and plan.file is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -23,7 +24,7 @@ from groupify.pipeline.write_report import PAGE_FILE, write_report
 from groupify.planning import Change, Plan, measure_cost
 from groupify.recipe import Recipe
 from groupify.recovery.finetune import FinetuneResult
-from groupify.reporting import AccuracyChange, CostChange, Report
+from groupify.reporting import AccuracyChange, CostChange, Report, UniformRun
 from groupify.reporting.read import REPORT_FILE
 from groupify.shuffles import ShuffleChoice
 from groupify.zoo import Source
@@ -47,6 +48,7 @@ def write_output(
     progress: bool,
     target: str = "auto",
     shuffles: ShuffleChoice | None = None,
+    uniform: Mapping[Path, UniformRun] | None = None,
 ) -> Report:
     """Write recipe, weights, ONNX file and report into ``folder``, measuring on the way.
 
@@ -64,7 +66,9 @@ def write_output(
         progress: show bars on stderr.
         target: the processor that will run the ONNX file; see ``blocked_width``.
         shuffles: how the shuffles were chosen; None where they were not measured.
+        uniform: other numbers of groups by their ONNX files, which are timed beside this one's.
     """
+    uniform = uniform or {}
     shape = source.spec.input_shape
     recipe = Recipe(
         model=source.spec,
@@ -90,7 +94,9 @@ def write_output(
     if request.quantize and data is not None:
         int8 = write_int8(exported.path, data, threads=request.threads, seed=seed, progress=progress)
     names = [site.name for site in chosen.sites]
-    timed = time_against_dense(source.model, exported, int8, shape, request, names, progress=progress)
+    timed = time_against_dense(
+        source.model, exported, int8, shape, request, names, uniform, progress=progress
+    )
     example = example_input(shape, like=source.model)
     files = {
         **_write_last(folder, tuned),
@@ -116,6 +122,10 @@ def write_output(
         latency=timed.latency,
         int8=timed.int8,
         shuffles=shuffles,
+        uniform=tuple(
+            dataclasses.replace(run, milliseconds=timed.other_milliseconds[path])
+            for path, run in uniform.items()
+        ),
         machine=describe_machine(),
         seed=seed,
         files={role: str(request.folder / name) for role, name in files.items()},

@@ -43,7 +43,7 @@ class Point:
 
     x: float
     y: float
-    look: str  # "dense" | "converted" | "recovered" | "other"
+    look: str  # "dense" | "converted" | "recovered" | "uniform" | "other"
     title: str
     label: str = ""
 

@@ -52,6 +52,7 @@ def report_document(report: Report) -> dict[str, Any]:
                 "steady": latency.steady,
             },
             "shuffles": None if report.shuffles is None else _shuffles_document(report.shuffles),
+            "uniform": [dataclasses.asdict(run) for run in report.uniform],
             "int8": None if report.int8 is None else dataclasses.asdict(report.int8),
             "accuracy": dataclasses.asdict(report.accuracy),
             "history": [dataclasses.asdict(row) for row in report.history],

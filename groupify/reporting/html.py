@@ -154,6 +154,11 @@ def _plane(run: Run | None, others: Sequence[Run]) -> Chart | None:
         if int8 and int8["milliseconds"] and int8["top1"] is not None:
             title = _title("int8", int8["milliseconds"], int8["top1"])
             points.append(Point(int8["milliseconds"], 100 * int8["top1"], "recovered", title, "int8"))
+        for uniform in run.document.get("uniform", ()):
+            if uniform["milliseconds"] is not None:
+                name = f"uniform g={uniform['groups']}"
+                title = _title(f"{name}, untrained", uniform["milliseconds"], uniform["top1"])
+                points.append(Point(uniform["milliseconds"], 100 * uniform["top1"], "uniform", title, name))
     measured = [
         (other, final_accuracy(other.document))
         for other in others

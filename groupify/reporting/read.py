@@ -18,7 +18,7 @@ REPORT_FILE = "report.json"
 _MAX_BYTES = 64 * 2**20
 _MAX_SIBLINGS = 200
 # What an earlier version of groupify did not write yet.
-_LATER = ("shuffles", "int8")
+_LATER = ("shuffles", "uniform", "int8")
 
 
 @dataclass(frozen=True)

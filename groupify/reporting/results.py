@@ -80,6 +80,24 @@ class Int8File:
 
 
 @dataclass(frozen=True)
+class UniformRun:
+    """The same number of groups everywhere, converted as the run itself but not trained, for comparison.
+
+    Attributes:
+        groups: that were aimed at; the rules may give a conv fewer.
+        params, macs: of the whole model.
+        top1: accuracy on the test part, a fraction.
+        milliseconds: median per batch, timed in one run with the others; None before that.
+    """
+
+    groups: int
+    params: int
+    macs: int
+    top1: float
+    milliseconds: float | None = None
+
+
+@dataclass(frozen=True)
 class ExportResult:
     """A checked ONNX file.
 
@@ -117,6 +135,7 @@ class Report:
         latency: dense against grouped; None where not timed.
         int8: the quantised variant of the ONNX file; None where none was asked for.
         shuffles: how the shuffles were chosen; None where they were not measured.
+        uniform: other numbers of groups, measured for comparison.
         machine: where it ran.
         seed: seed of everything random.
         files: what was written, by role.
@@ -141,6 +160,7 @@ class Report:
     latency: LatencyChange | None = None
     int8: Int8File | None = None
     shuffles: ShuffleChoice | None = None
+    uniform: tuple[UniformRun, ...] = ()
     machine: Machine | None = None
     seed: int = 0
     files: Mapping[str, str] = field(default_factory=dict)

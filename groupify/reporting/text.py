@@ -14,7 +14,7 @@ from rich.text import Text
 
 from groupify.bench import BenchResult
 from groupify.planning import Change, Plan, SitePlan
-from groupify.reporting.results import ExportResult, Int8File, Report
+from groupify.reporting.results import ExportResult, Int8File, Report, UniformRun
 
 # Piped output is for grep and diff: no line may be folded.
 _PIPED_WIDTH = 400
@@ -234,6 +234,8 @@ def report_lines(report: Report) -> list[str]:
         lines.append(f"ONNX Runtime against PyTorch: largest difference {report.parity.max_abs_diff:.1e}")
     if report.shuffles is not None:
         lines.append(shuffles_line(report))
+    if report.uniform:
+        lines.append(uniform_line(report.uniform))
     if report.int8 is not None:
         lines.append(int8_line(report.int8))
     if report.machine is not None:
@@ -263,6 +265,16 @@ def shuffles_line(report: Report) -> str:
         f"{choice.milliseconds_without:.2f} ms without, {choice.milliseconds_with:.2f} ms with all; "
         f"1% of latency had to save {choice.error_per_percent:g}"
     )
+
+
+def uniform_line(runs: Sequence[UniformRun]) -> str:
+    """Accuracy and latency of the same number of groups everywhere."""
+    parts = (
+        f"g={run.groups} {100 * run.top1:.2f}%"
+        + ("" if run.milliseconds is None else f" in {run.milliseconds:.2f} ms")
+        for run in runs
+    )
+    return "uniform groups, untrained: " + ", ".join(parts)
 
 
 def int8_line(int8: Int8File) -> str:
