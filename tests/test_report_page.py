@@ -339,6 +339,16 @@ def test_page_has_the_int8_file() -> None:
     assert "Int8 file" not in report_page(run_of(int8=None))
 
 
+def test_notes_come_below_the_numbers_and_only_a_busy_machine_above() -> None:
+    run = run_of(notes=["planned for macs=40%"])
+    run.document["latency_ms"]["steady"] = False
+    page = report_page(run)
+    busy, tiles, note = (
+        page.index(text) for text in ("was busy", '<dl class="tiles">', "Planned for macs=40%.")
+    )
+    assert busy < tiles < note
+
+
 def test_plane_has_uniform_groups() -> None:
     page = report_page(run_of())
     assert "<title>uniform g=2, untrained: 80.00 ms, 93.00%</title>" in page
@@ -357,6 +367,7 @@ def test_markdown_for_a_pull_request() -> None:
     assert "| top-1 | 93.65% | 92.50% | −1.15 points |" in text
     assert "| latency (2 threads, batch 8) | 145.78 ms | 47.17 ms | 3.10× |" in text
     assert "<details><summary>2 of 3 convolutions converted</summary>" in text
+    assert "| site | groups | params | MACs | reason |\n| --- | ---: | ---: | ---: | --- |" in text
     assert "| layer.conv | 4 + shuffle | 24.6k → 6.14k | 38.5M → 9.63M |  |" in text
 
 

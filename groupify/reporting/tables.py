@@ -26,7 +26,7 @@ from groupify.reporting.verdict import (
 
 @dataclass(frozen=True)
 class Table:
-    """A header and rows of as many cells; the first column is text, the others are numbers."""
+    """A header and rows of as many cells; the first column is text, and so is one of reasons."""
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -132,7 +132,8 @@ def _sites(sites: Sequence[dict[str, Any]]) -> Table:
 
 
 def _markdown_table(table: Table) -> str:
-    lines = [table.header, ("---", *["---:"] * (len(table.header) - 1)), *table.rows]
+    sides = ("---" if title in (table.header[0], "reason") else "---:" for title in table.header)
+    lines = [table.header, tuple(sides), *table.rows]
     return "\n".join("| " + " | ".join(_escape(cell) for cell in line) + " |" for line in lines)
 
 
