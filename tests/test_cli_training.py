@@ -122,6 +122,7 @@ def test_the_last_weights_are_written_where_they_are_others(run: Run, tmp_path: 
     best = max(report["history"], key=lambda row: (row["validation_top1"], -row["validation_loss"]))
     assert best["step"] < report["history"][-1]["step"]
     assert report["files"]["last_weights"] == "out/last.safetensors"
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
     best_weights, last = (
         load_file(tmp_path / "out" / name) for name in ("model.safetensors", "last.safetensors")
     )

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
+import safetensors.torch
 from torch import nn
 
 from groupify.artefact import WEIGHTS_FILE, write_artefact
@@ -145,7 +145,8 @@ def _write_last(folder: Path, tuned: FinetuneResult | None) -> dict[str, str]:
         return {}
     # Clones: safetensors refuses tensors that share memory, as tied weights do.
     state = {name: value.clone().contiguous() for name, value in tuned.last_model.state_dict().items()}
-    save_file(state, folder / LAST_FILE, {"format": "pt"})
+    # Not by save_file, whose files only their owner can read.
+    (folder / LAST_FILE).write_bytes(safetensors.torch.save(state, {"format": "pt"}))
     return {"last_weights": LAST_FILE}
 
 
