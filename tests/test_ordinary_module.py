@@ -28,6 +28,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(params=KINDS, scope="module")
 def model(request: pytest.FixtureRequest) -> nn.Module:
+    torch.manual_seed(0)
     dense = demo_model().eval()
     chosen = plan(dense, INPUT_SHAPE, groups=4, min_group_width=1, **KINDS[request.param])
     with warnings.catch_warnings():
@@ -53,6 +54,12 @@ def gradients(
     loss: Tensor = (model if target is None else target)(images).square().mean()
     loss.backward()
     return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+def error_of(model: nn.Module, expected: nn.Module, images: Tensor) -> float:
+    """Largest difference of the logits, as a share of the largest logit."""
+    wanted = expected(images)
+    return float((model(images) - wanted).abs().max() / wanted.abs().max())
 
 
 def test_it_is_copied_and_stored_like_any_module(model: nn.Module, images: Tensor) -> None:
@@ -115,7 +122,7 @@ def test_it_can_be_quantised_dynamically(model: nn.Module, images: Tensor) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.ao is on its way out of PyTorch
         quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
-        assert (quantised(images).argmax(1) == model(images).argmax(1)).all()
+        assert error_of(quantised, model, images) < 0.05
 
 
 def test_its_convs_can_be_quantised_statically(
@@ -134,5 +141,5 @@ def test_its_convs_can_be_quantised_statically(
         observed = prepare_fx(copy.deepcopy(model), settings, (images,))
         observed(images)
         quantised = convert_fx(observed)
-        assert (quantised(images).argmax(1) == model(images).argmax(1)).all()
+        assert error_of(quantised, model, images) < 0.1
     assert not any(type(module) in (nn.Conv2d, *SHUFFLED.values()) for module in quantised.modules())

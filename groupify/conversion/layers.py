@@ -22,7 +22,8 @@ def channel_shuffle(inputs: Tensor, groups: int) -> Tensor:
         A tensor of the shape of ``inputs``.
     """
     # Without a look at the shape, which a symbolic trace by torch.fx does not have.
-    return inputs.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
+    blocks: Tensor = inputs.unflatten(1, (groups, -1))
+    return blocks.transpose(1, 2).flatten(1, 2)
 
 
 def shuffle_order(channels: int, groups: int) -> Tensor:
