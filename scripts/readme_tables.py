@@ -25,6 +25,14 @@ ACCURACY = {
     "groupify, shuffle all": "groupify `--shuffle all`",
     "groupify, grouped-pointwise, equal MACs": "groupify `--kind grouped-pointwise`, nearest MACs",
 }
+RECOVERY = {
+    "groupify": "**groupify**",
+    "groupify, no labels": "groupify `--labels none`",
+    "Torch-Pruning, equal MACs": "Torch-Pruning (group L2 norm)",
+    "truncation": "truncation",
+    "random weights": "the grouped net from random weights",
+}
+CALIBRATED = {"groupify, no labels": "groupify"}
 LATENCY = {
     "resnet18 g=4": "resnet18 g=4",
     "resnet18 g=8": "resnet18 g=8",
@@ -68,6 +76,23 @@ def accuracy(document: dict[str, Any]) -> str:
     return markdown(lines)
 
 
+def recovery(document: dict[str, Any]) -> str:
+    """Top-1 after no, a little and some training, a line per method, a column per number of groups."""
+    rows = {(row["method"], row["groups"], row["epochs"]): row for row in document["rows"]}
+    groups = sorted({count for _, count, _ in rows})
+    trainings = [0.0, 0.1, 1.0]
+    after = " / ".join(f"{count:g}" for count in trainings) + " epochs"
+    lines = [[f"top-1 after {after}", *(f"g={count}" for count in groups)]]
+    for method, title in RECOVERY.items():
+        start = CALIBRATED.get(method, method)  # labels change nothing before the training
+        cells = []
+        for count in groups:
+            found = [rows[start if epochs == 0 else method, count, epochs] for epochs in trainings]
+            cells.append(" / ".join(f"{row['accuracy_mean']:.2f}" for row in found) + "%")
+        lines.append([title, *cells])
+    return markdown(lines)
+
+
 def latency(document: dict[str, Any]) -> str:
     """Milliseconds in ONNX Runtime, a line per model."""
     rows = {row["name"]: row for row in document["rows"]}
@@ -99,7 +124,7 @@ def results(name: str) -> dict[str, Any]:
     return found
 
 
-TABLES = {"accuracy": accuracy, "latency": latency}
+TABLES = {"accuracy": accuracy, "recovery": recovery, "latency": latency}
 
 
 if __name__ == "__main__":
