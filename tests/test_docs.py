@@ -36,7 +36,7 @@ def test_the_numbers_of_the_readme_are_those_of_the_result_files(monkeypatch: py
     row = next(row for row in results["rows"] if row["method"] == "groupify (clustering by data)")
     row["accuracy_mean"] = 12.34
     monkeypatch.setattr(readme_tables, "results", lambda name: results)
-    part = text[: text.index("<!-- results: latency -->")]
+    part = text[: text.index("<!-- results: recovery -->")]
     assert "12.34" in readme_tables.fill(part)
 
 
