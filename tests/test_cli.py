@@ -17,6 +17,7 @@ import groupify
 from groupify.cli import cli
 from groupify.errors import SpecError
 from groupify.pipeline import write_output
+from groupify.planning.latency_table import LatencyTable
 from groupify.zoo import load as zoo_load
 from tests.cli_nets import INPUT_SIZE, net
 from tests.conftest import Run
@@ -439,3 +440,33 @@ def test_a_latency_table_made_by_bench_serves_a_plan(run: Run, tmp_path: Path, c
     # Within noise no plan may be faster for so small a net; either way the table was enough.
     assert outcome.code == 0 or "latency=99% cannot be held" in outcome.err
     assert not list(cache.glob("latency-*.json"))
+
+
+def test_a_table_of_other_threads_is_refused(run: Run, tmp_path: Path, cache: Path) -> None:
+    assert run("bench", *TINY, "--table", tmp_path / "table.json", "--threads", "1,2").code == 2
+    table = LatencyTable("a device", threads=4)
+    table.write(tmp_path / "table.json")
+    outcome = run("plan", *TINY, "--target", "latency=50%", "--latency-table", tmp_path / "table.json")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "was measured with 4 threads, not 1: give --threads 4" in outcome.err
+
+
+@pytest.mark.parametrize(("plot", "says"), [("f.xyz", "'.xyz'"), ("f", "''")])
+def test_a_plot_that_cannot_be_drawn_is_refused_at_once(run: Run, plot: str, says: str) -> None:
+    pytest.importorskip("matplotlib")
+    refused = run("plan", "no such model", "--target", "macs=60%", "--frontier-plot", plot)
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert f"{plot}: its ending is {says}, expected one of" in refused.err
+
+
+def test_a_frontier_without_matplotlib(
+    run: Run, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("matplotlib.figure", "matplotlib.backend_bases"):
+        monkeypatch.setitem(sys.modules, module, None)
+    refused = run("plan", "no such model", "--target", "macs=60%", "--frontier-plot", "f.png")
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "pip install matplotlib" in refused.err
+    printed = run("plan", *TINY, "--target", "macs=60%", "--frontier")
+    assert printed.code == 0
+    assert printed.out.endswith("not drawn: pip install matplotlib\n")

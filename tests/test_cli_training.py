@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ def test_each_option_reaches_its_setting(run: Run, tmp_path: Path) -> None:
         "--batch-size": 32, "--accumulate": 2, "--optimizer": "adamw", "--learning-rate": 0.002,
         "--learning-rate-schedule": "one-cycle", "--weight-decay": 0.01, "--distill": "attention",
         "--distillation-weight": 0.5, "--temperature": 2.0, "--label-smoothing": 0.1, "--ema": 0.9,
+        "--warmup": 0.2,
     }  # fmt: skip
     flags = ("--augment", "--freeze-batch-norms", "--channels-last", "--amp", "bf16", "--device", "cpu")
     command = ("convert", *TINY, "--data", "tests.cli_nets:data", "--calibrate", 64, "--epochs", 0.5)
@@ -33,7 +35,8 @@ def test_each_option_reaches_its_setting(run: Run, tmp_path: Path) -> None:
     expected = FinetuneSettings(
         epochs=0.5, batch_size=32, accumulate=2, optimizer="adamw", learning_rate=0.002, schedule="one-cycle",
         weight_decay=0.01, distill="attention", distillation_weight=0.5, temperature=2.0, label_smoothing=0.1,
-        ema_decay=0.9, augment=True, freeze_batch_norms=True, channels_last=True, amp="bfloat16",
+        ema_decay=0.9, warmup_fraction=0.2, augment=True, freeze_batch_norms=True, channels_last=True,
+        amp="bfloat16",
     )  # fmt: skip
     assert recipe["recovery"] == expected.as_recipe()
 
@@ -68,6 +71,31 @@ def test_streams_in_every_verb(run: Run, tmp_path: Path) -> None:
     tuned = run("finetune", "out", *options, "--labels", "none", "--trust", "--json")
     assert tuned.code == 0, tuned.err
     assert json.loads(tuned.out)["accuracy"]["images"] == 40
+    planned = run("plan", *TINY, *STREAM[:2], "--target", "macs=60%", "--calibrate", 64, "--json")
+    assert json.loads(planned.out)["contenders"][0]["measured_divergence"] is not None
+    exported = run("export", "out", *STREAM[:2], "--trust", "--quantize", "--json")
+    assert exported.code == 0, exported.err
+
+
+def test_what_the_data_cannot_give_is_said(run: Run, tmp_path: Path) -> None:
+    tiny = ("convert", *TINY, "--calibrate", 64, "--epochs", 1)
+    of_unknown_length = run(*tiny, *STREAM[:2])
+    assert of_unknown_length.code == 2
+    assert "--images-per-epoch N" in of_unknown_length.err.splitlines()[-1]
+    plain = run(*tiny, "--data", "tests.cli_nets:data", "--augment", "-o", "out")
+    assert plain.code == 0
+    assert "warning: data 'tests.cli_nets:data' has no standard augmentation" in plain.err
+
+
+def test_tensorboard_that_is_not_installed_is_noticed_at_once(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    options = ("--data", "there is none", "--epochs", 1, "--log-file", "log.jsonl", "--tensorboard", "board")
+    refused = run("convert", *TINY, *options)
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "pip install tensorboard" in refused.err
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_interrupted_command_goes_on_where_it_was(run: Run, tmp_path: Path) -> None:
@@ -134,6 +162,7 @@ def test_settings_without_options_are_the_defaults() -> None:
     names = [
         "batch_size", "accumulate", "optimizer", "learning_rate", "learning_rate_schedule", "weight_decay",
         "distill", "distillation_weight", "temperature", "label_smoothing", "ema", "images_per_epoch",
+        "warmup",
     ]  # fmt: skip
     options: dict[str, Any] = dict.fromkeys(names)
     options |= dict.fromkeys(("augment", "channels_last", "freeze_batch_norms"), False)

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 from groupify.data import (
     UNLABELLED,
+    CropAndFlip,
     DataSplits,
     FlipAndShift,
     ImageArrays,
@@ -341,6 +342,30 @@ def test_augmentation_keeps_shape_and_pixels(
     assert torch.equal(augmented, FlipAndShift(shift)(images, seeded(seed)))
 
 
+def test_a_crop_is_a_part_of_the_image_resized_to_all_of_it() -> None:
+    """Of a picture of its own coordinates, slopes and offsets tell which part a crop is."""
+    size, count = 40, 500
+    places = (torch.arange(size) + 0.5) / size
+    picture = torch.stack([places.expand(size, size), places[:, None].expand(size, size)])
+    images = picture.expand(count, -1, -1, -1)
+    crops = CropAndFlip()(images, seeded(0))
+    assert torch.equal(crops, CropAndFlip()(images, seeded(0)))
+    assert 0 <= float(crops.min()) < float(crops.max()) <= 1
+    middle, step = size // 2, slice(size // 2, size // 2 + 2)
+    width = crops[:, 0, middle, step].diff().squeeze() * size
+    height = crops[:, 1, step, middle].diff().squeeze() * size
+    assert 0.4 < float((width < 0).float().mean()) < 0.6
+    area, ratio = width.abs() * height, width.abs() / height
+    assert float(area.min()) == pytest.approx(0.08, abs=0.02)
+    assert float(area.max()) == pytest.approx(1, abs=0.05)
+    assert float(ratio.min()) == pytest.approx(3 / 4, abs=0.01)
+    assert float(ratio.max()) == pytest.approx(4 / 3, abs=0.01)
+    centre = crops[:, :, middle - 1 : middle + 1, middle - 1 : middle + 1].mean((2, 3))
+    for across, half in zip(centre.t(), (width.abs() / 2, height / 2), strict=True):
+        assert bool((across - half > -1e-5).all())
+        assert bool((across + half < 1 + 1e-5).all())
+
+
 def test_augmentation_of_the_inside_is_a_shift_and_a_flip() -> None:
     image = torch.arange(100.0).view(1, 1, 10, 10)
     seen = set()
@@ -613,6 +638,7 @@ def test_image_folder(tmp_path: Path, test_name: str) -> None:
     preprocessing = Preprocessing((0.5, 0.25, 0.0), (0.5, 1.0, 2.0), 24, "bicubic")
     splits = load_data(f"imagefolder:{tmp_path}", ModelSpec("x", {}, (3, 20, 16), preprocessing))
     assert splits.num_classes == 2
+    assert isinstance(splits.augment, CropAndFlip)
     assert splits.train is not None
     images, labels = next(iterate_batches(splits.train, 4))
     assert images.shape == (4, 3, 20, 16)

@@ -9,7 +9,7 @@ import click
 
 from groupify.cli.options import common_options, input_shape, model_arguments, whole_numbers
 from groupify.cli.shared import CONTEXT, print_json
-from groupify.errors import ArtefactError
+from groupify.errors import ArtefactError, SpecError
 from groupify.output_folder import folder_exists
 
 
@@ -44,6 +44,8 @@ def bench(folder: str, **options: Any) -> None:
     from groupify.reporting.text import print_bench, stdout_console
 
     if options["table"] is not None:
+        if len(options["threads"]) > 1:
+            raise SpecError("--table is for one number of threads: give --threads N, and a file for each")
         _write_table(folder, options)
         return
     if not folder_exists(folder):

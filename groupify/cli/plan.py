@@ -79,34 +79,34 @@ def plan(model: str, **options: Any) -> None:
 
 def _plan_for_budget(model: str, options: dict[str, Any]) -> None:
     from groupify.pipeline.budget import find_frontier
-    from groupify.planning.frontier import plot_frontier
+    from groupify.planning.frontier import check_plot, plot_frontier
     from groupify.planning.plan_file import PlanFile
     from groupify.reporting.budget import budget_document, print_budget_plan, print_frontier
     from groupify.reporting.text import stdout_console
 
+    plot: Path | None = options["frontier_plot"]
+    if plot is not None:
+        check_plot(plot)
     result, frontier = find_frontier(
         model_request(model, options),
         plan_request(options),
         data=options["data"],
         calibration_images=options["calibrate"] or 0,
-        frontier=options["frontier"] or ("predicted" if options["frontier_plot"] is not None else None),
+        frontier=options["frontier"] or ("predicted" if plot is not None else None),
         threads=options["threads"],
         seed=options["seed"],
         progress=not options["quiet"],
     )
     if options["save_plan"] is not None:
         PlanFile.of(model, result.plan).write(options["save_plan"])
-    plot: Path | None = options["frontier_plot"]
-    if frontier is not None and plot is None and not options["as_json"]:
-        plot = Path(f"{model.rpartition(':')[2]}-frontier.png")
-    drawn = frontier is not None and plot is not None and plot_frontier(frontier, plot)
     if options["as_json"]:
         print_json({"model": model, **budget_document(result, frontier)})
-        return
-    print_budget_plan(result, stdout_console())
-    if frontier is not None:
-        print_frontier(frontier, stdout_console())
-        if drawn:
-            click.echo(f"wrote {plot}")
-        elif options["frontier_plot"] is not None:
-            raise SpecError("--frontier-plot needs matplotlib: pip install matplotlib")
+    else:
+        print_budget_plan(result, stdout_console())
+        if frontier is not None:
+            print_frontier(frontier, stdout_console())
+            plot = plot or Path(f"{model.rpartition(':')[2]}-frontier.png")
+    if frontier is not None and plot is not None:
+        drawn = plot_frontier(frontier, plot)
+        if not options["as_json"]:
+            click.echo(f"wrote {plot}" if drawn else "not drawn: pip install matplotlib")

@@ -32,6 +32,7 @@ _SETTINGS = {
     "temperature": "temperature",
     "label_smoothing": "label_smoothing",
     "ema": "ema_decay",
+    "warmup": "warmup_fraction",
     "images_per_epoch": "images_per_epoch",
 }
 _FLAGS = ("augment", "channels_last", "freeze_batch_norms")
@@ -48,6 +49,8 @@ def recovery_options(epochs: float) -> Callable[[Command], Command]:
         click.option("--learning-rate", type=float, help="Peak learning rate."),
         click.option("--learning-rate-schedule", type=click.Choice(["cosine", "one-cycle"]),
                      help="Default: cosine."),
+        click.option("--warmup", type=float, metavar="SHARE",
+                     help="Share of the steps in which the learning rate rises, 0 to 1."),
         click.option("--weight-decay", type=float, help="Of the weights; norms and biases have none."),
         click.option("--labels", type=click.Choice(["auto", "none"]), default="auto", show_default=True,
                      help="none: learn from the dense model alone."),

@@ -9,12 +9,13 @@ from groupify.data.batches import (
     iterate_batches,
     split_validation,
 )
-from groupify.data.images import FlipAndShift, ImageArrays
+from groupify.data.images import CropAndFlip, FlipAndShift, ImageArrays
 from groupify.data.splits import Augment, DataSplits, SyntheticImages, load_data
 
 __all__ = [
     "UNLABELLED",
     "Augment",
+    "CropAndFlip",
     "Data",
     "DataSplits",
     "FlipAndShift",

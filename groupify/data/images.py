@@ -1,7 +1,8 @@
-"""Data sets held in memory as bytes, and their augmentation: whole batches, never image by image."""
+"""Data sets held in memory as bytes, and augmentation: whole batches, never image by image."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -103,3 +104,27 @@ class FlipAndShift:
         pixels = (rows[:, :, None] * width + columns[:, None, :]).reshape(count, 1, height * width)
         flat = images.reshape(count, -1, height * width)
         return flat.gather(2, pixels.expand_as(flat)).reshape(images.shape)
+
+
+class CropAndFlip:
+    """The standard augmentation of photographs: a random part of each, resized to all of it, and a flip.
+
+    The part has 8% to 100% of the area and sides of 3:4 to 4:3. Szegedy et al., "Going Deeper with
+    Convolutions" (2015).
+    """
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Return an augmented copy of ``images`` (N, C, H, W), drawn with ``generator``."""
+
+        def draw(low: float, high: float) -> Tensor:
+            drawn = torch.rand(len(images), generator=generator, device=generator.device)
+            return low + (high - low) * drawn.to(images)
+
+        area, ratio = draw(0.08, 1), draw(math.log(3 / 4), math.log(4 / 3)).exp()
+        width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+        right, down = draw(-1, 1) * (1 - width), draw(-1, 1) * (1 - height)
+        width = torch.where(draw(-1, 1) < 0, -width, width)
+        nothing = torch.zeros_like(width)
+        rows = [torch.stack([width, nothing, right], 1), torch.stack([nothing, height, down], 1)]
+        places = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+        return F.grid_sample(images, places, padding_mode="border", align_corners=False)

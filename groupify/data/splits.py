@@ -17,7 +17,7 @@ from groupify.data.batches import UNLABELLED, Data, check_labels
 from groupify.data.cifar import read_cifar10
 from groupify.data.files import find_fashion_mnist, read_fashion_mnist
 from groupify.data.folders import read_image_folder
-from groupify.data.images import FlipAndShift, ImageArrays
+from groupify.data.images import CropAndFlip, FlipAndShift, ImageArrays
 from groupify.errors import DataError, GroupifyError, GroupifyWarning, SpecError, near_names
 from groupify.zoo import ModelSpec, import_attribute
 from groupify.zoo.weights import one_line
@@ -128,7 +128,7 @@ def _resolve(spec: str, model_spec: ModelSpec, seed: int) -> DataSplits:
         return _in_memory(spec, arrays, model_spec, _CIFAR10_MEAN, _CIFAR10_STD, shift=4)
     if kind == "imagefolder":
         train, test, classes = read_image_folder(root, model_spec)
-        return DataSplits(spec, train, test, len(classes), augment=None, labelled=True)
+        return DataSplits(spec, train, test, len(classes), CropAndFlip(), labelled=True)
     if spec == "synthetic":
         shape = model_spec.input_shape
         parts = [SyntheticImages(1024, shape, 2 * seed), SyntheticImages(1024, shape, 2 * seed + 1)]

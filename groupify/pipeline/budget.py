@@ -101,7 +101,12 @@ def search_options(
 ) -> SearchOptions:
     """Return what the planner may do."""
     block = blocked_width(request.target) if request.min_group_width is None else 1
-    table: Path | None = search.latency_table
+    table = None if search.latency_table is None else LatencyTable.read(search.latency_table)
+    if table is not None and table.threads != threads:
+        raise SpecError(
+            f"the latency table {search.latency_table} was measured with {table.threads} threads, "
+            f"not {threads}: give --threads {table.threads}, or another table"
+        )
     return SearchOptions(
         kinds=search.kinds,
         include=request.include,
@@ -111,7 +116,7 @@ def search_options(
         shuffle=request.shuffle,
         sensitivity=search.sensitivity,
         verify=search.verify,
-        table=None if table is None else LatencyTable.read(table),
+        table=table,
         threads=threads,
         cache=cache_folder(),
         seed=seed,
@@ -132,7 +137,8 @@ def planning_images(data: DataSplits, count: int, budget: Budget, *, seed: int) 
     batches = list(iterate_batches(part, min(count, 256), shuffle_seed=seed, limit=count + more))
     images = torch.cat([batch for batch, _ in batches])
     labels = torch.cat([batch for _, batch in batches])
-    labelled = data.labelled and not bool((labels == UNLABELLED).any())
+    # Of a test part the labels must not choose anything.
+    labelled = data.labelled and data.train is not None and not bool((labels == UNLABELLED).any())
     if len(images) <= count:  # few images: a quarter of them is held out
         return Images.split(images, labels if labelled else None)
     return Images(images[:count], images[count:], labels[count:] if labelled else None)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from groupify.errors import GroupifyError
+from groupify.errors import GroupifyError, SpecError
 from groupify.planning.budget import LATENCY, MACS
 from groupify.planning.costing import Chosen
 from groupify.planning.judge import Judgement
@@ -88,6 +88,23 @@ def trace_frontier(result: BudgetPlan, *, points: int = _POINTS, measure: Measur
         for chosen, (name, uniform, asked) in rows.items()
     ]  # fmt: skip
     return Frontier(quantity, tuple(sorted(found, key=lambda point: -point.cost)))
+
+
+def check_plot(path: Path) -> None:
+    """Refuse what ``plot_frontier`` could not draw, before anything is measured for it.
+
+    Raises:
+        SpecError: matplotlib is not installed, or does not know the ending of the file.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise SpecError("a plot needs matplotlib: pip install matplotlib") from error
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix.removeprefix(".") not in known:
+        raise SpecError(
+            f"cannot draw {path}: its ending is {path.suffix!r}, expected one of {', '.join(known)}"
+        )
 
 
 def plot_frontier(frontier: Frontier, path: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from groupify.data import Data, DataSplits
 from groupify.distributed import ALONE, current_ranks
-from groupify.errors import DataError, SpecError
+from groupify.errors import DataError, GroupifyWarning, SpecError
 from groupify.recovery.holdout import generators_of, hold_out
 from groupify.recovery.logs import LogSettings
 from groupify.recovery.random_states import own_random_states, seed_all
@@ -101,7 +102,8 @@ def finetune(
         ArtefactError: a state or log that cannot be read or written.
 
     Warns:
-        GroupifyWarning: the loss is no longer finite; training stopped.
+        GroupifyWarning: the loss is no longer finite; training stopped. Or an augmentation is asked of data
+            that has none.
     """
     settings = settings or FinetuneSettings()
     start = time.perf_counter()
@@ -111,6 +113,12 @@ def finetune(
         raise SpecError(f"data {data.spec!r} has no labels: distil only (labels=False)")
     if not settings.labels and (teacher is None or settings.distill == "none"):
         raise SpecError("neither labels nor a teacher: fine-tuning needs one of them")
+    if settings.augment and data.augment is None:
+        warnings.warn(
+            f"data {data.spec!r} has no standard augmentation, so its images are trained on as they are",
+            GroupifyWarning,
+            stacklevel=2,
+        )
 
     model = copy.deepcopy(student)
     frozen_teacher = None if teacher is None else copy.deepcopy(teacher).eval()

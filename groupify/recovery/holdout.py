@@ -142,6 +142,11 @@ def hold_out(data: Data, validation: Data | None, settings: FinetuneSettings) ->
     wanted = min(max(1, round(fraction * images)), _MAX_STREAM_IMAGES)
     batches = list(iterate_batches(data, settings.batch_size, limit=wanted))
     first = torch.cat([images for images, _ in batches])
+    if len(first) < wanted:
+        raise DataError(
+            f"the training data ends after {len(first)} images, where {wanted} of {images} are to be held "
+            "out: say how many it has, images_per_epoch=N or --images-per-epoch N"
+        )
     return TrainingPart(data, _steps(data, images - len(first), settings), first), batches
 
 
@@ -166,7 +171,7 @@ def _images_per_epoch(data: Data, settings: FinetuneSettings) -> int:
         return len(cast(Any, data))
     raise DataError(
         f"the length of the training data ({type(data).__name__}) is not known: "
-        "say how many images make an epoch, images_per_epoch=N"
+        "say how many images make an epoch, images_per_epoch=N or --images-per-epoch N"
     )
 
 

@@ -23,7 +23,7 @@ class LogSettings:
         interval: steps.
 
     Raises:
-        SpecError: an interval below 1.
+        SpecError: an interval below 1, or TensorBoard is asked for and not installed.
     """
 
     file: Path | None = None
@@ -33,6 +33,8 @@ class LogSettings:
     def __post_init__(self) -> None:
         if self.interval < 1:
             raise SpecError(f"the log interval is {self.interval}; expected a number of steps from 1")
+        if self.tensorboard is not None:
+            _summary_writer()  # not at the first step only, after an evaluation of all test images
 
 
 class TrainingLog:
@@ -44,7 +46,6 @@ class TrainingLog:
 
     Raises:
         ArtefactError: the file cannot be written.
-        SpecError: TensorBoard is asked for and not installed.
     """
 
     def __init__(self, settings: LogSettings | None, first_step: int = 0) -> None:
@@ -101,10 +102,14 @@ def _open_lines(path: Path, first_step: int) -> Any:
 
 
 def _open_board(folder: Path, first_step: int) -> Any:
+    return _summary_writer()(str(folder), purge_step=first_step + 1 if first_step else None)
+
+
+def _summary_writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise SpecError(
             "TensorBoard is not installed: pip install tensorboard, or log to a file alone"
         ) from error
-    return SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+    return SummaryWriter

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from groupify.conversion.surgery import restructure
+from groupify.data import DataSplits
 from groupify.deployment.conv_timing import ConvShape
 from groupify.deployment.export import ExportedModel
 from groupify.errors import GroupifyWarning, PlanError, SpecError
 from groupify.graph.trace import example_input
+from groupify.pipeline.budget import planning_images
 from groupify.planning import latency_table, measure_cost, plan, search
 from groupify.planning import sensitivity as sensitivity_module
 from groupify.planning.budget import Budget
@@ -285,6 +288,15 @@ def test_a_drop_is_searched_by_conversion_and_measurement(monkeypatch: pytest.Mo
         if contender.costs["macs"] < found.winner.costs["macs"] and contender.measured is not None
     ]
     assert all(c.measured is not None and c.measured.drop > 10 for c in cheaper)
+
+
+@pytest.mark.parametrize("has_train", [True, False])
+def test_labels_of_a_test_part_choose_no_plan(has_train: bool) -> None:
+    part = TensorDataset(images(), torch.zeros(60, dtype=torch.int64))
+    splits = DataSplits("x", part if has_train else None, part, 5, None, labelled=True)
+    given = planning_images(splits, 40, Budget.parse("drop=1"), seed=0)
+    assert (len(given.fit), len(given.held_out)) == (40, 20)
+    assert (given.labels is not None) == has_train
 
 
 @pytest.mark.parametrize(

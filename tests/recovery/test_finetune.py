@@ -177,6 +177,12 @@ def test_a_stream_of_unknown_length_needs_it(student: nn.Module) -> None:
         finetune(student, splits(Stream(*make_data())), settings=SETTINGS)
 
 
+def test_a_stream_that_is_shorter_than_its_held_out_part(student: nn.Module) -> None:
+    settings = dataclasses.replace(SETTINGS, images_per_epoch=2000)
+    with pytest.raises(DataError, match="ends after 200 images, where 400 of 2000 are to be held out"):
+        finetune(student, splits(Stream(*make_data())), settings=settings)
+
+
 def test_a_stream_in_changing_order_cannot_be_split(student: nn.Module) -> None:
     settings = dataclasses.replace(SETTINGS, images_per_epoch=200)
     with pytest.raises(DataError, match="starts with other images"):
