@@ -365,6 +365,7 @@ def main() -> None:
     data = load_data(arguments.data, source.spec)
     assert data.train is not None
     assert data.test is not None
+    twin = None if arguments.twin is None else Twin.load(arguments.twin, data, count)
     if arguments.quick:
         data = replace(data, train=torch.utils.data.Subset(data.train, range(2000)))  # type: ignore[arg-type]
     settings = tuple(
@@ -382,7 +383,6 @@ def main() -> None:
         measure_speed(settings[0], results, arguments)
         return
     rates = tuple(float(rate) for rate in arguments.learning_rates.split(","))
-    twin = None if arguments.twin is None else Twin.load(arguments.twin, data, count)
     trainer = Trainer(RememberingTeacher(source.model), data, results, rates, twin)
     bench = Bench(trainer, settings, top1, limit)
     print(f"{describe_machine()}\ndense top-1 {top1:.2f}%, {count} unlabelled images", flush=True)

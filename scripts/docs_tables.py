@@ -153,8 +153,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
     "accuracy": ("python -m scripts.benchmark_accuracy --checkpoint FILE --json FILE", accuracy),
     "latency": ("python -m scripts.benchmark_latency --json FILE", latency),
     "shuffle": ("python -m scripts.benchmark_shuffle --json FILE", shuffle),
-    "peers": ("python -m scripts.benchmark_peers --checkpoint FILE", peers),
-    "recovery": ("python -m scripts.benchmark_recovery --checkpoint FILE", recovery),
+    "peers": ("python -m scripts.benchmark_peers --checkpoint FILE --twin FILE", peers),
+    "recovery": ("python -m scripts.benchmark_recovery --checkpoint FILE --twin FILE", recovery),
     "planner": ("python -m scripts.benchmark_planner --checkpoint FILE", planner),
     "prediction": ("python -m scripts.benchmark_prediction --json FILE", prediction),
 }

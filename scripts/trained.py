@@ -87,7 +87,7 @@ class Trainer:
     Attributes:
         teacher: the dense net.
         data: what all train on; part of it is held out.
-        results: where the learning rates are kept, under ``learning_rates``: the twin's divergences.
+        results: where the learning rates are kept, under ``learning_rates``: the twin's cross-entropies.
         rates: to choose from.
         twin: None where there is one rate only.
     """
@@ -103,9 +103,7 @@ class Trainer:
     ) -> FinetuneResult:
         """Train a model with one learning rate."""
         settings = replace(FAST, epochs=epochs, learning_rate=rate, labels=labels, seed=seed)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return finetune(model, self.data, teacher=self.teacher, settings=settings, progress=True)
+        return _finetune(model, self.data, self.teacher, settings)
 
     def learning_rate(self, name: str, make: Callable[[Setting], nn.Module]) -> float:
         """Return the rate that does best for a method after a tenth of an epoch.
@@ -126,12 +124,8 @@ class Trainer:
                 model = make(self.twin.setting)
         for rate in missing:
             settings = replace(FAST, epochs=CHOOSING_EPOCHS, learning_rate=rate)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                last = finetune(
-                    model, self.twin.data, teacher=self.twin.teacher, settings=settings,
-                    validation=self.twin.held_out, progress=True,
-                ).history[-1]  # fmt: skip
+            tuned = _finetune(model, self.twin.data, self.twin.teacher, settings, self.twin.held_out)
+            last = tuned.history[-1]
             known = {**known, f"{rate:g}": last.validation_loss}
             with self.results.changing() as document:
                 document.setdefault("learning_rates", {})[name] = known
@@ -141,3 +135,15 @@ class Trainer:
                 flush=True,
             )
         return min(self.rates, key=lambda rate: known[f"{rate:g}"])
+
+
+def _finetune(
+    model: nn.Module,
+    data: DataSplits,
+    teacher: RememberingTeacher,
+    settings: FinetuneSettings,
+    validation: Data | None = None,
+) -> FinetuneResult:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return finetune(model, data, teacher=teacher, settings=settings, validation=validation, progress=True)
