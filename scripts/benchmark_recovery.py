@@ -288,7 +288,10 @@ def measure_speed(setting: Setting, results: ResultFile, arguments: argparse.Nam
     torch.set_num_threads(1)
     images = setting.images[: FAST.batch_size]
     speed: dict[str, Any] = {"batch_size": len(images), "threads": 1, "steps": SPEED_STEPS}
-    for name, settings in (("float32", FinetuneSettings()), ("bfloat16, channels last", FAST)):
+    for name, settings in (
+        ("float32", FinetuneSettings()),
+        (f"{FAST.amp or 'float32'}, channels last", FAST),
+    ):
         grouped = restructure(setting.dense, setting.plan(4).recipes)
         seconds = step_seconds({"dense": setting.dense, "grouped": grouped}, settings, images)
         speed[name] = {

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from groupify.data import Data, DataSplits, ImageArrays, calibration_images
+from groupify.deployment.machine import bfloat16_is_slow
 from groupify.recovery.finetune import FinetuneResult, FinetuneSettings, finetune
 from groupify.zoo import load_model
 from scripts.benchmark_accuracy import Setting
 from scripts.results import ResultFile
 from scripts.train_dense import hold_out
 
-FAST = FinetuneSettings(amp="bfloat16", channels_last=True)
+FAST = FinetuneSettings(amp=None if bfloat16_is_slow() else "bfloat16", channels_last=True)
 RATES = "0.005,0.02,0.05"
 CHOOSING_EPOCHS = 0.1  # a whole epoch with each rate would be three times the work
 

@@ -82,6 +82,12 @@ def int8_dot_products() -> bool:
     return _simd() == "arm64" or bool({"avx512_vnni", "avx_vnni"} & _cpu_flags())
 
 
+def bfloat16_is_slow() -> bool:
+    """Whether PyTorch computes in bfloat16 many times slower than in float32: on x86-64 before AVX-512."""
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return is_x86 and not {"avx512bw", "avx_ne_convert"} & _cpu_flags()
+
+
 def package_version(package: str) -> str | None:
     """Return the installed version of a package, or None."""
     try:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from groupify.data import Data, DataSplits
+from groupify.deployment.machine import bfloat16_is_slow
 from groupify.distributed import ALONE, current_ranks
 from groupify.errors import DataError, GroupifyWarning, SpecError
 from groupify.recovery.holdout import generators_of, hold_out
@@ -103,7 +104,7 @@ def finetune(
 
     Warns:
         GroupifyWarning: the loss is no longer finite; training stopped. Or an augmentation is asked of data
-            that has none.
+            that has none, or bfloat16 of a CPU that is slow in it.
     """
     settings = settings or FinetuneSettings()
     start = time.perf_counter()
@@ -120,9 +121,16 @@ def finetune(
             stacklevel=2,
         )
 
+    device = next((parameter.device for parameter in student.parameters()), torch.device("cpu"))
+    if settings.amp is not None and device.type == "cpu" and bfloat16_is_slow():
+        warnings.warn(
+            f"this CPU has no fast instructions for {settings.amp}: training with it takes many times longer "
+            "than in float32; leave mixed precision out",
+            GroupifyWarning,
+            stacklevel=2,
+        )
     model = copy.deepcopy(student)
     frozen_teacher = None if teacher is None else copy.deepcopy(teacher).eval()
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     ranks = current_ranks() if distributed else ALONE
     # Dropout and the caller's loaders draw from the global generators, or from one of their own.
     with own_random_states(device, generators_of(data.train)):

@@ -273,12 +273,24 @@ def test_norms_and_biases_do_not_decay() -> None:
     assert others["weight_decay"] == 0
 
 
-def test_mixed_precision_trains(dense: nn.Module, student: nn.Module, data: TensorDataset) -> None:
+def test_mixed_precision_trains(
+    dense: nn.Module, student: nn.Module, data: TensorDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("groupify.recovery.finetune.bfloat16_is_slow", lambda: False)
     result = finetune(
         student, splits(data), teacher=dense, settings=dataclasses.replace(SETTINGS, amp="bfloat16")
     )
     assert {parameter.dtype for parameter in result.model.parameters()} == {torch.float32}
     assert result.best_validation_top1 >= result.initial_validation_top1
+
+
+def test_mixed_precision_where_it_is_slow_is_warned_of(
+    student: nn.Module, data: TensorDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("groupify.recovery.finetune.bfloat16_is_slow", lambda: True)
+    settings = dataclasses.replace(SETTINGS, epochs=0.1, amp="bfloat16")
+    with pytest.warns(GroupifyWarning, match=r"no fast instructions for bfloat16.*float32"):
+        finetune(student, splits(data), settings=settings)
 
 
 def test_a_double_precision_model_trains(student: nn.Module, data: TensorDataset) -> None:

@@ -49,6 +49,7 @@ def assert_close_states(first: nn.Module, second: nn.Module, tolerance: float) -
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance, msg=name)
 
 
+@pytest.mark.filterwarnings("ignore:this CPU has no fast instructions")
 @pytest.mark.parametrize(
     "changes",
     [
