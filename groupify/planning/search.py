@@ -35,6 +35,8 @@ _BISECTIONS = 6
 _CLOSE = 0.01  # relative to the cost: a nearer bisection would only resolve noise
 _HELD_OUT = 0.25
 
+ConvertPlan = Callable[[Plan], nn.Module]
+
 
 @dataclass(frozen=True)
 class Images:
@@ -144,6 +146,8 @@ def plan_for_budget(
     budget: Budget | str,
     images: Images | Tensor | None = None,
     options: SearchOptions | None = None,
+    *,
+    convert_plan: ConvertPlan | None = None,
 ) -> BudgetPlan:
     """Find the plan that loses the least within a budget.
 
@@ -161,6 +165,8 @@ def plan_for_budget(
         images: unlabelled calibration images, of which a quarter is held out, or ``Images``. None = predict
             from the weights alone, and compare nothing.
         options: what the planner may do.
+        convert_plan: what converts the plans that are compared, for callers that want the models too; None =
+            ``convert`` with the images to fit on.
 
     Raises:
         PlanError: the budget cannot be held; says by how much.
@@ -176,7 +182,7 @@ def plan_for_budget(
         raise SpecError(f"{budget} limits the drop of accuracy, which needs images; give --data")
     needs_latency = options.table is not None or any(limit.quantity == LATENCY for limit in budget.limits)
     costing = make_costing(model, input_shape, images, options, latency=needs_latency)
-    return _Search(model, budget, costing, images, options).run()
+    return _Search(model, budget, costing, images, options, convert_plan).run()
 
 
 def make_costing(
@@ -222,22 +228,23 @@ def make_costing(
 
 
 def measurer(
-    model: nn.Module, costing: Costing, images: Images, options: SearchOptions
+    model: nn.Module,
+    costing: Costing,
+    images: Images,
+    options: SearchOptions,
+    convert_plan: ConvertPlan | None = None,
 ) -> tuple[Judge, Callable[[Chosen], Judgement]]:
     """Return what converts plans and measures them on held-out images, each plan once."""
     judge = Judge(model, images.held_out, images.labels)
     known: dict[Chosen, Judgement] = {}
 
+    def fit(plan: Plan) -> nn.Module:
+        calibration = Calibration(images.fit)
+        return convert(model, plan, calibration, seed=options.seed, progress=options.progress).model
+
     def measure(chosen: Chosen) -> Judgement:
         if chosen not in known:
-            converted = convert(
-                model,
-                costing.choices.plan(chosen),
-                Calibration(images.fit),
-                seed=options.seed,
-                progress=options.progress,
-            )
-            known[chosen] = judge.judge(converted.model)
+            known[chosen] = judge.judge((convert_plan or fit)(costing.choices.plan(chosen)))
         return known[chosen]
 
     return judge, measure
@@ -251,6 +258,7 @@ class _Search:
         costing: Costing,
         images: Images | None,
         options: SearchOptions,
+        convert_plan: ConvertPlan | None = None,
     ) -> None:
         self._model = model
         self._budget = budget
@@ -259,7 +267,7 @@ class _Search:
         self._judge: Judge | None = None
         self._powers: Sequence[float] = _POWERS
         if images is not None and (options.verify or budget.drop is not None):
-            self._judge, self._judgement = measurer(model, costing, images, options)
+            self._judge, self._judgement = measurer(model, costing, images, options, convert_plan)
         else:
             self._powers = _POWERS[:1]  # without a race there is nothing to tell variants apart by
 
