@@ -6,9 +6,10 @@
 The setting is that of scripts/benchmark_accuracy.py. Every method gets the same 1,000 unlabelled images
 and is brought as near as it can be to the MACs of the net with 2, 4 or 8 groups (about 1.9×, 3.7× and 6.9×
 fewer). Training is ``groupify.finetune`` with distillation, for all alike but for the learning rate, which
-is the best of --learning-rates for each (see scripts/trained.py). Each file is timed in
-ONNX Runtime side by side with the dense one. Rows go into benchmarks/peers.json one by one; what is there
-already is not measured again, so the run may be stopped and resumed. ``--table`` prints the rows as
+is the best of --learning-rates for each at the MACs of 4 groups (see scripts/trained.py). Rows and rates that
+scripts/benchmark_recovery.py has measured already, with the same training, are taken from its file. Each file
+is timed in ONNX Runtime side by side with the dense one. Rows go into benchmarks/peers.json one by one; what
+is there already is not measured again, so the run may be stopped and resumed. ``--table`` prints the rows as
 Markdown and measures nothing.
 """
 
@@ -19,11 +20,12 @@ import copy
 import fnmatch
 import json
 import statistics
+import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,8 @@ from scripts.results import BENCHMARKS, ResultFile
 from scripts.trained import FAST, RATES, RememberingTeacher, Trainer, Twin
 
 OUTPUT = BENCHMARKS / "peers.json"
+RECOVERY = BENCHMARKS / "recovery.json"
+RATE_GROUPS = 4  # whose MACs the learning rates are chosen at
 
 
 def low_rank(structure: str) -> Method:
@@ -99,6 +103,12 @@ METHODS: dict[str, Method] = {
     "grouping by weight norm": norm_refresh,
     "truncation": truncation_refresh,
 }
+# name here: (name of the rows, name of the learning rates) in scripts/benchmark_recovery.py
+IN_RECOVERY = {
+    "groupify": ("groupify", "groupify"),
+    "groupify, grouped-pointwise": ("groupify, grouped-pointwise", "groupify"),
+    "Torch-Pruning, L2 norm": ("Torch-Pruning, equal MACs", "Torch-Pruning, equal MACs"),
+}
 
 
 @dataclass(frozen=True)
@@ -106,7 +116,8 @@ class Row:
     """One method at the MACs of one number of groups, after some training; accuracies in percent.
 
     ``seconds`` is the time of one seed, training included. ``latency`` maps threads to dense and own
-    milliseconds and their ratio; ``speed_up`` is that with one thread.
+    milliseconds and their ratio; ``speed_up`` is that with one thread. ``amp`` is the type of mixed precision
+    that it was trained in.
     """
 
     method: str
@@ -120,6 +131,7 @@ class Row:
     seeds: int
     learning_rate: float | None
     seconds: float
+    amp: str | None = None
     latency: dict[str, dict[str, float]] | None = None
     speed_up: float | None = None
 
@@ -169,9 +181,7 @@ class Bench:
         for count in missing:
             rate = None
             if count:
-                rate = self.trainer.learning_rate(
-                    f"{name} g={groups}", lambda twin: METHODS[name](twin, groups)
-                )
+                rate = self.trainer.learning_rate(name, lambda twin: METHODS[name](twin, RATE_GROUPS))
             accuracies, start = [], time.perf_counter()
             for setting, model in zip(self.settings, models, strict=True):
                 trained = model
@@ -193,6 +203,7 @@ class Bench:
                 seeds=len(models),
                 learning_rate=rate,
                 seconds=took,
+                amp=FAST.amp if count else None,
                 latency=latency,
                 speed_up=speed,
             )
@@ -217,6 +228,38 @@ class Bench:
             str(count): {"dense_ms": dense.median_ms, "ms": own.median_ms, "speed_up": speed_up(dense, own)}
             for count, (dense, own) in pairs.items()
         }
+
+
+def take_over(results: ResultFile, recovery: dict[str, Any], epochs: Sequence[float]) -> None:
+    """Put in what the benchmark of the recovery has measured, where it is more than is there.
+
+    Exits if its setting was another one; in which precision it trained may differ, and is said in the rows.
+    """
+    for name, value in results.setting.items():
+        theirs = recovery[name]
+        if name == "training":
+            value, theirs = (
+                {k: v for k, v in one.items() if k in theirs and k != "amp"} for one in (value, theirs)
+            )
+        if value != theirs:
+            sys.exit(
+                f"the rows of scripts/benchmark_recovery.py have {name} {theirs!r}, here it is {value!r}"
+            )
+    known = results.rows
+    for name, (theirs, rates) in IN_RECOVERY.items():
+        with results.changing() as document:
+            found = recovery["learning_rates"][f"{rates} g={RATE_GROUPS}"]
+            document.setdefault("learning_rates", {}).setdefault(name, found)
+        for row in recovery["rows"]:
+            mine = known.get((name, row["groups"], row["epochs"]))
+            seeds = len(row["accuracy"])
+            if row["method"] != theirs or row["epochs"] not in epochs or (mine and mine["seeds"] >= seeds):
+                continue
+            shared = {field.name: row[field.name] for field in fields(Row) if field.name in row}
+            amp = recovery["training"]["amp"] if row["epochs"] else None
+            taken = Row(**{**shared, "method": name, "seeds": seeds, "amp": amp})
+            timed = {key: mine[key] for key in ("latency", "speed_up")} if mine else {}
+            results.merge(asdict(replace(taken, **timed)), order=in_order)
 
 
 def describe(row: Row) -> str:
@@ -270,6 +313,12 @@ def main() -> None:
     )
     parser.add_argument("--methods", default="*", metavar="GLOB")
     parser.add_argument("--json", type=Path, default=OUTPUT)
+    parser.add_argument(
+        "--recovery",
+        type=Path,
+        default=RECOVERY,
+        help="rows to take over (default: benchmarks/recovery.json)",
+    )
     parser.add_argument("--table", action="store_true", help="print the rows of --json as Markdown")
     parser.add_argument("--quick", action="store_true", help="300 images, 4 groups, 1000 test images")
     arguments = parser.parse_args()
@@ -287,9 +336,12 @@ def main() -> None:
     assert data.train is not None
     assert data.test is not None
     top1 = 100 * evaluate(source.model, data.test, limit=limit, batch_size=500).top1
-    training = {key: value for key, value in asdict(FAST).items() if key not in ("epochs", "seed")}
+    training = {key: value for key, value in asdict(FAST).items() if key not in ("epochs", "seed", "amp")}
     shared = {"dense_accuracy": top1, "calibration_images": count, "training": training}
     results = ResultFile(arguments.json, shared, keys=("method", "groups", "epochs"))
+    epochs = _numbers(arguments.epochs, float)
+    if arguments.recovery.exists() and not arguments.quick:
+        take_over(results, json.loads(arguments.recovery.read_text("utf-8")), epochs)
     rates = tuple(_numbers(arguments.learning_rates, float))
     twin = None if arguments.twin is None else Twin.load(arguments.twin, data, count)
     trainer = Trainer(RememberingTeacher(source.model), data, results, rates, twin)
@@ -302,7 +354,7 @@ def main() -> None:
     for groups in [4] if arguments.quick else _numbers(arguments.groups, int):
         for name in METHODS:
             if fnmatch.fnmatchcase(name, arguments.methods):
-                bench.measure(name, groups, _numbers(arguments.epochs, float))
+                bench.measure(name, groups, epochs)
 
 
 def _numbers(text: str, kind: type) -> list[Any]:

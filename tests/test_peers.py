@@ -18,7 +18,7 @@ from groupify.planning import measure_cost, plan
 from groupify.zoo import ModelSpec
 from scripts import benchmark_peers
 from scripts.benchmark_accuracy import Setting, truncation
-from scripts.benchmark_peers import Bench, Row, in_order, table
+from scripts.benchmark_peers import IN_RECOVERY, Bench, Row, in_order, table, take_over
 from scripts.benchmark_recovery import Contestant, densified
 from scripts.low_rank import STRUCTURES, Size, choose_ranks, factorise
 from scripts.plot_peers import draw
@@ -172,6 +172,40 @@ def test_rows_are_merged_and_resumed(
         result_file(path, **{**setting, "dense_accuracy": 90.0})
 
 
+RECOVERY_ROW = {
+    "method": "Torch-Pruning, equal MACs", "groups": 4, "epochs": 1.0, "accuracy": {"0": 93.0, "1": 93.2},
+    "accuracy_mean": 93.1, "accuracy_spread": 0.2, "drop_mean": 0.4, "learning_rate": 0.005,
+    "macs_ratio": 3.8, "params_ratio": 3.7, "seconds": 60.0,
+}  # fmt: skip
+
+
+def test_what_the_benchmark_of_the_recovery_measured_is_taken_over(tmp_path: Path) -> None:
+    setting = {"dense_accuracy": 93.5, "training": {"batch_size": 64, "labels": True}}
+    results = result_file(tmp_path / "peers.json", **setting)
+    latency = {"1": {"dense_ms": 2.0, "ms": 1.0, "speed_up": 2.0}}
+    merge(results, replace(ROW, method="Torch-Pruning, L2 norm", epochs=1, latency=latency, speed_up=2.0))
+    rates = {f"{name} g=4": {"0.005": 0.3} for name in ("groupify", "Torch-Pruning, equal MACs")}
+    other = {**RECOVERY_ROW, "method": "truncation"}
+    recovery = {
+        "dense_accuracy": 93.5,
+        "training": {"batch_size": 64, "amp": "bfloat16"},
+        "learning_rates": rates,
+        "rows": [RECOVERY_ROW, {**RECOVERY_ROW, "epochs": 0.0}, other],
+    }
+    take_over(results, recovery, [1])
+    (row,) = (Row(**values) for values in results.rows.values())
+    assert (row.method, row.accuracy_mean, row.seeds, row.amp) == (
+        "Torch-Pruning, L2 norm",
+        93.1,
+        2,
+        "bfloat16",
+    )
+    assert row.latency == latency
+    assert set(results.read()["learning_rates"]) == set(IN_RECOVERY)
+    with pytest.raises(SystemExit, match="have dense_accuracy 90"):
+        take_over(results, {**recovery, "dense_accuracy": 90}, [1])
+
+
 def test_table_has_a_line_per_method_and_macs(tmp_path: Path) -> None:
     results = result_file(tmp_path / "peers.json")
     merge(results, replace(ROW, latency={"1": {"dense_ms": 2.0, "ms": 0.5, "speed_up": 4.0}}, speed_up=4.0))
@@ -206,7 +240,7 @@ def test_training_gives_a_row_of_its_own(tmp_path: Path, monkeypatch: pytest.Mon
     rows = results.rows
     assert sorted(rows) == [("truncation", 4, 0.0), ("truncation", 4, 0.5)]
     assert all(row["macs_ratio"] == 1 and row["latency"] is None for row in rows.values())
-    rates = results.read()["learning_rates"]["truncation g=4"]
+    rates = results.read()["learning_rates"]["truncation"]
     assert sorted(rates) == ["0.01", "0.1"]
     assert rates[f"{rows['truncation', 4, 0.5]['learning_rate']:g}"] == min(rates.values())
 
