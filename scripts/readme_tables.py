@@ -16,23 +16,16 @@ from scripts.results import BENCHMARKS, write_text
 
 README = BENCHMARKS.parent / "README.md"
 _TABLE = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(?=<!-- end of results -->)", flags=re.DOTALL)
-ACCURACY = {
-    "truncation + refresh": "truncation, fresh batch norms",
-    "Torch-Pruning + refresh, equal MACs": "Torch-Pruning (group L2 norm), fresh batch norms",
-    "least squares, in order": "least squares, in order",
-    "groupify (clustering by data)": "**groupify**",
-    "groupify, reconstruction": "groupify `--reconstruct 400`",
-    "groupify, shuffle all": "groupify `--shuffle all`",
-    "groupify, grouped-pointwise, equal MACs": "groupify `--kind grouped-pointwise`, nearest MACs",
-}
-RECOVERY = {
+PEERS = {
     "groupify": "**groupify**",
-    "groupify, no labels": "groupify `--labels none`",
-    "Torch-Pruning, equal MACs": "Torch-Pruning (group L2 norm)",
-    "truncation": "truncation",
-    "random weights": "the grouped net from random weights",
+    "groupify, grouped-pointwise": "groupify `--kind grouped-pointwise`",
+    "spatial SVD": "spatial SVD, fitted in order",
+    "Tucker-2": "Tucker-2, fitted in order",
+    "Torch-Pruning, L2 norm": "Torch-Pruning, L2 norm",
+    "Torch-Pruning, Taylor, isomorphic": "Torch-Pruning, Taylor, isomorphic",
+    "grouping by weight norm": "grouping by weight norm",
+    "truncation": "truncation, fresh batch norms",
 }
-CALIBRATED = {"groupify, no labels": "groupify"}
 LATENCY = {
     "resnet18 g=4": "resnet18 g=4",
     "resnet18 g=8": "resnet18 g=8",
@@ -61,34 +54,20 @@ def fill(text: str) -> str:
     return _TABLE.sub(lambda found: found[1] + TABLES[found[2]](results(found[2])) + "\n", text)
 
 
-def accuracy(document: dict[str, Any]) -> str:
-    """Top-1 without training, a line per method, a column per number of groups."""
-    rows = {(row["method"], row["groups"]): row for row in document["rows"]}
-    groups = sorted({count for _, count in rows})
-    lines = [["top-1 (MACs)", *(f"g={count}" for count in groups)]]
-    for method, title in ACCURACY.items():
-        cells = []
-        for count in groups:
-            row = rows[method, count]
-            spread = f" ± {row['accuracy_spread'] / 2:.2f}" if row["seeds"] > 1 else ""
-            cells.append(f"{row['accuracy_mean']:.2f}{spread}% (÷{row['macs_ratio']:.1f})")
-        lines.append([title, *cells])
-    return markdown(lines)
-
-
-def recovery(document: dict[str, Any]) -> str:
-    """Top-1 after no, a little and some training, a line per method, a column per number of groups."""
+def peers(document: dict[str, Any]) -> str:
+    """Top-1 after each training and the speed-up, a line per method, a column per number of groups."""
     rows = {(row["method"], row["groups"], row["epochs"]): row for row in document["rows"]}
-    groups = sorted({count for _, count, _ in rows})
-    trainings = [0.0, 0.1, 1.0]
-    after = " / ".join(f"{count:g}" for count in trainings) + " epochs"
-    lines = [[f"top-1 after {after}", *(f"g={count}" for count in groups)]]
-    for method, title in RECOVERY.items():
-        start = CALIBRATED.get(method, method)  # labels change nothing before the training
+    groups, trainings = sorted({key[1] for key in rows}), sorted({key[2] for key in rows})
+    after = " / ".join(f"{count:g}" for count in trainings)
+    head = [f"top-1 after {after} epochs, speed-up", *(f"MACs of g={count}" for count in groups)]
+    lines = [head]
+    for method, title in PEERS.items():
         cells = []
         for count in groups:
-            found = [rows[start if epochs == 0 else method, count, epochs] for epochs in trainings]
-            cells.append(" / ".join(f"{row['accuracy_mean']:.2f}" for row in found) + "%")
+            found = [rows.get((method, count, epochs)) for epochs in trainings]
+            tops = " / ".join("–" if row is None else f"{row['accuracy_mean']:.1f}" for row in found)
+            speed = next((row["speed_up"] for row in found if row and row["speed_up"]), None)
+            cells.append(f"{tops}%" + (f", {speed:.2f}×" if speed else ""))
         lines.append([title, *cells])
     return markdown(lines)
 
@@ -124,7 +103,7 @@ def results(name: str) -> dict[str, Any]:
     return found
 
 
-TABLES = {"accuracy": accuracy, "recovery": recovery, "latency": latency}
+TABLES = {"peers": peers, "latency": latency}
 
 
 if __name__ == "__main__":

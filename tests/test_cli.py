@@ -116,6 +116,10 @@ BAD_INPUT = [
     ("export demo -o there --force", "there"),
     ("export demo -o missing/demo.onnx", "missing"),
     ("export demo -o file/demo.onnx", "demo.onnx"),
+    ("convert demo --save-plan there", "--save-plan: cannot write there: it is a folder"),
+    ("convert demo --epochs 1 --log-file file/log", "--log-file: cannot write file/log", "is no folder"),
+    ("plan demo --target macs=40% --frontier-plot file/a.png", "--frontier-plot: cannot write file/a.png"),
+    ("bench demo --table there", "--table: cannot write there: it is a folder"),
     # options
     ("plan demo --min-group-width 0", "--min-group-width '0': expected auto or a number"),
     ("plan demo --min-group-width ²", "--min-group-width '²'"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from groupify.cli.options import common_options, input_shape, model_arguments, whole_numbers
+from groupify.cli.options import common_options, input_shape, model_arguments, output_file, whole_numbers
 from groupify.cli.shared import CONTEXT, print_json
 from groupify.errors import ArtefactError, SpecError
 from groupify.output_folder import folder_exists
@@ -18,6 +18,7 @@ from groupify.output_folder import folder_exists
 @click.option(
     "--table",
     type=click.Path(path_type=Path),
+    callback=output_file,
     help="Time every conv of FOLDER|MODEL and what could replace it, and write a latency table for "
     "--latency-table here; an existing one of this machine is completed.",
 )

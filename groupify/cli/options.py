@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -59,6 +60,22 @@ def whole_numbers(_: click.Context, parameter: click.Parameter, value: str | Non
     if not numbers or min(numbers) < 1:
         raise SpecError(f"{parameter.opts[0]} {value!r}: expected whole numbers from 1, for example 1,2")
     return numbers
+
+
+def output_file(_: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
+    """Refuse a file that cannot be written, before the work whose result it is to hold."""
+    if value is None:
+        return None
+    folder = next(parent for parent in value.absolute().parents if os.path.lexists(parent))
+    if value.is_dir():
+        problem = "it is a folder"
+    elif not folder.is_dir():
+        problem = f"{folder} is no folder"
+    elif not os.access(value if value.exists() else folder, os.W_OK):
+        problem = f"{folder} is not writable"
+    else:
+        return value
+    raise SpecError(f"{parameter.opts[0]}: cannot write {value}: {problem}; choose another file")
 
 
 def number_or(word: str, what: str) -> Callable[[click.Context, click.Parameter, str], int | None]:
@@ -169,7 +186,10 @@ plan_options = _options(
     click.option(
         "--plan", "plan_file", type=click.Path(path_type=Path), help="Take the plan from this file."
     ),
-    click.option("--save-plan", type=click.Path(path_type=Path), help="Write the plan to this file."),
+    click.option(
+        "--save-plan", type=click.Path(path_type=Path), callback=output_file,
+        help="Write the plan to this file.",
+    ),
     click.option(
         "--latency-table", type=click.Path(path_type=Path),
         help="Latencies measured where the model will run, by groupify bench MODEL --table FILE.",

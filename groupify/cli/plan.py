@@ -13,6 +13,7 @@ from groupify.cli.options import (
     data_option,
     model_options,
     model_request,
+    output_file,
     plan_options,
     plan_request,
 )
@@ -34,7 +35,12 @@ from groupify.errors import SpecError
     flag_value="predicted",
     help="With a budget: show what more and less of it would give. measured: convert every point.",
 )
-@click.option("--frontier-plot", type=click.Path(path_type=Path), help="Draw it here; needs matplotlib.")
+@click.option(
+    "--frontier-plot",
+    type=click.Path(path_type=Path),
+    callback=output_file,
+    help="Draw it here; needs matplotlib.",
+)
 @common_options
 def plan(model: str, **options: Any) -> None:
     """Show what a conversion of MODEL would do; nothing is written but the files that are asked for.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from groupify.cli.options import output_file
 from groupify.errors import SpecError
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def recovery_options(epochs: float) -> Callable[[Command], Command]:
         click.option("--save-every", type=click.IntRange(1), metavar="STEPS",
                      help="Save the state of the training beside the output folder, as FOLDER.state."),
         click.option("--resume", is_flag=True, help="Go on from the state of an interrupted run, if any."),
-        click.option("--log-file", type=click.Path(path_type=Path), metavar="FILE",
+        click.option("--log-file", type=click.Path(path_type=Path), metavar="FILE", callback=output_file,
                      help="Write JSON lines with loss, accuracy, learning rate and images per second."),
         click.option("--log-every", type=click.IntRange(1), default=50, show_default=True, metavar="STEPS"),
         click.option("--tensorboard", type=click.Path(path_type=Path), metavar="FOLDER",

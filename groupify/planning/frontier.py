@@ -115,6 +115,7 @@ def plot_frontier(frontier: Frontier, path: Path) -> bool:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogFormatter
     except ImportError:
         return False
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -133,6 +134,8 @@ def plot_frontier(frontier: Frontier, path: Path) -> bool:
     axes.set_xlabel(f"{'MACs' if frontier.quantity == MACS else 'latency'}, % of the dense model")
     axes.set_ylabel(f"{'measured' if measured else 'predicted'} divergence, nats")
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(LogFormatter())  # 20, not 2×10¹, and between the powers of ten as well
+    axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()

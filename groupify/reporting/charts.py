@@ -1,4 +1,8 @@
-"""Where everything in a chart goes; the templates draw it as SVG, in the colours of the page."""
+"""Where everything in a chart goes; the templates draw it as SVG, in the colours of the page.
+
+By hand, because the page must work without a network: the plotting libraries whose charts react to the mouse
+put 1 to 5 MB of JavaScript into every report, and matplotlib's know nothing of light and dark pages.
+"""
 
 from __future__ import annotations
 
