@@ -142,10 +142,11 @@ def planner(document: dict[str, Any]) -> Rows:
 
 def prediction(document: dict[str, Any]) -> Rows:
     """A line per model and plan: predicted and measured milliseconds."""
-    rows: Rows = [("", "plan", "predicted", "measured", "error")]
+    rows: Rows = [("", "plan", "predicted", "measured", "error", "error of the speed-up")]
     for row in document["rows"]:
         times = (f"{row[name]:.2f} ms" for name in ("predicted", "measured"))
-        rows.append((row["model"], row["plan"], *times, f"{100 * row['error']:+.1f}%"))
+        errors = (f"{100 * row[name]:+.1f}%" for name in ("error", "speed_up_error"))
+        rows.append((row["model"], row["plan"], *times, *errors))
     return rows
 
 
