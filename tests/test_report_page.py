@@ -234,6 +234,13 @@ def test_mutated_reports_are_shown_or_refused(
     print_summary([run, run], Console(file=io.StringIO()))
 
 
+def test_a_note_says_which_run_it_is_of() -> None:
+    text = io.StringIO()
+    print_summary([run_of("one"), run_of("other")], Console(file=text, width=200))
+    notes = [line for line in text.getvalue().splitlines() if "note: " in line]
+    assert {line.partition(": ")[0] for line in notes} == {"one", "other"}
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_own_checker_agrees_with_that_of_jsonschema(data: st.DataObject) -> None:

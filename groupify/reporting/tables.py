@@ -56,8 +56,8 @@ def markdown(runs: Sequence[Run]) -> str:
 
 def print_summary(runs: Sequence[Run], console: Console) -> None:
     """Print the verdicts and the summary as text."""
-    for run in runs:
-        name = f"{run.name}: " if len(runs) > 1 else ""
+    names = [f"{run.name}: " if len(runs) > 1 else "" for run in runs]
+    for name, run in zip(names, runs, strict=True):
         console.print(Text(name + verdict(run.document)), soft_wrap=True)
     console.print()
     table = summary(runs)
@@ -65,9 +65,9 @@ def print_summary(runs: Sequence[Run], console: Console) -> None:
     for row in table.rows:
         rich.add_row(*map(Text, row))
     console.print(rich)
-    for run in runs:
+    for name, run in zip(names, runs, strict=True):
         for note in run.document["notes"]:
-            console.print(Text(f"note: {note}"), soft_wrap=True)
+            console.print(Text(f"{name}note: {note}"), soft_wrap=True)
     for line in _machines(runs):
         console.print(Text(line), soft_wrap=True)
 
