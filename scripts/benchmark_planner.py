@@ -6,7 +6,7 @@
     python -m scripts.benchmark_planner --model demo --data demo --seeds 1 --rows 'macs g=8' --images 300
 
 Checkpoints come from scripts/train_dense.py. For each row, uniform groups set the budget: their MACs (any
-width of a group), or their predicted latency on this machine (widths clamped to its blocked kernel). The
+width of a group), or their measured latency on this machine (widths clamped to its blocked kernel). The
 planner gets exactly that, with 1,000 unlabelled training images to fit on and 500 others to compare plans
 on. Both models are then fitted on the 1,000 images and measured on all test images; for latency rows both
 are timed beside the dense model in ONNX Runtime. Results are merged, one entry for each row and seed, into
@@ -43,6 +43,7 @@ from groupify.planning import Plan
 from groupify.planning.budget import LATENCY, MACS, Budget, Limit
 from groupify.planning.cache import cache_folder
 from groupify.planning.candidates import candidates
+from groupify.planning.plan_timer import PlanTimer
 from groupify.planning.search import Images, SearchOptions, make_costing, plan_for_budget
 from groupify.zoo import Source, load_model
 from scripts.results import ResultFile
@@ -64,7 +65,7 @@ class Entry:
     dense_accuracy: float
     uniform_accuracy: float
     planned_accuracy: float
-    uniform_cost: float  # share of the dense model's MACs or predicted latency
+    uniform_cost: float  # share of the dense model's MACs or latency
     planned_cost: float
     winner: str
     predicted: Mapping[str, float]
@@ -157,6 +158,9 @@ class Run:
         costing = make_costing(model, shape, images, options, latency=quantity == LATENCY)
         uniform = costing.choices.uniform["grouped", int(groups), False]
         amount = costing.costs(uniform)[quantity]
+        if costing.latencies is not None:
+            timer = PlanTimer(model, costing.choices, costing.latencies.dense_ms, cache=options.cache)
+            amount = timer(costing.choices.plan(uniform))
         budget = Budget((Limit(quantity, amount, relative=False),))
         found = plan_for_budget(model, shape, budget, images, options, convert_plan=self.convert)
         plans = {"uniform": costing.choices.plan(uniform), "planned": found.plan}

@@ -66,14 +66,14 @@ class Costing:
         found = allocate(self._options(power), limits)
         return None if found is None else found.chosen[1:]
 
-    def best_uniform(self, limits: Mapping[str, float]) -> tuple[Uniform, Chosen] | None:
-        """Return the plan with one number of groups that loses the least within limits."""
+    def uniform_within(self, limits: Mapping[str, float]) -> list[tuple[Uniform, Chosen]]:
+        """Return the plans with one number of groups within limits, that which loses the least first."""
         held = [
             (key, chosen)
             for key, chosen in self.choices.uniform.items()
             if all(self.costs(chosen)[quantity] <= limit for quantity, limit in limits.items())
         ]
-        return min(held, key=lambda item: self.loss(item[1]), default=None)
+        return sorted(held, key=lambda item: self.loss(item[1]))
 
     def least(self, quantity: str) -> float:
         """Return the least that the whole model can cost."""

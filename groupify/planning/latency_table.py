@@ -147,7 +147,7 @@ def measure_table(
     shapes = [shape for row in _shapes(model, choices) for shape in row if shape is not None]
     missing = [shape for shape in shapes if str(shape) not in known.convs]
     convs, networks = dict(known.convs), dict(known.networks)
-    name = _network(model, choices)
+    name = network_fingerprint(model, choices)
     if missing or name not in networks:
         with tempfile.TemporaryDirectory(prefix="groupify-") as folder:
             file = export_onnx(model, Path(folder, "dense.onnx"), input_shape=choices.input_shape).path
@@ -164,9 +164,7 @@ def cached_table(
 
     The file in the cache folder is that of the machine, of the ONNX Runtime and of the number of threads.
     """
-    machine = describe_machine()
-    own = (machine.cpu, machine.simd, machine.system, str(machine.onnxruntime), str(threads))
-    path = (cache_folder() if cache is None else cache) / f"latency-{fingerprint(own)}.json"
+    path = (cache_folder() if cache is None else cache) / f"latency-{machine_fingerprint(threads)}.json"
     try:
         known: LatencyTable | None = LatencyTable.read(path)
     except ArtefactError:
@@ -177,13 +175,19 @@ def cached_table(
     return table
 
 
+def machine_fingerprint(threads: int) -> str:
+    """Return a hash of what a latency depends on besides the model: processor, ONNX Runtime, threads."""
+    machine = describe_machine()
+    return fingerprint((machine.cpu, machine.simd, machine.system, str(machine.onnxruntime), str(threads)))
+
+
 def look_up(table: LatencyTable, model: nn.Module, choices: Choices) -> Latencies:
     """Find the convs and candidates of a model in a table.
 
     Raises:
         PlanError: the table was made for another model, or for other options.
     """
-    name = _network(model, choices)
+    name = network_fingerprint(model, choices)
     if name not in table.networks:
         raise PlanError(
             f"the latency table (of {table.machine}) does not know this model: "
@@ -223,7 +227,7 @@ def _shapes(model: nn.Module, choices: Choices) -> list[list[ConvShape | None]]:
     return rows
 
 
-def _network(model: nn.Module, choices: Choices) -> str:
+def network_fingerprint(model: nn.Module, choices: Choices) -> str:
     """A fingerprint of what decides the latency of a dense model: its convs and its number of parameters."""
     convs = [options[0].site for options in choices.sites]
     shapes = [

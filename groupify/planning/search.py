@@ -17,11 +17,12 @@ from groupify.graph.trace import example_input
 from groupify.planning.budget import LATENCY, MACS, Budget
 from groupify.planning.candidates import Uniform, candidates
 from groupify.planning.cost import measure_cost
-from groupify.planning.costing import Chosen, Costing
+from groupify.planning.costing import Chosen, Costing, shown
 from groupify.planning.judge import Judge, Judgement
 from groupify.planning.latency_table import LatencyTable, cached_table, look_up
 from groupify.planning.limits import limits as limits_of
 from groupify.planning.plan import Plan
+from groupify.planning.plan_timer import PlanTimer
 from groupify.planning.sensitivity import (
     Sensitivity,
     exact_sensitivity,
@@ -34,6 +35,10 @@ _POWERS = (1.0, 0.5)
 _BISECTIONS = 6
 _CLOSE = 0.01  # relative to the cost: a nearer bisection would only resolve noise
 _HELD_OUT = 0.25
+_TIMINGS = 5
+_SLACK = 0.03  # a plan that is faster than asked by more than this could lose less
+_WARM = 2.0  # how much faster than predicted a model is whose weights stay in the caches, at most
+_NOISE = 0.01  # what a measured latency may be over its limit
 
 ConvertPlan = Callable[[Plan], nn.Module]
 
@@ -70,7 +75,8 @@ class Contender:
         uniform: whether it has the same number of groups everywhere.
         chosen: index of each conv's candidate.
         loss: predicted divergence.
-        costs: MACs, parameters, bytes and, where asked for, milliseconds of the whole model.
+        costs: MACs, parameters, bytes and, where asked for, milliseconds of the whole model: measured ones,
+            unless they come from a table of another device.
         measured: by converting it; None where that was not done.
     """
 
@@ -117,7 +123,8 @@ class SearchOptions:
     Attributes:
         sensitivity: ``"fisher"``, or ``"exact"`` to convert every candidate of every conv alone and measure
             the divergence, which takes hours for a large model.
-        verify: whether the plan and the best uniform one are converted and compared on held-out images.
+        verify: whether the plan and the best uniform one are converted and compared on held-out images, and
+            latencies of whole plans measured where no ``table`` is given.
         table: latencies measured on the device; None = measure them here, where the budget needs them.
         threads: intra-op threads of that measurement.
         cache: folder for what took long to measure; None = keep nothing.
@@ -154,9 +161,10 @@ def plan_for_budget(
     Every conv gets the kind and number of groups for which the predicted losses of all convs add up to the
     least within all limits. The plan is then converted, and so is the best uniform plan (the same number of
     groups everywhere) within the same limits; whichever diverges less from the dense model on held-out
-    images is returned, of those that hold a limit on the drop. For a limit on the drop alone, the smallest
-    plan that holds it is searched by bisection over the MACs (over the latency, if there is a table of it),
-    each step converted and measured.
+    images is returned, of those that hold a limit on the drop. A limit on the latency is held by measured
+    ones: plans are timed, and the limit on what is predicted for them corrected until both agree. For a
+    limit on the drop alone, the smallest plan that holds it is searched by bisection over the MACs (over the
+    latency, if there is a table of it), each step converted and measured.
 
     Args:
         model: a dense model; left untouched.
@@ -270,6 +278,12 @@ class _Search:
             self._judge, self._judgement = measurer(model, costing, images, options, convert_plan)
         else:
             self._powers = _POWERS[:1]  # without a race there is nothing to tell variants apart by
+        self._timer: PlanTimer | None = None
+        if costing.latencies is not None and options.table is None and options.verify:
+            self._timer = PlanTimer(
+                model, costing.choices, costing.latencies.dense_ms, threads=options.threads,
+                cache=options.cache, progress=options.progress,
+            )  # fmt: skip
 
     def run(self) -> BudgetPlan:
         """Return the winner."""
@@ -311,22 +325,74 @@ class _Search:
             raise PlanError(f"{self._budget} allows all that the dense model costs; ask for less of it")
         contenders: list[Contender] = []
         for power in self._powers:
-            chosen = self._costing.best(limits, power=power)
-            if chosen is None:
-                raise self._costing.refuse(self._budget.costs)
+            chosen = self._best(limits, power)
             if all(chosen != other.chosen for other in contenders):
                 name = "planned" if power == 1 else f"planned (losses to the power {power:g})"
                 contenders.append(self._contender(name, chosen))
-        uniform = self._costing.best_uniform(limits)
-        if uniform is not None:
-            contenders.append(self._contender(uniform_name(uniform[0]), uniform[1], uniform=True))
+        for key, chosen in self._costing.uniform_within(self._loosened(limits)):
+            if self._holds(chosen, limits):
+                contenders.append(self._contender(uniform_name(key), chosen, uniform=True))
+                break
         if self._judge is not None:
             contenders = [replace(c, measured=self._judgement(c.chosen)) for c in contenders]
         return sorted(contenders, key=self._rank)
 
-    def _contender(self, name: str, chosen: Chosen, *, uniform: bool = False) -> Contender:
+    def _best(self, limits: Mapping[str, float], power: float) -> Chosen:
+        """The plan that loses the least within limits; one on the latency is held by the measured one.
+
+        The limit on the predicted latency is corrected by how far the prediction was off.
+        """
         costing = self._costing
-        return Contender(name, uniform, chosen, costing.loss(chosen), costing.costs(chosen))
+        if self._timer is None or LATENCY not in limits:
+            chosen = costing.best(limits, power=power)
+            if chosen is None:
+                raise costing.refuse(self._budget.costs)
+            return chosen
+        asked, least = limits[LATENCY], costing.least(LATENCY) * (1 + 1e-9)
+        predicted = max(asked, least)
+        tried: dict[Chosen, float] = {}
+        for _ in range(_TIMINGS):
+            chosen = costing.best({**limits, LATENCY: predicted}, power=power)
+            if chosen is None or chosen in tried:
+                break
+            tried[chosen] = self._milliseconds(chosen)
+            if asked * (1 - _SLACK) <= tried[chosen] <= asked or (
+                tried[chosen] > asked and predicted == least
+            ):
+                break
+            predicted = max(least, costing.costs(chosen)[LATENCY] * asked / tried[chosen])
+        if not tried:
+            raise costing.refuse(self._budget.costs)
+        holding = [chosen for chosen in tried if self._holds(chosen, limits)]
+        if not holding:
+            raise PlanError(
+                f"{self._budget} cannot be held: the fastest plan that was tried has a measured "
+                f"{shown(LATENCY, min(tried.values()), costing.dense_costs[LATENCY])}; allow more of it"
+            )
+        return min(holding, key=costing.loss)
+
+    def _loosened(self, limits: Mapping[str, float]) -> Mapping[str, float]:
+        """The limits, with that on a latency wide enough for all that measurement may find to hold it."""
+        if self._timer is None or LATENCY not in limits:
+            return limits
+        return {**limits, LATENCY: _WARM * limits[LATENCY]}
+
+    def _holds(self, chosen: Chosen, limits: Mapping[str, float]) -> bool:
+        """Whether the measured latency, where there is one, is within its limit."""
+        if self._timer is None or LATENCY not in limits:
+            return True
+        return self._milliseconds(chosen) <= limits[LATENCY] * (1 + _NOISE)
+
+    def _milliseconds(self, chosen: Chosen) -> float:
+        """Measured latency."""
+        assert self._timer is not None
+        return self._timer(self._costing.choices.plan(chosen))
+
+    def _contender(self, name: str, chosen: Chosen, *, uniform: bool = False) -> Contender:
+        costs = dict(self._costing.costs(chosen))
+        if self._timer is not None:
+            costs[LATENCY] = self._milliseconds(chosen)
+        return Contender(name, uniform, chosen, self._costing.loss(chosen), costs)
 
     def _rank(self, contender: Contender) -> tuple[float, float, float, bool]:
         """What exceeds the drop, measured divergence, predicted one; where all are equal, uniform first."""

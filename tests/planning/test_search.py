@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,12 +19,14 @@ from groupify.deployment.export import ExportedModel
 from groupify.errors import GroupifyWarning, PlanError, SpecError
 from groupify.graph.trace import example_input
 from groupify.pipeline.budget import planning_images
-from groupify.planning import latency_table, measure_cost, plan, search
+from groupify.planning import Plan, latency_table, measure_cost, plan, plan_timer, search
 from groupify.planning import sensitivity as sensitivity_module
 from groupify.planning.budget import Budget
 from groupify.planning.candidates import candidates
 from groupify.planning.frontier import plot_frontier, trace_frontier
 from groupify.planning.judge import Judge, Judgement
+from groupify.planning.latency_table import cached_table
+from groupify.planning.plan_timer import PlanTimer
 from groupify.planning.search import BudgetPlan, Images, SearchOptions, plan_for_budget
 from groupify.planning.sensitivity import exact_sensitivity, measure_sensitivity
 
@@ -234,9 +237,65 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency_table, "export_onnx", lambda *_, **__: NO_FILE)
 
 
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch, clock: None) -> Callable[[Callable[[float], float]], list[float]]:
+    """Let whole models take other times than are predicted for them."""
+
+    def use(measured: Callable[[float], float]) -> list[float]:
+        seen: list[float] = []
+
+        def time_plan(self: PlanTimer, given: Plan) -> float:
+            weights = sum(site.params.grouped for site in given.sites)
+            seen.append(measured((8 * 9.216 - 36.864) + weights / 1000))
+            return seen[-1]
+
+        monkeypatch.setattr(PlanTimer, "__call__", time_plan)
+        return seen
+
+    return use
+
+
+def test_a_latency_limit_is_held_by_the_measured_one(timed: Any, tmp_path: Path) -> None:
+    options = SearchOptions(cache=tmp_path, kinds=("grouped",))
+    losses, asked = [], 0.8 * 8 * 9.216
+    for factor in (1.1, 1.0, 0.8):
+        seen = timed(lambda predicted, factor=factor: factor * predicted)
+        winner = plan_for_budget(net(), SHAPE, "latency=80%", options=options).winner
+        assert winner.costs["latency"] <= 1.01 * asked
+        assert winner.costs["latency"] in seen
+        losses.append(winner.loss)
+    assert losses[0] > losses[1] > losses[2]
+
+
+def test_a_latency_limit_that_no_measured_plan_holds_is_refused(timed: Any, tmp_path: Path) -> None:
+    options = SearchOptions(cache=tmp_path, kinds=("grouped",))
+    timed(lambda predicted: 2 * predicted)
+    with pytest.raises(PlanError, match=r"latency=80% cannot be held: the fastest plan .* measured latency"):
+        plan_for_budget(net(), SHAPE, "latency=80%", options=options)
+    table = cached_table(net(), candidates(net(), SHAPE, kinds=("grouped",)), cache=tmp_path)
+    for trusting in (replace(options, verify=False), replace(options, table=table)):
+        assert plan_for_budget(net(), SHAPE, "latency=80%", options=trusting).winner.costs["latency"] > 0
+
+
+def test_plans_are_timed_beside_the_dense_model_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_timer, "_SECONDS", 0.2)
+    choices = candidates(net(), SHAPE)
+    grouped = choices.plan(choices.uniform["grouped", 4, False])
+    milliseconds = PlanTimer(net(), choices, 8.0, cache=tmp_path)(grouped)
+    assert 0.8 < milliseconds < 80
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("timed again")
+
+    monkeypatch.setattr(plan_timer, "benchmark_onnx", fail)
+    assert PlanTimer(net(), choices, 4.0, cache=tmp_path)(grouped) == pytest.approx(milliseconds / 2)
+    with pytest.raises(AssertionError, match="timed again"):
+        PlanTimer(net(), choices, 4.0, cache=tmp_path, threads=2)(grouped)
+
+
 @pytest.mark.usefixtures("clock")
 def test_a_latency_budget_counts_what_no_plan_changes(tmp_path: Path) -> None:
-    options = SearchOptions(cache=tmp_path, kinds=("grouped",))
+    options = SearchOptions(cache=tmp_path, kinds=("grouped",), verify=False)
     found = plan_for_budget(net(), SHAPE, "latency=75%", options=options)
     assert found.dense_costs["latency"] == pytest.approx(8 * 9.216)
     assert 4 * 9.216 < found.winner.costs["latency"] <= 6 * 9.216

@@ -1,0 +1,87 @@
+"""The latency of whole converted models, measured beside the dense one.
+
+A latency table adds up single convs whose weights have left the caches. The weights of a small model stay in
+them, and so do those of a large one that a plan makes small: it is then faster than the sum by up to half.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+
+from torch import nn
+
+from groupify.conversion.surgery import restructure
+from groupify.deployment.benchmark import benchmark_onnx
+from groupify.deployment.export import export_onnx
+from groupify.deployment.timing import paired_ratio
+from groupify.planning.cache import NumberCache, cache_folder, fingerprint
+from groupify.planning.candidates import Choices
+from groupify.planning.latency_table import machine_fingerprint, network_fingerprint
+from groupify.planning.plan import Plan
+
+_SECONDS = 3.0
+
+
+class PlanTimer:
+    """Times plans in ONNX Runtime on this machine, each once; it keeps the times in the cache folder.
+
+    The models have truncated weights: latency does not depend on them.
+
+    Args:
+        model: the dense model; left untouched.
+        choices: its convs and its input shape.
+        dense_ms: latency of the dense model, which the times are relative to.
+        threads: intra-op threads.
+        cache: folder; None = the user's.
+        progress: show a bar on stderr.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        choices: Choices,
+        dense_ms: float,
+        *,
+        threads: int = 1,
+        cache: Path | None = None,
+        progress: bool = False,
+    ) -> None:
+        self._model, self._shape = model, choices.input_shape
+        self._dense_ms = dense_ms
+        self._threads = threads
+        self._progress = progress
+        name = fingerprint((machine_fingerprint(threads), network_fingerprint(model, choices)))
+        self._shares = NumberCache((cache or cache_folder()) / f"plans-{name}.json")
+
+    def __call__(self, plan: Plan) -> float:
+        """Return the latency of a plan, milliseconds for one image.
+
+        Raises:
+            GroupifyError: the model cannot be exported, or ONNX Runtime is missing or refuses it.
+        """
+        key = fingerprint(map(repr, plan.recipes))
+        if key not in self._shares.numbers:
+            self._shares.add({key: self._measure(plan)})
+        return self._shares.numbers[key] * self._dense_ms
+
+    def _measure(self, plan: Plan) -> float:
+        model = restructure(self._model, plan.recipes)
+        with tempfile.TemporaryDirectory(prefix="groupify-") as folder:
+            own = export_onnx(model, Path(folder, "planned.onnx"), input_shape=self._shape).path
+            timed = benchmark_onnx(
+                {"dense": self._dense_file, "planned": own}, input_shape=self._shape,
+                threads=(self._threads,), seconds=_SECONDS, progress=self._progress,
+            )  # fmt: skip
+        dense, planned = timed
+        return paired_ratio(planned.timing, dense.timing)
+
+    @functools.cached_property
+    def _dense_file(self) -> Path:
+        """The exported dense model, which goes when the timer does."""
+        folder = tempfile.mkdtemp(prefix="groupify-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return export_onnx(self._model, Path(folder, "dense.onnx"), input_shape=self._shape).path
