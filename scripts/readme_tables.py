@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from typing import Any
 
@@ -16,16 +17,16 @@ from scripts.results import BENCHMARKS, write_text
 
 README = BENCHMARKS.parent / "README.md"
 _TABLE = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(?=<!-- end of results -->)", flags=re.DOTALL)
-PEERS = {
+RECOVERY = {
     "groupify": "**groupify**",
-    "groupify, grouped-pointwise": "groupify `--kind grouped-pointwise`",
-    "spatial SVD": "spatial SVD, fitted in order",
-    "Tucker-2": "Tucker-2, fitted in order",
-    "Torch-Pruning, L2 norm": "Torch-Pruning, L2 norm",
-    "Torch-Pruning, Taylor, isomorphic": "Torch-Pruning, Taylor, isomorphic",
-    "grouping by weight norm": "grouping by weight norm",
-    "truncation": "truncation, fresh batch norms",
+    "groupify, no labels": "groupify `--labels none`",
+    "Torch-Pruning, equal MACs": "Torch-Pruning (group L2 norm)",
+    "truncation": "truncation",
+    "random weights": "the grouped net from random weights",
 }
+CALIBRATED = {"groupify, no labels": "groupify"}
+PLANNED = {"groupify.demo:fashion_resnet18": "ResNet-18", "groupify.demo:fashion_vgg11_bn": "VGG-11"}
+QUANTITIES = {"macs": "MACs", "latency": "latency"}
 LATENCY = {
     "resnet18 g=4": "resnet18 g=4",
     "resnet18 g=8": "resnet18 g=8",
@@ -54,21 +55,37 @@ def fill(text: str) -> str:
     return _TABLE.sub(lambda found: found[1] + TABLES[found[2]](results(found[2])) + "\n", text)
 
 
-def peers(document: dict[str, Any]) -> str:
-    """Top-1 after each training and the speed-up, a line per method, a column per number of groups."""
+def recovery(document: dict[str, Any]) -> str:
+    """Top-1 after no, a little and some training, a line per method, a column per number of groups."""
     rows = {(row["method"], row["groups"], row["epochs"]): row for row in document["rows"]}
-    groups, trainings = sorted({key[1] for key in rows}), sorted({key[2] for key in rows})
-    after = " / ".join(f"{count:g}" for count in trainings)
-    head = [f"top-1 after {after} epochs, speed-up", *(f"MACs of g={count}" for count in groups)]
-    lines = [head]
-    for method, title in PEERS.items():
+    groups = sorted({count for _, count, _ in rows})
+    trainings = [0.0, 0.1, 1.0]
+    after = " / ".join(f"{count:g}" for count in trainings) + " epochs"
+    lines = [[f"top-1 after {after}", *(f"g={count}" for count in groups)]]
+    for method, title in RECOVERY.items():
+        start = CALIBRATED.get(method, method)  # labels change nothing before the training
         cells = []
         for count in groups:
-            found = [rows.get((method, count, epochs)) for epochs in trainings]
-            tops = " / ".join("–" if row is None else f"{row['accuracy_mean']:.1f}" for row in found)
-            speed = next((row["speed_up"] for row in found if row and row["speed_up"]), None)
-            cells.append(f"{tops}%" + (f", {speed:.2f}×" if speed else ""))
+            found = [rows[start if epochs == 0 else method, count, epochs] for epochs in trainings]
+            cells.append(" / ".join(f"{row['accuracy_mean']:.2f}" for row in found) + "%")
         lines.append([title, *cells])
+    return markdown(lines)
+
+
+def planner(document: dict[str, Any]) -> str:
+    """Top-1 of uniform groups and of the plan at the same cost, a line per model and budget."""
+    rows = document["rows"]
+    groups = sorted({row["row"].partition(" g=")[2] for row in rows}, key=int)
+    lines = [["uniform → planned top-1, at the cost of", *(f"g={count}" for count in groups)]]
+    for model, quantity in dict.fromkeys((row["model"], row["row"].partition(" g=")[0]) for row in rows):
+        cells = []
+        for count in groups:
+            same = [row for row in rows if (row["model"], row["row"]) == (model, f"{quantity} g={count}")]
+            names = ("uniform", "planned") if same else ()
+            means = [statistics.fmean(row[f"{name}_accuracy"] for row in same) for name in names]
+            cells.append(" → ".join(f"{mean:.2f}%" for mean in means) or "–")
+        dense = next(row["dense_accuracy"] for row in rows if row["model"] == model)
+        lines.append([f"{PLANNED[model]} ({dense:.2f}%), same {QUANTITIES[quantity]}", *cells])
     return markdown(lines)
 
 
@@ -103,7 +120,7 @@ def results(name: str) -> dict[str, Any]:
     return found
 
 
-TABLES = {"peers": peers, "latency": latency}
+TABLES = {"recovery": recovery, "planner": planner, "latency": latency}
 
 
 if __name__ == "__main__":

@@ -199,7 +199,8 @@ plan_options = _options(
         help="With a budget: predict what each conv loses, or convert each alone and measure it (slow).",
     ),
     click.option(
-        "--no-verify", is_flag=True, help="With a budget: do not convert the plan to compare it with uniform."
+        "--no-verify", is_flag=True,
+        help="With a budget: neither convert the plan to compare it with uniform, nor time it as a whole.",
     ),
 )  # fmt: skip
 data_option = click.option(
