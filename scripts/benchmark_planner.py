@@ -5,13 +5,13 @@
     python -m scripts.benchmark_planner --model groupify.demo:fashion_vgg11_bn --checkpoint vgg11.safetensors
     python -m scripts.benchmark_planner --model demo --data demo --seeds 1 --rows 'macs g=8' --images 300
 
-Checkpoints come from scripts/train_dense.py. For each row, uniform groups set the budget: their MACs (any
-width of a group), or their measured latency on this machine (widths clamped to its blocked kernel). The
-planner gets exactly that, with 1,000 unlabelled training images to fit on and 500 others to compare plans
-on. Both models are then fitted on the 1,000 images and measured on all test images; for latency rows both
-are timed beside the dense model in ONNX Runtime. Results are merged, one entry for each row and seed, into
-the JSON file: entries that are there are not measured again. Every plan is converted and measured once for
-each seed; one seed of all rows of resnet18 takes about fifteen conversions.
+Checkpoints come from scripts/train_dense.py (--model vgg11_bn --epochs 5 for the second). For each row,
+uniform groups set the budget: their MACs (any width of a group), or their measured latency on this machine
+(widths clamped to its blocked kernel). The planner gets exactly that, with 1,000 unlabelled training images
+to fit on and 500 others to compare plans on. Both models are then fitted on the 1,000 images and measured on
+all test images; for latency rows both are timed beside the dense model in ONNX Runtime. Results are merged,
+one entry for each row and seed, into the JSON file: entries that are there are not measured again. Every plan
+is converted and measured once for each seed; one seed of all rows of resnet18 takes about 15 conversions.
 """
 
 from __future__ import annotations
