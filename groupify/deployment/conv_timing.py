@@ -102,6 +102,7 @@ def time_convs(
     threads: int = 1,
     batch_size: int = 1,
     rounds: int = 24,
+    warm: bool = False,
     progress: bool = False,
 ) -> dict[ConvShape, float]:
     """Return the time of each conv with its activation, in milliseconds for one image.
@@ -111,13 +112,18 @@ def time_convs(
         threads: intra-op threads.
         batch_size: images per run.
         rounds: measured runs of each.
+        warm: run each conv over and over instead of many in turns, so that its weights stay in the caches.
         progress: show a bar on stderr.
 
     Raises:
         GroupifyError: onnx or ONNX Runtime is missing, or refuses a conv.
     """
     sessions = list(
-        chunks(dict.fromkeys(shapes), lambda shape: _session_bytes(shape, batch_size), _SESSION_BYTES)
+        chunks(
+            dict.fromkeys(shapes),
+            lambda shape: _session_bytes(shape, batch_size),
+            1 if warm else _SESSION_BYTES,
+        )
     )
     times: dict[ConvShape, float] = {}
     total = sum(map(len, sessions))

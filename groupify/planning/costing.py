@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -51,9 +52,11 @@ class Costing:
                 totals[quantity] += amount
         return totals
 
-    def loss(self, chosen: Sequence[int]) -> float:
-        """Return the predicted divergence of a plan."""
-        return self.sensitivity.total(self.choices, chosen)
+    def loss(self, chosen: Sequence[int], *, power: float = 1.0) -> float:
+        """Return the predicted divergence of a plan, the sum of its convs' losses to a power."""
+        pairs = zip(self.choices.sites, chosen, strict=True)
+        losses = [self._loss(options[index]) for options, index in pairs]
+        return math.fsum(loss**power for loss in losses)
 
     def best(self, limits: Mapping[str, float], *, power: float = 1.0) -> Chosen | None:
         """Return the plan that loses the least within limits on the whole model; None where there is none.

@@ -36,7 +36,8 @@ class LatencyTable:
     Attributes:
         machine: where it was measured.
         threads: intra-op threads of ONNX Runtime.
-        convs: shape of a conv and what replaces it → time with its activation.
+        convs: shape of a conv and what replaces it → time with its activation; with its weights in the
+            caches where ", warm" is behind the shape.
         networks: fingerprint of a dense network → time of all of it.
     """
 
@@ -132,7 +133,7 @@ def conv_shape(candidate: Candidate, conv: Conv, run: Observed) -> ConvShape:
 
 def measure_table(
     model: nn.Module, choices: Choices, known: LatencyTable | None = None, *, threads: int = 1,
-    progress: bool = False,
+    warm: bool = False, progress: bool = False,
 ) -> LatencyTable:  # fmt: skip
     """Time all that a table lacks of a model: its convs, their candidates, and the whole of it.
 
@@ -141,24 +142,32 @@ def measure_table(
         choices: what may become of each conv.
         known: an earlier table of this machine.
         threads: intra-op threads.
+        warm: time the convs with their weights in the caches.
         progress: show a bar on stderr.
     """
     known = LatencyTable(str(describe_machine()), threads) if known is None else known
     shapes = [shape for row in _shapes(model, choices) for shape in row if shape is not None]
-    missing = [shape for shape in shapes if str(shape) not in known.convs]
+    missing = [shape for shape in shapes if _key(shape, warm) not in known.convs]
     convs, networks = dict(known.convs), dict(known.networks)
     name = network_fingerprint(model, choices)
-    if missing or name not in networks:
+    if name not in networks or (missing and not warm):
         with tempfile.TemporaryDirectory(prefix="groupify-") as folder:
             file = export_onnx(model, Path(folder, "dense.onnx"), input_shape=choices.input_shape).path
             networks[name] = time_network(file, threads=threads, input_shape=choices.input_shape)
-        measured = time_convs(missing, threads=threads, progress=progress)
-        convs |= {str(shape): time for shape, time in measured.items()}
+    if missing:
+        measured = time_convs(missing, threads=threads, warm=warm, progress=progress)
+        convs |= {_key(shape, warm): time for shape, time in measured.items()}
     return LatencyTable(known.machine, threads, convs, networks)
 
 
 def cached_table(
-    model: nn.Module, choices: Choices, *, threads: int = 1, cache: Path | None = None, progress: bool = False
+    model: nn.Module,
+    choices: Choices,
+    *,
+    threads: int = 1,
+    cache: Path | None = None,
+    warm: bool = False,
+    progress: bool = False,
 ) -> LatencyTable:
     """Return a table of this machine that knows all of a model; what is missing is measured and kept.
 
@@ -169,7 +178,7 @@ def cached_table(
         known: LatencyTable | None = LatencyTable.read(path)
     except ArtefactError:
         known = None  # none yet, or a damaged one: it can be measured again
-    table = measure_table(model, choices, known, threads=threads, progress=progress)
+    table = measure_table(model, choices, known, threads=threads, warm=warm, progress=progress)
     if known is None or table.convs != known.convs or table.networks != known.networks:
         table.write(path)
     return table
@@ -181,8 +190,14 @@ def machine_fingerprint(threads: int) -> str:
     return fingerprint((machine.cpu, machine.simd, machine.system, str(machine.onnxruntime), str(threads)))
 
 
-def look_up(table: LatencyTable, model: nn.Module, choices: Choices) -> Latencies:
+def look_up(table: LatencyTable, model: nn.Module, choices: Choices, *, warm: bool = False) -> Latencies:
     """Find the convs and candidates of a model in a table.
+
+    Args:
+        table: what was measured.
+        model: the dense model.
+        choices: what may become of each conv.
+        warm: take the times of convs whose weights are in the caches; the rest of the model stays the same.
 
     Raises:
         PlanError: the table was made for another model, or for other options.
@@ -198,19 +213,24 @@ def look_up(table: LatencyTable, model: nn.Module, choices: Choices) -> Latencie
     for row in _shapes(model, choices):
         times = []
         for shape in row:
-            if shape is not None and str(shape) not in table.convs:
+            if shape is not None and _key(shape, warm) not in table.convs:
                 raise PlanError(
                     f"the latency table (of {table.machine}) has no conv {str(shape)!r}: make it with the "
                     "options of this plan, groupify bench MODEL --table FILE, on that machine"
                 )
-            times.append(0.0 if shape is None else table.convs[str(shape)])
+            times.append(0.0 if shape is None else table.convs[_key(shape, warm)])
         rows.append(times)
     calls = [choices.observed[o[0].site.name].calls if row[0] is not None else 0
              for o, row in zip(choices.sites, _shapes(model, choices), strict=True)]  # fmt: skip
-    return Latencies(
-        table.networks[name],
-        tuple(tuple(count * time for time in times) for count, times in zip(calls, rows, strict=True)),
-    )
+    convs = tuple(tuple(count * time for time in times) for count, times in zip(calls, rows, strict=True))
+    dense = table.networks[name]
+    if warm:
+        dense = look_up(table, model, choices).rest_ms + sum(times[0] for times in convs)
+    return Latencies(dense, convs)
+
+
+def _key(shape: ConvShape, warm: bool) -> str:
+    return f"{shape}, warm" if warm else str(shape)
 
 
 def _shapes(model: nn.Module, choices: Choices) -> list[list[ConvShape | None]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,7 +38,8 @@ _CLOSE = 0.01  # relative to the cost: a nearer bisection would only resolve noi
 _HELD_OUT = 0.25
 _TIMINGS = 5
 _SLACK = 0.03  # a plan that is faster than asked by more than this could lose less
-_WARM = 2.0  # how much faster than predicted a model is whose weights stay in the caches, at most
+_WARM = 0.85  # of the predicted latency: a plan that is faster than this has its weights in the caches
+_WARM_MOST = 2.0  # how much faster than predicted that makes it, at most
 _NOISE = 0.01  # what a measured latency may be over its limit
 
 ConvertPlan = Callable[[Plan], nn.Module]
@@ -338,29 +340,16 @@ class _Search:
         return sorted(contenders, key=self._rank)
 
     def _best(self, limits: Mapping[str, float], power: float) -> Chosen:
-        """The plan that loses the least within limits; one on the latency is held by the measured one.
-
-        The limit on the predicted latency is corrected by how far the prediction was off.
-        """
+        """The plan that loses the least within limits; one on the latency is held by the measured one."""
         costing = self._costing
         if self._timer is None or LATENCY not in limits:
             chosen = costing.best(limits, power=power)
             if chosen is None:
                 raise costing.refuse(self._budget.costs)
             return chosen
-        asked, least = limits[LATENCY], costing.least(LATENCY) * (1 + 1e-9)
-        predicted = max(asked, least)
-        tried: dict[Chosen, float] = {}
-        for _ in range(_TIMINGS):
-            chosen = costing.best({**limits, LATENCY: predicted}, power=power)
-            if chosen is None or chosen in tried:
-                break
-            tried[chosen] = self._milliseconds(chosen)
-            if asked * (1 - _SLACK) <= tried[chosen] <= asked or (
-                tried[chosen] > asked and predicted == least
-            ):
-                break
-            predicted = max(least, costing.costs(chosen)[LATENCY] * asked / tried[chosen])
+        tried = self._timed(costing, limits, power)
+        if any(time < _WARM * costing.costs(chosen)[LATENCY] for chosen, time in tried.items()):
+            tried |= self._timed(self._warm_costing, limits, power)
         if not tried:
             raise costing.refuse(self._budget.costs)
         holding = [chosen for chosen in tried if self._holds(chosen, limits)]
@@ -369,13 +358,41 @@ class _Search:
                 f"{self._budget} cannot be held: the fastest plan that was tried has a measured "
                 f"{shown(LATENCY, min(tried.values()), costing.dense_costs[LATENCY])}; allow more of it"
             )
-        return min(holding, key=costing.loss)
+        return min(holding, key=lambda chosen: costing.loss(chosen, power=power))
+
+    def _timed(self, costing: Costing, limits: Mapping[str, float], power: float) -> dict[Chosen, float]:
+        """Plans whose measured latencies approach the limit, with these.
+
+        The limit on the predicted latency is corrected by how far the prediction was off.
+        """
+        asked, least = limits[LATENCY], costing.least(LATENCY) * (1 + 1e-9)
+        predicted = max(asked, least)
+        tried: dict[Chosen, float] = {}
+        for _ in range(_TIMINGS):
+            chosen = costing.best({**limits, LATENCY: predicted}, power=power)
+            if chosen is None or chosen in tried:
+                break
+            tried[chosen] = self._milliseconds(chosen)
+            held = self._holds(chosen, limits)
+            if (held and tried[chosen] >= asked * (1 - _SLACK)) or (not held and predicted == least):
+                break
+            predicted = max(least, costing.costs(chosen)[LATENCY] * asked / tried[chosen])
+        return tried
+
+    @functools.cached_property
+    def _warm_costing(self) -> Costing:
+        """The costing for a model whose weights stay in the caches."""
+        model, options, choices = self._model, self._options, self._costing.choices
+        table = cached_table(
+            model, choices, threads=options.threads, cache=options.cache, warm=True, progress=options.progress
+        )
+        return replace(self._costing, latencies=look_up(table, model, choices, warm=True))
 
     def _loosened(self, limits: Mapping[str, float]) -> Mapping[str, float]:
         """The limits, with that on a latency wide enough for all that measurement may find to hold it."""
         if self._timer is None or LATENCY not in limits:
             return limits
-        return {**limits, LATENCY: _WARM * limits[LATENCY]}
+        return {**limits, LATENCY: _WARM_MOST * limits[LATENCY]}
 
     def _holds(self, chosen: Chosen, limits: Mapping[str, float]) -> bool:
         """Whether the measured latency, where there is one, is within its limit."""

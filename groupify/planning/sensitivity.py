@@ -53,11 +53,6 @@ class Sensitivity:
         """Return the loss of one candidate."""
         return self.losses[candidate.key] if candidate.site.converted else 0.0
 
-    def total(self, choices: Choices, chosen: Sequence[int]) -> float:
-        """Return the loss of a whole plan: the sum over its convs."""
-        pairs = zip(choices.sites, chosen, strict=True)
-        return sum(self.loss(options[index]) for options, index in pairs)
-
 
 def measure_sensitivity(
     model: nn.Module,

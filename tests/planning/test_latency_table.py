@@ -61,6 +61,27 @@ def test_a_table_knows_its_model_and_all_candidates(tmp_path: Path, monkeypatch:
         cached_table(net(), choices, cache=tmp_path)
 
 
+def test_convs_with_warm_weights_have_times_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def timed(shapes: list[ConvShape], warm: bool = False, **_: Any) -> dict[ConvShape, float]:
+        return {shape: (1.0 if warm else 3.0) / shape.groups for shape in shapes}
+
+    monkeypatch.setattr(latency_table, "time_convs", timed)
+    choices = candidates(net(), SHAPE, group_counts=(4,), kinds=("grouped",))
+    cold = cached_table(net(), choices, cache=tmp_path)
+    table = cached_table(net(), choices, cache=tmp_path, warm=True)
+    assert table.networks == cold.networks
+    assert table.convs.items() > cold.convs.items()
+    one, other = (look_up(table, net(), choices, warm=warm) for warm in (False, True))
+    assert other.rest_ms == pytest.approx(one.rest_ms)
+    assert [time for row in one.convs_ms for time in row] == pytest.approx(
+        [3 * time for row in other.convs_ms for time in row]
+    )
+    with pytest.raises(PlanError, match=r"has no conv .*"):
+        look_up(cold, net(), choices, warm=True)
+
+
 def test_a_table_of_another_model_or_of_other_options_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency_table, "time_network", lambda *_, **__: 1.0)
     monkeypatch.setattr(latency_table, "export_onnx", lambda *_, **__: NO_FILE)

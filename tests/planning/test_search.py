@@ -25,7 +25,7 @@ from groupify.planning.budget import Budget
 from groupify.planning.candidates import candidates
 from groupify.planning.frontier import plot_frontier, trace_frontier
 from groupify.planning.judge import Judge, Judgement
-from groupify.planning.latency_table import cached_table
+from groupify.planning.latency_table import LatencyTable, cached_table
 from groupify.planning.plan_timer import PlanTimer
 from groupify.planning.search import BudgetPlan, Images, SearchOptions, plan_for_budget
 from groupify.planning.sensitivity import exact_sensitivity, measure_sensitivity
@@ -265,6 +265,16 @@ def test_a_latency_limit_is_held_by_the_measured_one(timed: Any, tmp_path: Path)
         assert winner.costs["latency"] in seen
         losses.append(winner.loss)
     assert losses[0] > losses[1] > losses[2]
+
+
+@pytest.mark.parametrize(("factor", "is_warm"), [(0.9, False), (0.7, True)])
+def test_convs_are_timed_warm_where_plans_are_much_faster_than_predicted(
+    factor: float, is_warm: bool, timed: Any, tmp_path: Path
+) -> None:
+    timed(lambda predicted: factor * predicted)
+    plan_for_budget(net(), SHAPE, "latency=60%", options=SearchOptions(cache=tmp_path, kinds=("grouped",)))
+    (table,) = tmp_path.glob("latency-*.json")
+    assert any(name.endswith("warm") for name in LatencyTable.read(table).convs) == is_warm
 
 
 def test_a_latency_limit_that_no_measured_plan_holds_is_refused(timed: Any, tmp_path: Path) -> None:
