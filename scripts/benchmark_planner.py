@@ -23,8 +23,8 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from groupify.conversion.convert import Calibration, convert
 from groupify.conversion.surgery import SiteRecipe, restructure
-from groupify.data import Data, calibration_images, load_data
+from groupify.data import Data, DataSplits, calibration_images, load_data
 from groupify.deployment.benchmark import benchmark_onnx
 from groupify.deployment.export import export_onnx
 from groupify.deployment.machine import blocked_width
@@ -102,19 +102,27 @@ def main() -> None:
         parser.error(f"no row is called {arguments.rows!r}: there are {', '.join(ROWS)}")
     source = load_model(arguments.model, checkpoint=arguments.checkpoint)
     data = load_data(arguments.data, source.spec)
-    assert data.train is not None
-    assert data.test is not None
     results = ResultFile(arguments.json, keys=KEYS)
     if arguments.retime:
         for key, known in results.rows.items():
             if key[0] == arguments.model and known["row"] in rows and known["speed_up"] is not None:
                 results.merge(asdict(retimed(Entry(**known), source, arguments)), order=in_order)
+    else:
+        measure_missing(results, rows, source, data, arguments)
+    print_summary([Entry(**entry) for key, entry in results.rows.items() if key[0] == arguments.model])
+
+
+def measure_missing(
+    results: ResultFile, rows: Sequence[str], source: Source, data: DataSplits, arguments: argparse.Namespace
+) -> None:
+    """Measure the rows that are not there yet, seed by seed."""
+    assert data.train is not None
+    assert data.test is not None
     for seed in range(arguments.seeds):
         missing = [
             row
             for row in rows
-            if not arguments.retime
-            and (arguments.model, row, seed, arguments.shuffle, arguments.images) not in results.rows
+            if (arguments.model, row, seed, arguments.shuffle, arguments.images) not in results.rows
         ]
         if not missing:
             continue
@@ -124,29 +132,20 @@ def main() -> None:
             entry = run.measure(row)
             print_entry(entry)
             results.merge(asdict(entry), order=in_order)
-    print_summary([Entry(**entry) for key, entry in results.rows.items() if key[0] == arguments.model])
 
 
+@dataclass(frozen=True)
 class Run:
     """What the rows of one seed share; plans that several of them meet are converted and measured once."""
 
-    def __init__(
-        self,
-        source: Source,
-        images: Tensor,
-        held_out: Tensor,
-        arguments: argparse.Namespace,
-        seed: int,
-        test: Data,
-    ) -> None:
-        self.source = source
-        self.images = images
-        self.held_out = held_out
-        self.arguments = arguments
-        self.seed = seed
-        self.test = test
-        self._models: dict[tuple[SiteRecipe, ...], nn.Module] = {}
-        self._top1: dict[tuple[SiteRecipe, ...], float] = {}
+    source: Source
+    images: Tensor
+    held_out: Tensor
+    arguments: argparse.Namespace
+    seed: int
+    test: Data
+    _models: dict[tuple[SiteRecipe, ...], nn.Module] = field(default_factory=dict, init=False)
+    _top1: dict[tuple[SiteRecipe, ...], float] = field(default_factory=dict, init=False)
 
     def measure(self, row: str) -> Entry:
         """Plan at the cost of uniform groups, convert both, measure both."""
