@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import http.server
+import signal
 import socket
 import sys
 import threading
@@ -20,6 +22,7 @@ from torchvision.models import get_model, get_model_weights
 from groupify.errors import CheckpointError, GroupifyWarning, SpecError
 from groupify.zoo import ModelSpec, build_model, load_checkpoint, load_model
 from groupify.zoo import weights as zoo_weights
+from groupify.zoo.weights import read_checkpoint
 
 
 @pytest.fixture
@@ -413,6 +416,25 @@ def test_truncated_checkpoint(tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes()[:-100])
         with pytest.raises(CheckpointError, match="corrupt"):
             load_checkpoint(small_model(), path)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # files left to Python
+def test_an_interrupt_while_reading_is_no_corrupt_checkpoint(tmp_path: Path) -> None:
+    # What load_file of safetensors made of it, about every second time.
+    path = tmp_path / "x.safetensors"
+    save_file({str(number): torch.zeros(100) for number in range(300)}, path)
+    earlier = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    finished = 0
+    try:
+        for number in range(200):
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.setitimer(signal.ITIMER_REAL, 1e-4 + number * 1e-5)
+                read_checkpoint(path)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                finished += 1
+    finally:
+        signal.signal(signal.SIGALRM, earlier)
+    assert finished < 200
 
 
 def test_pickled_code_is_not_run(tmp_path: Path) -> None:

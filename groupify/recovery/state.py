@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from groupify.errors import ArtefactError, SpecError
+from groupify.safetensors_file import read_tensors
 
 _FORMAT = "groupify training state 1"
 
@@ -71,9 +72,7 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ArtefactError: no state, or a damaged one.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors, metadata = read_tensors(path)
         if metadata.get("format") != _FORMAT:
             raise ArtefactError(f"{path} is no training state of this version of groupify; remove it")
         document = json.loads(metadata["state"])

@@ -14,10 +14,10 @@ from urllib.parse import urlparse
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from groupify.errors import CheckpointError, SpecError
+from groupify.safetensors_file import read_tensors
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
 # What DistributedDataParallel and torch.compile put in front of every key.
@@ -44,7 +44,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"no checkpoint {path}: expected a safetensors or torch file")
     try:
         if path.suffix == ".safetensors":
-            content: Any = load_file(path)
+            content: Any = read_tensors(path)[0]
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, EOFError) as error:
