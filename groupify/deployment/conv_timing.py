@@ -8,11 +8,9 @@ left the caches when their turn comes, as in a network. The times are those of O
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import tempfile
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,15 +22,12 @@ from tqdm import tqdm
 from groupify.chunks import chunks
 from groupify.deployment.export import OPSET
 from groupify.deployment.machine import blocked_width
-from groupify.deployment.runtime import open_session, require
-from groupify.deployment.timing import percentile
+from groupify.deployment.profiling import kernel_times
+from groupify.deployment.runtime import require
+from groupify.deployment.timing import UNDISTURBED, percentile
 
 _SESSION_BYTES = 2**28  # of weights and activations in one session
 _IR_VERSION = 9
-_WARM_UP = 2
-# Of the runs of one kernel: on a busy machine more than half of them may have been interrupted, and all those
-# of a whole network.
-_PERCENT = 25
 _END = re.compile(r"(before|after)(\d+)(_nchwc)?")
 
 
@@ -150,54 +145,13 @@ def _time_session(
         graph.add(number, shape)
     with tempfile.TemporaryDirectory(prefix="groupify-") as folder:
         optimised = Path(folder, "optimised.onnx")
-        durations = _profile(graph.serialised(), threads, rounds, save_optimised=optimised)
+        durations = kernel_times(graph.serialised(), threads, rounds, save_optimised=optimised)
         owners = _owners(onnx.load(str(optimised), load_external_data=False).graph.node)
     runs: dict[int, list[float]] = {number: [0.0] * rounds for number in range(len(shapes))}
-    for name, values in durations.items():
+    for (_, name), values in durations.items():
         if name in owners:
             runs[owners[name]] = [sum(pair) for pair in zip(runs[owners[name]], values, strict=True)]
-    return {shape: percentile(runs[number], _PERCENT) / batch_size for number, shape in enumerate(shapes)}
-
-
-def time_network(
-    path: Path, *, threads: int = 1, batch_size: int = 1, input_shape: tuple[int, ...], rounds: int = 24
-) -> float:
-    """Return the time of all kernels of a network, in milliseconds for one image.
-
-    Raises:
-        GroupifyError: ONNX Runtime is missing, or refuses the file.
-    """
-    durations = _profile(path, threads, rounds, input_shape=(batch_size, *input_shape))
-    return sum(percentile(values, _PERCENT) for values in durations.values()) / batch_size
-
-
-def _profile(
-    model: bytes | Path,
-    threads: int,
-    rounds: int,
-    *,
-    save_optimised: Path | None = None,
-    input_shape: tuple[int, ...] | None = None,
-) -> dict[str, list[float]]:
-    """Milliseconds of each kernel of a model in each round."""
-    generator = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory(prefix="groupify-") as folder:
-        session = open_session(
-            model, threads=threads, save_optimised=save_optimised, profile_prefix=Path(folder, "profile")
-        )
-        feed = {
-            source.name: generator.standard_normal(input_shape or source.shape, dtype=np.float32)
-            for source in session.get_inputs()
-        }
-        for _ in range(_WARM_UP + rounds):
-            session.run(None, feed)
-        events = json.loads(Path(session.end_profiling()).read_text())
-    durations: dict[str, list[float]] = defaultdict(list)
-    for event in events:
-        name = event["name"].removesuffix("_kernel_time")
-        if event.get("cat") == "Node" and name != event["name"]:
-            durations[name].append(event["dur"] / 1000)
-    return {name: values[-rounds:] for name, values in durations.items()}
+    return {shape: percentile(runs[number], UNDISTURBED) / batch_size for number, shape in enumerate(shapes)}
 
 
 def _owners(nodes: Iterable[Any]) -> Mapping[str, int]:

@@ -9,11 +9,12 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from groupify.deployment.runtime import open_session
 
 _KERNEL = "_kernel_time"
+_WARM_UP = 2
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def profile_onnx(
         input_shape: shape of one input, without the batch dimension.
         threads: intra-op threads.
         batch_size: inputs per run.
-        runs: how often to run it; the first two, which warm up, weigh nothing in the median.
+        runs: how often to run it, behind two runs that warm up.
         seed: of the random inputs.
 
     Raises:
@@ -61,12 +62,42 @@ def node_times(
 
     Args and errors are those of ``profile_onnx``.
     """
-    generator = torch.Generator().manual_seed(seed)
-    batch = torch.randn(batch_size, *input_shape, generator=generator).numpy()
-    with tempfile.TemporaryDirectory() as folder:
-        session = open_session(path, threads=threads, profile_prefix=Path(folder) / "profile")
-        feed = {session.get_inputs()[0].name: batch}
-        for _ in range(runs + 2):
+    times = kernel_times(path, threads, runs, input_shape=(batch_size, *input_shape), seed=seed)
+    return {node: statistics.median(durations) for node, durations in times.items()}
+
+
+def kernel_times(
+    model: Path | str | bytes,
+    threads: int,
+    runs: int,
+    *,
+    input_shape: tuple[int, ...] | None = None,
+    seed: int = 0,
+    save_optimised: Path | None = None,
+) -> dict[tuple[str, str], list[float]]:
+    """Return the milliseconds of each kernel in each run behind two that warm up, by operator and name.
+
+    Args:
+        model: an ONNX file, or a serialised model.
+        threads: intra-op threads.
+        runs: how many to return.
+        input_shape: of the one input, batch dimension included; None = as the file gives it.
+        seed: of the random inputs.
+        save_optimised: where to write the graph that ONNX Runtime really runs.
+
+    Raises:
+        GroupifyError: ONNX Runtime is missing or refuses the model.
+    """
+    generator = np.random.default_rng(seed)
+    with tempfile.TemporaryDirectory(prefix="groupify-") as folder:
+        session = open_session(
+            model, threads=threads, save_optimised=save_optimised, profile_prefix=Path(folder, "profile")
+        )
+        feed = {
+            source.name: generator.standard_normal(input_shape or source.shape, dtype=np.float32)
+            for source in session.get_inputs()
+        }
+        for _ in range(_WARM_UP + runs):
             session.run(None, feed)
         events = json.loads(Path(session.end_profiling()).read_text())
     times: dict[tuple[str, str], list[float]] = defaultdict(list)
@@ -74,4 +105,4 @@ def node_times(
         if event.get("cat") == "Node" and event["name"].endswith(_KERNEL):
             name = event["name"].removesuffix(_KERNEL)
             times[event["args"]["op_name"], name].append(event["dur"] / 1000)
-    return {node: statistics.median(durations) for node, durations in times.items()}
+    return {kernel: durations[-runs:] for kernel, durations in times.items()}

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 _BURST_SECONDS = 0.03
 _MIN_ROUNDS = 5
 _MAX_BURST = 50
+# The percentile of runs that is taken where nothing is timed beside them: on a busy machine more than half
+# of them may have been interrupted.
+UNDISTURBED = 25
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,16 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from groupify.conversion.sampling import padding_amounts
 from groupify.conversion.surgery import GROUPED_POINTWISE
-from groupify.deployment.conv_timing import ConvShape, time_convs, time_network
+from groupify.deployment.conv_timing import ConvShape, time_convs
 from groupify.deployment.export import export_onnx
 from groupify.deployment.machine import describe_machine
+from groupify.deployment.site_times import NetworkTime, time_network
 from groupify.errors import ArtefactError, PlanError
 from groupify.graph.operations import CONVS, Conv
 from groupify.planning.cache import cache_folder, fingerprint
@@ -24,7 +26,7 @@ from groupify.planning.rules import Observed
 from groupify.strict_json import JsonObject, is_finite, is_text, parse, refuse
 
 FORMAT = "groupify latency table"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _MAX_ENTRIES = 100_000
 _MAX_MS = 1e7
 
@@ -36,15 +38,16 @@ class LatencyTable:
     Attributes:
         machine: where it was measured.
         threads: intra-op threads of ONNX Runtime.
-        convs: shape of a conv and what replaces it → time with its activation; with its weights in the
-            caches where ", warm" is behind the shape.
-        networks: fingerprint of a dense network → time of all of it.
+        convs: shape of a conv and what replaces it → time with its activation.
+        warm_convs: the same with the weights in the caches.
+        networks: fingerprint of a dense network → time of all of it, and of each of its convs in it.
     """
 
     machine: str
     threads: int = 1
     convs: Mapping[str, float] = field(default_factory=dict)
-    networks: Mapping[str, float] = field(default_factory=dict)
+    warm_convs: Mapping[str, float] = field(default_factory=dict)
+    networks: Mapping[str, NetworkTime] = field(default_factory=dict)
 
     def dumps(self) -> str:
         """Return the table as a JSON text; ``loads`` of it is this table."""
@@ -70,7 +73,8 @@ class LatencyTable:
             machine=top.text("machine"),
             threads=top.integer("threads", 1, 65_536),
             convs=_times(top.take("convs"), "table.convs"),
-            networks=_times(top.take("networks"), "table.networks"),
+            warm_convs=_times(top.take("warm_convs"), "table.warm_convs"),
+            networks=_networks(top.take("networks")),
         )
         top.finish()
         return table
@@ -96,17 +100,17 @@ class Latencies:
     """What a table says of one model.
 
     Attributes:
-        dense_ms: the whole dense model.
-        convs_ms: each candidate of each conv, over all its calls, in the order of the choices.
+        rest_ms: what no plan changes.
+        convs_ms: each candidate of each conv, the dense one first, over all its calls.
     """
 
-    dense_ms: float
+    rest_ms: float
     convs_ms: tuple[tuple[float, ...], ...]
 
     @property
-    def rest_ms(self) -> float:
-        """What is not in the convs: everything that no plan changes."""
-        return max(0.0, self.dense_ms - sum(times[0] for times in self.convs_ms))
+    def dense_ms(self) -> float:
+        """The whole dense model."""
+        return self.total((0,) * len(self.convs_ms))
 
     def total(self, chosen: Sequence[int]) -> float:
         """Return the predicted latency of a plan, milliseconds for one image."""
@@ -142,22 +146,33 @@ def measure_table(
         choices: what may become of each conv.
         known: an earlier table of this machine.
         threads: intra-op threads.
-        warm: time the convs with their weights in the caches.
+        warm: time the convs with their weights in the caches as well.
         progress: show a bar on stderr.
     """
     known = LatencyTable(str(describe_machine()), threads) if known is None else known
-    shapes = [shape for row in _shapes(model, choices) for shape in row if shape is not None]
-    missing = [shape for shape in shapes if _key(shape, warm) not in known.convs]
-    convs, networks = dict(known.convs), dict(known.networks)
+    rows = _shapes(model, choices)
+    shapes = [shape for row in rows for shape in row if shape is not None]
+    missing = [shape for shape in shapes if str(shape) not in known.convs]
+    missing_warm = [shape for shape in shapes if warm and str(shape) not in known.warm_convs]
     name = network_fingerprint(model, choices)
-    if name not in networks or (missing and not warm):
+    networks = dict(known.networks)
+    if name not in networks or missing:
+        sites = [options[0].site.name for options, row in zip(choices.sites, rows, strict=True) if row[0]]
         with tempfile.TemporaryDirectory(prefix="groupify-") as folder:
             file = export_onnx(model, Path(folder, "dense.onnx"), input_shape=choices.input_shape).path
-            networks[name] = time_network(file, threads=threads, input_shape=choices.input_shape)
-    if missing:
-        measured = time_convs(missing, threads=threads, warm=warm, progress=progress)
-        convs |= {_key(shape, warm): time for shape, time in measured.items()}
-    return LatencyTable(known.machine, threads, convs, networks)
+            networks[name] = time_network(file, sites, threads=threads, input_shape=choices.input_shape)
+
+    def timed(shapes: Sequence[ConvShape], *, warm: bool) -> dict[str, float]:
+        times = time_convs(shapes, threads=threads, warm=warm, progress=progress) if shapes else {}
+        return {str(shape): time for shape, time in times.items()}
+
+    return LatencyTable(
+        known.machine,
+        threads,
+        convs={**known.convs, **timed(missing, warm=False)},
+        warm_convs={**known.warm_convs, **timed(missing_warm, warm=True)},
+        networks=networks,
+    )
 
 
 def cached_table(
@@ -179,7 +194,7 @@ def cached_table(
     except ArtefactError:
         known = None  # none yet, or a damaged one: it can be measured again
     table = measure_table(model, choices, known, threads=threads, warm=warm, progress=progress)
-    if known is None or table.convs != known.convs or table.networks != known.networks:
+    if table != known:
         table.write(path)
     return table
 
@@ -209,28 +224,42 @@ def look_up(table: LatencyTable, model: nn.Module, choices: Choices, *, warm: bo
             "make it with groupify bench MODEL --table FILE on that machine, with the same --model-args and "
             "--input-size"
         )
-    rows = []
-    for row in _shapes(model, choices):
-        times = []
-        for shape in row:
-            if shape is not None and _key(shape, warm) not in table.convs:
-                raise PlanError(
-                    f"the latency table (of {table.machine}) has no conv {str(shape)!r}: make it with the "
-                    "options of this plan, groupify bench MODEL --table FILE, on that machine"
-                )
-            times.append(0.0 if shape is None else table.convs[_key(shape, warm)])
-        rows.append(times)
-    calls = [choices.observed[o[0].site.name].calls if row[0] is not None else 0
-             for o, row in zip(choices.sites, _shapes(model, choices), strict=True)]  # fmt: skip
-    convs = tuple(tuple(count * time for time in times) for count, times in zip(calls, rows, strict=True))
-    dense = table.networks[name]
-    if warm:
-        dense = look_up(table, model, choices).rest_ms + sum(times[0] for times in convs)
-    return Latencies(dense, convs)
+    network, convs, rest = table.networks[name], [], table.networks[name].total_ms
+    for options, shapes in zip(choices.sites, _shapes(model, choices), strict=True):
+        site = options[0].site.name
+        calls = 0 if shapes[0] is None else choices.observed[site].calls
+        alone = [calls * _find(table, "convs", shape) for shape in shapes]
+        inside = network.convs_ms.get(site, alone[0])
+        times = [calls * _find(table, "warm_convs", shape) for shape in shapes] if warm else alone
+        convs.append(tuple(_in_network(time, alone[0], inside) for time in times))
+        rest -= inside
+    return Latencies(max(0.0, rest), tuple(convs))
 
 
-def _key(shape: ConvShape, warm: bool) -> str:
-    return f"{shape}, warm" if warm else str(shape)
+def _find(table: LatencyTable, field_name: str, shape: ConvShape | None) -> float:
+    times: Mapping[str, float] = getattr(table, field_name)
+    if shape is None:
+        return 0.0
+    if str(shape) not in times:
+        raise PlanError(
+            f"the latency table (of {table.machine}) has no conv {str(shape)!r}: make it with the "
+            "options of this plan, groupify bench MODEL --table FILE, on that machine"
+        )
+    return times[str(shape)]
+
+
+def _in_network(time: float, dense: float, inside: float) -> float:
+    """Return how long a conv takes in its network.
+
+    What the dense conv takes longer there than alone (a sum that is fused into it, for example) stays when it
+    is replaced; where it takes less time, so does its replacement.
+
+    Args:
+        time: of the conv alone.
+        dense: of the dense conv alone.
+        inside: of the dense conv in the network.
+    """
+    return time * inside / dense if inside < dense else time + inside - dense
 
 
 def _shapes(model: nn.Module, choices: Choices) -> list[list[ConvShape | None]]:
@@ -258,12 +287,31 @@ def network_fingerprint(model: nn.Module, choices: Choices) -> str:
     return fingerprint((repr(shapes), repr(choices.input_shape), str(params)))
 
 
+def _networks(value: object) -> dict[str, NetworkTime]:
+    networks = {}
+    for name, network in _named(value, "table.networks").items():
+        where = f"table.networks[{name!r}]"
+        entry = JsonObject(network, where)
+        total = _time(entry.take("total_ms"), f"{where}.total_ms")
+        networks[name] = NetworkTime(total, _times(entry.take("convs_ms"), f"{where}.convs_ms"))
+        entry.finish()
+    return networks
+
+
 def _times(value: object, where: str) -> dict[str, float]:
+    return {name: _time(time, f"{where}[{name!r}]") for name, time in _named(value, where).items()}
+
+
+def _named(value: object, where: str) -> dict[str, object]:
     if not isinstance(value, dict) or len(value) > _MAX_ENTRIES:
-        refuse(where, value, f"an object of at most {_MAX_ENTRIES} times")
-    for name, time in value.items():
+        refuse(where, value, f"an object of at most {_MAX_ENTRIES} entries")
+    for name in value:
         if not is_text(name):
             refuse(f"a name in {where}", name, "printable text")
-        if not is_finite(time) or not 0 <= time <= _MAX_MS:
-            refuse(f"{where}[{name!r}]", time, f"milliseconds from 0 to {_MAX_MS:g}")
-    return {name: float(time) for name, time in value.items()}
+    return value
+
+
+def _time(value: Any, where: str) -> float:
+    if not is_finite(value) or not 0 <= value <= _MAX_MS:
+        refuse(where, value, f"milliseconds from 0 to {_MAX_MS:g}")
+    return float(value)

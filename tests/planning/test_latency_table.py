@@ -9,6 +9,7 @@ import pytest
 
 from groupify.deployment.conv_timing import ConvShape, time_convs
 from groupify.deployment.export import ExportedModel
+from groupify.deployment.site_times import NetworkTime
 from groupify.errors import ArtefactError, PlanError
 from groupify.planning import latency_table
 from groupify.planning.candidates import candidates
@@ -45,9 +46,9 @@ def test_a_table_knows_its_model_and_all_candidates(tmp_path: Path, monkeypatch:
     latencies = look_up(table, net(), choices)
     assert latencies.dense_ms > 0
     assert [len(row) for row in latencies.convs_ms] == [len(options) for options in choices.sites]
-    assert latencies.total((0,) * len(choices.sites)) == pytest.approx(
-        max(latencies.dense_ms, sum(row[0] for row in latencies.convs_ms))
-    )
+    network = next(iter(table.networks.values()))
+    assert latencies.total((0,) * len(choices.sites)) == pytest.approx(network.total_ms)
+    assert network.convs_ms.keys() == {options[0].site.name for options in choices.sites if len(options) > 1}
     assert LatencyTable.loads(table.dumps()) == table
 
     def fail(*_: Any, **__: Any) -> None:
@@ -72,7 +73,8 @@ def test_convs_with_warm_weights_have_times_of_their_own(
     cold = cached_table(net(), choices, cache=tmp_path)
     table = cached_table(net(), choices, cache=tmp_path, warm=True)
     assert table.networks == cold.networks
-    assert table.convs.items() > cold.convs.items()
+    assert table.convs == cold.convs
+    assert table.warm_convs.keys() == cold.convs.keys()
     one, other = (look_up(table, net(), choices, warm=warm) for warm in (False, True))
     assert other.rest_ms == pytest.approx(one.rest_ms)
     assert [time for row in one.convs_ms for time in row] == pytest.approx(
@@ -82,8 +84,27 @@ def test_convs_with_warm_weights_have_times_of_their_own(
         look_up(cold, net(), choices, warm=True)
 
 
+@pytest.mark.parametrize(
+    ("inside", "expected"),
+    [(2.0, (2.0, 0.5)), (5.0, (5.0, 2.0)), (None, (4.0, 1.0))],
+    ids=["faster in the network", "slower in the network", "not told apart in the network"],
+)
+def test_convs_take_what_the_dense_ones_take_in_the_network(
+    inside: float | None, expected: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choices = candidates(net(), SHAPE, group_counts=(4,), kinds=("grouped",))
+    number, site = next((n, o[0].site.name) for n, o in enumerate(choices.sites) if len(o) > 1)
+    network = NetworkTime(100.0, {} if inside is None else {site: inside})
+    monkeypatch.setattr(latency_table, "time_network", lambda *_, **__: network)
+    monkeypatch.setattr(latency_table, "export_onnx", lambda *_, **__: NO_FILE)
+    monkeypatch.setattr(latency_table, "time_convs", lambda s, **_: {shape: 4 / shape.groups for shape in s})
+    latencies = look_up(measure_table(net(), choices), net(), choices)
+    assert latencies.convs_ms[number] == expected
+    assert latencies.dense_ms == pytest.approx(100)
+
+
 def test_a_table_of_another_model_or_of_other_options_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency_table, "time_network", lambda *_, **__: 1.0)
+    monkeypatch.setattr(latency_table, "time_network", lambda *_, **__: NetworkTime(1.0, {}))
     monkeypatch.setattr(latency_table, "export_onnx", lambda *_, **__: NO_FILE)
     few = candidates(net(), SHAPE, group_counts=(2,), kinds=("grouped",))
     table = measure_table(net(), few)
@@ -100,7 +121,11 @@ def test_a_table_of_another_model_or_of_other_options_is_refused(monkeypatch: py
         ({"schema_version": 9}, "schema version is 9"),
         ({"convs": {"a": -1}}, "milliseconds from 0"),
         ({"convs": {"a": "fast"}}, "milliseconds from 0"),
+        ({"warm_convs": {"a": None}}, "milliseconds from 0"),
         ({"networks": [1]}, "an object"),
+        ({"networks": {"a": 1.0}}, "an object"),
+        ({"networks": {"a": {"total_ms": -1, "convs_ms": {}}}}, "milliseconds from 0"),
+        ({"networks": {"a": {"total_ms": 1, "convs_ms": {"b": "fast"}}}}, "milliseconds from 0"),
         ({"threads": 0}, "from 1"),
         ({"more": 0}, "unknown key"),
     ],

@@ -16,6 +16,7 @@ from groupify.conversion.surgery import restructure
 from groupify.data import DataSplits
 from groupify.deployment.conv_timing import ConvShape
 from groupify.deployment.export import ExportedModel
+from groupify.deployment.site_times import NetworkTime
 from groupify.errors import GroupifyWarning, PlanError, SpecError
 from groupify.graph.trace import example_input
 from groupify.pipeline.budget import planning_images
@@ -233,7 +234,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
         return {shape: shape.weights / 1000 for shape in shapes}
 
     monkeypatch.setattr(latency_table, "time_convs", time_convs)
-    monkeypatch.setattr(latency_table, "time_network", lambda *_, **__: 8 * 9.216)
+    monkeypatch.setattr(latency_table, "time_network", lambda *_, **__: NetworkTime(8 * 9.216, {}))
     monkeypatch.setattr(latency_table, "export_onnx", lambda *_, **__: NO_FILE)
 
 
@@ -274,7 +275,7 @@ def test_convs_are_timed_warm_where_plans_are_much_faster_than_predicted(
     timed(lambda predicted: factor * predicted)
     plan_for_budget(net(), SHAPE, "latency=60%", options=SearchOptions(cache=tmp_path, kinds=("grouped",)))
     (table,) = tmp_path.glob("latency-*.json")
-    assert any(name.endswith("warm") for name in LatencyTable.read(table).convs) == is_warm
+    assert bool(LatencyTable.read(table).warm_convs) == is_warm
 
 
 def test_a_latency_limit_that_no_measured_plan_holds_is_refused(timed: Any, tmp_path: Path) -> None:
