@@ -66,6 +66,12 @@ def time_network(
     return NetworkTime(total, {site: share * time for site, time in _by_site(path, sites, kernels).items()})
 
 
+def mean_time(one: NetworkTime, other: NetworkTime) -> NetworkTime:
+    """Return the mean of two measurements of one network."""
+    convs = {site: (time + other.convs_ms[site]) / 2 for site, time in one.convs_ms.items()}
+    return NetworkTime((one.total_ms + other.total_ms) / 2, convs)
+
+
 def site_times(
     path: Path,
     sites: Sequence[str],

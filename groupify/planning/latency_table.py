@@ -16,7 +16,7 @@ from groupify.conversion.surgery import GROUPED_POINTWISE
 from groupify.deployment.conv_timing import ConvShape, time_convs
 from groupify.deployment.export import export_onnx
 from groupify.deployment.machine import describe_machine
-from groupify.deployment.site_times import NetworkTime, time_network
+from groupify.deployment.site_times import NetworkTime, mean_time, time_network
 from groupify.errors import ArtefactError, PlanError
 from groupify.graph.operations import CONVS, Conv
 from groupify.planning.cache import cache_folder, fingerprint
@@ -156,20 +156,26 @@ def measure_table(
     missing_warm = [shape for shape in shapes if warm and str(shape) not in known.warm_convs]
     name = network_fingerprint(model, choices)
     networks = dict(known.networks)
-    if name not in networks or missing:
-        sites = [options[0].site.name for options, row in zip(choices.sites, rows, strict=True) if row[0]]
-        with tempfile.TemporaryDirectory(prefix="groupify-") as folder:
-            file = export_onnx(model, Path(folder, "dense.onnx"), input_shape=choices.input_shape).path
-            networks[name] = time_network(file, sites, threads=threads, input_shape=choices.input_shape)
+    convs: dict[str, float] = {}
 
     def timed(shapes: Sequence[ConvShape], *, warm: bool) -> dict[str, float]:
         times = time_convs(shapes, threads=threads, warm=warm, progress=progress) if shapes else {}
         return {str(shape): time for shape, time in times.items()}
 
+    if name not in networks or missing:
+        sites = [options[0].site.name for options, row in zip(choices.sites, rows, strict=True) if row[0]]
+        with tempfile.TemporaryDirectory(prefix="groupify-") as folder:
+            file = export_onnx(model, Path(folder, "dense.onnx"), input_shape=choices.input_shape).path
+            shape = choices.input_shape
+            # In front and behind: the convs take minutes, in which the speed of a machine may change.
+            before = time_network(file, sites, threads=threads, input_shape=shape)
+            convs = timed(missing, warm=False)
+            after = time_network(file, sites, threads=threads, input_shape=shape)
+        networks[name] = mean_time(before, after)
     return LatencyTable(
         known.machine,
         threads,
-        convs={**known.convs, **timed(missing, warm=False)},
+        convs={**known.convs, **convs},
         warm_convs={**known.warm_convs, **timed(missing_warm, warm=True)},
         networks=networks,
     )
