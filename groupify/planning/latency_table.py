@@ -237,7 +237,9 @@ def look_up(table: LatencyTable, model: nn.Module, choices: Choices, *, warm: bo
         alone = [calls * _find(table, "convs", shape) for shape in shapes]
         inside = network.convs_ms.get(site, alone[0])
         times = [calls * _find(table, "warm_convs", shape) for shape in shapes] if warm else alone
-        convs.append(tuple(_in_network(time, alone[0], inside) for time in times))
+        # What replaces a conv takes more or less time in the network than alone, as the dense conv does.
+        scale = inside / alone[0] if alone[0] else 1.0
+        convs.append(tuple(scale * time for time in times))
         rest -= inside
     return Latencies(max(0.0, rest), tuple(convs))
 
@@ -252,20 +254,6 @@ def _find(table: LatencyTable, field_name: str, shape: ConvShape | None) -> floa
             "options of this plan, groupify bench MODEL --table FILE, on that machine"
         )
     return times[str(shape)]
-
-
-def _in_network(time: float, dense: float, inside: float) -> float:
-    """Return how long a conv takes in its network.
-
-    What the dense conv takes longer there than alone (a sum that is fused into it, for example) stays when it
-    is replaced; where it takes less time, so does its replacement.
-
-    Args:
-        time: of the conv alone.
-        dense: of the dense conv alone.
-        inside: of the dense conv in the network.
-    """
-    return time * inside / dense if inside < dense else time + inside - dense
 
 
 def _shapes(model: nn.Module, choices: Choices) -> list[list[ConvShape | None]]:

@@ -86,7 +86,7 @@ def test_convs_with_warm_weights_have_times_of_their_own(
 
 @pytest.mark.parametrize(
     ("inside", "expected"),
-    [(2.0, (2.0, 0.5)), (5.0, (5.0, 2.0)), (None, (4.0, 1.0))],
+    [(2.0, (2.0, 0.5)), (6.0, (6.0, 1.5)), (None, (4.0, 1.0))],
     ids=["faster in the network", "slower in the network", "not told apart in the network"],
 )
 def test_convs_take_what_the_dense_ones_take_in_the_network(
