@@ -19,6 +19,7 @@ import argparse
 import copy
 import fnmatch
 import json
+import re
 import statistics
 import sys
 import tempfile
@@ -111,6 +112,13 @@ IN_RECOVERY = {
 }
 
 
+def make(name: str, setting: Setting, groups: int) -> nn.Module:
+    """Apply a method, its warnings unheard."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return METHODS[name](setting, groups)
+
+
 @dataclass(frozen=True)
 class Row:
     """One method at the MACs of one number of groups, after some training; accuracies in percent.
@@ -150,6 +158,7 @@ class Bench:
     dense_top1: float
     limit: int | None
     threads: Sequence[int]
+    files: Path | None = None
 
     def measure(self, name: str, groups: int, epochs: Sequence[float]) -> None:
         """Measure the rows of one method at one number of groups that are not there yet."""
@@ -165,17 +174,19 @@ class Bench:
         if not missing and not untimed:
             return
         models, seconds = [], []
-        for setting in self.settings if missing else self.settings[:1]:
+        for setting in self.settings if missing else ():
             start = time.perf_counter()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                models.append(METHODS[name](setting, groups))
+            models.append(make(name, setting, groups))
             seconds.append(time.perf_counter() - start)
+        if models and self.files is not None:
+            export_onnx(models[0], self._file(name, groups, self.files), input_shape=SHAPE)
         if self.threads and latency is None:
-            latency = self._time(models[0])
+            latency = self._time(name, groups, models)
         speed = None if latency is None else latency.get("1", {}).get("speed_up")
         for row in untimed:
             results.merge(asdict(replace(row, latency=latency, speed_up=speed)), order=in_order)
+        if not missing:
+            return
         example = self.settings[0].images[:1]
         dense, own = measure_cost(self.settings[0].dense, example), measure_cost(models[0], example)
         for count in missing:
@@ -215,13 +226,19 @@ class Bench:
         """The test images."""
         return self.trainer.data.test
 
-    def _time(self, model: nn.Module) -> dict[str, dict[str, float]]:
+    @staticmethod
+    def _file(name: str, groups: int, folder: Path) -> Path:
+        return folder / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{groups}.onnx"
+
+    def _time(self, name: str, groups: int, models: Sequence[nn.Module]) -> dict[str, dict[str, float]]:
         """Time the exported file against the dense one, batch 1."""
-        with tempfile.TemporaryDirectory(prefix="groupify-") as folder:
-            files = {
-                name: export_onnx(each, Path(folder) / f"{name}.onnx", input_shape=SHAPE).path
-                for name, each in (("dense", self.settings[0].dense), ("own", model))
-            }
+        with tempfile.TemporaryDirectory(prefix="groupify-") as aside:
+            own = self._file(name, groups, self.files or Path(aside))
+            if not own.exists():
+                model = models[0] if models else make(name, self.settings[0], groups)
+                export_onnx(model, own, input_shape=SHAPE)
+            dense = export_onnx(self.settings[0].dense, Path(aside, "dense.onnx"), input_shape=SHAPE)
+            files = {"dense": dense.path, "own": own}
             timed = benchmark_onnx(files, input_shape=SHAPE, threads=self.threads, seconds=SECONDS)
         pairs = {count: tuple(row for row in timed if row.threads == count) for count in self.threads}
         return {
@@ -312,6 +329,13 @@ def main() -> None:
         "--learning-rates", default=RATES, help="to choose from for each method (default: %(default)s)"
     )
     parser.add_argument("--methods", default="*", metavar="GLOB")
+    parser.add_argument(
+        "--onnx",
+        type=Path,
+        metavar="FOLDER",
+        help="keep the exported files there, and time those that are there: models that one run trains, a "
+        "later one on a quiet machine times",
+    )
     parser.add_argument("--json", type=Path, default=OUTPUT)
     parser.add_argument(
         "--recovery",
@@ -349,8 +373,10 @@ def main() -> None:
         Setting(source.model, calibration_images(data.train, count, seed=seed), seed)
         for seed in range(arguments.seeds)
     ]
-    bench = Bench(trainer, settings, top1, limit, _numbers(arguments.threads, int))
     print(f"{describe_machine()}\ndense top-1 {top1:.2f}%, {count} unlabelled images")
+    if arguments.onnx is not None:
+        arguments.onnx.mkdir(parents=True, exist_ok=True)
+    bench = Bench(trainer, settings, top1, limit, _numbers(arguments.threads, int), arguments.onnx)
     for groups in [4] if arguments.quick else _numbers(arguments.groups, int):
         for name in METHODS:
             if fnmatch.fnmatchcase(name, arguments.methods):

@@ -182,6 +182,14 @@ def test_bench(converted: tuple[Path, dict[str, Any]], run: Run, tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_native_code_that_prints_stays_out_of_results(tmp_path: Path) -> None:
+    code, out, err = finish(
+        start(tmp_path, "plan", "tests.cli_nets:noisy", "--input-size", "3,8,8", "--groups", 4, "--json")
+    )
+    assert (code, err) == (0, "")
+    assert json.loads(out)["macs"]["grouped"] > 0
+
+
 # ---- leaving half-way
 
 

@@ -54,6 +54,7 @@ def main() -> NoReturn:
     """
     sys.path.insert(0, os.getcwd())  # module:function specs name the user's own files
     signal.signal(signal.SIGTERM, _terminate)
+    _keep_stdout_for_results()
     try:
         cli.main(standalone_mode=False)
     except GroupifyError as error:
@@ -80,6 +81,23 @@ def main() -> NoReturn:
             1,
         )
     sys.exit(0)
+
+
+def _keep_stdout_for_results() -> None:
+    """Let what native libraries print go nowhere: HiGHS prints a line of its debugging, whatever it is told.
+
+    https://github.com/jump-dev/HiGHS.jl/issues/312
+    """
+    ours = sys.__stdout__
+    if ours is None or sys.stdout is not ours:
+        return  # closed, or caught already
+    ours.flush()
+    with open(os.devnull, "w") as nowhere:
+        sys.stdout = open(  # noqa: SIM115 (it stays open)
+            os.dup(ours.fileno()), "w", encoding=ours.encoding, errors=ours.errors,
+            buffering=1 if ours.isatty() else -1,
+        )  # fmt: skip
+        os.dup2(nowhere.fileno(), ours.fileno())
 
 
 def _terminate(_: int, __: FrameType | None) -> NoReturn:
