@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Predicted against measured latency of whole models in ONNX Runtime, one thread, batch 1, 3×224×224.
 
-    python -m scripts.benchmark_prediction                          # four models: about 15 minutes
-    python -m scripts.benchmark_prediction --only resnet18 --seconds 4
+    python -m scripts.benchmark_prediction                 # four models: about 20 minutes
+    python -m scripts.benchmark_prediction --only resnet18
 
 The prediction is that of the planner: the dense model as measured when the table was made, less its convs
 there, plus what the table says of their replacements. For every model the latency table is made anew; the
@@ -10,7 +10,8 @@ uniform models are timed in front of it and behind it, interleaved with the dens
 of all runs: the table takes minutes, in which the speed of a machine may change. Weights are random: latency
 does not depend on them. Besides uniform groups there is a mixed plan, for half of the dense latency, which
 can only be timed behind. Needs a quiet machine. How far the speed-up over the dense model was off, which a
-change of the machine's speed leaves as it is, is told beside the error in milliseconds.
+change of the machine's speed leaves as it is, is told beside the error in milliseconds. The rows go into
+benchmarks/prediction.json, in the place of those of the same model.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ from groupify.planning.latency_table import look_up, measure_table
 from groupify.planning.search import uniform_name
 from groupify.planning.sensitivity import weight_sensitivity
 from groupify.zoo import load_model
-from scripts.results import write_results
+from scripts.results import BENCHMARKS, ResultFile
 
 MODELS = ("resnet18", "resnet50", "vgg16_bn", "densenet121")
-INPUT_SHAPE = (3, 224, 224)
+OUTPUT = BENCHMARKS / "prediction.json"
 ALLOWED = 0.10
 MIXED = "planned for half of the latency"
 UNIFORM = (
@@ -82,25 +83,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", metavar="GLOB", default="*", help=f"of {', '.join(MODELS)}")
-    parser.add_argument("--seconds", type=float, default=20.0, help="timing per model (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="timing per model (default: %(default)s)")
     parser.add_argument("--size", type=int, default=224, help="side of the images (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="write the result there as well")
+    parser.add_argument("--json", type=Path, default=OUTPUT, help="where the rows go (default: %(default)s)")
     arguments = parser.parse_args()
     models = [model for model in MODELS if fnmatch.fnmatchcase(model, arguments.only)]
     if not models:
         parser.error(f"no model is called {arguments.only!r}: there are {', '.join(MODELS)}")
-    rows: list[Row] = []
+    results = ResultFile(arguments.json, keys=("model", "plan"))
     for name in models:
-        rows += measure(name, (3, arguments.size, arguments.size), arguments.seconds)
-        if arguments.json:
-            entries = [
-                {**dataclasses.asdict(row), "error": row.error, "speed_up_error": row.speed_up_error}
-                for row in rows
-            ]
-            write_results(arguments.json, {"rows": entries})
-    within = [sum(abs(error) <= ALLOWED for error in errors) for errors in
-              ([row.error for row in rows], [row.speed_up_error for row in rows])]  # fmt: skip
-    print(f"of {len(rows)}, {within[0]} within {ALLOWED:.0%}, of their speed-ups {within[1]}")
+        for row in measure(name, (3, arguments.size, arguments.size), arguments.seconds):
+            entry = {**dataclasses.asdict(row), "error": row.error, "speed_up_error": row.speed_up_error}
+            results.merge(entry, order=lambda row: MODELS.index(row["model"]))
+    for quantity in ("error", "speed_up_error"):
+        within = [abs(row[quantity]) <= ALLOWED for row in results.rows.values()]
+        print(f"{quantity.replace('_', ' ')}: {sum(within)} of {len(within)} within {ALLOWED:.0%}")
 
 
 def measure(name: str, shape: tuple[int, ...], seconds: float) -> list[Row]:
