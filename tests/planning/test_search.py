@@ -14,9 +14,11 @@ from torch.utils.data import TensorDataset
 
 from groupify.conversion.surgery import restructure
 from groupify.data import DataSplits
+from groupify.deployment.benchmark import Latency
 from groupify.deployment.conv_timing import ConvShape
 from groupify.deployment.export import ExportedModel
 from groupify.deployment.site_times import NetworkTime
+from groupify.deployment.timing import Timing
 from groupify.errors import GroupifyWarning, PlanError, SpecError
 from groupify.graph.trace import example_input
 from groupify.pipeline.budget import planning_images
@@ -302,6 +304,20 @@ def test_plans_are_timed_beside_the_dense_model_once(tmp_path: Path, monkeypatch
     assert PlanTimer(net(), choices, 4.0, cache=tmp_path)(grouped) == pytest.approx(milliseconds / 2)
     with pytest.raises(AssertionError, match="timed again"):
         PlanTimer(net(), choices, 4.0, cache=tmp_path, threads=2)(grouped)
+
+
+def test_the_time_of_a_plan_is_the_median_over_sessions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter([4.0, 1.0, 2.0])
+
+    def benchmark(*_: Any, **__: Any) -> list[Latency]:
+        return [Latency("", 1, 1, Timing((time,), (time,))) for time in (8.0, next(times))]
+
+    monkeypatch.setattr(plan_timer, "benchmark_onnx", benchmark)
+    choices = candidates(net(), SHAPE)
+    grouped = choices.plan(choices.uniform["grouped", 4, False])
+    assert PlanTimer(net(), choices, 8.0, cache=tmp_path)(grouped) == 2.0
 
 
 @pytest.mark.usefixtures("clock")
