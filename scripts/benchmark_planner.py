@@ -53,6 +53,7 @@ GROUPS = (2, 4, 8)
 KEYS = ("model", "row", "seed", "shuffle", "images")
 ROWS = tuple(f"{quantity} g={groups}" for quantity in (MACS, LATENCY) for groups in GROUPS)
 SKIP = "*downsample*"  # as in scripts/benchmark_accuracy.py: all 3×3 convs but the first are converted
+SESSIONS = 5
 
 
 @dataclass(frozen=True)
@@ -249,14 +250,20 @@ def retimed(entry: Entry, source: Source, arguments: argparse.Namespace) -> Entr
 
 
 def speed_ups(dense: nn.Module, models: Mapping[str, nn.Module], shape: tuple[int, ...]) -> dict[str, float]:
-    """Time all beside the dense model, interleaved."""
+    """Time all beside the dense model, interleaved; the medians over several sessions."""
     with tempfile.TemporaryDirectory() as folder:
         files = {
             name: export_onnx(model, Path(folder, f"{name}.onnx"), input_shape=shape).path
             for name, model in {"dense": dense, **models}.items()
         }
-        rows = {latency.model: latency for latency in benchmark_onnx(files, input_shape=shape, seconds=8)}
-    return {name: paired_ratio(rows["dense"].timing, rows[name].timing) for name in models}
+        sessions = [
+            {latency.model: latency.timing for latency in benchmark_onnx(files, input_shape=shape, seconds=2)}
+            for _ in range(SESSIONS)
+        ]
+    return {
+        name: statistics.median(paired_ratio(timed["dense"], timed[name]) for timed in sessions)
+        for name in models
+    }
 
 
 def print_entry(entry: Entry) -> None:
