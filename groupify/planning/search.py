@@ -36,10 +36,12 @@ _POWERS = (1.0, 0.5)
 _BISECTIONS = 6
 _CLOSE = 0.01  # relative to the cost: a nearer bisection would only resolve noise
 _HELD_OUT = 0.25
-_TIMINGS = 5
+_TIMINGS = 6
+_CLOSEST = 1.002  # limits that are nearer than this give the same plans
+_WIDER = 1.02
 _SLACK = 0.03  # a plan that is faster than asked by more than this could lose less
 _WARM = 0.85  # of the predicted latency: a plan that is faster than this has its weights in the caches
-_WARM_MOST = 2.0  # how much faster than predicted that makes it, at most
+_WARMER = 1.2  # how much more than other plans one may be faster than predicted
 _NOISE = 0.01  # what a measured latency may be over its limit
 
 ConvertPlan = Callable[[Plan], nn.Module]
@@ -281,6 +283,7 @@ class _Search:
         else:
             self._powers = _POWERS[:1]  # without a race there is nothing to tell variants apart by
         self._timer: PlanTimer | None = None
+        self._measured_to_predicted: list[float] = []  # of the latencies of the plans that were timed
         if costing.latencies is not None and options.table is None and options.verify:
             self._timer = PlanTimer(
                 model, costing.choices, costing.latencies.dense_ms, threads=options.threads,
@@ -367,16 +370,27 @@ class _Search:
         """
         asked, least = limits[LATENCY], costing.least(LATENCY) * (1 + 1e-9)
         predicted = max(asked, least)
+        low, high = 0.0, math.inf  # limits on what is predicted: of a plan that holds, of one that does not
         tried: dict[Chosen, float] = {}
-        for _ in range(_TIMINGS):
+        while high > low * _CLOSEST:
             chosen = costing.best({**limits, LATENCY: predicted}, power=power)
-            if chosen is None or chosen in tried:
+            if chosen is None or (chosen not in tried and len(tried) == _TIMINGS):
                 break
-            tried[chosen] = self._milliseconds(chosen)
+            if chosen not in tried:
+                tried[chosen] = self._milliseconds(chosen)
+                self._measured_to_predicted.append(tried[chosen] / self._costing.costs(chosen)[LATENCY])
             held = self._holds(chosen, limits)
             if (held and tried[chosen] >= asked * (1 - _SLACK)) or (not held and predicted == least):
                 break
+            if held:
+                low = max(low, predicted)
+            else:
+                high = min(high, predicted)
             predicted = max(least, costing.costs(chosen)[LATENCY] * asked / tried[chosen])
+            if not low < predicted < high:  # plans come in steps, and their times scatter
+                predicted = max(least, math.sqrt(low * high) if high < math.inf else _WIDER * low)
+            if predicted > costing.dense_costs[LATENCY]:
+                break
         return tried
 
     @functools.cached_property
@@ -392,7 +406,7 @@ class _Search:
         """The limits, with that on a latency wide enough for all that measurement may find to hold it."""
         if self._timer is None or LATENCY not in limits:
             return limits
-        return {**limits, LATENCY: _WARM_MOST * limits[LATENCY]}
+        return {**limits, LATENCY: _WARMER * limits[LATENCY] / min([1.0, *self._measured_to_predicted])}
 
     def _holds(self, chosen: Chosen, limits: Mapping[str, float]) -> bool:
         """Whether the measured latency, where there is one, is within its limit."""
