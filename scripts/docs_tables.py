@@ -127,7 +127,8 @@ def recovery(document: dict[str, Any]) -> Rows:
 
 def planner(document: dict[str, Any]) -> Rows:
     """A line per model and budget: uniform groups and the plan at the same cost, means over the seeds."""
-    rows: Rows = [("", "seeds", "dense", "uniform", "planned", "of uniform's drop closed")]
+    titles = ("seeds", "dense", "uniform", "planned", "of uniform's drop closed", "speed-ups of both")
+    rows: Rows = [("", *titles)]
     for model, row in dict.fromkeys((one["model"], one["row"]) for one in document["rows"]):
         same = [one for one in document["rows"] if (one["model"], one["row"]) == (model, row)]
         dense, uniform, planned = (
@@ -136,7 +137,10 @@ def planner(document: dict[str, Any]) -> Rows:
         )
         closed = f"{100 * (planned - uniform) / (dense - uniform):.0f}%" if uniform < dense else "–"
         name = f"{model.rpartition(':')[2]}, {row}"
-        rows.append((name, str(len(same)), *(f"{top1:.2f}%" for top1 in (dense, uniform, planned)), closed))
+        timed = [one["speed_up"] for one in same if one["speed_up"]]
+        speeds = [statistics.fmean(one[plan] for one in timed) for plan in ("uniform", "planned") if timed]
+        tops = (f"{top1:.2f}%" for top1 in (dense, uniform, planned))
+        rows.append((name, str(len(same)), *tops, closed, " → ".join(f"{s:.2f}×" for s in speeds) or "–"))
     return rows
 
 

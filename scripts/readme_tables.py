@@ -72,25 +72,6 @@ def recovery(document: dict[str, Any]) -> str:
     return markdown(lines)
 
 
-def peers(document: dict[str, Any]) -> str:
-    """Top-1 after no, a little and some training, and the speed-up: a line per method, a column per MACs."""
-    rows = {(row["method"], row["groups"], row["epochs"]): row for row in document["rows"]}
-    groups = sorted({count for _, count, _ in rows})
-    trainings = sorted({epochs for *_, epochs in rows})
-    saved = {count: rows["groupify", count, 0.0]["macs_ratio"] for count in groups}
-    after = " / ".join(f"{count:g}" for count in trainings) + " epochs"
-    lines = [[f"top-1 after {after}, speed-up", *(f"MACs ÷{saved[count]:.1f}" for count in groups)]]
-    for method in dict.fromkeys(name for name, *_ in rows):
-        cells = []
-        for count in groups:
-            found = [rows.get((method, count, epochs)) for epochs in trainings]
-            tops = " / ".join("–" if row is None else f"{row['accuracy_mean']:.1f}" for row in found)
-            speed = next((row["speed_up"] for row in found if row and row["speed_up"]), None)
-            cells.append(f"{tops}%" + ("" if speed is None else f", {speed:.1f}×"))
-        lines.append([f"**{method}**" if method.startswith("groupify") else method, *cells])
-    return markdown(lines)
-
-
 def planner(document: dict[str, Any]) -> str:
     """Top-1 of uniform groups and of the plan at the same cost, a line per model and budget."""
     rows = document["rows"]
@@ -139,7 +120,7 @@ def results(name: str) -> dict[str, Any]:
     return found
 
 
-TABLES = {"recovery": recovery, "peers": peers, "planner": planner, "latency": latency}
+TABLES = {"recovery": recovery, "planner": planner, "latency": latency}
 
 
 if __name__ == "__main__":

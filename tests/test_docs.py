@@ -105,11 +105,11 @@ def test_table_of_the_recovery() -> None:
 def test_table_of_the_planner() -> None:
     row = {
         "model": "groupify.demo:fashion_vgg11_bn", "row": "macs g=8", "dense_accuracy": 93.0,
-        "uniform_accuracy": 89.0, "planned_accuracy": 91.0,
+        "uniform_accuracy": 89.0, "planned_accuracy": 91.0, "speed_up": None,
     }  # fmt: skip
-    rows = [row, {**row, "planned_accuracy": 92.0}]
+    rows = [row, {**row, "planned_accuracy": 92.0, "speed_up": {"uniform": 8.0, "planned": 8.5}}]
     assert docs_tables.planner({"rows": rows})[1:] == [
-        ("fashion_vgg11_bn, macs g=8", "2", "93.00%", "89.00%", "91.50%", "62%")
+        ("fashion_vgg11_bn, macs g=8", "2", "93.00%", "89.00%", "91.50%", "62%", "8.00× → 8.50×")
     ]
 
 
