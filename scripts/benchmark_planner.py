@@ -34,10 +34,9 @@ from torch import Tensor, nn
 from groupify.conversion.convert import Calibration, convert
 from groupify.conversion.surgery import SiteRecipe, restructure
 from groupify.data import Data, DataSplits, calibration_images, load_data
-from groupify.deployment.benchmark import benchmark_onnx
+from groupify.deployment.benchmark import speed_ups
 from groupify.deployment.export import export_onnx
 from groupify.deployment.machine import blocked_width
-from groupify.deployment.timing import paired_ratio
 from groupify.evaluation import evaluate
 from groupify.planning import Plan
 from groupify.planning.budget import LATENCY, MACS, Budget, Limit
@@ -53,7 +52,7 @@ GROUPS = (2, 4, 8)
 KEYS = ("model", "row", "seed", "shuffle", "images")
 ROWS = tuple(f"{quantity} g={groups}" for quantity in (MACS, LATENCY) for groups in GROUPS)
 SKIP = "*downsample*"  # as in scripts/benchmark_accuracy.py: all 3×3 convs but the first are converted
-SESSIONS = 5
+SESSIONS, SECONDS = 5, 2.0
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,7 @@ class Run:
             winner=found.winner.name,
             predicted={name: c.loss for name, c in contenders.items()} | {"row": costing.loss(uniform)},
             divergence=measured,
-            speed_up=speed_ups(model, models, shape) if quantity == LATENCY else None,
+            speed_up=timed_beside(model, models, shape) if quantity == LATENCY else None,
             plan={
                 site.name: f"{site.kind} {site.groups}" + (" shuffle" if site.shuffle else "")
                 for site in found.plan.converted
@@ -244,26 +243,21 @@ def retimed(entry: Entry, source: Source, arguments: argparse.Namespace) -> Entr
     models = {
         name: restructure(model, recipes) for name, recipes in (("uniform", uniform), ("planned", planned))
     }
-    timed = replace(entry, speed_up=speed_ups(model, models, shape))
+    timed = replace(entry, speed_up=timed_beside(model, models, shape))
     print(f"{entry.model} {entry.row} seed {entry.seed}: {entry.speed_up} → {timed.speed_up}", flush=True)
     return timed
 
 
-def speed_ups(dense: nn.Module, models: Mapping[str, nn.Module], shape: tuple[int, ...]) -> dict[str, float]:
-    """Time all beside the dense model, interleaved; the medians over several sessions."""
+def timed_beside(
+    dense: nn.Module, models: Mapping[str, nn.Module], shape: tuple[int, ...]
+) -> dict[str, float]:
+    """Return how many times faster than the dense model each is."""
     with tempfile.TemporaryDirectory() as folder:
         files = {
             name: export_onnx(model, Path(folder, f"{name}.onnx"), input_shape=shape).path
             for name, model in {"dense": dense, **models}.items()
         }
-        sessions = [
-            {latency.model: latency.timing for latency in benchmark_onnx(files, input_shape=shape, seconds=2)}
-            for _ in range(SESSIONS)
-        ]
-    return {
-        name: statistics.median(paired_ratio(timed["dense"], timed[name]) for timed in sessions)
-        for name in models
-    }
+        return speed_ups(files, "dense", input_shape=shape, sessions=SESSIONS, seconds=SECONDS)
 
 
 def print_entry(entry: Entry) -> None:

@@ -131,10 +131,10 @@ def measure(name: str, shape: tuple[int, ...], seconds: float, attempts: int = 3
     pooled = {plan: pool(first[plan], second[plan]) for plan in first}
     dense = pooled["dense"].median_ms
     # The plan was not there in front of the table: its time is brought to the speed of both timings.
-    speed = {MIXED: dense / second["dense"].median_ms}
+    to_both = dense / second["dense"].median_ms
     rows = []
     for plan, indices in chosen.items():
-        timing, factor = pooled.get(plan, second[plan]), speed.get(plan, 1.0)
+        timing, factor = (pooled[plan], 1.0) if plan in pooled else (second[plan], to_both)
         row = Row(
             name,
             plan,

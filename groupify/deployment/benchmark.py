@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from groupify.errors import GroupifyError
 
 SECONDS = 4.0
 QUICK_SECONDS = 1.0
+SESSIONS = 3
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,48 @@ def speed_up(dense: Latency, grouped: Latency) -> float:
             f"{grouped.threads} threads, batch {grouped.batch_size}: compare rows of one setting"
         )
     return paired_ratio(dense.timing, grouped.timing)
+
+
+def speed_ups(
+    models: Mapping[str, Path],
+    reference: str,
+    *,
+    input_shape: tuple[int, ...],
+    threads: int = 1,
+    sessions: int = SESSIONS,
+    seconds: float = QUICK_SECONDS,
+    progress: bool = False,
+) -> dict[str, float]:
+    """Return how many times faster each file runs than one of them, batch 1; the median over sessions.
+
+    Where a session's weights come to lie in memory changes the time of a small model, so that a single
+    session misjudges it.
+
+    Args:
+        models: files by name.
+        reference: name of the one to compare with.
+        input_shape: shape of one input, without the batch dimension.
+        threads: intra-op threads.
+        sessions: how often all files are opened anew and timed.
+        seconds: measuring time of each, for all models together.
+        progress: show a bar on standard error.
+
+    Raises:
+        GroupifyError: ONNX Runtime is missing, or it cannot run a file.
+    """
+    timed = [
+        {
+            row.model: row
+            for row in benchmark_onnx(
+                models, input_shape=input_shape, threads=(threads,), seconds=seconds, progress=progress
+            )
+        }
+        for _ in range(sessions)
+    ]
+    others = [name for name in models if name != reference]
+    return {
+        name: statistics.median(speed_up(rows[reference], rows[name]) for rows in timed) for name in others
+    }
 
 
 def benchmark_onnx(

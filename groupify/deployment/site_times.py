@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from groupify.deployment.benchmark import benchmark_onnx
 from groupify.deployment.profiling import kernel_times, node_times
-from groupify.deployment.runtime import open_session, require
-from groupify.deployment.timing import UNDISTURBED, percentile, time_interleaved
+from groupify.deployment.runtime import require
+from groupify.deployment.timing import UNDISTURBED, percentile
 
 # What ONNX Runtime fuses into the conv in front.
 _FUSED = ("Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid", "Add", "Sum", "Identity")
@@ -52,14 +51,11 @@ def time_network(
     Raises:
         GroupifyError: ONNX Runtime or onnx is missing, or refuses the file.
     """
-    session = open_session(path, threads=threads)
-    image = np.random.default_rng(0).standard_normal((1, *input_shape), dtype=np.float32)
-    feed = {session.get_inputs()[0].name: image}
-    timed = time_interleaved({"all": lambda: session.run(None, feed)}, seconds=_SECONDS)
-    total = percentile(timed["all"].runs_ms, UNDISTURBED)
+    (whole,) = benchmark_onnx({"": path}, input_shape=input_shape, threads=(threads,), seconds=_SECONDS)
+    total = percentile(whole.timing.runs_ms, UNDISTURBED)
     kernels = {
         kernel: percentile(durations, UNDISTURBED)
-        for kernel, durations in kernel_times(path, threads, rounds, input_shape=image.shape).items()
+        for kernel, durations in kernel_times(path, threads, rounds, input_shape=(1, *input_shape)).items()
     }
     # Shares only: the speed of the machine may have changed in between, and the profiler takes time itself.
     share = total / sum(kernels.values())

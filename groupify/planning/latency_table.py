@@ -230,13 +230,14 @@ def look_up(table: LatencyTable, model: nn.Module, choices: Choices, *, warm: bo
             "make it with groupify bench MODEL --table FILE on that machine, with the same --model-args and "
             "--input-size"
         )
-    network, convs, rest = table.networks[name], [], table.networks[name].total_ms
+    network, convs = table.networks[name], []
+    rest = network.total_ms
     for options, shapes in zip(choices.sites, _shapes(model, choices), strict=True):
         site = options[0].site.name
         calls = 0 if shapes[0] is None else choices.observed[site].calls
-        alone = [calls * _find(table, "convs", shape) for shape in shapes]
+        alone = [calls * _find(table, table.convs, shape) for shape in shapes]
         inside = network.convs_ms.get(site, alone[0])
-        times = [calls * _find(table, "warm_convs", shape) for shape in shapes] if warm else alone
+        times = [calls * _find(table, table.warm_convs, shape) for shape in shapes] if warm else alone
         # What replaces a conv takes more or less time in the network than alone, as the dense conv does.
         scale = inside / alone[0] if alone[0] else 1.0
         convs.append(tuple(scale * time for time in times))
@@ -244,8 +245,7 @@ def look_up(table: LatencyTable, model: nn.Module, choices: Choices, *, warm: bo
     return Latencies(max(0.0, rest), tuple(convs))
 
 
-def _find(table: LatencyTable, field_name: str, shape: ConvShape | None) -> float:
-    times: Mapping[str, float] = getattr(table, field_name)
+def _find(table: LatencyTable, times: Mapping[str, float], shape: ConvShape | None) -> float:
     if shape is None:
         return 0.0
     if str(shape) not in times:

@@ -8,25 +8,19 @@ from __future__ import annotations
 
 import functools
 import shutil
-import statistics
 import tempfile
 import weakref
-from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
 
 from groupify.conversion.surgery import restructure
-from groupify.deployment.benchmark import benchmark_onnx
+from groupify.deployment.benchmark import SESSIONS, speed_ups
 from groupify.deployment.export import export_onnx
-from groupify.deployment.timing import paired_ratio
 from groupify.planning.cache import NumberCache, cache_folder, fingerprint
 from groupify.planning.candidates import Choices
 from groupify.planning.latency_table import machine_fingerprint, network_fingerprint
 from groupify.planning.plan import Plan
-
-_SECONDS = 3.0
-_SESSIONS = 3  # where a session's weights come to lie in memory changes the time of a small model
 
 
 class PlanTimer:
@@ -58,7 +52,7 @@ class PlanTimer:
         self._threads = threads
         self._progress = progress
         name = fingerprint(
-            (machine_fingerprint(threads), network_fingerprint(model, choices), f"{_SESSIONS} sessions")
+            (machine_fingerprint(threads), network_fingerprint(model, choices), f"{SESSIONS} sessions")
         )
         self._shares = NumberCache((cache or cache_folder()) / f"plans-{name}.json")
 
@@ -77,16 +71,11 @@ class PlanTimer:
         model = restructure(self._model, plan.recipes)
         with tempfile.TemporaryDirectory(prefix="groupify-") as folder:
             own = export_onnx(model, Path(folder, "planned.onnx"), input_shape=self._shape).path
-            files = {"dense": self._dense_file, "planned": own}
-            return statistics.median(self._share(files) for _ in range(_SESSIONS))
-
-    def _share(self, files: Mapping[str, Path]) -> float:
-        """Time both files in sessions of their own, in turns; return the ratio of the second to the first."""
-        dense, planned = benchmark_onnx(
-            files, input_shape=self._shape, threads=(self._threads,), seconds=_SECONDS / _SESSIONS,
-            progress=self._progress,
-        )  # fmt: skip
-        return paired_ratio(planned.timing, dense.timing)
+            found = speed_ups(
+                {"dense": self._dense_file, "planned": own}, "dense", input_shape=self._shape,
+                threads=self._threads, progress=self._progress,
+            )  # fmt: skip
+        return 1 / found["planned"]
 
     @functools.cached_property
     def _dense_file(self) -> Path:

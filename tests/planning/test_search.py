@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -14,7 +15,8 @@ from torch.utils.data import TensorDataset
 
 from groupify.conversion.surgery import restructure
 from groupify.data import DataSplits
-from groupify.deployment.benchmark import Latency
+from groupify.deployment import benchmark as benchmark_module
+from groupify.deployment.benchmark import Latency, speed_ups
 from groupify.deployment.conv_timing import ConvShape
 from groupify.deployment.export import ExportedModel
 from groupify.deployment.site_times import NetworkTime
@@ -312,7 +314,7 @@ def test_a_latency_limit_that_no_measured_plan_holds_is_refused(timed: Any, tmp_
 
 
 def test_plans_are_timed_beside_the_dense_model_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_timer, "_SECONDS", 0.2)
+    monkeypatch.setattr(plan_timer, "speed_ups", functools.partial(speed_ups, seconds=0.07))
     choices = candidates(net(), SHAPE)
     grouped = choices.plan(choices.uniform["grouped", 4, False])
     milliseconds = PlanTimer(net(), choices, 8.0, cache=tmp_path)(grouped)
@@ -321,7 +323,7 @@ def test_plans_are_timed_beside_the_dense_model_once(tmp_path: Path, monkeypatch
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("timed again")
 
-    monkeypatch.setattr(plan_timer, "benchmark_onnx", fail)
+    monkeypatch.setattr(plan_timer, "speed_ups", fail)
     assert PlanTimer(net(), choices, 4.0, cache=tmp_path)(grouped) == pytest.approx(milliseconds / 2)
     with pytest.raises(AssertionError, match="timed again"):
         PlanTimer(net(), choices, 4.0, cache=tmp_path, threads=2)(grouped)
@@ -333,9 +335,10 @@ def test_the_time_of_a_plan_is_the_median_over_sessions(
     times = iter([4.0, 1.0, 2.0])
 
     def benchmark(*_: Any, **__: Any) -> list[Latency]:
-        return [Latency("", 1, 1, Timing((time,), (time,))) for time in (8.0, next(times))]
+        milliseconds = {"dense": 8.0, "planned": next(times)}
+        return [Latency(name, 1, 1, Timing((time,), (time,))) for name, time in milliseconds.items()]
 
-    monkeypatch.setattr(plan_timer, "benchmark_onnx", benchmark)
+    monkeypatch.setattr(benchmark_module, "benchmark_onnx", benchmark)
     choices = candidates(net(), SHAPE)
     grouped = choices.plan(choices.uniform["grouped", 4, False])
     assert PlanTimer(net(), choices, 8.0, cache=tmp_path)(grouped) == 2.0
