@@ -3,7 +3,7 @@
     python -m scripts.plot_peers [benchmarks/peers.json] [-o docs/peers.svg]
 
 Reads what ``scripts/benchmark_peers.py`` wrote. The x axis is the speed-up in ONNX Runtime with one thread
-where every row has been timed, otherwise the MAC ratio. Needs matplotlib, of the ``dev`` extra.
+where every row has been timed, otherwise the MAC ratio.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python -m scripts.plot_readme [benchmarks/accuracy.json] [-o docs/accuracy_latency.svg]
 
 Reads what ``scripts/benchmark_accuracy.py --json`` wrote. Where every row has a ``speed_up`` (measured in
-ONNX Runtime), that is the x axis, otherwise it is the MAC ratio. Needs matplotlib, of the ``dev`` extra.
+ONNX Runtime), that is the x axis, otherwise it is the MAC ratio.
 """
 
 from __future__ import annotations

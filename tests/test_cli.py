@@ -457,20 +457,6 @@ def test_a_table_of_other_threads_is_refused(run: Run, tmp_path: Path, cache: Pa
 
 @pytest.mark.parametrize(("plot", "says"), [("f.xyz", "'.xyz'"), ("f", "''")])
 def test_a_plot_that_cannot_be_drawn_is_refused_at_once(run: Run, plot: str, says: str) -> None:
-    pytest.importorskip("matplotlib")
     refused = run("plan", "no such model", "--target", "macs=60%", "--frontier-plot", plot)
     assert (refused.code, refused.err.count("\n")) == (2, 1)
     assert f"{plot}: its ending is {says}, expected one of" in refused.err
-
-
-def test_a_frontier_without_matplotlib(
-    run: Run, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for module in ("matplotlib.figure", "matplotlib.backend_bases"):
-        monkeypatch.setitem(sys.modules, module, None)
-    refused = run("plan", "no such model", "--target", "macs=60%", "--frontier-plot", "f.png")
-    assert (refused.code, refused.err.count("\n")) == (2, 1)
-    assert "pip install matplotlib" in refused.err
-    printed = run("plan", *TINY, "--target", "macs=60%", "--frontier")
-    assert printed.code == 0
-    assert printed.out.endswith("not drawn: pip install matplotlib\n")

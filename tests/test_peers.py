@@ -220,7 +220,6 @@ def test_table_has_a_line_per_method_and_macs(tmp_path: Path) -> None:
 
 
 def test_picture_has_a_panel_per_training(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib draws the picture")
     results = result_file(tmp_path / "peers.json", dense_accuracy=93.5)
     for groups, ratio in ((2, 1.9), (4, 3.7)):
         for epochs in (0.0, 1.0):

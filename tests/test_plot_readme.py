@@ -11,8 +11,6 @@ import pytest
 
 from tests.conftest import ROOT
 
-pytest.importorskip("matplotlib", reason="matplotlib draws the picture")
-
 NAMES = ("method", "groups", "accuracy_mean", "accuracy_spread", "macs_ratio")
 ROWS = [
     dict(zip(NAMES, values, strict=True))

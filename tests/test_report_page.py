@@ -30,7 +30,7 @@ from groupify.errors import ArtefactError
 from groupify.planning import Change
 from groupify.recovery.finetune import FinetuneRow
 from groupify.reporting import report_document
-from groupify.reporting.charts import Point, chart
+from groupify.reporting.charts import HEIGHT, WIDTH, Point, chart, place_labels
 from groupify.reporting.html import comparison_page, report_page
 from groupify.reporting.pixels import png_uri
 from groupify.reporting.read import Run, earlier_runs, read_report
@@ -303,20 +303,49 @@ def test_picture_holds_the_values_as_opacity() -> None:
         png_uri(values, 4)
 
 
+def numbers(pattern: str, text: str) -> list[float]:
+    return [float(found) for found in re.findall(pattern, text)]
+
+
 def test_chart_keeps_everything_inside_and_labels_apart() -> None:
     points = [
-        Point(x, 90 + y, "other", "", f"run {x}") for x, y in ((1, 0.0), (1.1, 0.01), (1.2, 0.02), (9, 3))
+        Point(x, 90 + y, "other", f"point {x}", f"run {x}")
+        for x, y in ((1, 0.0), (1.1, 0.01), (1.2, 0.02), (9, 3))
     ]
     drawn = chart("a chart", points, x_title="x", y_title="y", from_zero=True)
-    for mark in drawn.marks:
-        assert drawn.x.start <= mark.x <= drawn.x.end
-        assert drawn.y.end <= mark.y <= drawn.y.start
-    places = sorted(mark.label_y for mark in drawn.marks if mark.x < 200 and mark.anchor == "start")
-    assert all(low + 12 <= high for low, high in pairwise(places))
-    assert 3 <= len(drawn.x.ticks) <= 8
-    assert drawn.x.ticks[0][1] == "0"
-    alone = chart("one point", [Point(1, 1, "dense", "")], x_title="", y_title="")
-    assert len(alone.marks) == 1
+    across, down = numbers('cx="([^"]+)', drawn), numbers('cy="([^"]+)', drawn)
+    assert len(across) == len(points)
+    assert all(0 < x < WIDTH for x in across)
+    assert all(0 < y < HEIGHT for y in down)
+    labels = place_labels(["a long run"] * 4, list(zip(across, down, strict=True))[::-1])
+    rows = sorted(label.y for label in labels if label is not None and label.align == "left")
+    assert len(rows) >= 3
+    assert all(low + 12 <= high for low, high in pairwise(rows))
+    ticks = re.findall(r"middle[^>]*>([^<]+)</text>", drawn)
+    assert 3 <= len(ticks) <= 8
+    assert ticks[0] == "0"
+    assert chart("one point", [Point(1, 1, "dense", "")], x_title="", y_title="").count("<circle") == 1
+
+
+def test_a_chart_takes_its_colours_and_letters_from_the_page() -> None:
+    line = [Point(0, 1, "small", "first"), Point(1, 2, "small", "second")]
+    drawn = chart("curve", line, x_title="epoch", y_title="loss", lines=[("curve", line)])
+    named = set(re.findall(r"var\(--(\w+)\)", drawn))
+    assert named == {"soft", "rule", "accent"}
+    style = (ROOT / "groupify" / "reporting" / "templates" / "base.html.j2").read_text("utf-8")
+    assert all(f"--{name}:" in style for name in {"page", "ink", "pale", "other"} | named)
+    assert not re.search(r"#0\d0\d0\d|font|<style|http", drawn)
+    assert drawn == chart("curve", line, x_title="epoch", y_title="loss", lines=[("curve", line)])
+
+
+def test_labels_are_text_whatever_they_say() -> None:
+    names = ["$a^b$", "漢字", "<b>&", "two\nlines", "label-mark-0"]
+    points = [Point(x, x, "other", name, name) for x, name in enumerate(names)]
+    drawn = chart("names", points, x_title="", y_title="")
+    assert re.findall(r"<title>([^<]*)</title>", drawn)[::-1] == [
+        "$a^b$", "漢字", "&lt;b&gt;&amp;", "two lines", "label-mark-0"
+    ]  # fmt: skip
+    assert {"$a^b$", "漢字", "&lt;b&gt;&amp;"} <= set(re.findall(r">([^<]*)</text>", drawn))
 
 
 def test_names_from_outside_cannot_write_the_page() -> None:

@@ -39,7 +39,7 @@ from groupify.errors import SpecError
     "--frontier-plot",
     type=click.Path(path_type=Path),
     callback=output_file,
-    help="Draw it here; needs matplotlib.",
+    help="Draw it here, for example x.svg.",
 )
 @common_options
 def plan(model: str, **options: Any) -> None:
@@ -85,9 +85,9 @@ def plan(model: str, **options: Any) -> None:
 
 def _plan_for_budget(model: str, options: dict[str, Any]) -> None:
     from groupify.pipeline.budget import find_frontier
-    from groupify.planning.frontier import check_plot, plot_frontier
     from groupify.planning.plan_file import PlanFile
     from groupify.reporting.budget import budget_document, print_budget_plan, print_frontier
+    from groupify.reporting.frontier_plot import check_plot, plot_frontier
     from groupify.reporting.text import stdout_console
 
     plot: Path | None = options["frontier_plot"]
@@ -113,6 +113,6 @@ def _plan_for_budget(model: str, options: dict[str, Any]) -> None:
             print_frontier(frontier, stdout_console())
             plot = plot or Path(f"{model.rpartition(':')[2]}-frontier.png")
     if frontier is not None and plot is not None:
-        drawn = plot_frontier(frontier, plot)
+        plot_frontier(frontier, plot)
         if not options["as_json"]:
-            click.echo(f"wrote {plot}" if drawn else "not drawn: pip install matplotlib")
+            click.echo(f"wrote {plot}")

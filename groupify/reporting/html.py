@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 
-from groupify.reporting.charts import Chart, Point, chart
+from groupify.reporting.charts import Point, chart
 from groupify.reporting.pixels import png_uri
 from groupify.reporting.read import Run
 from groupify.reporting.text import count, ratio, size
@@ -137,8 +137,8 @@ def _accuracies(document: dict[str, Any]) -> list[tuple[str, str, float]]:
     return [(title, percent(value), round(8 + 84 * (value - low) / span, 1)) for title, value in found]
 
 
-def _plane(run: Run | None, others: Sequence[Run]) -> Chart | None:
-    """Accuracy against latency; None where nothing has both."""
+def _plane(run: Run | None, others: Sequence[Run]) -> tuple[str, str] | None:
+    """Accuracy against latency, name and SVG; None where nothing has both."""
     points, line = [], []
     if run is not None and run.document["latency_ms"] is not None:
         latency, accuracy = run.document["latency_ms"], run.document["accuracy"]
@@ -179,18 +179,18 @@ def _plane(run: Run | None, others: Sequence[Run]) -> Chart | None:
             points.append(Point(milliseconds, 100 * top1, "dense", title, "dense"))
     if not points:
         return None
-    return chart(
-        "Accuracy against latency", points, x_title="latency, ms", y_title="top-1, %", from_zero=True,
-        lines=[("trace", line)],
-    )  # fmt: skip
+    name = "Accuracy against latency"
+    return name, chart(
+        name, points, x_title="latency, ms", y_title="top-1, %", from_zero=True, lines=[("trace", line)]
+    )
 
 
 def _title(name: str, milliseconds: float, top1: float | None) -> str:
     return f"{name}: {milliseconds:.2f} ms, {percent(top1)}"
 
 
-def _curves(document: dict[str, Any]) -> list[Chart]:
-    """Validation accuracy and training loss over the fine-tune; none where there was no training."""
+def _curves(document: dict[str, Any]) -> list[tuple[str, str]]:
+    """Validation accuracy and training loss over the fine-tune, name and SVG; none without training."""
     history = document["history"]
     if len(history) < 2:
         return []
@@ -208,9 +208,9 @@ def _curves(document: dict[str, Any]) -> list[Chart]:
             if row[key] is not None
         ]
         if points:
-            charts.append(
-                chart(name, points, x_title="epoch", y_title=title, from_zero=True, lines=[("curve", points)])
-            )
+            lines = [("curve", points)]
+            drawn = chart(name, points, x_title="epoch", y_title=title, from_zero=True, lines=lines)
+            charts.append((name, drawn))
     return charts
 
 

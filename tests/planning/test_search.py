@@ -21,19 +21,20 @@ from groupify.deployment.conv_timing import ConvShape
 from groupify.deployment.export import ExportedModel
 from groupify.deployment.site_times import NetworkTime
 from groupify.deployment.timing import Timing
-from groupify.errors import GroupifyWarning, PlanError, SpecError
+from groupify.errors import GroupifyError, GroupifyWarning, PlanError, SpecError
 from groupify.graph.trace import example_input
 from groupify.pipeline.budget import planning_images
 from groupify.planning import Plan, latency_table, measure_cost, plan, plan_timer, search
 from groupify.planning import sensitivity as sensitivity_module
 from groupify.planning.budget import Budget
 from groupify.planning.candidates import candidates
-from groupify.planning.frontier import plot_frontier, trace_frontier
+from groupify.planning.frontier import trace_frontier
 from groupify.planning.judge import Judge, Judgement
 from groupify.planning.latency_table import LatencyTable, cached_table
 from groupify.planning.plan_timer import PlanTimer
 from groupify.planning.search import BudgetPlan, Images, SearchOptions, plan_for_budget
 from groupify.planning.sensitivity import exact_sensitivity, measure_sensitivity
+from groupify.reporting.frontier_plot import plot_frontier
 
 SHAPE = (3, 12, 12)
 NO_FILE = ExportedModel(Path(), 18, 0, "", (), 0, 0)
@@ -447,5 +448,8 @@ def test_the_frontier_goes_down_and_marks_the_budget(tmp_path: Path) -> None:
         best = found.costing.best({"macs": point.cost})
         assert best is not None
         assert found.costing.loss(best) <= point.loss + 1e-12
-    if plot_frontier(frontier, tmp_path / "frontier.svg"):
-        assert "<svg" in (tmp_path / "frontier.svg").read_text()
+    plot_frontier(frontier, tmp_path / "frontier.svg")
+    assert "<svg" in (tmp_path / "frontier.svg").read_text()
+    with pytest.raises(GroupifyError, match=r"cannot draw .*x\.nothing"):
+        plot_frontier(frontier, tmp_path / "x.nothing")
+    assert [path.name for path in tmp_path.iterdir()] == ["frontier.svg"]
