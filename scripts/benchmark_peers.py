@@ -34,17 +34,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from groupify.conversion.convert import Calibration, convert
+from groupify.conversion.surgery import restructure
 from groupify.data import calibration_images, load_data
 from groupify.deployment.benchmark import SECONDS, benchmark_onnx, speed_up
 from groupify.deployment.export import export_onnx
 from groupify.deployment.machine import blocked_width, describe_machine
 from groupify.evaluation import evaluate
 from groupify.planning import measure_cost
+from groupify.planning.budget import MACS, Budget, Limit
+from groupify.planning.search import SearchOptions, plan_for_budget
 from groupify.zoo import load_model
 from scripts.benchmark_accuracy import (
     IMAGES,
     MODEL,
     SHAPE,
+    SKIP,
     Method,
     Setting,
     default,
@@ -76,6 +81,20 @@ def low_rank(structure: str) -> Method:
     return method
 
 
+def planned(setting: Setting, groups: int) -> nn.Module:
+    """``--target macs=…``: whatever kinds and groups the planner chooses within the MACs of uniform groups.
+
+    It gets no more images than the others: it plans on three quarters of them and compares plans on the rest.
+    """
+    example = setting.images[:1]
+    wanted = measure_cost(restructure(setting.dense, setting.plan(groups).recipes), example).macs
+    block = blocked_width()
+    options = SearchOptions(exclude=[SKIP], min_group_width=block, block=block, seed=setting.seed)
+    budget = Budget((Limit(MACS, wanted, relative=False),))
+    found = plan_for_budget(setting.dense, SHAPE, budget, setting.images, options)
+    return convert(setting.dense, found.plan, Calibration(setting.images), seed=setting.seed).model
+
+
 def torch_pruning_taylor(setting: Setting, groups: int) -> nn.Module:
     """Torch-Pruning as in Isomorphic Pruning (Fang et al., 2024): Taylor importance, ranked globally.
 
@@ -97,6 +116,7 @@ def torch_pruning_taylor(setting: Setting, groups: int) -> nn.Module:
 METHODS: dict[str, Method] = {
     "groupify": default(),
     "groupify, grouped-pointwise": grouped_pointwise,
+    "groupify, planned": planned,
     "spatial SVD": low_rank("spatial SVD"),
     "Tucker-2": low_rank("Tucker-2"),
     "Torch-Pruning, L2 norm": lambda setting, groups: torch_pruning(setting, groups),
@@ -108,6 +128,7 @@ METHODS: dict[str, Method] = {
 IN_RECOVERY = {
     "groupify": ("groupify", "groupify"),
     "groupify, grouped-pointwise": ("groupify, grouped-pointwise", "groupify"),
+    "groupify, planned": ("groupify, planned", "groupify"),  # no rows, the same rates
     "Torch-Pruning, L2 norm": ("Torch-Pruning, equal MACs", "Torch-Pruning, equal MACs"),
 }
 

@@ -16,7 +16,7 @@ from groupify.data import ImageArrays, load_data
 from groupify.demo import fashion_resnet18
 from groupify.planning import measure_cost, plan
 from groupify.zoo import ModelSpec
-from scripts import benchmark_peers
+from scripts import benchmark_accuracy, benchmark_peers
 from scripts.benchmark_accuracy import Setting, truncation
 from scripts.benchmark_peers import IN_RECOVERY, Bench, Row, in_order, table, take_over
 from scripts.benchmark_recovery import Contestant, densified
@@ -128,6 +128,21 @@ def test_ranks_go_where_the_energy_is() -> None:
     assert choose_ranks(factors, {"flat": 10, "steep": 10}, 4, 2) == {"flat": (2,), "steep": (2,)}
     # A conv that would get no cheaper stays dense.
     assert choose_ranks(factors, {"flat": 4, "steep": 10}, 5, 1) == {"steep": (1,)}
+
+
+def test_planned_meets_the_macs_of_uniform_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    for module in (benchmark_accuracy, benchmark_peers):
+        monkeypatch.setattr(module, "SHAPE", (3, 9, 9))
+        monkeypatch.setattr(module, "SKIP", "0")
+    parts = [nn.Conv2d(3 if not index else 32, 32, 3) for index in range(4)]
+    dense = nn.Sequential(*parts, nn.Flatten(), nn.Linear(32, 5)).eval()
+    setting = Setting(dense, torch.randn(400, 3, 9, 9), 0)
+    before = {key: value.clone() for key, value in dense.state_dict().items()}
+    made = benchmark_peers.planned(setting, 2)
+    uniform = measure_cost(truncation(setting, 2), setting.images[:1]).macs
+    assert 0.8 * uniform <= measure_cost(made, setting.images[:1]).macs <= uniform
+    assert all(torch.equal(before[key], value) for key, value in dense.state_dict().items())
 
 
 ROW = Row("groupify", 4, 0.0, 92.0, 0.0, 1.5, 3.7, 3.8, 1, None, 10.0)
