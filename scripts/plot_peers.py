@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from scripts.plot_readme import ROOT, SHOWN_POINTS, draw_methods, save
+from scripts.plot_readme import ROOT, draw_methods, save
 
 
 def read_panels(path: Path) -> tuple[dict[float, dict[str, list[dict[str, Any]]]], float, str]:
@@ -35,7 +35,7 @@ def read_panels(path: Path) -> tuple[dict[float, dict[str, list[dict[str, Any]]]
 
 
 def draw(path: Path, target: Path) -> None:
-    """Draw the pictures of a result file side by side."""
+    """Draw the pictures of a result file side by side, each with a scale of its own: training narrows it."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -44,15 +44,11 @@ def draw(path: Path, target: Path) -> None:
 
     panels, dense, key = read_panels(path)
     figure, row = plt.subplots(
-        1, len(panels), figsize=(1 + 3.4 * len(panels), 4.6), layout="constrained", sharey=True, squeeze=False
+        1, len(panels), figsize=(1 + 3.4 * len(panels), 4.6), layout="constrained", squeeze=False
     )
     for axes, (epochs, by_method) in zip(row[0], panels.items(), strict=True):
         draw_methods(axes, by_method, dense, key)
         axes.set_title("no training" if epochs == 0 else f"{epochs:g} epoch" + ("s" if epochs > 1 else ""))
-    worst = min(
-        one["accuracy_mean"] for by_method in panels.values() for rows in by_method.values() for one in rows
-    )
-    row[0][0].set_ylim(max(worst, dense - SHOWN_POINTS) - 1, dense + 1)
     row[0][0].set_ylabel("top-1, % of test images")
     handles, labels = row[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)

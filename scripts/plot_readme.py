@@ -26,8 +26,8 @@ METHODS = (
     "groupify, grouped-pointwise, equal MACs",
 )
 # Okabe and Ito (2008): told apart by colour-blind readers too.
-COLOURS = ("#e69f00", "#56b4e9", "#cc79a7", "#d55e00", "#009e73", "#0072b2", "#555555", "#a6761d")
-MARKERS = "osD^vPX*"
+COLOURS = ("#e69f00", "#56b4e9", "#cc79a7", "#d55e00", "#009e73", "#0072b2", "#555555", "#a6761d", "#000000")
+MARKERS = "osD^vPX*h"
 SHOWN_POINTS = 25.0  # below the dense accuracy; what is worse leaves the picture
 
 
@@ -74,11 +74,14 @@ def draw_methods(axes: Any, by_method: dict[str, list[dict[str, Any]]], dense: f
             color=COLOURS[index % len(COLOURS)],
             marker=MARKERS[index % len(MARKERS)],
             markersize=5,
+            linewidth=2.2 if method.startswith("groupify") else 1.2,
             capsize=3,
             label=method,
         )
     worst = min(row["accuracy_mean"] for rows in by_method.values() for row in rows)
-    axes.set_ylim(max(worst, dense - SHOWN_POINTS) - 1, dense + 1)
+    lowest = max(worst, dense - SHOWN_POINTS)
+    margin = 0.06 * (dense - lowest)
+    axes.set_ylim(lowest - margin, dense + margin)
     axes.set_xlabel("speed-up in ONNX Runtime" if key == "speed_up" else "MACs: dense ÷ converted")
     axes.grid(alpha=0.3)
 
