@@ -37,7 +37,7 @@ from torch import nn
 from groupify.conversion.convert import Calibration, convert
 from groupify.conversion.surgery import restructure
 from groupify.data import calibration_images, load_data
-from groupify.deployment.benchmark import SECONDS, benchmark_onnx, speed_up
+from groupify.deployment.benchmark import Latency, benchmark_onnx, speed_up
 from groupify.deployment.export import export_onnx
 from groupify.deployment.machine import blocked_width, describe_machine
 from groupify.evaluation import evaluate
@@ -64,6 +64,7 @@ from scripts.trained import FAST, RATES, RememberingTeacher, Trainer, Twin
 
 OUTPUT = BENCHMARKS / "peers.json"
 RECOVERY = BENCHMARKS / "recovery.json"
+SESSIONS, SECONDS = 3, 3.0  # of the timing; seconds for each number of threads
 RATE_GROUPS = 4  # whose MACs the learning rates are chosen at
 
 
@@ -145,8 +146,8 @@ class Row:
     """One method at the MACs of one number of groups, after some training; accuracies in percent.
 
     ``seconds`` is the time of one seed, training included. ``latency`` maps threads to dense and own
-    milliseconds and their ratio; ``speed_up`` is that with one thread. ``amp`` is the type of mixed precision
-    that it was trained in.
+    milliseconds and their ratio, medians over sessions; ``speed_up`` is that with one thread. ``amp`` is the
+    type of mixed precision that it was trained in.
     """
 
     method: str
@@ -252,7 +253,10 @@ class Bench:
         return folder / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{groups}.onnx"
 
     def _time(self, name: str, groups: int, models: Sequence[nn.Module]) -> dict[str, dict[str, float]]:
-        """Time the exported file against the dense one, batch 1."""
+        """Time the exported file against the dense one, batch 1; medians over sessions.
+
+        Where a session's weights come to lie in memory changes the time of a small model.
+        """
         with tempfile.TemporaryDirectory(prefix="groupify-") as aside:
             own = self._file(name, groups, self.files or Path(aside))
             if not own.exists():
@@ -260,12 +264,21 @@ class Bench:
                 export_onnx(model, own, input_shape=SHAPE)
             dense = export_onnx(self.settings[0].dense, Path(aside, "dense.onnx"), input_shape=SHAPE)
             files = {"dense": dense.path, "own": own}
-            timed = benchmark_onnx(files, input_shape=SHAPE, threads=self.threads, seconds=SECONDS)
-        pairs = {count: tuple(row for row in timed if row.threads == count) for count in self.threads}
-        return {
-            str(count): {"dense_ms": dense.median_ms, "ms": own.median_ms, "speed_up": speed_up(dense, own)}
-            for count, (dense, own) in pairs.items()
-        }
+            sessions = [
+                benchmark_onnx(files, input_shape=SHAPE, threads=self.threads, seconds=SECONDS)
+                for _ in range(SESSIONS)
+            ]
+        return {str(count): _medians(sessions, count) for count in self.threads}
+
+
+def _medians(sessions: Sequence[Sequence[Latency]], threads: int) -> dict[str, float]:
+    pairs = [[row for row in session if row.threads == threads] for session in sessions]
+    found = {
+        "dense_ms": [dense.median_ms for dense, _ in pairs],
+        "ms": [own.median_ms for _, own in pairs],
+        "speed_up": [speed_up(dense, own) for dense, own in pairs],
+    }
+    return {name: statistics.median(values) for name, values in found.items()}
 
 
 def take_over(results: ResultFile, recovery: dict[str, Any], epochs: Sequence[float]) -> None:
