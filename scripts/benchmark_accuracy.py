@@ -75,6 +75,10 @@ class Setting:
         """All 3×3 convs but the first."""
         return plan(self.dense, SHAPE, groups=groups, kind=kind, shuffle=shuffle, exclude=[SKIP])
 
+    def grouped_macs(self, groups: int) -> int:
+        """MACs of the net with uniform groups, which every method is to meet."""
+        return measure_cost(restructure(self.dense, self.plan(groups).recipes), self.images[:1]).macs
+
     def calibration(self, fit: FitOptions, clustering: str = "none") -> Calibration:
         """Calibrate on this seed's images."""
         return Calibration(self.images, fit=fit, clustering=clustering)
@@ -164,7 +168,7 @@ def refined(setting: Setting, groups: int) -> nn.Module:
 def grouped_pointwise(setting: Setting, groups: int) -> nn.Module:
     """Grouped + pointwise with the number of groups whose MACs come nearest to the grouped net's."""
     example = setting.images[:1]
-    wanted = measure_cost(restructure(setting.dense, setting.plan(groups).recipes), example).macs
+    wanted = setting.grouped_macs(groups)
 
     def distance(candidate: int) -> float:
         sites = setting.plan(candidate, "grouped-pointwise").recipes
@@ -188,7 +192,7 @@ def torch_pruning(
     import torch_pruning as tp
 
     example = setting.images[:1]
-    wanted = measure_cost(restructure(setting.dense, setting.plan(groups).recipes), example).macs
+    wanted = setting.grouped_macs(groups)
     low, high, best = 0.0, 0.98, None
     for _ in range(12):
         ratio = (low + high) / 2

@@ -35,7 +35,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from groupify.conversion.convert import Calibration, convert
-from groupify.conversion.surgery import restructure
 from groupify.data import calibration_images, load_data
 from groupify.deployment.benchmark import Latency, benchmark_onnx, speed_up
 from groupify.deployment.export import export_onnx
@@ -87,11 +86,9 @@ def planned(setting: Setting, groups: int) -> nn.Module:
 
     It gets no more images than the others: it plans on three quarters of them and compares plans on the rest.
     """
-    example = setting.images[:1]
-    wanted = measure_cost(restructure(setting.dense, setting.plan(groups).recipes), example).macs
     block = blocked_width()
     options = SearchOptions(exclude=[SKIP], min_group_width=block, block=block, seed=setting.seed)
-    budget = Budget((Limit(MACS, wanted, relative=False),))
+    budget = Budget((Limit(MACS, setting.grouped_macs(groups), relative=False),))
     found = plan_for_budget(setting.dense, SHAPE, budget, setting.images, options)
     return convert(setting.dense, found.plan, Calibration(setting.images), seed=setting.seed).model
 

@@ -30,7 +30,7 @@ from groupify.errors import ArtefactError
 from groupify.planning import Change
 from groupify.recovery.finetune import FinetuneRow
 from groupify.reporting import report_document
-from groupify.reporting.charts import HEIGHT, WIDTH, Point, chart, place_labels
+from groupify.reporting.charts import Point, chart, place_labels
 from groupify.reporting.html import comparison_page, report_page
 from groupify.reporting.pixels import png_uri
 from groupify.reporting.read import Run, earlier_runs, read_report
@@ -315,8 +315,9 @@ def test_chart_keeps_everything_inside_and_labels_apart() -> None:
     drawn = chart("a chart", points, x_title="x", y_title="y", from_zero=True)
     across, down = numbers('cx="([^"]+)', drawn), numbers('cy="([^"]+)', drawn)
     assert len(across) == len(points)
-    assert all(0 < x < WIDTH for x in across)
-    assert all(0 < y < HEIGHT for y in down)
+    left, right, top, bottom = 52, 424, 32, 252  # of the axes
+    assert all(left <= x <= right for x in across)
+    assert all(top <= y <= bottom for y in down)
     labels = place_labels(["a long run"] * 4, list(zip(across, down, strict=True))[::-1])
     rows = sorted(label.y for label in labels if label is not None and label.align == "left")
     assert len(rows) >= 3

@@ -22,12 +22,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "groupify")
 
 
-def write_aside(path: Path, text: str) -> None:
-    """Write a file beside its place, then rename it."""
+def write_aside(path: Path, content: str | bytes) -> None:
+    """Write a file beside its place, then rename it; nothing half-written stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    aside.write_text(text)
-    os.replace(aside, path)
+    try:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 class NumberCache:

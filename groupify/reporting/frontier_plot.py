@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import io
 from pathlib import Path
 from typing import Any
 
 from groupify.errors import GroupifyError, SpecError
 from groupify.planning.budget import MACS
+from groupify.planning.cache import write_aside
 from groupify.planning.frontier import Frontier, FrontierPoint
 
 
@@ -56,14 +57,12 @@ def plot_frontier(frontier: Frontier, path: Path) -> None:
     axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    aside = path.with_name(f".{path.name}.part")
+    drawn = io.BytesIO()
     try:
-        figure.savefig(aside, format=path.suffix.removeprefix("."))
-        os.replace(aside, path)
+        figure.savefig(drawn, format=path.suffix.removeprefix("."))
+        write_aside(path, drawn.getvalue())
     except (OSError, ValueError) as error:
         raise GroupifyError(f"cannot draw {path}: {error}; choose another file, for example x.png") from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _height(point: FrontierPoint, measured: bool) -> float:
