@@ -114,7 +114,7 @@ def test_a_process_killed_between_the_renames_leaves_the_earlier_artefact(
 
 
 _LOADER = """
-import os, signal, sys, torch
+import os, signal, sys, time, torch
 from torch.utils.data import DataLoader, Dataset
 from groupify.data import iterate_batches
 from groupify.errors import DataError
@@ -124,32 +124,54 @@ class Dying(Dataset):
         return 8
     def __getitem__(self, index):
         if index == 5:
+            {dying}
             os.kill(os.getpid(), signal.SIGKILL)
         return torch.zeros(3, 8, 8), index
 
 try:
-    list(iterate_batches(DataLoader(Dying(), 2, num_workers=1, multiprocessing_context="fork"), 2))
+    for _ in iterate_batches(DataLoader(Dying(), 2, num_workers=1, multiprocessing_context="fork"), 2):
+        time.sleep({pause})
 except DataError as error:
     print(error)
-    sys.stdout.flush()
-    os._exit(7)  # torch raises again whenever it is told of the dead child
+    time.sleep({pause})
+    sys.exit(7)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
-def test_a_dead_worker_of_a_data_loader_is_one_line() -> None:
+@pytest.mark.parametrize(
+    ("dying", "pause"),
+    # A process that dies closes its files first, and only then is its parent told.
+    [("pass", 0), ("os.closerange(2, 256); time.sleep(1.5)", 1)],
+    ids=["at once", "slowly"],
+)
+def test_a_dead_worker_of_a_data_loader_is_one_line(dying: str, pause: int) -> None:
     # In a process of its own: torch reports the death from a signal handler, wherever the process is then.
-    ended = subprocess.run([sys.executable, "-c", _LOADER], capture_output=True, text=True, cwd=ROOT)
+    source = _LOADER.format(dying=dying, pause=pause)
+    ended = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, cwd=ROOT)
     assert ended.returncode == 7, ended.stderr
     assert ended.stdout.startswith("a worker of the data loader died (")
     assert ended.stdout.count("\n") == 1
+    assert not ended.stderr
+
+
+class _Ended:
+    """A process that ended."""
+
+    def __init__(self) -> None:
+        self.sentinel, end = os.pipe()
+        os.close(end)
+
+    def join(self, timeout: float) -> None:
+        os.close(self.sentinel)
 
 
 class _Cut:
     """What a loader's iterator does when a worker dies while it hands over a tensor."""
 
     def __init__(self, workers: int, error: Exception) -> None:
-        self._num_workers, self._error = workers, error
+        self._workers = [_Ended() for _ in range(workers)]
+        self._error = error
 
     def __iter__(self) -> _Cut:
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing.connection import wait
 from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
 import torch
@@ -199,22 +200,41 @@ def _iterate(data: Any) -> Iterator[Any]:
 
 
 def _watched(items: Iterator[Any]) -> Iterator[Any]:
+    workers = getattr(items, "_workers", [])
     try:
-        yield from items
-    except (RuntimeError, EOFError, ConnectionError) as error:
-        if isinstance(error, RuntimeError):
-            died = str(error).startswith("DataLoader worker")
-        else:
-            # The worker died while it was handing over a tensor. What a data set itself raises in a worker
-            # comes as "Caught ...".
-            died = getattr(items, "_num_workers", 0) > 0 and not str(error).startswith("Caught ")
-        if not died:
+        try:
+            yield from items
+        except (EOFError, ConnectionError) as error:
+            # Perhaps a worker died while it was handing over a tensor. What a data set itself raises in a
+            # worker comes as "Caught ...".
+            if not workers or str(error).startswith("Caught "):
+                raise
+            _await_a_death(workers)
+            raise DataError(_death(error)) from error
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
             raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(
-            f"a worker of the data loader died ({reason}): out of memory, or a crash in the data set; "
-            "num_workers=0 shows which"
-        ) from error
+        raise DataError(_death(error)) from error
+
+
+def _await_a_death(workers: Sequence[Any]) -> None:
+    """Wait, for seconds at most, till a worker that has closed its files is dead.
+
+    A dying process closes its files first; then torch's handler of SIGCHLD raises RuntimeError, wherever the
+    program is by then: here, where that is expected, and not in the caller's own handler of the error.
+    """
+    closed = wait([worker.sentinel for worker in workers], timeout=5)
+    for worker in workers:
+        if worker.sentinel in closed:
+            worker.join(timeout=5)
+
+
+def _death(error: BaseException) -> str:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return (
+        f"a worker of the data loader died ({reason}): out of memory, or a crash in the data set; "
+        "num_workers=0 shows which"
+    )
 
 
 def _collate(samples: Sequence[Any]) -> Batch:
