@@ -65,15 +65,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Setting:
-    """The dense net and one seed's calibration images."""
+    """The dense net and one seed's calibration images; ``block`` as in ``groupify.plan``, 1 = any width."""
 
     dense: nn.Module
     images: Tensor
     seed: int
+    block: int = 1
 
     def plan(self, groups: int, kind: str = "grouped", shuffle: str = "none") -> Plan:
         """All 3×3 convs but the first."""
-        return plan(self.dense, SHAPE, groups=groups, kind=kind, shuffle=shuffle, exclude=[SKIP])
+        return plan(
+            self.dense, SHAPE, groups=groups, kind=kind, shuffle=shuffle, exclude=shortcuts(self.dense),
+            min_group_width=self.block, block=self.block,
+        )  # fmt: skip
 
     def grouped_macs(self, groups: int) -> int:
         """MACs of the net with uniform groups, which every method is to meet."""
@@ -88,6 +92,11 @@ class Setting:
     ) -> nn.Module:
         """Convert and return the model."""
         return convert(self.dense, self.plan(groups, kind, shuffle), calibration, seed=self.seed).model
+
+
+def shortcuts(model: nn.Module) -> list[str]:
+    """Return the pattern of the 1×1 convs on the shortcuts, where a model has any."""
+    return [SKIP] if fnmatch.filter(dict(model.named_modules()), SKIP) else []
 
 
 Method = Callable[[Setting, int], nn.Module]
@@ -197,11 +206,12 @@ def torch_pruning(
     for _ in range(12):
         ratio = (low + high) / 2
         model = copy.deepcopy(setting.dense)
+        classifier = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
         for own, dense in zip(model.parameters(), setting.dense.parameters(), strict=True):
             own.grad = dense.grad  # deepcopy leaves them behind
         pruner = tp.pruner.BasePruner(
             model, example, importance=importance or tp.importance.GroupMagnitudeImportance(p=2),
-            pruning_ratio=ratio, ignored_layers=[model.fc], round_to=16, global_pruning=isomorphic,
+            pruning_ratio=ratio, ignored_layers=[classifier], round_to=16, global_pruning=isomorphic,
             isomorphic=isomorphic,
         )  # fmt: skip
         pruner.step()

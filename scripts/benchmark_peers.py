@@ -2,15 +2,18 @@
 """groupify against its peers: the same dense net, images, MACs and training; accuracy, size and latency.
 
     python -m scripts.benchmark_peers --checkpoint FILE --twin FILE [--epochs 0,0.1,1] [--quick]
+    python -m scripts.benchmark_peers --model groupify.demo:fashion_vgg11_bn --checkpoint vgg11.safetensors \
+        --json benchmarks/peers_vgg11.json
 
-The setting is that of scripts/benchmark_accuracy.py. Every method gets the same 1,000 unlabelled images
-and is brought as near as it can be to the MACs of the net with 2, 4 or 8 groups (about 1.9×, 3.7× and 6.9×
-fewer). Training is ``groupify.finetune`` with distillation, for all alike but for the learning rate, which
-is the best of --learning-rates for each at the MACs of 4 groups (see scripts/trained.py). Rows and rates that
-scripts/benchmark_recovery.py has measured already, with the same training, are taken from its file. Each file
-is timed in ONNX Runtime side by side with the dense one. Rows go into benchmarks/peers.json one by one; what
-is there already is not measured again, so the run may be stopped and resumed. ``--table`` prints the rows as
-Markdown and measures nothing.
+The setting is that of scripts/benchmark_accuracy.py, with groups no narrower than this CPU's kernel wants.
+Every method gets the same 1,000 unlabelled images and is brought as near as it can be to the MACs of the
+net with 2, 4 or 8 groups (about 1.9×, 3.7× and 6.9× fewer). Training is ``groupify.finetune`` with
+distillation, for all alike but for the learning rate, which is the best of --learning-rates for each at the
+MACs of 4 groups (see scripts/trained.py). Rows and rates that scripts/benchmark_recovery.py has measured
+already, with the same training, are taken from its file; another --model takes the rates of
+benchmarks/peers.json. Each file is timed in ONNX Runtime side by side with the dense one. Rows go into the
+result file one by one; what is there already is not measured again, so the run may be stopped and resumed.
+``--table`` prints the rows as Markdown and measures nothing.
 """
 
 from __future__ import annotations
@@ -48,12 +51,12 @@ from scripts.benchmark_accuracy import (
     IMAGES,
     MODEL,
     SHAPE,
-    SKIP,
     Method,
     Setting,
     default,
     grouped_pointwise,
     norm_refresh,
+    shortcuts,
     torch_pruning,
     truncation_refresh,
 )
@@ -87,7 +90,9 @@ def planned(setting: Setting, groups: int) -> nn.Module:
     It gets no more images than the others: it plans on three quarters of them and compares plans on the rest.
     """
     block = blocked_width()
-    options = SearchOptions(exclude=[SKIP], min_group_width=block, block=block, seed=setting.seed)
+    options = SearchOptions(
+        exclude=shortcuts(setting.dense), min_group_width=block, block=block, seed=setting.seed
+    )
     budget = Budget((Limit(MACS, setting.grouped_macs(groups), relative=False),))
     found = plan_for_budget(setting.dense, SHAPE, budget, setting.images, options)
     return convert(setting.dense, found.plan, Calibration(setting.images), seed=setting.seed).model
@@ -198,7 +203,7 @@ class Bench:
             models.append(make(name, setting, groups))
             seconds.append(time.perf_counter() - start)
         if models and self.files is not None:
-            export_onnx(models[0], self._file(name, groups, self.files), input_shape=SHAPE)
+            export_onnx(models[0], file_of(name, groups, self.files), input_shape=SHAPE)
         if self.threads and latency is None:
             latency = self._time(name, groups, models)
         speed = None if latency is None else latency.get("1", {}).get("speed_up")
@@ -245,27 +250,34 @@ class Bench:
         """The test images."""
         return self.trainer.data.test
 
-    @staticmethod
-    def _file(name: str, groups: int, folder: Path) -> Path:
-        return folder / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{groups}.onnx"
-
     def _time(self, name: str, groups: int, models: Sequence[nn.Module]) -> dict[str, dict[str, float]]:
-        """Time the exported file against the dense one, batch 1; medians over sessions.
-
-        Where a session's weights come to lie in memory changes the time of a small model.
-        """
+        """Time the exported file against the dense one."""
         with tempfile.TemporaryDirectory(prefix="groupify-") as aside:
-            own = self._file(name, groups, self.files or Path(aside))
+            own = file_of(name, groups, self.files or Path(aside))
             if not own.exists():
                 model = models[0] if models else make(name, self.settings[0], groups)
                 export_onnx(model, own, input_shape=SHAPE)
             dense = export_onnx(self.settings[0].dense, Path(aside, "dense.onnx"), input_shape=SHAPE)
-            files = {"dense": dense.path, "own": own}
-            sessions = [
-                benchmark_onnx(files, input_shape=SHAPE, threads=self.threads, seconds=SECONDS)
-                for _ in range(SESSIONS)
-            ]
-        return {str(count): _medians(sessions, count) for count in self.threads}
+            return time_against(dense.path, own, SHAPE, self.threads)
+
+
+def file_of(name: str, groups: int, folder: Path) -> Path:
+    """Return where a folder keeps the exported file of a method at the MACs of some groups."""
+    return folder / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{groups}.onnx"
+
+
+def time_against(
+    dense: Path, own: Path, shape: tuple[int, ...], threads: Sequence[int]
+) -> dict[str, dict[str, float]]:
+    """Return dense and own milliseconds and their ratio by threads, batch 1; medians over sessions.
+
+    Where a session's weights come to lie in memory changes the time of a small model.
+    """
+    files = {"dense": dense, "own": own}
+    sessions = [
+        benchmark_onnx(files, input_shape=shape, threads=threads, seconds=SECONDS) for _ in range(SESSIONS)
+    ]
+    return {str(count): _medians(sessions, count) for count in threads}
 
 
 def _medians(sessions: Sequence[Sequence[Latency]], threads: int) -> dict[str, float]:
@@ -310,6 +322,12 @@ def take_over(results: ResultFile, recovery: dict[str, Any], epochs: Sequence[fl
             results.merge(asdict(replace(taken, **timed)), order=in_order)
 
 
+def take_rates(results: ResultFile, others: dict[str, Any]) -> None:
+    """Put in the losses that the learning rates of another net's rows were chosen by."""
+    with results.changing() as document:
+        document["learning_rates"] = {**others["learning_rates"], **document.get("learning_rates", {})}
+
+
 def describe(row: Row) -> str:
     """One line on a row."""
     times = "".join(
@@ -349,6 +367,7 @@ def table(document: dict[str, Any]) -> str:
 def main() -> None:
     """Parse, measure, merge."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default=MODEL, help="default: %(default)s")
     parser.add_argument("--checkpoint", type=Path, help="dense weights, from train_dense.py")
     parser.add_argument("--twin", type=Path, help="weights of the net to choose learning rates on")
     parser.add_argument("--data", default="fashion-mnist")
@@ -384,9 +403,11 @@ def main() -> None:
         parser.error("give --checkpoint FILE")
     if arguments.quick and arguments.json == OUTPUT:
         parser.error("--quick needs a --json of its own: its rows say too little to be kept")
+    if arguments.model != MODEL and arguments.json == OUTPUT:
+        parser.error("another --model needs a --json of its own")
     torch.manual_seed(0)
     count, limit = (300, 1000) if arguments.quick else (IMAGES, None)
-    source = load_model(MODEL, checkpoint=arguments.checkpoint)
+    source = load_model(arguments.model, checkpoint=arguments.checkpoint)
     data = load_data(arguments.data, source.spec)
     assert data.train is not None
     assert data.test is not None
@@ -395,13 +416,15 @@ def main() -> None:
     shared = {"dense_accuracy": top1, "calibration_images": count, "training": training}
     results = ResultFile(arguments.json, shared, keys=("method", "groups", "epochs"))
     epochs = _numbers(arguments.epochs, float)
-    if arguments.recovery.exists() and not arguments.quick:
+    if arguments.model != MODEL:
+        take_rates(results, json.loads(OUTPUT.read_text("utf-8")))
+    elif arguments.recovery.exists() and not arguments.quick:
         take_over(results, json.loads(arguments.recovery.read_text("utf-8")), epochs)
     rates = tuple(_numbers(arguments.learning_rates, float))
     twin = None if arguments.twin is None else Twin.load(arguments.twin, data, count)
     trainer = Trainer(RememberingTeacher(source.model), data, results, rates, twin)
     settings = [
-        Setting(source.model, calibration_images(data.train, count, seed=seed), seed)
+        Setting(source.model, calibration_images(data.train, count, seed=seed), seed, blocked_width())
         for seed in range(arguments.seeds)
     ]
     print(f"{describe_machine()}\ndense top-1 {top1:.2f}%, {count} unlabelled images")

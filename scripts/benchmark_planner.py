@@ -45,13 +45,13 @@ from groupify.planning.candidates import candidates
 from groupify.planning.plan_timer import PlanTimer
 from groupify.planning.search import Images, SearchOptions, make_costing, plan_for_budget
 from groupify.zoo import Source, load_model
+from scripts.benchmark_accuracy import shortcuts
 from scripts.results import ResultFile
 
 IMAGES, HELD_OUT = 1000, 500
 GROUPS = (2, 4, 8)
 KEYS = ("model", "row", "seed", "shuffle", "images")
 ROWS = tuple(f"{quantity} g={groups}" for quantity in (MACS, LATENCY) for groups in GROUPS)
-SKIP = "*downsample*"  # as in scripts/benchmark_accuracy.py: all 3×3 convs but the first are converted
 SESSIONS, SECONDS = 5, 2.0
 
 
@@ -214,9 +214,8 @@ def search_options(
 ) -> SearchOptions:
     """What the planner may do."""
     block = blocked_width() if quantity == LATENCY else 1
-    has_shortcuts = any("downsample" in name for name, _ in model.named_modules())
     return SearchOptions(
-        exclude=[SKIP] if has_shortcuts else [],
+        exclude=shortcuts(model),
         min_group_width=block,
         block=block,
         shuffle=arguments.shuffle,

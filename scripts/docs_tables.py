@@ -109,6 +109,25 @@ def peers(document: dict[str, Any]) -> Rows:
     return rows
 
 
+def peers_latency(document: dict[str, Any]) -> Rows:
+    """A line per net, MACs and method."""
+    threads = sorted({count for row in document["rows"] for count in row["latency"]})
+    speeds = [f"{what}, {count} thr." for count in threads for what in ("dense → own", "speed-up")]
+    rows: Rows = [("", "top-1", "MACs", "params", *speeds)]
+    for row in document["rows"]:
+        cells = [f"{row['model'].rpartition(':')[2]}, {row['method']}", f"{row['top1']:.2f}%"]
+        cells += [f"÷{row[name]:.2f}" for name in ("macs_ratio", "params_ratio")]
+        for count in threads:
+            time = row["latency"].get(count)
+            cells += (
+                [f"{time['dense_ms']:.1f} → {time['ms']:.1f} ms", f"{time['speed_up']:.2f}×"]
+                if time
+                else ["–", "–"]
+            )
+        rows.append(tuple(cells))
+    return rows
+
+
 def recovery(document: dict[str, Any]) -> Rows:
     """A line per method and number of groups, a column per training."""
     trainings = sorted({row["epochs"] for row in document["rows"]})
@@ -159,6 +178,15 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
     "latency": ("python -m scripts.benchmark_latency --json FILE", latency),
     "shuffle": ("python -m scripts.benchmark_shuffle --json FILE", shuffle),
     "peers": ("python -m scripts.benchmark_peers --checkpoint FILE --twin FILE", peers),
+    "peers_vgg11": (
+        "python -m scripts.benchmark_peers --model groupify.demo:fashion_vgg11_bn --checkpoint FILE "
+        "--json benchmarks/peers_vgg11.json",
+        peers,
+    ),
+    "peers_latency": (
+        "python -m scripts.benchmark_peers_latency --checkpoint FILE [--model MODEL]",
+        peers_latency,
+    ),
     "recovery": ("python -m scripts.benchmark_recovery --checkpoint FILE --twin FILE", recovery),
     "planner": ("python -m scripts.benchmark_planner --checkpoint FILE", planner),
     "prediction": ("python -m scripts.benchmark_prediction --json FILE", prediction),

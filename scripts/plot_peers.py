@@ -1,9 +1,11 @@
 """Draw groupify and its peers: accuracy against speed, one picture for each amount of training.
 
     python -m scripts.plot_peers [benchmarks/peers.json] [-o docs/peers.svg]
+    python -m scripts.plot_peers benchmarks/peers_latency.json -o docs/peers_latency.svg
 
-Reads what ``scripts/benchmark_peers.py`` wrote. The x axis is the speed-up in ONNX Runtime with one thread
-where every row has been timed, otherwise the MAC ratio.
+Reads what ``scripts/benchmark_peers.py`` wrote, or ``scripts/benchmark_peers_latency.py``: then one picture
+for each net. The x axis is the speed-up in ONNX Runtime with one thread where every row has been timed,
+otherwise the MAC ratio.
 """
 
 from __future__ import annotations
@@ -11,27 +13,50 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from scripts.plot_readme import ROOT, draw_methods, save
 
 
-def read_panels(path: Path) -> tuple[dict[float, dict[str, list[dict[str, Any]]]], float, str]:
-    """Return the rows by epochs of training and by method, the dense accuracy (%), and the x values' key."""
+@dataclass(frozen=True)
+class Panel:
+    """One picture: rows by method, the dense accuracy (%), and what the x values are called in the rows."""
+
+    title: str
+    rows: dict[str, list[dict[str, Any]]]
+    dense: float
+    key: str
+
+
+def read_panels(path: Path) -> list[Panel]:
+    """Return the pictures of a result file, from left to right."""
     document = json.loads(path.read_text("utf-8"))
-    panels: dict[float, dict[str, list[dict[str, Any]]]] = {}
-    for row in sorted(document["rows"], key=lambda row: (row["epochs"], row["groups"])):
-        panels.setdefault(row["epochs"], {}).setdefault(row["method"], []).append(row)
-    if not panels:
+    if not document["rows"]:
         raise ValueError("it has no rows")
-    timed = all(row["speed_up"] is not None for row in document["rows"])
+    placed = [_placed(row, document) for row in document["rows"]]
+    timed = all(row["speed_up"] is not None for *_, row in placed)
     # A method has the same colour in every picture, also where some have not run yet.
-    names = list(dict.fromkeys(row["method"] for row in document["rows"]))
-    whole = {
-        epochs: {name: by_method.get(name, []) for name in names} for epochs, by_method in panels.items()
-    }
-    return whole, float(document["dense_accuracy"]), "speed_up" if timed else "macs_ratio"
+    names = list(dict.fromkeys(row["method"] for *_, row in placed))
+    panels = []
+    for title, dense in dict.fromkeys((title, dense) for title, dense, _ in placed):
+        rows = sorted((row for at, _, row in placed if at == title), key=lambda row: row["groups"])
+        by_method = {name: [row for row in rows if row["method"] == name] for name in names}
+        panels.append(Panel(title, by_method, dense, "speed_up" if timed else "macs_ratio"))
+    return panels
+
+
+def _placed(row: dict[str, Any], document: dict[str, Any]) -> tuple[str, float, dict[str, Any]]:
+    """Return the title of a row's picture, the dense accuracy (%), and the row as it is drawn."""
+    if "side" not in row:
+        epochs, dense = row["epochs"], document["dense_accuracy"]
+        title = "no training" if epochs == 0 else f"{epochs:g} epoch" + ("s" if epochs > 1 else "")
+        return title, float(dense), row
+    net, side, dense = row["model"].rpartition(":")[2], row["side"], row["dense_top1"]
+    speed_up = row["latency"].get("1", {}).get("speed_up")
+    drawn = {**row, "accuracy_mean": row["top1"], "accuracy_spread": 0.0, "speed_up": speed_up}
+    return f"{net}, {side}×{side}, dense {dense:.2f}%", dense, drawn
 
 
 def draw(path: Path, target: Path) -> None:
@@ -42,15 +67,17 @@ def draw(path: Path, target: Path) -> None:
     mpl.rcParams.update({"svg.hashsalt": "groupify", "svg.fonttype": "none", "font.size": 10})
     from matplotlib import pyplot as plt
 
-    panels, dense, key = read_panels(path)
+    panels = read_panels(path)
     figure, row = plt.subplots(
         1, len(panels), figsize=(1 + 3.4 * len(panels), 4.6), layout="constrained", squeeze=False
     )
-    for axes, (epochs, by_method) in zip(row[0], panels.items(), strict=True):
-        draw_methods(axes, by_method, dense, key)
-        axes.set_title("no training" if epochs == 0 else f"{epochs:g} epoch" + ("s" if epochs > 1 else ""))
+    for axes, panel in zip(row[0], panels, strict=True):
+        draw_methods(axes, panel.rows, panel.dense, panel.key)
+        axes.set_title(panel.title)
     row[0][0].set_ylabel("top-1, % of test images")
     handles, labels = row[0][0].get_legend_handles_labels()
+    if len({panel.dense for panel in panels}) > 1:
+        labels = ["dense" if label.startswith("dense") else label for label in labels]
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     save(figure, target)
     plt.close(figure)

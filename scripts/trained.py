@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ class Trainer:
         data: what all train on; part of it is held out.
         results: where the learning rates are kept, under ``learning_rates``: the twin's cross-entropies.
         rates: to choose from.
-        twin: None where there is one rate only.
+        twin: None where there is one rate only, or the results hold the losses of all.
     """
 
     teacher: RememberingTeacher
@@ -113,29 +113,36 @@ class Trainer:
         """
         if len(self.rates) == 1:
             return self.rates[0]
+        known: dict[str, float] = self.results.read().get("learning_rates", {}).get(name, {})
+        missing = [rate for rate in self.rates if f"{rate:g}" not in known]
+        if missing:
+            known = {**known, **self._losses(name, make, missing)}
+        return min(self.rates, key=lambda rate: known[f"{rate:g}"])
+
+    def _losses(
+        self, name: str, make: Callable[[Setting], nn.Module], rates: Sequence[float]
+    ) -> dict[str, float]:
         if self.twin is None:
             sys.exit(
                 f"choosing among the learning rates {self.rates} needs a net to do it on: give --twin FILE"
             )
-        known: dict[str, float] = self.results.read().get("learning_rates", {}).get(name, {})
-        missing = [rate for rate in self.rates if f"{rate:g}" not in known]
-        if missing:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                model = make(self.twin.setting)
-        for rate in missing:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = make(self.twin.setting)
+        losses: dict[str, float] = {}
+        for rate in rates:
             settings = replace(FAST, epochs=CHOOSING_EPOCHS, learning_rate=rate)
             tuned = _finetune(model, self.twin.data, self.twin.teacher, settings, self.twin.held_out)
             last = tuned.history[-1]
-            known = {**known, f"{rate:g}": last.validation_loss}
+            losses[f"{rate:g}"] = last.validation_loss
             with self.results.changing() as document:
-                document.setdefault("learning_rates", {})[name] = known
+                document.setdefault("learning_rates", {}).setdefault(name, {}).update(losses)
             print(
                 f"{name}, learning rate {rate:g}: twin {100 * last.validation_top1:.2f}%, "
                 f"cross-entropy {last.validation_loss:.4f}",
                 flush=True,
             )
-        return min(self.rates, key=lambda rate: known[f"{rate:g}"])
+        return losses
 
 
 def _finetune(

@@ -113,6 +113,19 @@ def test_table_of_the_planner() -> None:
     ]
 
 
+def test_table_of_the_peers_latency() -> None:
+    row = {
+        "model": "groupify.demo:fashion_vgg11_bn", "side": 112, "method": "truncation", "groups": 4,
+        "top1": 92.0, "dense_top1": 93.0, "macs_ratio": 3.7, "params_ratio": 3.8, "latency": {},
+    }  # fmt: skip
+    timed = {**row, "latency": {"1": {"dense_ms": 20.0, "ms": 5.0, "speed_up": 4.1}}}
+    assert docs_tables.peers_latency({"rows": [row, timed]}) == [
+        ("", "top-1", "MACs", "params", "dense → own, 1 thr.", "speed-up, 1 thr."),
+        ("fashion_vgg11_bn, truncation", "92.00%", "÷3.70", "÷3.80", "–", "–"),
+        ("fashion_vgg11_bn, truncation", "92.00%", "÷3.70", "÷3.80", "20.0 → 5.0 ms", "4.10×"),
+    ]
+
+
 def test_table_of_the_peers() -> None:
     row = {
         "method": "groupify", "groups": 4, "epochs": 0.0, "accuracy_mean": 92.0, "macs_ratio": 3.7,

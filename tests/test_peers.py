@@ -16,9 +16,9 @@ from groupify.data import ImageArrays, load_data
 from groupify.demo import fashion_resnet18
 from groupify.planning import measure_cost, plan
 from groupify.zoo import ModelSpec
-from scripts import benchmark_accuracy, benchmark_peers
+from scripts import benchmark_accuracy, benchmark_peers, benchmark_peers_latency
 from scripts.benchmark_accuracy import Setting, truncation
-from scripts.benchmark_peers import IN_RECOVERY, Bench, Row, in_order, table, take_over
+from scripts.benchmark_peers import IN_RECOVERY, Bench, Row, in_order, table, take_over, take_rates
 from scripts.benchmark_recovery import Contestant, densified
 from scripts.low_rank import STRUCTURES, Size, choose_ranks, factorise
 from scripts.plot_peers import draw
@@ -134,7 +134,7 @@ def test_planned_meets_the_macs_of_uniform_groups(monkeypatch: pytest.MonkeyPatc
     torch.manual_seed(0)
     for module in (benchmark_accuracy, benchmark_peers):
         monkeypatch.setattr(module, "SHAPE", (3, 9, 9))
-        monkeypatch.setattr(module, "SKIP", "0")
+    monkeypatch.setattr(benchmark_accuracy, "SKIP", "0")
     parts = [nn.Conv2d(3 if not index else 32, 32, 3) for index in range(4)]
     dense = nn.Sequential(*parts, nn.Flatten(), nn.Linear(32, 5)).eval()
     setting = Setting(dense, torch.randn(400, 3, 9, 9), 0)
@@ -246,6 +246,48 @@ def test_picture_has_a_panel_per_training(tmp_path: Path) -> None:
         assert picture.count(f">{text}<") == 1
 
 
+def test_picture_has_a_panel_per_net(tmp_path: Path) -> None:
+    row = benchmark_peers_latency.Row(
+        "nets:one", 112, "groupify", 4, 93.5, 92.0, 3.7, 3.8, {"1": {"speed_up": 3.4}}
+    )
+    results = ResultFile(tmp_path / "latency.json", keys=("model", "side", "method", "groups"))
+    for model, dense in (("nets:one", 93.5), ("nets:two", 91.5)):
+        for name in ("groupify", "truncation"):
+            one = replace(row, model=model, dense_top1=dense, method=name)
+            results.merge(asdict(one), order=benchmark_peers_latency.in_order)
+    draw(tmp_path / "latency.json", tmp_path / "latency.svg")
+    picture = (tmp_path / "latency.svg").read_text("utf-8")
+    for text in ("one, 112×112, dense 93.50%", "two, 112×112, dense 91.50%", "dense", "truncation"):
+        assert picture.count(f">{text}<") == 1
+
+
+def test_files_are_made_once_and_timed_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = cli_nets.net()
+    made = []
+
+    def make(setting: Setting, groups: int) -> nn.Module:
+        made.append(groups)
+        return setting.dense
+
+    monkeypatch.setitem(benchmark_peers.METHODS, "truncation", make)
+    splits = load_data("tests.cli_nets:data", ModelSpec("net", {}, (3, 8, 8), None))
+    results = ResultFile(tmp_path / "latency.json", keys=("model", "side", "method", "groups"))
+    setting = Setting(model, torch.randn(8, 3, 8, 8), 0)
+    making = benchmark_peers_latency.Bench("net", setting, splits.test, None, 16, [], tmp_path, results)
+    dense = making.export_dense()
+    making.measure("truncation", 4, dense)
+    (row,) = results.rows.values()
+    assert row["latency"] == {}
+    assert row["top1"] == row["dense_top1"]
+    monkeypatch.setattr(benchmark_peers, "SECONDS", 0.01)
+    timing = replace(making, threads=[1])
+    for _ in range(2):
+        timing.measure("truncation", 4, dense)
+    assert made == [4]
+    (row,) = results.rows.values()
+    assert row["latency"]["1"]["speed_up"] == pytest.approx(1, rel=0.8)
+
+
 def test_training_gives_a_row_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     monkeypatch.setitem(benchmark_peers.METHODS, "truncation", lambda setting, groups: cli_nets.net())
@@ -269,6 +311,15 @@ def test_twin_leaves_out_the_same_tenth_as_its_training() -> None:
         for index, label in enumerate(part.labels.tolist()):
             assert torch.equal(part[index][0], whole[label][0])
     assert torch.equal(hold_out(whole)[1].labels, left_out.labels)
+
+
+def test_learning_rates_of_another_net_are_taken_over(tmp_path: Path, net: Net) -> None:
+    losses = {"0.01": 0.3, "0.1": 0.2}
+    results = result_file(tmp_path / "vgg.json")
+    take_rates(results, {"learning_rates": {"truncation": losses}})
+    splits = load_data("tests.cli_nets:data", ModelSpec("net", {}, (3, 8, 8), None))
+    trainer = Trainer(RememberingTeacher(net), splits, results, (0.01, 0.1))
+    assert trainer.learning_rate("truncation", lambda setting: setting.dense) == 0.1
 
 
 def test_learning_rates_are_not_chosen_without_a_twin(tmp_path: Path, net: Net) -> None:
