@@ -390,7 +390,10 @@ def test_plane_has_uniform_groups() -> None:
     page = report_page(run_of())
     assert "<title>uniform g=2, untrained: 80.00 ms, 93.00%</title>" in page
     assert ">uniform g=8</text>" in page
-    assert "uniform g=" not in report_page(run_of(uniform=[]))
+    assert "--uniform 2,4,8" not in page
+    alone = report_page(run_of(uniform=[]))
+    assert "uniform g=" not in alone
+    assert "convert with <code>--uniform 2,4,8</code>" in alone
     document = run_of().document
     del document["uniform"]  # as earlier versions wrote it
     assert "uniform g=" not in report_page(Run("out", document))
