@@ -9,10 +9,13 @@ ONNX Runtime), that is the x axis, otherwise it is the MAC ratio.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from groupify.output_file import write_aside
 
 ROOT = Path(__file__).resolve().parent.parent
 # The rows of the table that a reader wants to compare; a file without any of them is drawn whole.
@@ -88,11 +91,10 @@ def draw_methods(axes: Any, by_method: dict[str, list[dict[str, Any]]], dense: f
 
 def save(figure: Any, target: Path) -> None:
     """Write a figure aside, then rename it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.part")
+    drawn = io.BytesIO()
     metadata = {"Date": None} if target.suffix == ".svg" else None
-    figure.savefig(part, format=target.suffix.lstrip("."), dpi=150, metadata=metadata)
-    part.replace(target)
+    figure.savefig(drawn, format=target.suffix.lstrip("."), dpi=150, metadata=metadata)
+    write_aside(target, drawn.getvalue())
 
 
 def main() -> None:

@@ -12,7 +12,8 @@ import re
 import sys
 from typing import Any
 
-from scripts.results import BENCHMARKS, write_text
+from groupify.output_file import write_aside
+from scripts.results import BENCHMARKS
 
 README = BENCHMARKS.parent / "README.md"
 _TABLE = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(?=<!-- end of results -->)", flags=re.DOTALL)
@@ -27,7 +28,7 @@ def main() -> None:
     text = README.read_text("utf-8")
     filled = fill(text)
     if not arguments.check:
-        write_text(README, filled)
+        write_aside(README, filled)
     elif filled != text:
         sys.exit("README.md is not what benchmarks/ says: run python -m scripts.readme_tables")
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from groupify.deployment.machine import describe_machine
+from groupify.output_file import write_aside
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -79,12 +80,4 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
     # Names without their folders: where a checkpoint lay on one machine tells nobody anything.
     command = " ".join(Path(argument).name for argument in sys.argv)
     document = {**results, "command": command, "machine": asdict(describe_machine())}
-    write_text(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write aside, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    write_aside(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")

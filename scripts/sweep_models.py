@@ -39,7 +39,7 @@ from groupify.conversion.teacher import SampleBudget
 from groupify.deployment.export import export_onnx
 from groupify.deployment.parity import check_parity
 from groupify.errors import GroupifyError, PlanError
-from scripts.results import write_text
+from groupify.output_file import write_aside
 
 GROUPS = 4
 MIN_GROUP_WIDTH = 8
@@ -86,8 +86,8 @@ def main() -> None:
         done[name] = run_apart(name, options.limit, options.memory)
         row = done[name]
         print(f"{name}: {row['result']}, {row['seconds']:.0f} s {row['reason'] or ''}", file=sys.stderr)
-        write_text(options.json, json.dumps(document(done), indent=1, ensure_ascii=False) + "\n")
-        write_text(options.table, table(document(done)))
+        write_aside(options.json, json.dumps(document(done), indent=1, ensure_ascii=False) + "\n")
+        write_aside(options.table, table(document(done)))
     print(dict(Counter(row["result"] for row in done.values())))
 
 

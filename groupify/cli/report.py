@@ -8,6 +8,7 @@ import click
 
 from groupify.cli.shared import CONTEXT, print_json
 from groupify.errors import ArtefactError, SpecError
+from groupify.output_file import write_aside
 
 FORMATS = ("html", "md", "json", "text")
 COMPARISON = "comparison.html"
@@ -66,10 +67,7 @@ def report(folders: tuple[Path, ...], form: str, output: Path | None) -> None:
 
 
 def _write(target: Path, text: str) -> None:
-    part = target.with_name(f".{target.name}.part")
     try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(target)
+        write_aside(target, text)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise ArtefactError(f"cannot write {target}: {error.strerror}; choose another with -o") from error

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from groupify.errors import ArtefactError
+from groupify.output_file import write_aside
 from groupify.strict_json import is_finite, parse
 
 
@@ -20,17 +21,6 @@ def cache_folder() -> Path:
     if own := os.environ.get("GROUPIFY_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "groupify")
-
-
-def write_aside(path: Path, content: str | bytes) -> None:
-    """Write a file beside its place, then rename it; nothing half-written stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        aside.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 class NumberCache:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from groupify.errors import ArtefactError
-from groupify.planning.cache import write_aside
+from groupify.output_file import write_aside
 from groupify.strict_json import JsonObject
 
 Content = TypeVar("Content")

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from groupify.errors import GroupifyError, SpecError
+from groupify.output_file import write_aside
 from groupify.planning.budget import MACS
-from groupify.planning.cache import write_aside
 from groupify.planning.frontier import Frontier, FrontierPoint
 
 
