@@ -56,7 +56,7 @@ def _placed(row: dict[str, Any], document: dict[str, Any]) -> tuple[str, float, 
     net, side, dense = row["model"].rpartition(":")[2], row["side"], row["dense_top1"]
     speed_up = row["latency"].get("1", {}).get("speed_up")
     drawn = {**row, "accuracy_mean": row["top1"], "accuracy_spread": 0.0, "speed_up": speed_up}
-    return f"{net}, {side}×{side}, dense {dense:.2f}%", dense, drawn
+    return f"{net}, {side}×{side}\ndense {dense:.2f}%", dense, drawn
 
 
 def draw(path: Path, target: Path) -> None:
