@@ -61,7 +61,7 @@ from scripts.benchmark_accuracy import (
     truncation_refresh,
 )
 from scripts.low_rank import factorise
-from scripts.results import BENCHMARKS, ResultFile
+from scripts.results import BENCHMARKS, ResultFile, check_quick
 from scripts.trained import FAST, RATES, RememberingTeacher, Trainer, Twin
 
 OUTPUT = BENCHMARKS / "peers.json"
@@ -401,8 +401,7 @@ def main() -> None:
         return
     if arguments.checkpoint is None:
         parser.error("give --checkpoint FILE")
-    if arguments.quick and arguments.json == OUTPUT:
-        parser.error("--quick needs a --json of its own: its rows say too little to be kept")
+    check_quick(parser, arguments, OUTPUT)
     if arguments.model != MODEL and arguments.json == OUTPUT:
         parser.error("another --model needs a --json of its own")
     torch.manual_seed(0)
@@ -415,12 +414,12 @@ def main() -> None:
     training = {key: value for key, value in asdict(FAST).items() if key not in ("epochs", "seed", "amp")}
     shared = {"dense_accuracy": top1, "calibration_images": count, "training": training}
     results = ResultFile(arguments.json, shared, keys=("method", "groups", "epochs"))
-    epochs = _numbers(arguments.epochs, float)
+    epochs = numbers(arguments.epochs, float)
     if arguments.model != MODEL:
         take_rates(results, json.loads(OUTPUT.read_text("utf-8")))
     elif arguments.recovery.exists() and not arguments.quick:
         take_over(results, json.loads(arguments.recovery.read_text("utf-8")), epochs)
-    rates = tuple(_numbers(arguments.learning_rates, float))
+    rates = tuple(numbers(arguments.learning_rates, float))
     twin = None if arguments.twin is None else Twin.load(arguments.twin, data, count)
     trainer = Trainer(RememberingTeacher(source.model), data, results, rates, twin)
     settings = [
@@ -430,14 +429,15 @@ def main() -> None:
     print(f"{describe_machine()}\ndense top-1 {top1:.2f}%, {count} unlabelled images")
     if arguments.onnx is not None:
         arguments.onnx.mkdir(parents=True, exist_ok=True)
-    bench = Bench(trainer, settings, top1, limit, _numbers(arguments.threads, int), arguments.onnx)
-    for groups in [4] if arguments.quick else _numbers(arguments.groups, int):
+    bench = Bench(trainer, settings, top1, limit, numbers(arguments.threads, int), arguments.onnx)
+    for groups in [4] if arguments.quick else numbers(arguments.groups, int):
         for name in METHODS:
             if fnmatch.fnmatchcase(name, arguments.methods):
                 bench.measure(name, groups, epochs)
 
 
-def _numbers(text: str, kind: type) -> list[Any]:
+def numbers(text: str, kind: type) -> list[Any]:
+    """Return the numbers of an option, which commas divide."""
     return [kind(part) for part in text.split(",") if part]
 
 

@@ -32,8 +32,8 @@ from groupify.evaluation import evaluate
 from groupify.planning import measure_cost
 from groupify.zoo import load_model
 from scripts.benchmark_accuracy import IMAGES, MODEL, Setting
-from scripts.benchmark_peers import METHODS, file_of, make, time_against
-from scripts.results import BENCHMARKS, ResultFile
+from scripts.benchmark_peers import METHODS, file_of, make, numbers, time_against
+from scripts.results import BENCHMARKS, ResultFile, check_quick
 
 OUTPUT = BENCHMARKS / "peers_latency.json"
 SIDE = 112
@@ -154,8 +154,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=OUTPUT)
     parser.add_argument("--quick", action="store_true", help="300 images, 4 groups, 1000 test images")
     arguments = parser.parse_args()
-    if arguments.quick and arguments.json == OUTPUT:
-        parser.error("--quick needs a --json of its own: its rows say too little to be kept")
+    check_quick(parser, arguments, OUTPUT)
     if arguments.no_timing and arguments.onnx is None:
         parser.error("--no-timing needs --onnx FOLDER, where a later run finds the files")
     torch.manual_seed(0)
@@ -167,7 +166,7 @@ def main() -> None:
     results = ResultFile(
         arguments.json, {"calibration_images": count}, keys=("model", "side", "method", "groups")
     )
-    threads = [] if arguments.no_timing else [int(part) for part in arguments.threads.split(",")]
+    threads = [] if arguments.no_timing else numbers(arguments.threads, int)
     print(describe_machine())
     with ExitStack() as stack:
         files = arguments.onnx
@@ -176,7 +175,7 @@ def main() -> None:
         files.mkdir(parents=True, exist_ok=True)
         bench = Bench(arguments.model, setting, data.test, limit, arguments.side, threads, files, results)
         dense = bench.export_dense()
-        for groups in [4] if arguments.quick else map(int, arguments.groups.split(",")):
+        for groups in [4] if arguments.quick else numbers(arguments.groups, int):
             for name in METHODS:
                 if fnmatch.fnmatchcase(name, arguments.methods):
                     bench.measure(name, groups, dense)

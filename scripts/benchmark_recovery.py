@@ -54,7 +54,7 @@ from scripts.benchmark_accuracy import (
     torch_pruning,
     truncation,
 )
-from scripts.results import BENCHMARKS, ResultFile
+from scripts.results import BENCHMARKS, ResultFile, check_quick
 from scripts.trained import FAST, RATES, RememberingTeacher, Trainer, Twin
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -361,8 +361,7 @@ def main() -> None:
         return
     if arguments.checkpoint is None:
         parser.error("give --checkpoint FILE")
-    if arguments.quick and arguments.json == OUTPUT:
-        parser.error("--quick needs a --json of its own: its rows say too little to be kept")
+    check_quick(parser, arguments, OUTPUT)
     count, limit = (300, 1000) if arguments.quick else (IMAGES, None)
     source = load_model(MODEL, checkpoint=arguments.checkpoint)
     data = load_data(arguments.data, source.spec)

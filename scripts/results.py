@@ -6,6 +6,7 @@ any time and started again, and several may fill one file.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import fcntl
 import json
@@ -73,6 +74,12 @@ class ResultFile:
 
     def _key(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(row[name] for name in self.keys)
+
+
+def check_quick(parser: argparse.ArgumentParser, arguments: argparse.Namespace, kept: Path) -> None:
+    """Refuse to put the rows of a --quick run into the file whose rows are kept."""
+    if arguments.quick and arguments.json == kept:
+        parser.error("--quick needs a --json of its own: its rows say too little to be kept")
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
