@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 import groupify
-from groupify.demo import DemoResNet
+from groupify.models.demo import DemoResNet
 
 INPUT_SHAPE = (3, 28, 28)
 

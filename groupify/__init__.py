@@ -12,20 +12,20 @@ from groupify.errors import GroupifyError, GroupifyWarning
 
 if TYPE_CHECKING:
     from groupify.artefact import load, save
-    from groupify.conversion.convert import Calibration, Conversion, convert
+    from groupify.conversion.conversion import Calibration, Conversion, convert
     from groupify.data import DataSplits, calibration_images, load_data
-    from groupify.deployment.benchmark import benchmark_onnx as benchmark
-    from groupify.deployment.export import export_onnx as export
-    from groupify.deployment.machine import blocked_width
-    from groupify.evaluation import evaluate
+    from groupify.machine import blocked_width
+    from groupify.measure.benchmarks import benchmark_onnx as benchmark
+    from groupify.models import ModelSpec, Source, WeightsOrigin, load_model
+    from groupify.onnx.exporting import export_onnx as export
     from groupify.planning import Plan, plan
     from groupify.planning.budget import Budget
     from groupify.planning.plan_file import PlanFile
     from groupify.planning.search import BudgetPlan, SearchOptions, plan_for_budget
     from groupify.recipe import Recipe
-    from groupify.recovery.finetune import FinetuneSettings, finetune
+    from groupify.scores.accuracy import evaluate
     from groupify.shuffles import ShuffleChoice, choose_shuffles
-    from groupify.zoo import ModelSpec, Source, WeightsOrigin, load_model
+    from groupify.training.finetuning import FinetuneSettings, finetune
 
 __all__ = [
     "Budget",
@@ -62,20 +62,20 @@ __all__ = [
 
 _HOMES = {
     "artefact": ("load", "save"),
-    "conversion.convert": ("Calibration", "Conversion", "convert"),
+    "conversion.conversion": ("Calibration", "Conversion", "convert"),
     "data": ("DataSplits", "calibration_images", "load_data"),
-    "deployment.benchmark": ("benchmark_onnx",),
-    "deployment.export": ("export_onnx",),
-    "deployment.machine": ("blocked_width",),
-    "evaluation": ("evaluate",),
+    "measure.benchmarks": ("benchmark_onnx",),
+    "onnx.exporting": ("export_onnx",),
+    "machine": ("blocked_width",),
+    "scores.accuracy": ("evaluate",),
     "planning": ("Plan", "plan"),
     "planning.budget": ("Budget",),
     "planning.plan_file": ("PlanFile",),
     "planning.search": ("BudgetPlan", "SearchOptions", "plan_for_budget"),
     "recipe": ("Recipe",),
-    "recovery.finetune": ("FinetuneSettings", "finetune"),
+    "training.finetuning": ("FinetuneSettings", "finetune"),
     "shuffles": ("ShuffleChoice", "choose_shuffles"),
-    "zoo": ("ModelSpec", "Source", "WeightsOrigin", "load_model"),
+    "models": ("ModelSpec", "Source", "WeightsOrigin", "load_model"),
 }
 _LAZY = {name.removesuffix("_onnx"): (home, name) for home, names in _HOMES.items() for name in names}
 

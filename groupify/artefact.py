@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from groupify.conversion.surgery import SiteRecipe, restructure
 from groupify.errors import ArtefactError, CheckpointError, GroupifyError
+from groupify.models import ModelSpec, build_model
 from groupify.output_folder import MAX_RECIPE_BYTES, RECIPE_FILE, folder_exists, writing_folder
 from groupify.recipe import Recipe
-from groupify.zoo import ModelSpec, build_model
 
 __all__ = ["Recipe", "SiteRecipe", "load", "read_recipe", "save", "write_artefact", "writing_folder"]
 
@@ -32,8 +32,8 @@ WEIGHTS_FILE = "model.safetensors"
 # too little to make it build for hours or fill the memory.
 MAX_ARGUMENT = 65_536
 MAX_ARGUMENT_LIST = 16
-# groupify's own code; whole names, since "groupify.demo:nn..." would lead anywhere.
-_OWN_FACTORIES = ("groupify.demo:fashion_resnet18", "groupify.demo:fashion_vgg11_bn")
+# groupify's own code; whole names, since "groupify.models.demo:nn..." would lead anywhere.
+_OWN_FACTORIES = ("groupify.models.demo:fashion_resnet18", "groupify.models.demo:fashion_vgg11_bn")
 _HEADER_BYTES = 2**20
 
 

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 
 from groupify.conversion.surgery import KINDS, SiteRecipe
-from groupify.errors import ArtefactError
-from groupify.strict_json import (
+from groupify.documents import (
     JsonObject,
     is_finite,
     is_integer,
@@ -28,7 +27,8 @@ from groupify.strict_json import (
     refuse,
     show,
 )
-from groupify.zoo import ModelSpec, Preprocessing, WeightsOrigin
+from groupify.errors import ArtefactError
+from groupify.models import ModelSpec, Preprocessing, WeightsOrigin
 
 FORMAT = "groupify"
 SCHEMA_VERSION = 1

@@ -3,7 +3,7 @@
 
     python -m scripts.benchmark_accuracy --checkpoint FILE [--data fashion-mnist] [--json FILE] [--quick]
 
-The dense net is ``groupify.demo:fashion_resnet18`` (stride-1 stem, 28×28), from a checkpoint of
+The dense net is ``groupify.models.demo:fashion_resnet18`` (stride-1 stem, 28×28), from a checkpoint of
 scripts/train_dense.py. All 3×3 convs but the first are converted; 1,000 unlabelled training images;
 accuracy on all 10,000 test images; mean and spread (largest minus smallest) over the seeds.
 """
@@ -26,19 +26,19 @@ from torch import Tensor, nn
 
 from groupify.conversion.by_module import refresh_batch_norms
 from groupify.conversion.clustering import SiteScore, cluster
-from groupify.conversion.convert import Calibration, convert
+from groupify.conversion.conversion import Calibration, convert
 from groupify.conversion.reconstruct import ReconstructionOptions
 from groupify.conversion.site_fit import FitOptions
 from groupify.conversion.surgery import restructure
 from groupify.data import calibration_images, load_data
-from groupify.deployment.machine import describe_machine
-from groupify.evaluation import evaluate
 from groupify.graph import apply_orders, channel_classes, trace
+from groupify.machine import describe_machine
+from groupify.models import load_model
 from groupify.planning import ModelCost, Plan, measure_cost, plan
-from groupify.zoo import load_model
+from groupify.scores.accuracy import evaluate
 from scripts.results import ResultFile
 
-MODEL = "groupify.demo:fashion_resnet18"
+MODEL = "groupify.models.demo:fashion_resnet18"
 SHAPE = (3, 28, 28)
 IMAGES = 1000
 SKIP = "*downsample*"

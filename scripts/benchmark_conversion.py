@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from groupify.conversion.by_module import refresh_batch_norms
-from groupify.conversion.convert import Calibration, convert
-from groupify.deployment.machine import describe_machine
+from groupify.conversion.conversion import Calibration, convert
+from groupify.machine import describe_machine
+from groupify.models import load_model
 from groupify.planning.rules import plan
-from groupify.zoo import load_model
 from scripts.results import write_results
 
 GROUPS = 4

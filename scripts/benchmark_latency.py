@@ -29,14 +29,14 @@ from rich.table import Table
 from torch import nn
 
 from groupify.conversion.surgery import restructure
-from groupify.deployment.benchmark import Latency, benchmark_onnx, speed_up
-from groupify.deployment.export import export_onnx
-from groupify.deployment.machine import blocked_width, describe_machine
-from groupify.deployment.parity import check_parity
-from groupify.deployment.profiling import OperatorTime, profile_onnx
-from groupify.deployment.runtime import BlockedConvs, count_blocked_convs
+from groupify.machine import blocked_width, describe_machine
+from groupify.measure.benchmarks import Latency, benchmark_onnx, speed_up
+from groupify.measure.profiling import OperatorTime, profile_onnx
+from groupify.models import load_model
+from groupify.onnx.exporting import export_onnx
+from groupify.onnx.parity import check_parity
+from groupify.onnx.runtime import BlockedConvs, count_blocked_convs
 from groupify.planning import measure_cost, plan
-from groupify.zoo import load_model
 from scripts.results import write_results
 
 INPUT_SHAPE = (3, 224, 224)

@@ -1,8 +1,9 @@
 """Where a grouped conv is slower than the dense one in ONNX Runtime, next to what a plan expects.
 
 One conv between two others that run in the blocked kernel, dense and with groups of some widths; one thread,
-batch 1, interleaved. This is the measurement behind the constants of ``groupify/planning/latency.py``: no
-conv may be measured slower (speed-up below 1) where the plan expects it to be faster.
+batch 1, interleaved. This is the measurement behind the constants of
+``groupify/planning/slow_kernels.py``: no conv may be measured slower (speed-up below 1) where the plan expects it to
+be faster.
 
     python -m scripts.benchmark_narrow_groups [--quick] [--json FILE]
 """
@@ -19,10 +20,10 @@ from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 from rich.table import Table
 
-from groupify.deployment.benchmark import benchmark_onnx, speed_up
-from groupify.deployment.machine import blocked_width, describe_machine
+from groupify.machine import blocked_width, describe_machine
+from groupify.measure.benchmarks import benchmark_onnx, speed_up
 from groupify.planning import Change, SitePlan
-from groupify.planning.latency import relative_latency
+from groupify.planning.slow_kernels import relative_latency
 from scripts.results import write_results
 
 WIDTHS = (1, 2, 4, 8, 16, 32)

@@ -2,8 +2,8 @@
 """groupify against its peers: the same dense net, images, MACs and training; accuracy, size and latency.
 
     python -m scripts.benchmark_peers --checkpoint FILE --twin FILE [--epochs 0,0.1,1] [--quick]
-    python -m scripts.benchmark_peers --model groupify.demo:fashion_vgg11_bn --checkpoint vgg11.safetensors \
-        --json benchmarks/peers_vgg11.json
+    python -m scripts.benchmark_peers --model groupify.models.demo:fashion_vgg11_bn \
+        --checkpoint vgg11.safetensors --json benchmarks/peers_vgg11.json
 
 The setting is that of scripts/benchmark_accuracy.py, with groups no narrower than this CPU's kernel wants.
 Every method gets the same 1,000 unlabelled images and is brought as near as it can be to the MACs of the
@@ -37,16 +37,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from groupify.conversion.convert import Calibration, convert
+from groupify.conversion.conversion import Calibration, convert
 from groupify.data import calibration_images, load_data
-from groupify.deployment.benchmark import Latency, benchmark_onnx, speed_up
-from groupify.deployment.export import export_onnx
-from groupify.deployment.machine import blocked_width, describe_machine
-from groupify.evaluation import evaluate
+from groupify.machine import blocked_width, describe_machine
+from groupify.measure.benchmarks import Latency, benchmark_onnx, speed_up
+from groupify.models import load_model
+from groupify.onnx.exporting import export_onnx
 from groupify.planning import measure_cost
 from groupify.planning.budget import MACS, Budget, Limit
 from groupify.planning.search import SearchOptions, plan_for_budget
-from groupify.zoo import load_model
+from groupify.scores.accuracy import evaluate
 from scripts.benchmark_accuracy import (
     IMAGES,
     MODEL,

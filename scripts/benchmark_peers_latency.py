@@ -26,11 +26,11 @@ import torch
 from torch import nn
 
 from groupify.data import calibration_images, load_data
-from groupify.deployment.export import export_onnx
-from groupify.deployment.machine import blocked_width, describe_machine
-from groupify.evaluation import evaluate
+from groupify.machine import blocked_width, describe_machine
+from groupify.models import load_model
+from groupify.onnx.exporting import export_onnx
 from groupify.planning import measure_cost
-from groupify.zoo import load_model
+from groupify.scores.accuracy import evaluate
 from scripts.benchmark_accuracy import IMAGES, MODEL, Setting
 from scripts.benchmark_peers import METHODS, file_of, make, numbers, time_against
 from scripts.results import BENCHMARKS, ResultFile, check_quick

@@ -2,7 +2,8 @@
 """Planned against uniform groups at the same MACs and at the same latency, without any training.
 
     python -m scripts.benchmark_planner --checkpoint resnet18.safetensors
-    python -m scripts.benchmark_planner --model groupify.demo:fashion_vgg11_bn --checkpoint vgg11.safetensors
+    python -m scripts.benchmark_planner --model groupify.models.demo:fashion_vgg11_bn \
+        --checkpoint vgg11.safetensors
     python -m scripts.benchmark_planner --model demo --data demo --seeds 1 --rows 'macs g=8' --images 300
 
 Checkpoints come from scripts/train_dense.py (--model vgg11_bn --epochs 5 for the second). For each row,
@@ -31,20 +32,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from groupify.conversion.convert import Calibration, convert
+from groupify.conversion.conversion import Calibration, convert
 from groupify.conversion.surgery import SiteRecipe, restructure
 from groupify.data import Data, DataSplits, calibration_images, load_data
-from groupify.deployment.benchmark import speed_ups
-from groupify.deployment.export import export_onnx
-from groupify.deployment.machine import blocked_width
-from groupify.evaluation import evaluate
+from groupify.machine import blocked_width
+from groupify.measure.benchmarks import speed_ups
+from groupify.models import Source, load_model
+from groupify.onnx.exporting import export_onnx
 from groupify.planning import Plan
 from groupify.planning.budget import LATENCY, MACS, Budget, Limit
 from groupify.planning.cache import cache_folder
 from groupify.planning.candidates import candidates
 from groupify.planning.plan_timer import PlanTimer
 from groupify.planning.search import Images, SearchOptions, make_costing, plan_for_budget
-from groupify.zoo import Source, load_model
+from groupify.scores.accuracy import evaluate
 from scripts.benchmark_accuracy import shortcuts
 from scripts.results import ResultFile
 
@@ -82,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="groupify.demo:fashion_resnet18")
+    parser.add_argument("--model", default="groupify.models.demo:fashion_resnet18")
     parser.add_argument("--checkpoint", type=Path, help="dense weights, from train_dense.py")
     parser.add_argument("--data", default="fashion-mnist")
     parser.add_argument("--seeds", type=int, default=3)

@@ -26,20 +26,20 @@ from pathlib import Path
 from torch import nn
 
 from groupify.conversion.surgery import restructure
-from groupify.deployment.benchmark import benchmark_onnx
-from groupify.deployment.export import export_onnx
-from groupify.deployment.machine import blocked_width
-from groupify.deployment.timing import Timing
 from groupify.graph.trace import example_input
+from groupify.machine import blocked_width
+from groupify.measure.benchmarks import benchmark_onnx
+from groupify.measure.latency_table import look_up, measure_table
+from groupify.measure.timing import Timing
+from groupify.models import load_model
+from groupify.onnx.exporting import export_onnx
 from groupify.planning import Plan
 from groupify.planning.budget import LATENCY
 from groupify.planning.candidates import candidates
-from groupify.planning.cost import measure_cost
 from groupify.planning.costing import Costing
-from groupify.planning.latency_table import look_up, measure_table
 from groupify.planning.search import uniform_name
 from groupify.planning.sensitivity import weight_sensitivity
-from groupify.zoo import load_model
+from groupify.scores.cost import measure_cost
 from scripts.results import BENCHMARKS, ResultFile
 
 MODELS = ("resnet18", "resnet50", "vgg16_bn", "densenet121")

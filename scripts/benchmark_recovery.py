@@ -38,12 +38,12 @@ from torch import Tensor, nn
 
 from groupify.conversion.surgery import restructure
 from groupify.data import DataSplits, calibration_images, load_data
-from groupify.deployment.machine import describe_machine
-from groupify.distributed import process_group
-from groupify.evaluation import evaluate
+from groupify.data.ranks import process_group
+from groupify.machine import describe_machine
+from groupify.models import load_model
 from groupify.planning import measure_cost
-from groupify.recovery.finetune import FinetuneSettings, finetune
-from groupify.zoo import load_model
+from groupify.scores.accuracy import evaluate
+from groupify.training.finetuning import FinetuneSettings, finetune
 from scripts.benchmark_accuracy import (
     IMAGES,
     MODEL,

@@ -2,7 +2,7 @@
 
 Chains of alternating 1×1 and 3×3 grouped convs (g=4), one thread, batch 1; the cost is the difference from
 the same chain without shuffles, per shuffle. This is the measurement behind ``MIN_BYTES`` in
-``groupify/deployment/splitting.py`` and the choice of ``Gather``.
+``groupify/onnx/splitting.py`` and the choice of ``Gather``.
 
     python -m scripts.benchmark_shuffle [--quick] [--json FILE]
 """
@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from groupify.conversion.layers import shuffle_order
-from groupify.deployment.benchmark import benchmark_onnx
-from groupify.deployment.machine import blocked_width, describe_machine
+from groupify.machine import blocked_width, describe_machine
+from groupify.measure.benchmarks import benchmark_onnx
 from scripts.results import write_results
 
 GROUPS = 4

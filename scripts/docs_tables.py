@@ -179,7 +179,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
     "shuffle": ("python -m scripts.benchmark_shuffle --json FILE", shuffle),
     "peers": ("python -m scripts.benchmark_peers --checkpoint FILE --twin FILE", peers),
     "peers_vgg11": (
-        "python -m scripts.benchmark_peers --model groupify.demo:fashion_vgg11_bn --checkpoint FILE "
+        "python -m scripts.benchmark_peers --model groupify.models.demo:fashion_vgg11_bn --checkpoint FILE "
         "--json benchmarks/peers_vgg11.json",
         peers,
     ),

@@ -24,14 +24,14 @@ from groupify.conversion.clock import Clock
 from groupify.conversion.fit import fit_student
 from groupify.conversion.site_fit import FitOptions
 from groupify.conversion.surgery import GROUPED, SiteRecipe
-from groupify.conversion.teacher import (
+from groupify.graph.trace import trace
+from groupify.stats.samples import (
     SampleBudget,
     SiteSamples,
     observe_teacher,
     refittable,
     residual_sums,
 )
-from groupify.graph.trace import trace
 
 # Sampled as a conv of two groups is: that keeps input patches, and more positions than any factor has inputs.
 _SAMPLED_AS = 2

@@ -4,7 +4,7 @@ Training images come from the official training split, test images from the offi
 they are stored in the original format (gzipped idx), in their original order. The same arguments
 give the same images:
 
-    python -m scripts.make_demo_data --output groupify/demo/fashion-mnist
+    python -m scripts.make_demo_data --output groupify/data/fashion-mnist
 """
 
 from __future__ import annotations

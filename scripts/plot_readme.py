@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from groupify.output_file import write_aside
+from groupify.files import write_aside
 
 ROOT = Path(__file__).resolve().parent.parent
 # The rows of the table that a reader wants to compare; a file without any of them is drawn whole.

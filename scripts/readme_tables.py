@@ -12,7 +12,7 @@ import re
 import sys
 from typing import Any
 
-from groupify.output_file import write_aside
+from groupify.files import write_aside
 from scripts.results import BENCHMARKS
 
 README = BENCHMARKS.parent / "README.md"

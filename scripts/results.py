@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from groupify.deployment.machine import describe_machine
-from groupify.output_file import write_aside
+from groupify.files import write_aside
+from groupify.machine import describe_machine
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 

@@ -34,12 +34,12 @@ from torchvision.models import get_model_builder, get_model_weights, list_models
 
 import groupify
 from groupify.conversion.by_module import refresh_batch_norms
-from groupify.conversion.convert import Calibration, convert
-from groupify.conversion.teacher import SampleBudget
-from groupify.deployment.export import export_onnx
-from groupify.deployment.parity import check_parity
+from groupify.conversion.conversion import Calibration, convert
 from groupify.errors import GroupifyError, PlanError
-from groupify.output_file import write_aside
+from groupify.files import write_aside
+from groupify.onnx.exporting import export_onnx
+from groupify.onnx.parity import check_parity
+from groupify.stats.samples import SampleBudget
 
 GROUPS = 4
 MIN_GROUP_WIDTH = 8

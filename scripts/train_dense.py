@@ -5,7 +5,7 @@ Nesterov momentum 0.9, one-cycle learning rate up to 0.1, weight decay 5e-4, ran
 shift, bf16 autocast on CPUs that are fast in it. With seed 0 and one thread of an AMD EPYC core with
 AVX-512 that took 70 minutes, beside other work, and gave 93.86% top-1. The demo's model is made by
 
-    python -m scripts.train_dense --model demo --epochs 10 --output groupify/demo/model.safetensors
+    python -m scripts.train_dense --model demo --epochs 10 --output groupify/models/demo.safetensors
 
 Top-1 accuracy on the test images, in float32 and after rounding to half precision, is printed and
 stored in the file's metadata. The same seed, versions and number of threads give the same weights.
@@ -29,10 +29,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from groupify.data import FlipAndShift, ImageArrays, load_data
-from groupify.demo import INPUT_SHAPE, demo_model, fashion_resnet18, fashion_vgg11_bn
-from groupify.deployment.machine import bfloat16_is_slow
-from groupify.evaluation import evaluate
-from groupify.zoo import ModelSpec
+from groupify.machine import bfloat16_is_slow
+from groupify.models import ModelSpec
+from groupify.models.demo import INPUT_SHAPE, demo_model, fashion_resnet18, fashion_vgg11_bn
+from groupify.scores.accuracy import evaluate
 
 MODELS = {"demo": demo_model, "resnet18": fashion_resnet18, "vgg11_bn": fashion_vgg11_bn}
 BATCH_SIZE = 128

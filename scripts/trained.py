@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from groupify.data import Data, DataSplits, ImageArrays, calibration_images
-from groupify.deployment.machine import bfloat16_is_slow
-from groupify.recovery.finetune import FinetuneResult, FinetuneSettings, finetune
-from groupify.zoo import load_model
+from groupify.machine import bfloat16_is_slow
+from groupify.models import load_model
+from groupify.training.finetuning import FinetuneResult, FinetuneSettings, finetune
 from scripts.benchmark_accuracy import Setting
 from scripts.results import ResultFile
 from scripts.train_dense import hold_out
@@ -73,7 +73,7 @@ class Twin:
     @classmethod
     def load(cls, checkpoint: Path, data: DataSplits, images: int) -> Twin:
         """Load the twin's weights, and divide the benchmark's training images as its training did."""
-        dense = load_model("groupify.demo:demo_model", checkpoint=checkpoint).model
+        dense = load_model("groupify.models.demo:demo_model", checkpoint=checkpoint).model
         if not isinstance(data.train, ImageArrays):
             sys.exit(f"{data.spec}: the twin needs images that lie in memory whole, such as fashion-mnist")
         kept, held_out = hold_out(data.train)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset, Subset, TensorDataset
 
 from groupify.data import DataSplits, ImageArrays, load_data
-from groupify.demo import INPUT_SHAPE
-from groupify.zoo import ModelSpec
+from groupify.models import ModelSpec
+from groupify.models.demo import INPUT_SHAPE
 
 INPUT_SIZE = "3,8,8"
 

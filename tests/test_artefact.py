@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from groupify.artefact import WEIGHTS_FILE, load, read_recipe, save
 from groupify.conversion.surgery import SiteRecipe, restructure
 from groupify.errors import ArtefactError, CheckpointError, GroupifyError
+from groupify.models import ModelSpec, WeightsOrigin, build_model
 from groupify.output_folder import RECIPE_FILE
 from groupify.recipe import Recipe
-from groupify.zoo import ModelSpec, WeightsOrigin, build_model
 from tests.test_recipe import VALUES, paths_of, replaced
 
 
@@ -240,7 +240,9 @@ def test_a_recipe_names_no_files(saved: Path, name: str) -> None:
             load(saved, trust=trust)
 
 
-@pytest.mark.parametrize("name", ["groupify.demo:nn.Module", "os:system", "groupify.demo:fashion_resnet18.x"])
+@pytest.mark.parametrize(
+    "name", ["groupify.models.demo:nn.Module", "os:system", "groupify.models.demo:fashion_resnet18.x"]
+)
 def test_no_callable_is_reached_without_trust(saved: Path, name: str) -> None:
     set_recipe(saved, "model", "name", value=name)
     with pytest.raises(GroupifyError, match="trust"):
@@ -248,11 +250,11 @@ def test_no_callable_is_reached_without_trust(saved: Path, name: str) -> None:
 
 
 def test_groupify_trusts_its_own_benchmark_networks(tmp_path: Path) -> None:
-    from groupify.demo import fashion_resnet18
+    from groupify.models.demo import fashion_resnet18
 
     sites = (SiteRecipe("layer4.1.conv2", "grouped", 8),)
     model = restructure(fashion_resnet18(), sites)
-    save(tmp_path / "out", model, recipe_of("groupify.demo:fashion_resnet18", sites))
+    save(tmp_path / "out", model, recipe_of("groupify.models.demo:fashion_resnet18", sites))
     loaded = load(tmp_path / "out")
     assert torch.equal(
         loaded.state_dict()["layer4.1.conv2.weight"], model.state_dict()["layer4.1.conv2.weight"]

@@ -17,11 +17,11 @@ from torchvision.models import detection
 from torchvision.ops import FrozenBatchNorm2d
 
 import groupify
-from groupify.conversion.convert import Calibration
+from groupify.conversion.conversion import Calibration
 from groupify.conversion.in_order import equal_outputs
 from groupify.conversion.site_fit import FitOptions
-from groupify.conversion.teacher import SampleBudget
 from groupify.errors import ConversionError, DataError, PlanError
+from groupify.stats.samples import SampleBudget
 from tests.conversion.nets import SHAPE, Residual, images, make_block_diagonal, randomise, relative_error
 
 EXACT = FitOptions(ridge=1e-9, refit_ridge=1e-9)

@@ -12,14 +12,21 @@ from rich.console import Console
 
 from groupify import Recipe, WeightsOrigin, plan, save
 from groupify.artefact import load, read_recipe
-from groupify.bench import BenchResult, BenchRow, Int8Latency, _slow_notes, bench_document, bench_folder
 from groupify.conversion.surgery import restructure
-from groupify.deployment.export import export_onnx
-from groupify.deployment.quantize import quantize_onnx
 from groupify.errors import ArtefactError, GroupifyError, GroupifyWarning, SpecError
+from groupify.measure.folder import (
+    BenchResult,
+    BenchRow,
+    Int8Latency,
+    _slow_notes,
+    bench_document,
+    bench_folder,
+)
+from groupify.models import ModelSpec
+from groupify.onnx.exporting import export_onnx
+from groupify.onnx.quantisation import quantize_onnx
 from groupify.planning import Change
 from groupify.reporting.text import print_bench
-from groupify.zoo import ModelSpec
 from tests.cli_nets import net
 
 # Wide enough to be faster when grouped, on any machine: a slower one is warned of.

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 import groupify
 from groupify.cli import cli
 from groupify.errors import SpecError
+from groupify.measure.latency_table import LatencyTable
+from groupify.models import sources as zoo_load
 from groupify.pipeline import write_output
-from groupify.planning.latency_table import LatencyTable
-from groupify.zoo import load as zoo_load
 from tests.cli_nets import INPUT_SIZE, net
 from tests.conftest import Run
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from groupify.cli.training import finetune_settings, training_request
 from groupify.errors import SpecError
-from groupify.recovery.settings import FinetuneSettings
+from groupify.training.settings import FinetuneSettings
 from tests.cli_nets import INPUT_SIZE
 from tests.conftest import Run
 
@@ -177,8 +177,8 @@ def test_settings_without_options_are_the_defaults() -> None:
 
 
 def test_log_every_nothing_is_refused() -> None:
-    from groupify.recovery.logs import LogSettings
-    from groupify.recovery.state import Checkpointing
+    from groupify.training.logs import LogSettings
+    from groupify.training.state import Checkpointing
 
     with pytest.raises(SpecError, match="log interval is 0"):
         LogSettings(interval=0)

@@ -10,11 +10,10 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from groupify import demo
 from groupify.data import ImageArrays, calibration_images, load_data
 from groupify.data.files import read_fashion_mnist, write_idx
-from groupify.evaluation import evaluate
-from groupify.zoo import build_model, load_model
+from groupify.models import build_model, demo, load_model
+from groupify.scores.accuracy import evaluate
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
@@ -82,7 +81,7 @@ def test_random_demo_and_its_architecture() -> None:
 
 @pytest.mark.parametrize("name", ["demo_model", "fashion_resnet18", "fashion_vgg11_bn"])
 def test_benchmark_networks(name: str) -> None:
-    source = load_model(f"groupify.demo:{name}")
+    source = load_model(f"groupify.models.demo:{name}")
     assert source.spec.input_shape == (3, 28, 28)
     assert source.spec.preprocessing is not None
     assert isinstance(source.model, nn.Module)

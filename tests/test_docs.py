@@ -104,7 +104,7 @@ def test_table_of_the_recovery() -> None:
 
 def test_table_of_the_planner() -> None:
     row = {
-        "model": "groupify.demo:fashion_vgg11_bn", "row": "macs g=8", "dense_accuracy": 93.0,
+        "model": "groupify.models.demo:fashion_vgg11_bn", "row": "macs g=8", "dense_accuracy": 93.0,
         "uniform_accuracy": 89.0, "planned_accuracy": 91.0, "speed_up": None,
     }  # fmt: skip
     rows = [row, {**row, "planned_accuracy": 92.0, "speed_up": {"uniform": 8.0, "planned": 8.5}}]
@@ -115,7 +115,7 @@ def test_table_of_the_planner() -> None:
 
 def test_table_of_the_peers_latency() -> None:
     row = {
-        "model": "groupify.demo:fashion_vgg11_bn", "side": 112, "method": "truncation", "groups": 4,
+        "model": "groupify.models.demo:fashion_vgg11_bn", "side": 112, "method": "truncation", "groups": 4,
         "top1": 92.0, "dense_top1": 93.0, "macs_ratio": 3.7, "params_ratio": 3.8, "latency": {},
     }  # fmt: skip
     timed = {**row, "latency": {"1": {"dense_ms": 20.0, "ms": 5.0, "speed_up": 4.1}}}

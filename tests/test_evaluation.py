@@ -10,9 +10,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from groupify.data import load_data
 from groupify.errors import DataError, GroupifyWarning
-from groupify.evaluation import Accuracy, evaluate
+from groupify.models import ModelSpec, load_model
 from groupify.pipeline.run import open_data
-from groupify.zoo import ModelSpec, load_model
+from groupify.scores.accuracy import Accuracy, evaluate
 
 IMAGES = torch.eye(4).view(4, 4, 1, 1).repeat(5, 1, 1, 1)
 # The model says 0, 1, 2, 3 over and over: right on the first 12 images, wrong on the last 8.

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import groupify
+from groupify import machine
 from groupify.data import batches, iterate_batches
-from groupify.deployment import machine
 from groupify.errors import DataError, GroupifyError
 from tests.conftest import ROOT, Run
 from tests.conversion.nets import SHAPE, Residual, images, randomise

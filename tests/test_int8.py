@@ -12,9 +12,9 @@ import onnx
 import pytest
 from rich.console import Console
 
-from groupify.deployment.agreement import Agreement
-from groupify.deployment.export import ExportedModel
 from groupify.errors import GroupifyWarning
+from groupify.onnx.agreement import Agreement
+from groupify.onnx.exporting import ExportedModel
 from groupify.pipeline.latency import Timed, latency_notes
 from groupify.planning import Change
 from groupify.reporting import Int8File, LatencyChange, print_report, report_document

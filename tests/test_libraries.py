@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import groupify
-from groupify.conversion.convert import Calibration
-from groupify.deployment.export import export_onnx
-from groupify.deployment.parity import check_parity
+from groupify.conversion.conversion import Calibration
 from groupify.errors import ConversionError, PlanError
+from groupify.onnx.exporting import export_onnx
+from groupify.onnx.parity import check_parity
 from tests.conftest import Run
 from tests.conversion.nets import images
 

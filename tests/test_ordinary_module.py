@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
-from groupify.conversion.convert import convert
+from groupify.conversion.conversion import convert
 from groupify.conversion.layers import SHUFFLED
-from groupify.demo import INPUT_SHAPE, demo_model
+from groupify.models.demo import INPUT_SHAPE, demo_model
 from groupify.planning import plan
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from groupify.output_file import write_aside
+from groupify.files import write_aside
 
 
 def test_missing_parents_are_made(tmp_path: Path) -> None:

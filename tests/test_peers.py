@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from groupify.conversion.sampling import input_patches, pick, sample_positions
-from groupify.conversion.teacher import SiteSamples
 from groupify.data import ImageArrays, load_data
-from groupify.demo import fashion_resnet18
+from groupify.models import ModelSpec
+from groupify.models.demo import fashion_resnet18
 from groupify.planning import measure_cost, plan
-from groupify.zoo import ModelSpec
+from groupify.stats.positions import input_patches, pick, sample_positions
+from groupify.stats.samples import SiteSamples
 from scripts import benchmark_accuracy, benchmark_peers, benchmark_peers_latency
 from scripts.benchmark_accuracy import Setting, truncation
 from scripts.benchmark_peers import IN_RECOVERY, Bench, Row, in_order, table, take_over, take_rates

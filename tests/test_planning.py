@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from groupify.conversion.surgery import SiteRecipe, restructure
 from groupify.errors import ConversionError, PlanError
 from groupify.planning import Change, Plan, SitePlan, describe, measure_cost, plan
-from groupify.planning.cost import conv_params
+from groupify.scores.cost import conv_params
 
 
 def stem(channels: int) -> nn.Conv2d:

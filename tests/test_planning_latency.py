@@ -12,7 +12,7 @@ from torch import nn
 
 from groupify.errors import GroupifyWarning, PlanError
 from groupify.planning import Change, SitePlan, plan
-from groupify.planning.latency import latency_warning, relative_latency
+from groupify.planning.slow_kernels import latency_warning, relative_latency
 from tests.conftest import Run
 
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from groupify.conversion.surgery import SiteRecipe
 from groupify.errors import ArtefactError
+from groupify.models import ModelSpec, Preprocessing, WeightsOrigin
 from groupify.recipe import Recipe, current_versions
-from groupify.zoo import ModelSpec, Preprocessing, WeightsOrigin
 
 RECIPE = Recipe(
     model=ModelSpec(

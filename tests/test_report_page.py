@@ -25,10 +25,10 @@ from rich.console import Console
 
 from groupify.conversion.pictures import BlockPicture
 from groupify.conversion.site_fit import SiteFit
-from groupify.deployment.agreement import Agreement
 from groupify.errors import ArtefactError
+from groupify.models import WeightsOrigin
+from groupify.onnx.agreement import Agreement
 from groupify.planning import Change
-from groupify.recovery.finetune import FinetuneRow
 from groupify.reporting import report_document
 from groupify.reporting.charts import Point, chart, place_labels
 from groupify.reporting.html import comparison_page, report_page
@@ -38,7 +38,7 @@ from groupify.reporting.results import Int8File, UniformRun
 from groupify.reporting.schema import check
 from groupify.reporting.tables import markdown, print_summary
 from groupify.reporting.verdict import verdict
-from groupify.zoo import WeightsOrigin
+from groupify.training.finetuning import FinetuneRow
 from tests.chromium import Page, chromium, needs_chromium
 from tests.conftest import ROOT
 from tests.conftest import Run as Command

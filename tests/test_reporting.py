@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from groupify.bench import BenchResult, BenchRow, bench_document
 from groupify.conversion.site_fit import SiteFit
-from groupify.deployment.machine import Machine
-from groupify.deployment.parity import Parity
-from groupify.deployment.runtime import BlockedConvs
+from groupify.machine import Machine
+from groupify.measure.folder import BenchResult, BenchRow, bench_document
+from groupify.models import WeightsOrigin
+from groupify.onnx.parity import Parity
+from groupify.onnx.runtime import BlockedConvs
 from groupify.planning import Change, ModelCost, Plan, SitePlan
 from groupify.reporting import AccuracyChange, CostChange, LatencyChange, Report, report_document
 from groupify.reporting.document import clean
@@ -27,7 +28,6 @@ from groupify.reporting.text import (
     size,
     stdout_console,
 )
-from groupify.zoo import WeightsOrigin
 
 MACHINE = Machine("Abacus 3", "avx2", 1, "Linux x86_64", "3.11", "2.6", "1.20", "1.17")
 STEM = SitePlan(

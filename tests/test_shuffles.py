@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from groupify import choose_shuffles, plan
 from groupify.errors import PlanError
 from groupify.planning import Plan
-from groupify.planning.latency import shuffle_work
+from groupify.planning.slow_kernels import shuffle_work
 from groupify.shuffles import ShuffleChoice, weigh, with_shuffles
 from tests.cli_nets import INPUT_SIZE
 from tests.conftest import Run

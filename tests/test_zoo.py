@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights
 
 from groupify.errors import CheckpointError, GroupifyWarning, SpecError
-from groupify.zoo import ModelSpec, build_model, load_checkpoint, load_model
-from groupify.zoo import weights as zoo_weights
-from groupify.zoo.weights import read_checkpoint
+from groupify.models import ModelSpec, build_model, load_checkpoint, load_model
+from groupify.models import weights as zoo_weights
+from groupify.models.weights import read_checkpoint
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_bad_input_shape(shape: tuple[int, ...]) -> None:
         load_model("resnet18", weights="none", input_shape=shape)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "demo", "groupify.demo:fashion_resnet18"])
+@pytest.mark.parametrize("name", ["resnet18", "demo", "groupify.models.demo:fashion_resnet18"])
 def test_unknown_weights(name: str) -> None:
     with pytest.raises(SpecError, match="unknown weights 'IMAGENET1K_V9'"):
         load_model(name, weights="IMAGENET1K_V9")
@@ -452,7 +452,7 @@ def test_checkpoint_of_something_else(tmp_path: Path, content: object) -> None:
 
 
 def test_missing_checkpoint(tmp_path: Path) -> None:
-    for name in ("resnet18", "demo", "groupify.demo:fashion_resnet18"):
+    for name in ("resnet18", "demo", "groupify.models.demo:fashion_resnet18"):
         with pytest.raises(CheckpointError, match="no checkpoint"):
             load_model(name, checkpoint=tmp_path / "nothing.pth")
 

@@ -12,13 +12,13 @@ from typing import Any, NoReturn
 
 import click
 
-from groupify.cli.bench import bench
-from groupify.cli.convert import convert
-from groupify.cli.evaluate import evaluate
-from groupify.cli.export import export
-from groupify.cli.finetune import finetune
-from groupify.cli.plan import plan
-from groupify.cli.report import report
+from groupify.cli.bench_command import bench
+from groupify.cli.convert_command import convert
+from groupify.cli.evaluate_command import evaluate
+from groupify.cli.export_command import export
+from groupify.cli.finetune_command import finetune
+from groupify.cli.plan_command import plan
+from groupify.cli.report_command import report
 from groupify.cli.shared import CONTEXT
 from groupify.errors import GroupifyError, GroupifyWarning
 

@@ -15,7 +15,7 @@ from groupify.errors import SpecError
 
 if TYPE_CHECKING:
     from groupify.pipeline import OutputRequest, TrainingRequest
-    from groupify.recovery.settings import FinetuneSettings
+    from groupify.training.settings import FinetuneSettings
 
 # Everything heavy (torch first of all) is imported inside the functions: --help answers at once.
 
@@ -89,7 +89,7 @@ def recovery_options(epochs: float) -> Callable[[Command], Command]:
 
 def finetune_settings(options: dict[str, Any]) -> FinetuneSettings:
     """Return how to train."""
-    from groupify.recovery.settings import FinetuneSettings
+    from groupify.training.settings import FinetuneSettings
 
     settings = FinetuneSettings(
         epochs=options["epochs"],
@@ -109,7 +109,7 @@ def training_request(options: dict[str, Any]) -> TrainingRequest | None:
         SpecError: an option that says something about a training that is not asked for.
     """
     from groupify.pipeline import TrainingRequest
-    from groupify.recovery.logs import LogSettings
+    from groupify.training.logs import LogSettings
 
     if not options["epochs"]:
         for name in ("save_every", "resume", "log_file", "tensorboard"):

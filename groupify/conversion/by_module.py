@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from groupify.conversion.site_fit import FitOptions, SiteFit, Target, fit_site
 from groupify.conversion.surgery import SiteRecipe
-from groupify.conversion.teacher import SampleBudget, SiteSampler
 from groupify.graph.operations import CONVS
+from groupify.stats.samples import SampleBudget, SiteSampler
 
 
 def fit_by_module(

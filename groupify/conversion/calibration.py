@@ -8,9 +8,9 @@ from torch import Tensor
 
 from groupify.conversion.reconstruct import ReconstructionOptions
 from groupify.conversion.site_fit import FitOptions
-from groupify.conversion.teacher import SampleBudget
-from groupify.distributed import ALONE, Ranks
+from groupify.data.ranks import ALONE, Ranks
 from groupify.errors import ConversionError, DataError
+from groupify.stats.samples import SampleBudget
 
 CLUSTERINGS = ("data", "norm", "none")
 

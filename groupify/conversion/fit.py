@@ -16,13 +16,13 @@ from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 from groupify.conversion.clock import Clock
-from groupify.conversion.sampling import compact, input_patches, pick
 from groupify.conversion.site_fit import FitOptions, SiteFit, Target, fit_site, refit_layer
 from groupify.conversion.surgery import SiteRecipe
-from groupify.conversion.teacher import SiteSamples, is_relu
-from groupify.distributed import sharers
+from groupify.data.ranks import sharers
 from groupify.graph.execute import BatchedRun
 from groupify.graph.operations import CONVS, ELEMENTWISE_MODULES, BatchNorm, Conv, is_batch_norm
+from groupify.stats.positions import compact, input_patches, pick
+from groupify.stats.samples import SiteSamples, is_relu
 
 # Output positions, over all images, whose mean and variance a batch norm gets at least.
 _NORM_POSITIONS = 65_536

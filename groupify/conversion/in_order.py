@@ -16,15 +16,15 @@ from groupify.conversion.fit import fit_student
 from groupify.conversion.objectives import ExplainedVariance, Flow, Objective
 from groupify.conversion.pictures import BlockPicture, block_pictures
 from groupify.conversion.reconstruct import reconstruct
-from groupify.conversion.scores import data_score, fitted_error, norm_score, permuted_samples
 from groupify.conversion.site_fit import SiteFit
 from groupify.conversion.surgery import GROUPED, SiteRecipe, restructure
-from groupify.conversion.teacher import SiteSamples, observe_teacher, refittable, residual_sums
 from groupify.conversion.weights_only import correct_batch_norms
-from groupify.distributed import sharers
+from groupify.data.ranks import sharers
 from groupify.graph.channels import Channels, channel_classes
 from groupify.graph.permute import apply_orders
 from groupify.graph.trace import on_same_graph
+from groupify.stats.samples import SiteSamples, observe_teacher, refittable, residual_sums
+from groupify.stats.scores import data_score, fitted_error, norm_score, permuted_samples
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from groupify.conversion.teacher import SiteSamples
-from groupify.distributed import sharers
+from groupify.data.ranks import sharers
+from groupify.stats.samples import SiteSamples
 
 Membership = NDArray[np.float32]
 Benefits = NDArray[np.float64]

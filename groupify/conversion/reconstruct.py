@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
-from groupify.conversion.sampling import compact
 from groupify.graph.execute import BatchedRun
+from groupify.stats.positions import compact
 
 
 @dataclass(frozen=True)

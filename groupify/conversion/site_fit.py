@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from groupify.conversion.moments import GroupedFit, GroupedMoments
 from groupify.conversion.principal import principal_maps
 from groupify.conversion.surgery import GROUPED, SiteRecipe, row_channels
-from groupify.distributed import sharers
+from groupify.data.ranks import sharers
 from groupify.graph.operations import CONVS, BatchNorm, Conv
+from groupify.stats.moments import GroupedFit, GroupedMoments
 
 
 @dataclass(frozen=True)

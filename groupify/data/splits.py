@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from groupify import demo
 from groupify.data.batches import UNLABELLED, Data, check_labels
 from groupify.data.cifar import read_cifar10
 from groupify.data.files import find_fashion_mnist, read_fashion_mnist
 from groupify.data.folders import read_image_folder
 from groupify.data.images import CropAndFlip, FlipAndShift, ImageArrays
 from groupify.errors import DataError, GroupifyError, GroupifyWarning, SpecError, near_names
-from groupify.zoo import ModelSpec, import_attribute
-from groupify.zoo.weights import one_line
+from groupify.models import ModelSpec, demo, import_attribute
+from groupify.models.weights import one_line
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from torch import Tensor
 
 from groupify.data import DataSplits, calibration_images
-from groupify.deployment.agreement import compare_files
-from groupify.deployment.quantize import OnnxModule, quantize_onnx
 from groupify.errors import SpecError
-from groupify.evaluation import evaluate
+from groupify.onnx.agreement import compare_files
+from groupify.onnx.quantisation import OnnxModule, quantize_onnx
 from groupify.reporting.results import Int8File
+from groupify.scores.accuracy import evaluate
 
 # Each is run through the float file with all its activations kept, so more would take memory and time.
 _CALIBRATION_IMAGES = 256

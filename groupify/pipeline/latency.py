@@ -11,10 +11,10 @@ from pathlib import Path
 
 from torch import nn
 
-from groupify.deployment.benchmark import QUICK_SECONDS, benchmark_onnx, speed_up
-from groupify.deployment.export import ExportedModel, export_onnx
-from groupify.deployment.site_times import site_times
 from groupify.errors import GroupifyWarning
+from groupify.measure.benchmarks import QUICK_SECONDS, benchmark_onnx, speed_up
+from groupify.measure.site_times import site_times
+from groupify.onnx.exporting import ExportedModel, export_onnx
 from groupify.pipeline.int8 import int8_notes, int8_path
 from groupify.pipeline.requests import OutputRequest
 from groupify.planning import Change

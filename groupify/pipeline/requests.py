@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from groupify.conversion.surgery import KINDS
-from groupify.deployment.machine import blocked_width
 from groupify.errors import SpecError
+from groupify.machine import blocked_width
+from groupify.models import Source, load_model
 from groupify.planning import Plan, plan
 from groupify.planning.budget import Budget
 from groupify.planning.plan_file import PlanFile
-from groupify.recovery.logs import LogSettings
-from groupify.recovery.settings import FinetuneSettings
-from groupify.recovery.state import Checkpointing
-from groupify.zoo import Source, load_model
+from groupify.training.logs import LogSettings
+from groupify.training.settings import FinetuneSettings
+from groupify.training.state import Checkpointing
 
 # Steps between two writes of a training's state, where it is to be kept and nothing more is said.
 SAVE_EVERY = 200

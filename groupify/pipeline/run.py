@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from groupify.artefact import load, read_recipe
-from groupify.conversion.convert import Calibration, convert
+from groupify.conversion.conversion import Calibration, convert
 from groupify.conversion.reconstruct import ReconstructionOptions
 from groupify.data import DataSplits, calibration_images, load_data
-from groupify.distributed import Ranks, process_group
+from groupify.data.ranks import Ranks, process_group
 from groupify.errors import DataError, GroupifyWarning, SpecError
-from groupify.evaluation import class_logits, evaluate
 from groupify.graph.trace import example_input
+from groupify.models import Source, load_model
 from groupify.output_folder import writing_folder
 from groupify.pipeline.budget import find_plan
 from groupify.pipeline.int8 import check_quantize
@@ -34,16 +34,16 @@ from groupify.pipeline.requests import (
 from groupify.pipeline.uniform import convert_uniform, uniform_plans
 from groupify.pipeline.write_output import write_output
 from groupify.planning import describe
-from groupify.planning.cost import run_once
 from groupify.planning.plan_file import PlanFile
 from groupify.planning.search import BudgetPlan
 from groupify.recipe import Recipe
-from groupify.recovery.finetune import FinetuneResult, finetune
-from groupify.recovery.state import Checkpointing
 from groupify.reporting import AccuracyChange, Report
 from groupify.reporting.budget import race_lines
+from groupify.scores.accuracy import class_logits, evaluate
+from groupify.scores.cost import run_once
 from groupify.shuffles import choose_shuffles
-from groupify.zoo import Source, load_model
+from groupify.training.finetuning import FinetuneResult, finetune
+from groupify.training.state import Checkpointing
 
 
 def run_conversion(request: ConversionRequest, *, progress: bool = False) -> Report | None:
@@ -175,7 +175,7 @@ def dense_source(recipe: Recipe, checkpoint: Path | None, *, trust: bool) -> Sou
         SpecError: the recipe does not say where its weights can be had; name the file.
     """
     spec, origin = recipe.model, recipe.weights.source
-    if ":" in spec.name and not trust and not spec.name.startswith("groupify.demo:"):
+    if ":" in spec.name and not trust and not spec.name.startswith("groupify.models.demo:"):
         raise SpecError(f"the recipe's model {spec.name!r} is code of its own; give --trust if you trust it")
     weights, seed = "none", 0
     if checkpoint is None:

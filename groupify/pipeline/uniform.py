@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from groupify.conversion.convert import Calibration, convert
+from groupify.conversion.conversion import Calibration, convert
 from groupify.data import Data
-from groupify.deployment.export import export_onnx
-from groupify.evaluation import evaluate
 from groupify.graph.trace import example_input
+from groupify.models import Source
+from groupify.onnx.exporting import export_onnx
 from groupify.pipeline.requests import ConversionRequest
 from groupify.planning import Plan, measure_cost
 from groupify.reporting import UniformRun
-from groupify.zoo import Source
+from groupify.scores.accuracy import evaluate
 
 
 def uniform_plans(request: ConversionRequest, source: Source, chosen: Plan) -> dict[int, Plan]:

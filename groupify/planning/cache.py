@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from groupify.documents import is_finite, parse
 from groupify.errors import ArtefactError
-from groupify.output_file import write_aside
-from groupify.strict_json import is_finite, parse
+from groupify.files import write_aside
 
 
 def cache_folder() -> Path:

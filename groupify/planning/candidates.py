@@ -12,9 +12,9 @@ from groupify.conversion.surgery import GROUPED, GROUPED_POINTWISE
 from groupify.errors import PlanError
 from groupify.graph.operations import CONVS, Conv
 from groupify.graph.trace import example_input
-from groupify.planning.cost import Change
-from groupify.planning.plan import DENSE, Plan, SitePlan
 from groupify.planning.rules import Observed, observe, plan_observed
+from groupify.scores.cost import Change
+from groupify.structures import DENSE, Plan, SitePlan
 
 GROUP_COUNTS = (2, 4, 8, 16, 32, 64)
 # What a plan can be compared with: the same number of groups, of one kind, everywhere.

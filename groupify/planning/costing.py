@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from groupify.errors import PlanError
+from groupify.measure.latency_table import Latencies
 from groupify.planning.allocation import Option, allocate, least, nearest
 from groupify.planning.budget import BYTES, COSTS, LATENCY, MACS, PARAMS, Limit
 from groupify.planning.candidates import Candidate, Choices, Uniform
-from groupify.planning.cost import ModelCost
-from groupify.planning.latency_table import Latencies
 from groupify.planning.sensitivity import Sensitivity
+from groupify.scores.cost import ModelCost
 
 Chosen = tuple[int, ...]
 Costs = Mapping[str, float]  # quantity → MACs, parameters, bytes, milliseconds

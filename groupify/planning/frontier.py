@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from groupify.planning.budget import LATENCY, MACS
 from groupify.planning.costing import Chosen
-from groupify.planning.judge import Judgement
 from groupify.planning.search import BudgetPlan, uniform_name
+from groupify.scores.divergence import Judgement
 
 _POINTS = 10
 

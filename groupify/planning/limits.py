@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from groupify.errors import ConversionError
 from groupify.graph.parts import find_parts, given_up
 from groupify.graph.trace import trace
-from groupify.planning.cost import run_once
+from groupify.scores.cost import run_once
 
 _CONV_FUNCTIONS = ("conv1d", "conv2d", "conv3d")
 

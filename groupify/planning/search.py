@@ -11,18 +11,15 @@ from pathlib import Path
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from groupify.conversion.convert import Calibration, convert
+from groupify.conversion.conversion import Calibration, convert
 from groupify.conversion.surgery import GROUPED, GROUPED_POINTWISE
 from groupify.errors import PlanError, SpecError
 from groupify.graph.trace import example_input
+from groupify.measure.latency_table import LatencyTable, cached_table, look_up
 from groupify.planning.budget import LATENCY, MACS, Budget
 from groupify.planning.candidates import Uniform, candidates
-from groupify.planning.cost import measure_cost
 from groupify.planning.costing import Chosen, Costing, shown
-from groupify.planning.judge import Judge, Judgement
-from groupify.planning.latency_table import LatencyTable, cached_table, look_up
 from groupify.planning.limits import limits as limits_of
-from groupify.planning.plan import Plan
 from groupify.planning.plan_timer import PlanTimer
 from groupify.planning.sensitivity import (
     Sensitivity,
@@ -30,6 +27,9 @@ from groupify.planning.sensitivity import (
     measure_sensitivity,
     weight_sensitivity,
 )
+from groupify.scores.cost import measure_cost
+from groupify.scores.divergence import Judge, Judgement
+from groupify.structures import Plan
 
 SENSITIVITIES = ("fisher", "exact")
 _POWERS = (1.0, 0.5)

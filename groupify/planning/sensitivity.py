@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from groupify.chunks import chunks
 from groupify.conversion.clustering import SiteScore, cluster
-from groupify.conversion.convert import Calibration, convert
+from groupify.conversion.conversion import Calibration, convert
 from groupify.conversion.surgery import SiteRecipe
 from groupify.errors import DataError, GroupifyWarning
 from groupify.graph.channels import CONV_INPUT, CONV_OUTPUT, Channels, channel_classes
@@ -27,9 +26,10 @@ from groupify.graph.permute import use_order
 from groupify.graph.trace import example_input, trace
 from groupify.planning.cache import NumberCache, fingerprint
 from groupify.planning.candidates import Candidate, Choices
-from groupify.planning.judge import Judge
 from groupify.planning.layer_error import LayerMoments
-from groupify.planning.moments_pass import SiteStatistics, observe_sites
+from groupify.scores.divergence import Judge
+from groupify.stats.chunks import chunks
+from groupify.stats.fisher import SiteStatistics, observe_sites
 
 _MEMORY = 2**31  # bytes of moments held at the same time; more convs take another pass
 _VERSION = "1"  # of what is measured: another one makes the cached numbers void

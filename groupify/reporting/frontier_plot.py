@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from groupify.errors import GroupifyError, SpecError
-from groupify.output_file import write_aside
+from groupify.files import write_aside
 from groupify.planning.budget import MACS
 from groupify.planning.frontier import Frontier, FrontierPoint
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 from groupify.conversion.pictures import BlockPicture
 from groupify.conversion.site_fit import SiteFit
-from groupify.deployment.agreement import Agreement
-from groupify.deployment.export import ExportedModel
-from groupify.deployment.machine import Machine
-from groupify.deployment.parity import Parity
+from groupify.machine import Machine
+from groupify.models import WeightsOrigin
+from groupify.onnx.agreement import Agreement
+from groupify.onnx.exporting import ExportedModel
+from groupify.onnx.parity import Parity
 from groupify.planning import Change, ModelCost, SitePlan
-from groupify.recovery.finetune import FinetuneRow
 from groupify.shuffles import ShuffleChoice
-from groupify.zoo import WeightsOrigin
+from groupify.training.finetuning import FinetuneRow
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from groupify.bench import BenchResult
+from groupify.measure.folder import BenchResult
 from groupify.planning import Change, Plan, SitePlan
 from groupify.reporting.results import ExportResult, Int8File, Report, UniformRun
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from groupify.conversion.surgery import SiteRecipe
 from groupify.graph.operations import Conv
-from groupify.planning.plan import Plan
 from groupify.planning.rules import describe
+from groupify.structures import Plan
 
 SHAPE = (3, 8, 8)
 

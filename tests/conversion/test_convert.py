@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from groupify.conversion.convert import Calibration, convert
-from groupify.conversion.scores import fitted_error
+from groupify.conversion.conversion import Calibration, convert
 from groupify.conversion.site_fit import FitOptions
-from groupify.conversion.teacher import SampleBudget, SiteSamples
 from groupify.errors import ConversionError, DataError, GroupifyWarning
+from groupify.stats.samples import SampleBudget, SiteSamples
+from groupify.stats.scores import fitted_error
 from tests.conversion.nets import (
     CalledTwice,
     Chain,

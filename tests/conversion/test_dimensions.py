@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import groupify
-from groupify.conversion.convert import Calibration, convert
+from groupify.conversion.conversion import Calibration, convert
 from groupify.conversion.site_fit import FitOptions
 from groupify.conversion.surgery import SiteRecipe
-from groupify.deployment.export import export_onnx
-from groupify.deployment.parity import check_parity
+from groupify.onnx.exporting import export_onnx
+from groupify.onnx.parity import check_parity
 from groupify.planning import describe
 from tests.conversion.nets import images, make_block_diagonal, randomise, relative_error
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from groupify.conversion.moments import GroupedMoments
+from groupify.stats.moments import GroupedMoments
 
 GROUPS, WIDTH, ROWS, COUNT = 2, 6, 4, 300
 

@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import Tensor, fx, nn
 
-from groupify.conversion.convert import Calibration, convert
+from groupify.conversion.conversion import Calibration, convert
 from groupify.conversion.reconstruct import ReconstructionOptions, cut_nodes, find_blocks, reconstruct
 from groupify.conversion.surgery import GROUPED, SiteRecipe, restructure
 from groupify.graph.trace import on_same_graph, trace

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from groupify.conversion.sampling import compact, input_patches, pick, sample_positions
+from groupify.stats.positions import compact, input_patches, pick, sample_positions
 from tests.conversion.nets import images, randomise
 
 kernels = st.tuples(st.integers(1, 4), st.integers(1, 4))

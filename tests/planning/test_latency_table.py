@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from groupify.deployment.conv_timing import ConvShape, time_convs
-from groupify.deployment.export import ExportedModel
-from groupify.deployment.site_times import NetworkTime
 from groupify.errors import ArtefactError, PlanError
-from groupify.planning import latency_table
+from groupify.measure import latency_table
+from groupify.measure.conv_timing import ConvShape, time_convs
+from groupify.measure.latency_table import LatencyTable, cached_table, look_up, measure_table
+from groupify.measure.site_times import NetworkTime
+from groupify.onnx.exporting import ExportedModel
 from groupify.planning.candidates import candidates
-from groupify.planning.latency_table import LatencyTable, cached_table, look_up, measure_table
 from tests.cli_nets import net
 
 SHAPE = (3, 8, 8)

@@ -15,26 +15,27 @@ from torch.utils.data import TensorDataset
 
 from groupify.conversion.surgery import restructure
 from groupify.data import DataSplits
-from groupify.deployment import benchmark as benchmark_module
-from groupify.deployment.benchmark import Latency, speed_ups
-from groupify.deployment.conv_timing import ConvShape
-from groupify.deployment.export import ExportedModel
-from groupify.deployment.site_times import NetworkTime
-from groupify.deployment.timing import Timing
 from groupify.errors import GroupifyError, GroupifyWarning, PlanError, SpecError
 from groupify.graph.trace import example_input
+from groupify.measure import benchmarks as benchmark_module
+from groupify.measure import latency_table
+from groupify.measure.benchmarks import Latency, speed_ups
+from groupify.measure.conv_timing import ConvShape
+from groupify.measure.latency_table import LatencyTable, cached_table
+from groupify.measure.site_times import NetworkTime
+from groupify.measure.timing import Timing
+from groupify.onnx.exporting import ExportedModel
 from groupify.pipeline.budget import planning_images
-from groupify.planning import Plan, latency_table, measure_cost, plan, plan_timer, search
+from groupify.planning import Plan, measure_cost, plan, plan_timer, search
 from groupify.planning import sensitivity as sensitivity_module
 from groupify.planning.budget import Budget
 from groupify.planning.candidates import candidates
 from groupify.planning.frontier import trace_frontier
-from groupify.planning.judge import Judge, Judgement
-from groupify.planning.latency_table import LatencyTable, cached_table
 from groupify.planning.plan_timer import PlanTimer
 from groupify.planning.search import BudgetPlan, Images, SearchOptions, plan_for_budget
 from groupify.planning.sensitivity import exact_sensitivity, measure_sensitivity
 from groupify.reporting.frontier_plot import plot_frontier
+from groupify.scores.divergence import Judge, Judgement
 
 SHAPE = (3, 12, 12)
 NO_FILE = ExportedModel(Path(), 18, 0, "", (), 0, 0)

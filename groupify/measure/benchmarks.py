@@ -1,0 +1,250 @@
+"""How fast ONNX files run in ONNX Runtime and modules in PyTorch, timed against each other."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from groupify.errors import GroupifyError
+from groupify.measure.timing import Timing, paired_ratio, time_interleaved
+from groupify.onnx.runtime import open_session
+
+SECONDS = 4.0
+QUICK_SECONDS = 1.0
+SESSIONS = 3
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Wall-clock time of one model at one number of threads and one batch size."""
+
+    model: str
+    threads: int
+    batch_size: int
+    timing: Timing
+
+    @property
+    def median_ms(self) -> float:
+        """The median, in milliseconds per batch."""
+        return self.timing.median_ms
+
+    @property
+    def p10_ms(self) -> float:
+        """The 10th percentile, in milliseconds per batch."""
+        return self.timing.p10_ms
+
+    @property
+    def p90_ms(self) -> float:
+        """The 90th percentile, in milliseconds per batch."""
+        return self.timing.p90_ms
+
+    @property
+    def throughput(self) -> float:
+        """Images per second at the median."""
+        return self.batch_size * 1000 / self.median_ms
+
+
+def speed_up(dense: Latency, grouped: Latency) -> float:
+    """Return how many times faster ``grouped`` is, from the rounds in which both ran side by side.
+
+    Divided by the MAC ratio this is the efficiency of the conversion.
+
+    Raises:
+        GroupifyError: the two were not timed at the same threads and batch size.
+    """
+    if (dense.threads, dense.batch_size) != (grouped.threads, grouped.batch_size):
+        raise GroupifyError(
+            f"cannot compare {dense.threads} threads, batch {dense.batch_size} with "
+            f"{grouped.threads} threads, batch {grouped.batch_size}: compare rows of one setting"
+        )
+    return paired_ratio(dense.timing, grouped.timing)
+
+
+def speed_ups(
+    models: Mapping[str, Path],
+    reference: str,
+    *,
+    input_shape: tuple[int, ...],
+    threads: int = 1,
+    sessions: int = SESSIONS,
+    seconds: float = QUICK_SECONDS,
+    progress: bool = False,
+) -> dict[str, float]:
+    """Return how many times faster each file runs than one of them, batch 1; the median over sessions.
+
+    Where a session's weights come to lie in memory changes the time of a small model, so that a single
+    session misjudges it.
+
+    Args:
+        models: files by name.
+        reference: name of the one to compare with.
+        input_shape: shape of one input, without the batch dimension.
+        threads: intra-op threads.
+        sessions: how often all files are opened anew and timed.
+        seconds: measuring time of each, for all models together.
+        progress: show a bar on standard error.
+
+    Raises:
+        GroupifyError: ONNX Runtime is missing, or it cannot run a file.
+    """
+    timed = [
+        {
+            row.model: row
+            for row in benchmark_onnx(
+                models, input_shape=input_shape, threads=(threads,), seconds=seconds, progress=progress
+            )
+        }
+        for _ in range(sessions)
+    ]
+    others = [name for name in models if name != reference]
+    return {
+        name: statistics.median(speed_up(rows[reference], rows[name]) for rows in timed) for name in others
+    }
+
+
+def benchmark_onnx(
+    models: Mapping[str, Path],
+    *,
+    input_shape: tuple[int, ...],
+    threads: Sequence[int] = (1,),
+    batch_sizes: Sequence[int] = (1,),
+    seconds: float = SECONDS,
+    seed: int = 0,
+    progress: bool = False,
+) -> list[Latency]:
+    """Time ONNX files in ONNX Runtime on the CPU, interleaved in one run.
+
+    Args:
+        models: files by name.
+        input_shape: shape of one input, without the batch dimension.
+        threads: numbers of intra-op threads to try.
+        batch_sizes: batch sizes to try.
+        seconds: measuring time per setting, for all models together (at least five rounds).
+        seed: of the random inputs.
+        progress: show a bar on standard error.
+
+    Returns:
+        One row per setting and model, settings in the order given.
+
+    Raises:
+        GroupifyError: a setting is below 1, ONNX Runtime is missing, or it cannot run a file.
+    """
+
+    def prepare(batch: Tensor, count: int) -> dict[str, Callable[[], object]]:
+        return {name: _onnx_call(path, batch, count) for name, path in models.items()}
+
+    return _benchmark(models, prepare, input_shape, threads, batch_sizes, seconds, seed, progress)
+
+
+def benchmark_pytorch(
+    models: Mapping[str, nn.Module],
+    *,
+    input_shape: tuple[int, ...],
+    threads: Sequence[int] = (1,),
+    batch_sizes: Sequence[int] = (1,),
+    training: bool = False,
+    seconds: float = SECONDS,
+    seed: int = 0,
+    progress: bool = False,
+) -> list[Latency]:
+    """Time modules in PyTorch eager on the CPU, interleaved in one run; they are left untouched.
+
+    With ``training`` a call is a forward and a backward pass in training mode (of the sum of the outputs'
+    squares), otherwise a forward pass in evaluation mode without gradients. For the other arguments, the
+    result and the errors see :func:`benchmark_onnx`.
+    """
+    copies = {name: copy.deepcopy(model).cpu().train(training) for name, model in models.items()}
+    before = torch.get_num_threads()
+
+    def prepare(batch: Tensor, count: int) -> dict[str, Callable[[], object]]:
+        torch.set_num_threads(count)
+        call = _training_step if training else _forward
+        return {name: call(model, batch) for name, model in copies.items()}
+
+    try:
+        return _benchmark(models, prepare, input_shape, threads, batch_sizes, seconds, seed, progress)
+    finally:
+        torch.set_num_threads(before)
+
+
+def check_settings(threads: Sequence[int], batch_sizes: Sequence[int]) -> None:
+    """Refuse lists of settings that cannot be timed.
+
+    Raises:
+        GroupifyError: a list is empty, or a number is below 1.
+    """
+    for what, values in (("threads", threads), ("batch sizes", batch_sizes)):
+        if not values or min(values) < 1:
+            raise GroupifyError(f"{what} {tuple(values)}: expected one or more numbers, each at least 1")
+
+
+def _benchmark(
+    models: Mapping[str, object],
+    prepare: Callable[[Tensor, int], dict[str, Callable[[], object]]],
+    input_shape: tuple[int, ...],
+    threads: Sequence[int],
+    batch_sizes: Sequence[int],
+    seconds: float,
+    seed: int,
+    progress: bool,
+) -> list[Latency]:
+    if not models:
+        raise GroupifyError("no model to time: give at least one")
+    check_settings(threads, batch_sizes)
+    rows: list[Latency] = []
+    settings = [(count, size) for count in threads for size in batch_sizes]
+    for count, size in tqdm(settings, desc="timing", disable=None if progress else True):
+        batch = torch.randn(size, *input_shape, generator=torch.Generator().manual_seed(seed))
+        timings = time_interleaved(prepare(batch, count), seconds=seconds)
+        rows.extend(Latency(name, count, size, timing) for name, timing in timings.items())
+    return rows
+
+
+def _onnx_call(path: Path, batch: Tensor, threads: int) -> Callable[[], object]:
+    session = open_session(path, threads=threads)
+    source = session.get_inputs()[0]
+    array = batch.numpy()
+    if isinstance(source.shape[0], int) and source.shape[0] != len(array):
+        raise GroupifyError(
+            f"{str(path)!r} takes batches of {source.shape[0]}, not {len(array)}: ask for that batch size, "
+            "or export with a dynamic batch"
+        )
+    feed: dict[str, np.ndarray[Any, Any]] = {source.name: array}
+    try:
+        session.run(None, feed)
+    except Exception as error:  # onnxruntime raises bare pybind classes of its own
+        reason = str(error).splitlines()[0]
+        raise GroupifyError(f"ONNX Runtime cannot run {str(path)!r} on {array.shape}: {reason}") from error
+    return lambda: session.run(None, feed)
+
+
+def _forward(model: nn.Module, batch: Tensor) -> Callable[[], object]:
+    def call() -> object:
+        with torch.inference_mode():
+            return model(batch)
+
+    return call
+
+
+def _training_step(model: nn.Module, batch: Tensor) -> Callable[[], object]:
+    def call() -> object:
+        model.zero_grad(set_to_none=True)
+        outputs = model(batch)
+        if isinstance(outputs, Mapping):
+            outputs = tuple(outputs.values())
+        elif isinstance(outputs, Tensor):
+            outputs = (outputs,)
+        loss = torch.stack([output.square().sum() for output in outputs]).sum()
+        torch.autograd.backward(loss)
+        return loss
+
+    return call

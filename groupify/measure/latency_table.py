@@ -1,0 +1,311 @@
+"""Measured latencies: of every conv a model has or could get, and of the model itself."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from groupify.conversion.surgery import GROUPED_POINTWISE
+from groupify.documents import JsonObject, is_finite, is_text, parse, refuse
+from groupify.errors import ArtefactError, PlanError
+from groupify.graph.operations import CONVS, Conv
+from groupify.machine import describe_machine
+from groupify.measure.conv_timing import ConvShape, time_convs
+from groupify.measure.site_times import NetworkTime, mean_time, time_network
+from groupify.onnx.exporting import export_onnx
+from groupify.planning.cache import cache_folder, fingerprint
+from groupify.planning.candidates import Candidate, Choices
+from groupify.planning.json_file import read_json_file, take_header, write_json_file
+from groupify.planning.rules import Observed
+from groupify.stats.positions import padding_amounts
+
+FORMAT = "groupify latency table"
+SCHEMA_VERSION = 2
+_MAX_ENTRIES = 100_000
+_MAX_MS = 1e7
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Milliseconds for one image.
+
+    Attributes:
+        machine: where it was measured.
+        threads: intra-op threads of ONNX Runtime.
+        convs: shape of a conv and what replaces it → time with its activation.
+        warm_convs: the same with the weights in the caches.
+        networks: fingerprint of a dense network → time of all of it, and of each of its convs in it.
+    """
+
+    machine: str
+    threads: int = 1
+    convs: Mapping[str, float] = field(default_factory=dict)
+    warm_convs: Mapping[str, float] = field(default_factory=dict)
+    networks: Mapping[str, NetworkTime] = field(default_factory=dict)
+
+    def dumps(self) -> str:
+        """Return the table as a JSON text; ``loads`` of it is this table."""
+        document = {"format": FORMAT, "schema_version": SCHEMA_VERSION, **asdict(self)}
+        return json.dumps(document, indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def loads(cls, text: str) -> LatencyTable:
+        """Return the table of a JSON text.
+
+        Raises:
+            ArtefactError: the text is not JSON, or not a latency table.
+        """
+        top = JsonObject(parse(text), "table")
+        take_header(
+            top,
+            "latency table",
+            FORMAT,
+            SCHEMA_VERSION,
+            "make it anew with groupify bench MODEL --table FILE",
+        )
+        table = cls(
+            machine=top.text("machine"),
+            threads=top.integer("threads", 1, 65_536),
+            convs=_times(top.take("convs"), "table.convs"),
+            warm_convs=_times(top.take("warm_convs"), "table.warm_convs"),
+            networks=_networks(top.take("networks")),
+        )
+        top.finish()
+        return table
+
+    @classmethod
+    def read(cls, path: Path) -> LatencyTable:
+        """Read a file.
+
+        Raises:
+            ArtefactError: it cannot be read, or is no latency table.
+        """
+        return read_json_file(
+            path, "latency table", cls.loads, "make one with groupify bench MODEL --table FILE"
+        )
+
+    def write(self, path: Path) -> None:
+        """Write a file aside, then rename it."""
+        write_json_file(path, self.dumps())
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """What a table says of one model.
+
+    Attributes:
+        rest_ms: what no plan changes.
+        convs_ms: each candidate of each conv, the dense one first, over all its calls.
+    """
+
+    rest_ms: float
+    convs_ms: tuple[tuple[float, ...], ...]
+
+    @property
+    def dense_ms(self) -> float:
+        """The whole dense model."""
+        return self.total((0,) * len(self.convs_ms))
+
+    def total(self, chosen: Sequence[int]) -> float:
+        """Return the predicted latency of a plan, milliseconds for one image."""
+        return self.rest_ms + sum(times[index] for times, index in zip(self.convs_ms, chosen, strict=True))
+
+
+def conv_shape(candidate: Candidate, conv: Conv, run: Observed) -> ConvShape:
+    """Return what decides the latency of a candidate."""
+    amounts = padding_amounts(conv)[::-1]  # behind and in front, the first dimension first
+    site = candidate.site
+    return ConvShape(
+        in_channels=conv.in_channels,
+        out_channels=conv.out_channels,
+        kernel_size=tuple(conv.kernel_size),
+        stride=tuple(conv.stride),
+        dilation=tuple(conv.dilation),
+        padding=(*amounts[1::2], *amounts[::2]),
+        input_size=run.input_size,
+        groups=site.groups,
+        pointwise=site.kind == GROUPED_POINTWISE,
+        shuffle=site.shuffle,
+    )
+
+
+def measure_table(
+    model: nn.Module, choices: Choices, known: LatencyTable | None = None, *, threads: int = 1,
+    warm: bool = False, progress: bool = False,
+) -> LatencyTable:  # fmt: skip
+    """Time all that a table lacks of a model: its convs, their candidates, and the whole of it.
+
+    Args:
+        model: the dense model.
+        choices: what may become of each conv.
+        known: an earlier table of this machine.
+        threads: intra-op threads.
+        warm: time the convs with their weights in the caches as well.
+        progress: show a bar on stderr.
+    """
+    known = LatencyTable(str(describe_machine()), threads) if known is None else known
+    rows = _shapes(model, choices)
+    shapes = [shape for row in rows for shape in row if shape is not None]
+    missing = [shape for shape in shapes if str(shape) not in known.convs]
+    missing_warm = [shape for shape in shapes if warm and str(shape) not in known.warm_convs]
+    name = network_fingerprint(model, choices)
+    networks = dict(known.networks)
+    convs: dict[str, float] = {}
+
+    def timed(shapes: Sequence[ConvShape], *, warm: bool) -> dict[str, float]:
+        times = time_convs(shapes, threads=threads, warm=warm, progress=progress) if shapes else {}
+        return {str(shape): time for shape, time in times.items()}
+
+    if name not in networks or missing:
+        sites = [options[0].site.name for options, row in zip(choices.sites, rows, strict=True) if row[0]]
+        with tempfile.TemporaryDirectory(prefix="groupify-") as folder:
+            file = export_onnx(model, Path(folder, "dense.onnx"), input_shape=choices.input_shape).path
+            shape = choices.input_shape
+            # In front and behind: the convs take minutes, in which the speed of a machine may change.
+            before = time_network(file, sites, threads=threads, input_shape=shape)
+            convs = timed(missing, warm=False)
+            after = time_network(file, sites, threads=threads, input_shape=shape)
+        networks[name] = mean_time(before, after)
+    return LatencyTable(
+        known.machine,
+        threads,
+        convs={**known.convs, **convs},
+        warm_convs={**known.warm_convs, **timed(missing_warm, warm=True)},
+        networks=networks,
+    )
+
+
+def cached_table(
+    model: nn.Module,
+    choices: Choices,
+    *,
+    threads: int = 1,
+    cache: Path | None = None,
+    warm: bool = False,
+    progress: bool = False,
+) -> LatencyTable:
+    """Return a table of this machine that knows all of a model; what is missing is measured and kept.
+
+    The file in the cache folder is that of the machine, of the ONNX Runtime and of the number of threads.
+    """
+    path = (cache_folder() if cache is None else cache) / f"latency-{machine_fingerprint(threads)}.json"
+    try:
+        known: LatencyTable | None = LatencyTable.read(path)
+    except ArtefactError:
+        known = None  # none yet, or a damaged one: it can be measured again
+    table = measure_table(model, choices, known, threads=threads, warm=warm, progress=progress)
+    if table != known:
+        table.write(path)
+    return table
+
+
+def machine_fingerprint(threads: int) -> str:
+    """Return a hash of what a latency depends on besides the model: processor, ONNX Runtime, threads."""
+    machine = describe_machine()
+    return fingerprint((machine.cpu, machine.simd, machine.system, str(machine.onnxruntime), str(threads)))
+
+
+def look_up(table: LatencyTable, model: nn.Module, choices: Choices, *, warm: bool = False) -> Latencies:
+    """Find the convs and candidates of a model in a table.
+
+    Args:
+        table: what was measured.
+        model: the dense model.
+        choices: what may become of each conv.
+        warm: take the times of convs whose weights are in the caches; the rest of the model stays the same.
+
+    Raises:
+        PlanError: the table was made for another model, or for other options.
+    """
+    name = network_fingerprint(model, choices)
+    if name not in table.networks:
+        raise PlanError(
+            f"the latency table (of {table.machine}) does not know this model: "
+            "make it with groupify bench MODEL --table FILE on that machine, with the same --model-args and "
+            "--input-size"
+        )
+    network, convs = table.networks[name], []
+    rest = network.total_ms
+    for options, shapes in zip(choices.sites, _shapes(model, choices), strict=True):
+        site = options[0].site.name
+        calls = 0 if shapes[0] is None else choices.observed[site].calls
+        alone = [calls * _find(table, table.convs, shape) for shape in shapes]
+        inside = network.convs_ms.get(site, alone[0])
+        times = [calls * _find(table, table.warm_convs, shape) for shape in shapes] if warm else alone
+        # What replaces a conv takes more or less time in the network than alone, as the dense conv does.
+        scale = inside / alone[0] if alone[0] else 1.0
+        convs.append(tuple(scale * time for time in times))
+        rest -= inside
+    return Latencies(max(0.0, rest), tuple(convs))
+
+
+def _find(table: LatencyTable, times: Mapping[str, float], shape: ConvShape | None) -> float:
+    if shape is None:
+        return 0.0
+    if str(shape) not in times:
+        raise PlanError(
+            f"the latency table (of {table.machine}) has no conv {str(shape)!r}: make it with the "
+            "options of this plan, groupify bench MODEL --table FILE, on that machine"
+        )
+    return times[str(shape)]
+
+
+def _shapes(model: nn.Module, choices: Choices) -> list[list[ConvShape | None]]:
+    """The shape of each candidate of each conv; None where the conv never runs or has no choice."""
+    rows: list[list[ConvShape | None]] = []
+    for options in choices.sites:
+        run = choices.observed.get(options[0].site.name)
+        conv = model.get_submodule(options[0].site.name)
+        assert isinstance(conv, CONVS)
+        if run is None or len(options) == 1:
+            rows.append([None] * len(options))
+        else:
+            rows.append([conv_shape(option, conv, run) for option in options])
+    return rows
+
+
+def network_fingerprint(model: nn.Module, choices: Choices) -> str:
+    """A fingerprint of what decides the latency of a dense model: its convs and its number of parameters."""
+    convs = [options[0].site for options in choices.sites]
+    shapes = [
+        (c.name, c.in_channels, c.out_channels, c.kernel_size, c.stride, c.output_size, c.groups_before)
+        for c in convs
+    ]
+    params = sum(parameter.numel() for parameter in model.parameters())
+    return fingerprint((repr(shapes), repr(choices.input_shape), str(params)))
+
+
+def _networks(value: object) -> dict[str, NetworkTime]:
+    networks = {}
+    for name, network in _named(value, "table.networks").items():
+        where = f"table.networks[{name!r}]"
+        entry = JsonObject(network, where)
+        total = _time(entry.take("total_ms"), f"{where}.total_ms")
+        networks[name] = NetworkTime(total, _times(entry.take("convs_ms"), f"{where}.convs_ms"))
+        entry.finish()
+    return networks
+
+
+def _times(value: object, where: str) -> dict[str, float]:
+    return {name: _time(time, f"{where}[{name!r}]") for name, time in _named(value, where).items()}
+
+
+def _named(value: object, where: str) -> dict[str, object]:
+    if not isinstance(value, dict) or len(value) > _MAX_ENTRIES:
+        refuse(where, value, f"an object of at most {_MAX_ENTRIES} entries")
+    for name in value:
+        if not is_text(name):
+            refuse(f"a name in {where}", name, "printable text")
+    return value
+
+
+def _time(value: Any, where: str) -> float:
+    if not is_finite(value) or not 0 <= value <= _MAX_MS:
+        refuse(where, value, f"milliseconds from 0 to {_MAX_MS:g}")
+    return float(value)

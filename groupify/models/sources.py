@@ -1,0 +1,236 @@
+"""Building models and giving them their weights."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from groupify.errors import CheckpointError, GroupifyError, GroupifyWarning, SpecError, near_names
+from groupify.models import demo, torchvision_models
+from groupify.models.specs import ModelSpec, Preprocessing, Source, WeightsOrigin
+from groupify.models.weights import fetch_torchvision_state, load_state, one_line, read_checkpoint
+
+_DEFAULT_INPUT_SHAPE = (3, 224, 224)
+
+
+def load_model(
+    name: str,
+    *,
+    weights: str = "auto",
+    checkpoint: str | Path | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    input_shape: tuple[int, ...] | None = None,
+    seed: int = 0,
+) -> Source:
+    """Return a dense model with its weights.
+
+    Args:
+        name: a torchvision name, ``demo``, or ``package.module:factory``.
+        weights: ``auto`` takes torchvision's default weights, or warns and goes on with random ones
+            where they cannot be had; ``DEFAULT`` or a name of torchvision is strict; ``none`` is random.
+            A factory's model keeps the weights that the factory gave it.
+        checkpoint: a weight file, in place of ``weights``.
+        arguments: keyword arguments of the factory; JSON values.
+        input_shape: (C, H, W); None = the size that the weights were trained for, or (3, 224, 224).
+        seed: seed of random weights. The global random state is left as it is.
+
+    Raises:
+        SpecError: an unknown name, weights or argument, a factory that cannot be imported or fails,
+            or weights that cannot be had.
+        CheckpointError: a checkpoint that is missing, corrupt or belongs to another model.
+
+    Warns:
+        GroupifyWarning: ``auto`` went on with random weights.
+    """
+    arguments = _checked_arguments(name, arguments or {})
+    if input_shape is not None:
+        input_shape = _checked_shape(input_shape)
+    if ":" in name or name == "demo":
+        return _load_own(name, weights, checkpoint, arguments, input_shape, seed)
+    source, problem = _load_torchvision(name, weights, checkpoint, arguments, input_shape, seed)
+    if problem is not None and weights != "auto":
+        raise SpecError(f"weights {weights!r} of {name}: {problem}")
+    if problem is not None:
+        warnings.warn(
+            f"{name} goes on with RANDOM weights (seed {seed}), so its accuracy means nothing: {problem}; "
+            "give a checkpoint, or weights 'none' if random is what you want",
+            GroupifyWarning,
+            stacklevel=2,
+        )
+    return source
+
+
+def build_model(spec: ModelSpec, *, trust: bool = False) -> nn.Module:
+    """Return the architecture of a spec in eval mode; its weights are to be loaded.
+
+    Args:
+        spec: as :func:`load_model` made it.
+        trust: whether code may be imported; a ``package.module:factory`` is refused without.
+
+    Raises:
+        SpecError: an unknown name or argument, a factory that fails, or one that is not trusted.
+    """
+    if ":" in spec.name and not trust:
+        raise SpecError(
+            f"the model {spec.name!r} is made by code of its own, which is not run unasked: "
+            "pass trust=True (--trust) if you trust it, or give the model itself"
+        )
+    if ":" not in spec.name and spec.name != "demo":
+        torchvision_models.known_name(spec.name)
+    return _build(spec, seed=0, initialise=False)
+
+
+def import_attribute(spec: str, kind: str) -> Callable[..., Any]:
+    """Return the callable of ``package.module:name``; ``kind`` says in messages what it is for.
+
+    Raises:
+        SpecError: the module cannot be imported, or has no such callable.
+    """
+    module_name, _, path = spec.partition(":")
+    if not module_name or not path:
+        raise SpecError(f"{kind} {spec!r}: expected package.module:name")
+    try:
+        value: Any = importlib.import_module(module_name)
+    except Exception as error:  # the user's module can raise anything
+        reason = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+        raise SpecError(
+            f"{kind} {spec!r}: cannot import {module_name!r} ({reason}{one_line(error)}): "
+            "run from its folder, or add that to PYTHONPATH"
+        ) from error
+    for part in path.split("."):
+        if not hasattr(value, part):
+            raise SpecError(f"{kind} {spec!r}: no {part!r} in {module_name}{near_names(part, dir(value))}")
+        value = getattr(value, part)
+    if not callable(value):
+        raise SpecError(f"{kind} {spec!r} is a {type(value).__name__}: expected a function or class")
+    factory: Callable[..., Any] = value
+    return factory
+
+
+def _load_own(
+    name: str,
+    weights: str,
+    checkpoint: str | Path | None,
+    arguments: dict[str, Any],
+    input_shape: tuple[int, ...] | None,
+    seed: int,
+) -> Source:
+    """Load the demo, or the model of a factory."""
+    known = ("auto", "none") if ":" in name else ("auto", "none", "DEFAULT")
+    if weights not in known:
+        raise SpecError(
+            f"unknown weights {weights!r} of {name}: expected {' or '.join(known)}, or a checkpoint"
+            f"{near_names(weights, known)}"
+        )
+    if name == "demo" or name.startswith("groupify.models.demo:"):
+        preprocessing = Preprocessing(demo.MEAN, demo.STD, None, "bilinear")
+        spec = ModelSpec(name, arguments, input_shape or demo.INPUT_SHAPE, preprocessing)
+    else:
+        spec = ModelSpec(name, arguments, input_shape or _DEFAULT_INPUT_SHAPE, None)
+    if checkpoint is None and name == "demo" and weights != "none":
+        model = _build(spec, seed)
+        load_state(model, read_checkpoint(demo.MODEL_FILE), "the demo's weight file")
+        return Source(model, spec, WeightsOrigin("demo", pretrained=True))
+    if checkpoint is None:
+        origin = WeightsOrigin("factory" if ":" in name else _random(seed), pretrained=False)
+        return Source(_build(spec, seed), spec, origin)
+    state = read_checkpoint(checkpoint)
+    model = _build(spec, seed)
+    load_state(model, state, str(checkpoint))
+    return Source(model, spec, _from_checkpoint(checkpoint))
+
+
+def _load_torchvision(
+    name: str,
+    weights: str,
+    checkpoint: str | Path | None,
+    arguments: dict[str, Any],
+    input_shape: tuple[int, ...] | None,
+    seed: int,
+) -> tuple[Source, str | None]:
+    """Return the source, and why it is random although weights were asked for."""
+    name = torchvision_models.known_name(name)
+    chosen = None if checkpoint is not None else torchvision_models.choose_weights(name, weights)
+    state = None
+    problem = None
+    if checkpoint is not None:
+        state = read_checkpoint(checkpoint)
+    elif chosen is not None:
+        try:
+            state = torchvision_models.modern_keys(fetch_torchvision_state(chosen))
+        except SpecError as error:
+            problem = str(error)
+
+    implied = torchvision_models.implied_arguments(name, chosen, state)
+    shape, preprocessing = torchvision_models.input_of(name, chosen)
+    spec = ModelSpec(name, {**implied, **arguments}, input_shape or shape, preprocessing)
+    model = _build(spec, seed, initialise=state is None)
+    if state is None:
+        return Source(model, spec, WeightsOrigin(_random(seed), pretrained=False)), problem
+    kept = torchvision_models.without_dropped_heads(state, spec.arguments)
+    if checkpoint is not None:
+        load_state(model, kept, str(checkpoint))
+        return Source(model, spec, _from_checkpoint(checkpoint)), None
+    try:
+        load_state(model, kept, f"torchvision's {chosen!r}")
+    except CheckpointError as error:
+        return Source(model, spec, WeightsOrigin(_random(seed), pretrained=False)), str(error)
+    return Source(model, spec, WeightsOrigin(f"torchvision {chosen!r}", pretrained=True)), None
+
+
+def _random(seed: int) -> str:
+    return f"random, seed {seed}"
+
+
+def _from_checkpoint(path: str | Path) -> WeightsOrigin:
+    return WeightsOrigin(f"checkpoint {path}", pretrained=True)
+
+
+def _checked_arguments(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    for key in ("weights", "weights_backbone", "pretrained", "progress"):
+        if ":" not in name and key in arguments:
+            raise SpecError(f"argument {key!r} of {name}: weights are given by weights or checkpoint")
+    try:
+        copy: dict[str, Any] = json.loads(json.dumps(dict(arguments)))
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"arguments of {name}: {error}; expected JSON values") from error
+    return copy
+
+
+def _checked_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) not in (3, 4) or not all(size > 0 for size in shape):
+        raise SpecError(f"input shape {shape}: expected positive integers (C, H, W)")
+    return tuple(shape)
+
+
+def _build(spec: ModelSpec, seed: int, *, initialise: bool = True) -> nn.Module:
+    arguments = dict(spec.arguments)
+    if ":" in spec.name:
+        factory: Callable[..., Any] = import_attribute(spec.name, "model")
+    elif spec.name == "demo":
+        factory = demo.DemoResNet
+    else:
+        factory = torchvision_models.builder(spec.name)
+        arguments = torchvision_models.builder_arguments(spec.name, arguments, initialise)
+
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            model = factory(**arguments)
+    except GroupifyError:
+        raise
+    except Exception as error:  # a factory can raise anything
+        raise SpecError(
+            f"model {spec.name!r} with arguments {dict(spec.arguments)}: "
+            f"{type(error).__name__}: {one_line(error)}"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise SpecError(f"model {spec.name!r} returned a {type(model).__name__}: expected an nn.Module")
+    return model.eval()

@@ -1,0 +1,149 @@
+"""Where a grouped conv would be slower than the dense one it replaces.
+
+ONNX Runtime runs a conv in its blocked kernel if the channels of every group are a multiple of the block.
+Outside of it, MACs are no longer what counts: patches are copied, groups run one after the other, and the
+tensors around it change their layout twice. ``scripts/benchmark_narrow_groups.py`` measures that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from groupify.conversion.surgery import GROUPED_POINTWISE
+from groupify.errors import PlanError
+from groupify.scores.cost import Change
+from groupify.structures import DENSE, Plan, SitePlan
+
+# All in MACs of the blocked kernel at its peak, about 55 per nanosecond and core where they were measured
+# (AVX-512). With narrower vectors a MAC takes longer and the rest weighs less: these err on the careful side.
+_WEIGHT = 4  # to read a weight from memory, which is what a conv over one position does
+_SLOW_MAC = 1.5  # a MAC outside of the blocked kernel
+_PATCH_VALUE = 14  # to copy one value of an input patch
+_VALUE = 9  # to bring one value into another layout, or to write and read it once more
+_SHUFFLED_VALUE = 20  # to move one value in a channel shuffle
+_GROUP = 8_000  # to start the next group
+_NODE = 120_000  # to run two more nodes
+# How far the estimate may be off: within it a grouped conv outside of the kernel counts as slower.
+_MARGIN = 1.1
+
+
+def relative_latency(site: SitePlan, block: int) -> float:
+    """Estimate the latency of a converted site as a share of the dense one's; above 1 it does not pay.
+
+    It tells where latency gets worse, not by how much a model gets faster: that is for a benchmark.
+
+    Args:
+        site: a converted site that runs in inference.
+        block: channels per block of the target's kernel; see ``blocked_width``.
+    """
+    inputs, outputs, groups = site.in_channels, site.out_channels, site.groups
+    area, positions = math.prod(site.kernel_size), math.prod(site.output_size)
+    weights = inputs * outputs * area
+    values = inputs * positions * math.prod(site.stride) + outputs * positions
+    patches = inputs * positions * area * _PATCH_VALUE if area > 1 or max(site.stride) > 1 else 0
+    grouped = weights / groups * (positions + _WEIGHT)
+    if len(site.output_size) != 2:  # neither of the two has a blocked kernel
+        dense = weights * (_SLOW_MAC * positions + _WEIGHT) + patches
+        grouped = weights / groups * (_SLOW_MAC * positions + _WEIGHT) + patches + groups * _GROUP
+    else:
+        # The kernel fills the dense conv's last block up.
+        filled = [math.ceil(channels / block) * block for channels in (inputs, outputs)]
+        dense = math.prod(filled) * area * (positions + _WEIGHT)
+        if not _is_blocked(site, block):
+            grouped = weights / groups * (_SLOW_MAC * positions + _WEIGHT)
+            grouped = _MARGIN * (grouped + patches + values * _VALUE + groups * _GROUP + _NODE)
+    if site.kind == GROUPED_POINTWISE:
+        grouped += outputs**2 * (positions + _WEIGHT) + outputs * positions * _VALUE
+    if site.shuffle:
+        grouped += shuffle_work(site)
+    return grouped / dense
+
+
+def shuffle_work(site: SitePlan) -> float:
+    """Estimate what a channel shuffle behind a site costs at run time, in MACs of the blocked kernel."""
+    return site.out_channels * math.prod(site.output_size) * _SHUFFLED_VALUE + _NODE
+
+
+def leave_slow_sites_dense(plan: Plan, block: int) -> Plan:
+    """Return the plan with every site left dense whose grouped conv would be slower than the dense one.
+
+    A shuffle behind it is not held against it: whoever asks for one pays for it.
+
+    Raises:
+        PlanError: none is left to convert.
+    """
+    sites = tuple(
+        _left_dense(site, block) if _is_slow(_without_shuffle(site), block) else site for site in plan.sites
+    )
+    result = dataclasses.replace(plan, sites=sites)
+    if not result.converted:
+        first = _without_shuffle(plan.converted[0])
+        raise PlanError(
+            f"no convolution worth grouping: each of the {len(plan.converted)} that could get groups would "
+            f"be slower with them ({first.name}: {_why(first, block)}); --min-group-width 1 converts all "
+            "the same"
+        )
+    return result
+
+
+def with_latency_reasons(plan: Plan, block: int) -> Plan:
+    """Return the plan with the reason added to every site that it makes slower."""
+    return dataclasses.replace(
+        plan,
+        sites=tuple(
+            dataclasses.replace(site, reason="; ".join(filter(None, (site.reason, _why(site, block)))))
+            if _is_slow(site, block)
+            else site
+            for site in plan.sites
+        ),
+    )
+
+
+def latency_warning(plan: Plan, block: int) -> str | None:
+    """Return one line on the sites that a plan makes slower; None where there are none."""
+    slow = [site for site in plan.converted if _is_slow(site, block)]
+    if not slow:
+        return None
+    names = ", ".join(site.name or "(the model)" for site in slow[:3]) + (", …" if len(slow) > 3 else "")
+    shuffled = all(not _is_slow(_without_shuffle(site), block) for site in slow)
+    advice = "--shuffle none" if shuffled else "--min-group-width auto leaves such convs alone"
+    return (
+        f"{len(slow)} of {len(plan.converted)} grouped convs are expected to be slower than the dense ones: "
+        f"{names} ({_why(slow[0], block)}); {advice}"
+    )
+
+
+def _is_slow(site: SitePlan, block: int) -> bool:
+    return site.converted and bool(site.output_size) and relative_latency(site, block) > 1
+
+
+def _without_shuffle(site: SitePlan) -> SitePlan:
+    return dataclasses.replace(site, shuffle=False)
+
+
+def _is_blocked(site: SitePlan, block: int) -> bool:
+    """Whether the blocked kernel takes the grouped conv; one channel in, one out per group has its own."""
+    sizes = (site.in_channels, site.out_channels)
+    depthwise = sizes == (site.groups, site.groups) and site.groups % block == 0
+    return depthwise or all(size // site.groups % block == 0 for size in sizes)
+
+
+def _why(site: SitePlan, block: int) -> str:
+    share = f"slower, an estimated {relative_latency(site, block):.1f}× of the dense latency"
+    if len(site.output_size) != 2 or _is_blocked(site, block):
+        return share + (" with the shuffle" if site.shuffle else "")
+    widths = f"{site.in_channels // site.groups} → {site.out_channels // site.groups}"
+    return f"{share}: groups of {widths} channels are no multiples of {block}"
+
+
+def _left_dense(site: SitePlan, block: int) -> SitePlan:
+    return dataclasses.replace(
+        site,
+        kind=DENSE,
+        groups=site.groups_before,
+        shuffle=False,
+        reason=f"grouped it would be {_why(_without_shuffle(site), block)}",
+        params=Change(site.params.dense, site.params.dense),
+        macs=Change(site.macs.dense, site.macs.dense),
+    )

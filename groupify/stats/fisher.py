@@ -1,0 +1,211 @@
+"""One pass of the dense model over calibration images: what each conv reads, and how much the loss cares.
+
+The importance of an output is the Fisher information of the dense model's own output distribution: the mean
+of the squared gradients, ``F = E[g gᵀ]`` with g the gradient of the log-likelihood at the conv's output. No
+labels are needed: with ``H = diag(p) − p pᵀ`` the curvature of the cross-entropy at the logits and
+``L Lᵀ = H``, a backward pass from ``L ε`` with random signs ε gives an unbiased estimate; it varies less than
+the one with a class drawn from p, which nearly always draws the class that teaches nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from groupify.errors import ConversionError, DataError
+from groupify.graph.operations import CONVS, Conv
+from groupify.stats.positions import input_patches, sample_positions
+
+
+@dataclass
+class InputMoments:
+    """Sums over sampled positions of a conv's input patches u, shifted by their mean over the first batch."""
+
+    shift: Tensor  # (D,)
+    count: int
+    total: Tensor  # (D,), float64
+    squares: Tensor  # (D, D), or (I, taps, taps) where only the diagonal blocks are kept; float64
+
+    @property
+    def covariance(self) -> Tensor:
+        """``Cov(u)``, shape (D, D), or its diagonal blocks (I, taps, taps)."""
+        mean = self.total / self.count
+        if self.squares.dim() == 2:
+            return self.squares / self.count - mean.unsqueeze(1) * mean.unsqueeze(0)
+        blocks = mean.reshape(self.squares.shape[:2])
+        return self.squares / self.count - blocks.unsqueeze(2) * blocks.unsqueeze(1)
+
+
+@dataclass
+class SiteStatistics:
+    """What one pass shows of one conv.
+
+    Attributes:
+        moments: of its inputs; only the blocks of each channel where the whole was not asked for.
+        importance: F for one image: summed over the positions of its output, averaged over the images;
+            shape (O, O), float64. None where it was not asked for.
+    """
+
+    moments: InputMoments
+    importance: Tensor | None
+
+
+def observe_sites(
+    model: nn.Module,
+    images: Tensor,
+    names: Sequence[str],
+    whole: Sequence[str],
+    *,
+    samples_per_input: float = 4.0,
+    samples_minimum: int = 8192,
+    batch_size: int = 50,
+    seed: int = 0,
+    importance: bool = True,
+    progress: bool = False,
+) -> dict[str, SiteStatistics]:
+    """Run the dense model over the images, forward and backward, and add up moments and gradients.
+
+    Args:
+        model: dense model in inference mode; its parameters get no gradients.
+        images: shape (N, C, H, W).
+        names: the convs to look at.
+        whole: those of them whose whole input covariance is wanted, D × D numbers each.
+        samples_per_input, samples_minimum: positions sampled for each of the D inputs, and at least.
+        batch_size: images per step.
+        seed: seed of the positions and signs.
+        importance: whether to run backward at all.
+        progress: show a bar on stderr.
+
+    Raises:
+        ConversionError: an output is NaN or infinite.
+        DataError: the model's outputs are no class scores in dimension 1.
+    """
+    work = _Pass(model, len(images), whole, samples_per_input, samples_minimum, seed, importance)
+    handles = [
+        model.get_submodule(name).register_forward_hook(work.hook(name), with_kwargs=True) for name in names
+    ]
+    try:
+        batches = images.split(batch_size)
+        for batch in tqdm(batches, desc="sensitivity", disable=None if progress else True, leave=False):
+            work.run(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        name: SiteStatistics(
+            moments, work.importance[name] / work.seen if importance and name in work.importance else None
+        )
+        for name, moments in work.moments.items()
+    }
+
+
+class _Pass:
+    def __init__(
+        self,
+        model: nn.Module,
+        images: int,
+        whole: Sequence[str],
+        samples_per_input: float,
+        samples_minimum: int,
+        seed: int,
+        backward: bool,
+    ) -> None:
+        self._model = model
+        self._images = images
+        self._whole = set(whole)
+        self._per_input = samples_per_input
+        self._minimum = samples_minimum
+        self._generator = torch.Generator().manual_seed(seed)
+        self._backward = backward
+        self.moments: dict[str, InputMoments] = {}
+        self.importance: dict[str, Tensor] = {}
+        self.seen = 0
+
+    def run(self, batch: Tensor) -> None:
+        """Add one batch."""
+        if not self._backward:
+            with torch.no_grad():
+                self._model(batch)
+        else:
+            # A leaf that needs gradients makes all that depends on it have one; the weights need none.
+            with torch.enable_grad():
+                scores = class_scores(self._model(batch.requires_grad_()))
+                scores.backward(score_directions(scores.detach(), self._generator))
+        self.seen += len(batch)
+
+    def hook(self, name: str) -> Any:
+        def watch(module: nn.Module, inputs: Any, named: dict[str, Any], output: Tensor) -> None:
+            assert isinstance(module, CONVS)
+            source = inputs[0] if inputs else named["input"]
+            self._add_inputs(name, module, source.detach(), output.shape)
+            if output.requires_grad:
+                output.register_hook(lambda gradient: self._add_gradient(name, gradient))
+
+        return watch
+
+    def _add_inputs(self, name: str, conv: Conv, inputs: Tensor, output_shape: torch.Size) -> None:
+        width = conv.weight[0].numel()
+        wanted = max(self._minimum, int(self._per_input * width)) if name in self._whole else self._minimum
+        count = max(1, math.ceil(wanted * len(inputs) / self._images))
+        positions = sample_positions(output_shape, count, self._generator)
+        patches = input_patches(inputs, conv, positions).float()  # (n, I, taps)
+        if not bool(torch.isfinite(patches.sum())):
+            raise ConversionError(
+                f"layer {name!r} reads NaN or infinity on the calibration images; "
+                "check the weights and the preprocessing of the images"
+            )
+        moments = self.moments.get(name)
+        if moments is None:
+            shape = (width, width) if name in self._whole else (conv.in_channels, *2 * (patches.shape[2],))
+            moments = self.moments[name] = InputMoments(
+                patches.mean(0).reshape(-1),
+                0,
+                torch.zeros(width, dtype=torch.float64),
+                torch.zeros(shape, dtype=torch.float64),
+            )
+        shifted = patches - moments.shift.reshape(patches.shape[1:])
+        moments.count += len(shifted)
+        moments.total += shifted.sum(0).reshape(-1)
+        if moments.squares.dim() == 2:
+            flat = shifted.reshape(len(shifted), -1)
+            moments.squares += flat.T @ flat
+        else:
+            by_channel = shifted.transpose(0, 1)
+            moments.squares += by_channel.transpose(1, 2) @ by_channel
+
+    def _add_gradient(self, name: str, gradient: Tensor) -> None:
+        flat = gradient.transpose(0, 1).flatten(1)  # (O, N·H·W)
+        product = (flat @ flat.T).double()
+        self.importance[name] = self.importance[name] + product if name in self.importance else product
+
+
+def class_scores(output: Any) -> Tensor:
+    """Return the scores among a model's outputs, classes in dimension 1: logits (N, K) or (N, K, H, W).
+
+    Raises:
+        DataError: outputs of another form, such as those of a detector.
+    """
+    if isinstance(output, Mapping):
+        output = next((output[name] for name in ("logits", "out") if name in output), output)
+    for name in ("logits", "out"):
+        output = getattr(output, name, output)
+    if isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    if isinstance(output, Tensor) and output.dim() >= 2 and output.shape[1] > 1:
+        return output
+    found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"type {type(output).__name__}"
+    raise DataError(f"the model's output has {found}: the planner needs class scores (N, classes, ...)")
+
+
+def score_directions(scores: Tensor, generator: torch.Generator) -> Tensor:
+    """Return ``L ε`` for each image: random with covariance ``diag(p) − p pᵀ``, shaped like the scores."""
+    chances = scores.float().softmax(1)
+    signs = torch.randint(0, 2, scores.shape, generator=generator).to(chances) * 2 - 1
+    steps = chances.sqrt() * signs
+    return (steps - chances * steps.sum(1, keepdim=True)).to(scores.dtype)

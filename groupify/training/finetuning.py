@@ -1,0 +1,156 @@
+"""Fine-tuning with distillation from the dense model, and never a worse model than before."""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from groupify.data import Data, DataSplits
+from groupify.data.ranks import ALONE, current_ranks
+from groupify.errors import DataError, GroupifyWarning, SpecError
+from groupify.machine import bfloat16_is_slow
+from groupify.training.holdout import generators_of, hold_out
+from groupify.training.logs import LogSettings
+from groupify.training.loop import FinetuneRow, Training
+from groupify.training.random_states import own_random_states, seed_all
+from groupify.training.settings import FinetuneSettings
+from groupify.training.state import Checkpointing
+
+__all__ = ["Checkpointing", "FinetuneResult", "FinetuneRow", "FinetuneSettings", "LogSettings", "finetune"]
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a fine-tune gave.
+
+    Attributes:
+        model: a new model with the best weights of all validations, in eval mode.
+        last_model: the same with the weights of the last step.
+        history: one row per validation, the first before any step.
+        best_step: the step of ``model``'s weights; 0 = nothing came near the given weights.
+        steps: steps done.
+        validation_images: number of held-out images.
+        seconds: duration, validation included.
+        settings: as given.
+    """
+
+    model: nn.Module
+    last_model: nn.Module
+    history: tuple[FinetuneRow, ...]
+    best_step: int
+    steps: int
+    validation_images: int
+    seconds: float
+    settings: FinetuneSettings
+
+    @property
+    def initial_validation_top1(self) -> float:
+        """Accuracy of the given weights on the held-out images, a fraction."""
+        return self.history[0].validation_top1
+
+    @property
+    def best_validation_top1(self) -> float:
+        """Accuracy of the returned weights on the held-out images, a fraction."""
+        return next(row.validation_top1 for row in self.history if row.step == self.best_step)
+
+
+def finetune(
+    student: nn.Module,
+    data: DataSplits,
+    *,
+    teacher: nn.Module | None = None,
+    settings: FinetuneSettings | None = None,
+    validation: Data | None = None,
+    checkpointing: Checkpointing | None = None,
+    log: LogSettings | None = None,
+    distributed: bool = False,
+    progress: bool = False,
+) -> FinetuneResult:
+    """Train a converted model further: cross-entropy and distillation from the dense model.
+
+    Part of the training data is held out, and the best weights on it are returned; the given ones where
+    they are better than all others by more than one standard error, since the dense model was trained on
+    the held-out images, too. ``data.test`` is never read. The same call gives the same weights, bit for
+    bit on a CPU with the same number of threads, also when it was killed in between and resumed. Works on
+    the student's device.
+
+    In a process group (``distributed``) each step's batch is divided among the processes, batch norms
+    use the statistics of the whole batch, and every process returns the same result, which is that of
+    one process but for rounding. Augmentation and dropout draw other numbers, though.
+
+    Args:
+        student: the converted classifier; it is left untouched.
+        data: the training data, in ``data.train``, and its augmentation.
+        teacher: the dense model; None = cross-entropy only.
+        settings: None = the defaults.
+        validation: held-out images of the caller's; None = a part of ``data.train``.
+        checkpointing: store the state on the way, and go on from it; None = neither.
+        log: where to log; None = nowhere.
+        distributed: every process of the initialised process group makes this call, with the same
+            arguments; a state and its resuming need a folder that all of them see.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        SpecError: neither labels nor a teacher, labels asked of data that has none, or a state of
+            another run.
+        DataError: no training data, too little of it, or bad images or labels; or data that is not what
+            the interrupted run read.
+        ArtefactError: a state or log that cannot be read or written.
+
+    Warns:
+        GroupifyWarning: the loss is no longer finite; training stopped. Or an augmentation is asked of data
+            that has none, or bfloat16 of a CPU that is slow in it.
+    """
+    settings = settings or FinetuneSettings()
+    start = time.perf_counter()
+    if data.train is None:
+        raise DataError(f"data {data.spec!r} has no training part: fine-tuning needs one")
+    if settings.labels and not data.labelled:
+        raise SpecError(f"data {data.spec!r} has no labels: distil only (labels=False)")
+    if not settings.labels and (teacher is None or settings.distill == "none"):
+        raise SpecError("neither labels nor a teacher: fine-tuning needs one of them")
+    if settings.augment and data.augment is None:
+        warnings.warn(
+            f"data {data.spec!r} has no standard augmentation, so its images are trained on as they are",
+            GroupifyWarning,
+            stacklevel=2,
+        )
+
+    device = next((parameter.device for parameter in student.parameters()), torch.device("cpu"))
+    if settings.amp is not None and device.type == "cpu" and bfloat16_is_slow():
+        warnings.warn(
+            f"this CPU has no fast instructions for {settings.amp}: training with it takes many times longer "
+            "than in float32; leave mixed precision out",
+            GroupifyWarning,
+            stacklevel=2,
+        )
+    model = copy.deepcopy(student)
+    frozen_teacher = None if teacher is None else copy.deepcopy(teacher).eval()
+    ranks = current_ranks() if distributed else ALONE
+    # Dropout and the caller's loaders draw from the global generators, or from one of their own.
+    with own_random_states(device, generators_of(data.train)):
+        seed_all(settings.seed)
+        part, held_out = hold_out(data.train, validation, settings)
+        training = Training(
+            model, frozen_teacher, data, part, held_out, settings, ranks=ranks, checkpointing=checkpointing
+        )
+        training.run(log, progress=progress and ranks.first)
+    last = copy.deepcopy(student)
+    last.load_state_dict(training.evaluated.state_dict())
+    best = copy.deepcopy(student)
+    best.load_state_dict(training.best_state)
+    return FinetuneResult(
+        model=best.eval(),
+        last_model=last.eval(),
+        history=tuple(training.history),
+        best_step=training.best.step,
+        steps=training.step,
+        validation_images=training.validation.images,
+        seconds=time.perf_counter() - start,
+        settings=settings,
+    )

@@ -1,0 +1,211 @@
+"""Training data split into what is trained on and what the best weights are chosen on."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, Subset
+
+from groupify.data.batches import Batch, Data, is_map_style, iterate_batches, split_validation
+from groupify.data.ranks import ALONE, Ranks
+from groupify.errors import DataError
+from groupify.training.settings import FinetuneSettings
+
+# A stream's held-out images stay in memory.
+_MAX_STREAM_IMAGES = 2_048
+
+
+@dataclass(frozen=True)
+class TrainingPart:
+    """What is trained on: ``data`` without its first ``skipped`` images.
+
+    Attributes:
+        data: what the batches are read from.
+        steps_per_epoch: batches of one pass.
+        skipped: the images at the start of a stream that are held out, shape (K, C, H, W).
+    """
+
+    data: Data
+    steps_per_epoch: int
+    skipped: Tensor | None = None
+
+    def batches(
+        self,
+        settings: FinetuneSettings,
+        epoch: int,
+        first: int = 0,
+        ranks: Ranks = ALONE,
+        on_first: Callable[[int | None], None] | None = None,
+    ) -> Iterator[tuple[Batch, int]]:
+        """Return the batches of one pass, in an order that depends on the seed and the epoch only.
+
+        Args:
+            settings: seed and batch size.
+            epoch: number of the pass.
+            first: leave out so many batches; those of a map-style data set are not read.
+            ranks: the processes that share each batch.
+            on_first: called behind the batches that are left out, before the first one is read, with the
+                checksum of their labels, or None where they were not read.
+
+        Returns:
+            This rank's share of each batch, and the number of images of the whole batch. Where the
+            number is smaller than that of the ranks, some ranks get no batch.
+
+        Raises:
+            DataError: bad data, a stream that starts with other images than in the first pass, or one
+                that ends within the batches to leave out.
+        """
+        share = (ranks.rank, ranks.world)
+        on_first = on_first or (lambda _: None)
+        if is_map_style(self.data):
+            size, total = settings.batch_size, len(cast(Any, self.data))
+            batches = iterate_batches(
+                self.data, size, shuffle_seed=order_seed(settings, epoch), first_batch=first, share=share
+            )
+            on_first(None)
+            for number, batch in enumerate(batches, start=first):
+                yield batch, min(size, total - number * size)
+            return
+        _start_pass(self.data, settings, epoch)
+        batches = iterate_batches(self.data, settings.batch_size)
+        if self.skipped is not None:
+            batches = _skip(batches, self.skipped)
+        checksum, left_out = 0, 0
+        for _, labels in islice(batches, first):
+            checksum, left_out = checksum_of(labels, checksum), left_out + 1
+        if left_out < first:
+            raise DataError(f"the data gave {first} batches before and ends after {left_out} now")
+        on_first(checksum)
+        for images, labels in batches:
+            yield (images[share[0] :: share[1]], labels[share[0] :: share[1]]), len(images)
+
+
+def checksum_of(labels: Tensor, before: int = 0) -> int:
+    """Return the checksum of labels behind those whose checksum is ``before``."""
+    return zlib.crc32(labels.contiguous().numpy().tobytes(), before)
+
+
+def order_seed(settings: FinetuneSettings, epoch: int) -> int:
+    """Return the seed of one pass; spread, so that neighbouring seeds do not share passes."""
+    return settings.seed * 1_000_003 + epoch
+
+
+def _start_pass(data: Data, settings: FinetuneSettings, epoch: int) -> None:
+    """Let what gives the batches start a pass whose order depends on the seed and the epoch only."""
+    for generator in generators_of(data):
+        generator.manual_seed(order_seed(settings, epoch))
+    for owner in (data, getattr(data, "sampler", None), getattr(data, "dataset", None)):
+        if callable(set_epoch := getattr(owner, "set_epoch", None)):
+            set_epoch(epoch)
+
+
+def generators_of(data: Data) -> list[torch.Generator]:
+    """Return a loader's own random generators, which its order comes from."""
+    found = [getattr(owner, "generator", None) for owner in (data, getattr(data, "sampler", None))]
+    return [generator for generator in found if isinstance(generator, torch.Generator)]
+
+
+def hold_out(data: Data, validation: Data | None, settings: FinetuneSettings) -> tuple[TrainingPart, Data]:
+    """Split training data into the part that is trained on and the held-out part.
+
+    A map-style data set, or a ``DataLoader`` of one, is split at random. Of any other stream the
+    first images are held out, which is sound only if every pass starts with the same images; this
+    is checked in every pass.
+
+    Args:
+        data: the training data.
+        validation: held-out data of the caller's; ``data`` is then trained on as a whole.
+        settings: seed, fraction, batch size and, for data of unknown length, images per epoch.
+
+    Raises:
+        DataError: too little data, data of unknown length, or data that cannot be split.
+    """
+    if validation is not None:
+        return TrainingPart(data, _steps(data, _images_per_epoch(data, settings), settings)), validation
+    fraction, seed = settings.validation_fraction, settings.seed
+    if is_map_style(data):
+        train, held_out = split_validation(data, fraction, seed)
+        return TrainingPart(train, math.ceil(len(cast(Any, train)) / settings.batch_size)), held_out
+    if isinstance(data, DataLoader) and _can_be_rebuilt(data):
+        train, held_out = split_validation(data.dataset, fraction, seed)
+        shuffled = isinstance(data.sampler, RandomSampler)
+        loader = _rebuilt(data, train, seed, shuffle=shuffled)
+        return TrainingPart(loader, len(loader)), _rebuilt(data, held_out, seed)
+    images = _images_per_epoch(data, settings)
+    wanted = min(max(1, round(fraction * images)), _MAX_STREAM_IMAGES)
+    batches = list(iterate_batches(data, settings.batch_size, limit=wanted))
+    first = torch.cat([images for images, _ in batches])
+    if len(first) < wanted:
+        raise DataError(
+            f"the training data ends after {len(first)} images, where {wanted} of {images} are to be held "
+            "out: say how many it has, images_per_epoch=N or --images-per-epoch N"
+        )
+    return TrainingPart(data, _steps(data, images - len(first), settings), first), batches
+
+
+def _steps(data: Data, images: int, settings: FinetuneSettings) -> int:
+    """Number of batches that ``images`` images make."""
+    size = settings.batch_size
+    if not is_map_style(data):
+        # A loader has its own batch size.
+        size = len(next(iterate_batches(data, size))[0])
+    return max(1, math.ceil(images / size))
+
+
+def _images_per_epoch(data: Data, settings: FinetuneSettings) -> int:
+    if settings.images_per_epoch is not None:
+        return settings.images_per_epoch
+    if isinstance(data, DataLoader):
+        if data.batch_size is not None and hasattr(data.dataset, "__len__"):
+            return len(data) * data.batch_size
+    elif isinstance(data, list | tuple):
+        return sum(len(images) for images, _ in iterate_batches(data, settings.batch_size))
+    elif is_map_style(data) or (isinstance(data, Dataset) and hasattr(data, "__len__")):
+        return len(cast(Any, data))
+    raise DataError(
+        f"the length of the training data ({type(data).__name__}) is not known: "
+        "say how many images make an epoch, images_per_epoch=N or --images-per-epoch N"
+    )
+
+
+def _can_be_rebuilt(loader: DataLoader[Any]) -> bool:
+    standard = type(loader.sampler) in (RandomSampler, SequentialSampler)
+    return is_map_style(loader.dataset) and standard and type(loader.batch_sampler) is BatchSampler
+
+
+def _rebuilt(
+    loader: DataLoader[Any], dataset: Subset[Any], seed: int, *, shuffle: bool = False
+) -> DataLoader[Any]:
+    """Return a loader like ``loader`` for other data."""
+    return DataLoader(
+        dataset,
+        batch_size=loader.batch_size,
+        shuffle=shuffle,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def _skip(batches: Iterator[Batch], skipped: Tensor) -> Iterator[Batch]:
+    done = 0
+    for images, labels in batches:
+        left_out = min(len(images), len(skipped) - done)
+        if left_out and not torch.equal(images[:left_out], skipped[done : done + left_out]):
+            raise DataError(
+                "the training stream starts with other images than in its first pass, so none is held out: "
+                "give validation images apart, or a Dataset"
+            )
+        done += left_out
+        if left_out < len(images):
+            yield images[left_out:], labels[left_out:]

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import collections
+import math
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from groupify.errors import ArtefactError, DataError, GroupifyError
+from groupify.onnx.agreement import compare_files
+from groupify.onnx.exporting import export_onnx
+from groupify.onnx.quantisation import OnnxModule, quantize_onnx
+from tests.onnx.nets import INPUT_SHAPE
+
+IMAGES = torch.randn(40, *INPUT_SHAPE, generator=torch.Generator().manual_seed(7))
+
+
+def test_int8_is_per_channel_close_and_says_what_it_came_from(
+    net: nn.Module, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = export_onnx(net, tmp_path / "net.onnx", input_shape=INPUT_SHAPE, metadata={"origin": "test"}).path
+    quantized = quantize_onnx(path, tmp_path / "net.int8.onnx", images=IMAGES)
+    assert quantized.calibration_images == 40
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["net.int8.onnx", "net.onnx"]
+    model = onnx.load(str(quantized.path))
+    counted = collections.Counter(node.op_type for node in model.graph.node)
+    assert counted["QuantizeLinear"] > 0
+    assert {entry.key: entry.value for entry in model.metadata_props}["origin"] == "test"
+    weights = {entry.name: entry for entry in model.graph.initializer}
+    assert list(weights["conv2.weight_scale"].dims) == [16]
+    assert weights["conv2.weight_quantized"].data_type == onnx.TensorProto.INT8
+    agreement = compare_files(path, quantized.path, images=IMAGES)
+    assert 0 < agreement.max_rel_diff < 0.1
+    assert agreement.max_abs_diff > 0
+    assert agreement.top1_agreement is not None
+    assert 0.9 <= agreement.top1_agreement <= 1
+    assert agreement.images == 40
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_file_of_fixed_batch_is_calibrated_at_that_batch(net: nn.Module, tmp_path: Path) -> None:
+    path = export_onnx(net, tmp_path / "net.onnx", input_shape=INPUT_SHAPE, static_batch=3).path
+    quantized = quantize_onnx(path, tmp_path / "net.int8.onnx", images=IMAGES)
+    # 40 images are no multiple of 3: the last batch is filled up, and what fills it is dropped.
+    assert compare_files(path, quantized.path, images=IMAGES).max_rel_diff < 0.1
+    outputs = OnnxModule(path)(IMAGES)
+    with torch.no_grad():
+        torch.testing.assert_close(outputs, net(IMAGES), atol=1e-5, rtol=1e-5)
+
+
+def test_a_file_is_called_like_a_module(net: nn.Module, exported: Path) -> None:
+    with torch.no_grad():
+        torch.testing.assert_close(OnnxModule(exported)(IMAGES), net(IMAGES), atol=1e-5, rtol=1e-5)
+    with pytest.raises(GroupifyError, match="cannot run"):
+        OnnxModule(exported)(IMAGES[:, :1])
+
+
+def test_a_file_agrees_with_itself_and_a_broken_one_with_nothing(
+    net: nn.Module, exported: Path, tmp_path: Path
+) -> None:
+    same = compare_files(exported, exported, images=IMAGES[:20])
+    assert (same.max_abs_diff, same.max_rel_diff, same.top1_agreement, same.images) == (0, 0, 1, 20)
+    model = onnx.load(str(exported))
+    weights = model.graph.initializer[0]
+    broken = onnx.numpy_helper.to_array(weights) * float("nan")
+    weights.CopyFrom(onnx.numpy_helper.from_array(broken, weights.name))
+    onnx.save(model, str(tmp_path / "broken.onnx"))
+    assert math.isnan(compare_files(exported, tmp_path / "broken.onnx", images=IMAGES[:20]).max_abs_diff)
+
+
+def test_files_of_two_models_are_not_compared(exported: Path, tmp_path: Path) -> None:
+    model = onnx.load(str(exported))
+    model.graph.node[-1].output[0] = model.graph.output[0].name = "other"
+    onnx.save(model, str(tmp_path / "other.onnx"))
+    with pytest.raises(GroupifyError, match="outputs other, expected output"):
+        compare_files(exported, tmp_path / "other.onnx", images=IMAGES)
+
+
+def test_bad_input(exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no images"):
+        quantize_onnx(exported, tmp_path / "net.onnx", images=IMAGES[:0])
+    with pytest.raises(DataError, match="no images"):
+        compare_files(exported, exported, images=IMAGES[:0])
+    with pytest.raises(ArtefactError, match="cannot write"):
+        quantize_onnx(exported, tmp_path / "missing" / "net.onnx", images=IMAGES)

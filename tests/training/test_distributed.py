@@ -1,0 +1,278 @@
+"""Two processes with gloo give what one process gives, but for rounding, and only the first one speaks."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.utils.data import TensorDataset
+
+from groupify.conversion.conversion import Calibration, Conversion, convert
+from groupify.conversion.reconstruct import ReconstructionOptions
+from groupify.conversion.surgery import SiteRecipe, restructure
+from groupify.data.ranks import ALONE, Ranks, process_group
+from groupify.errors import DataError
+from groupify.planning import plan
+from groupify.scores.accuracy import evaluate
+from groupify.training.finetuning import FinetuneResult, FinetuneSettings, finetune
+from groupify.training.holdout import hold_out
+from groupify.training.parallel import _SharedBatchNorm, synchronise_batch_norms
+from tests.conftest import ROOT
+from tests.training.nets import CLASSES, SETTINGS, SOURCES, make_data, make_net, splits
+
+# Batches of 15 of 160 images: shares of 8 and 7, and of 5 and 5 at the end.
+TRAINING = dataclasses.replace(SETTINGS, epochs=1.3, batch_size=15, validations_per_epoch=2)
+FINETUNES: dict[str, tuple[str, FinetuneSettings]] = {
+    "plain": ("map-style", TRAINING),
+    "all, AdamW": (
+        "stream with a length",
+        dataclasses.replace(
+            TRAINING, optimizer="adamw", learning_rate=0.001, ema_decay=0.9, distill="attention",
+            channels_last=True,
+        ),
+    ),
+    "no labels": ("batches", dataclasses.replace(TRAINING, labels=False, freeze_batch_norms=True)),
+}  # fmt: skip
+CONVERSIONS: dict[str, dict[str, Any]] = {
+    "grouped": {},
+    "grouped-pointwise": {"kind": "grouped-pointwise"},
+    "reconstructed": {"steps": 3},
+    "untraceable": {"untraceable": True},
+}
+
+
+class Residual(nn.Module):
+    """Two residual blocks with batch norms and ReLUs, so that every part of the fit has work."""
+
+    def __init__(self, *, untraceable: bool = False) -> None:
+        super().__init__()
+        self.untraceable = untraceable
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.convs = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1, bias=False) for _ in range(4))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(16) for _ in range(4))
+        self.head = nn.Linear(16, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.untraceable and float(images.sum()) == math.pi:
+            images = -images
+        values: Tensor = torch.relu(self.stem(images))
+        for first in (0, 2):
+            inner = torch.relu(self.norms[first](self.convs[first](values)))
+            values = torch.relu(values + self.norms[first + 1](self.convs[first + 1](inner)))
+        logits: Tensor = self.head(values.mean((2, 3)))
+        return logits
+
+
+def residual_net(*, untraceable: bool = False) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        net = Residual(untraceable=untraceable).train()
+        net(make_data()[0])  # statistics of some kind
+        return net.eval()
+
+
+def run_conversion(name: str, ranks: Ranks) -> Conversion:
+    options = dict(CONVERSIONS[name])
+    net = residual_net(untraceable=options.pop("untraceable", False))
+    steps = options.pop("steps", 0)
+    chosen = plan(net, (3, 8, 8), groups=4, min_group_width=1, **options)
+    calibration = Calibration(
+        make_data(150)[0], batch_size=25, ranks=ranks, reconstruction=ReconstructionOptions(steps=steps)
+    )
+    return convert(net, chosen, calibration)
+
+
+def run_finetune(name: str, *, distributed: bool) -> FinetuneResult:
+    kind, settings = FINETUNES[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        dense = make_net()
+    for module in dense.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # each process drops others
+    student = restructure(dense, [SiteRecipe("3", "grouped", 4)])
+    images, labels = make_data()
+    train = TensorDataset(images, labels) if kind == "map-style" else SOURCES[kind](images, labels)
+    return finetune(student, splits(train), teacher=dense, settings=settings, distributed=distributed)
+
+
+def rows_of(result: FinetuneResult) -> list[list[float]]:
+    return [[row.step, row.loss or 0.0, row.validation_top1, row.validation_loss] for row in result.history]
+
+
+def work(folder: Path) -> None:
+    """What each of the processes does; the first one writes."""
+    torch.set_num_threads(1)
+    with process_group() as ranks:
+        assert ranks.world == 2
+        measured: dict[str, Any] = {}
+        states: dict[str, dict[str, Tensor]] = {}
+        for name in CONVERSIONS:
+            conversion = run_conversion(name, ranks)
+            states[f"conversion {name}"] = conversion.model.state_dict()
+            measured[f"conversion {name}"] = [[fit.samples, fit.error] for fit in conversion.fits]
+        for name in FINETUNES:
+            result = run_finetune(name, distributed=True)
+            states[f"finetune {name}"] = result.last_model.state_dict()
+            measured[f"finetune {name}"] = rows_of(result)
+        data = TensorDataset(*make_data(33))
+        accuracy = evaluate(residual_net(), data, batch_size=8, ranks=ranks)
+        measured["evaluate"] = [[accuracy.top1, accuracy.images]]
+        if ranks.first:
+            (folder / "measured").write_text(json.dumps(measured))
+            for name, state in states.items():
+                save_file({key: value.clone().contiguous() for key, value in state.items()}, folder / name)
+
+
+def torchrun(*command: object, folder: Path) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [*launcher, *map(str, command)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=550,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    done = torchrun("-m", "tests.training.test_distributed", folder, folder=ROOT)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def assert_alike(
+    folder: Path, name: str, model: nn.Module, rows: list[list[float]], tolerance: float
+) -> None:
+    for measured, expected in zip(json.loads((folder / "measured").read_text())[name], rows, strict=True):
+        assert measured == pytest.approx(expected, rel=10 * tolerance, abs=10 * tolerance)
+    state = load_file(folder / name)
+    for key, value in model.state_dict().items():
+        # In front of a batch norm a bias has no gradient but rounding, which AdamW scales up.
+        if not name.endswith("AdamW") or not key.endswith(("0.bias", "3.bias", "running_mean")):
+            torch.testing.assert_close(
+                state[key], value, rtol=tolerance, atol=tolerance, msg=f"{name}: {key}"
+            )
+    other = copy.deepcopy(model)
+    other.load_state_dict(state)
+    images = make_data(20)[0]
+    torch.testing.assert_close(other(images), model(images), rtol=5 * tolerance, atol=5 * tolerance)
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_a_calibration_on_two_ranks_is_that_of_one(of_two: Path, name: str) -> None:
+    conversion = run_conversion(name, ALONE)
+    rows = [[fit.samples, fit.error] for fit in conversion.fits]
+    assert_alike(of_two, f"conversion {name}", conversion.model, rows, 1e-4)
+
+
+@pytest.mark.parametrize("name", FINETUNES)
+def test_a_training_on_two_ranks_is_that_of_one(of_two: Path, name: str) -> None:
+    result = run_finetune(name, distributed=False)
+    rows = rows_of(result)
+    assert len(rows) > 2
+    assert_alike(of_two, f"finetune {name}", result.last_model, rows, 2e-4)
+
+
+def test_an_accuracy_is_that_of_all_images(of_two: Path) -> None:
+    accuracy = evaluate(residual_net(), TensorDataset(*make_data(33)))
+    assert json.loads((of_two / "measured").read_text())["evaluate"] == [[accuracy.top1, 33]]
+
+
+def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
+    done = torchrun(
+        "-m", "groupify", "convert", "tests.cli_nets:net", "--input-size", "3,8,8", "--weights", "none",
+        "--data", "tests.cli_nets:data", "--calibrate", 90, "--epochs", 2, "--batch-size", 16,
+        "--groups", 2, "--min-group-width", 1, "--log-file", "log.jsonl", "--log-every", 3, "--resume",
+        "-o", "out", "--json",
+        folder=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)  # one document, not two
+    assert report["accuracy"]["images"] == 40
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "out"]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert steps.count(12) == 2  # one training line and one validation
+
+
+# without processes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["map-style", *SOURCES])
+@pytest.mark.parametrize("world", [2, 3])
+def test_shares_make_up_each_batch(kind: str, world: int) -> None:
+    images, labels = make_data()
+    data = TensorDataset(images, labels) if kind == "map-style" else SOURCES[kind](images, labels)
+    settings = dataclasses.replace(TRAINING, images_per_epoch=200)
+    part, _ = hold_out(data, None, settings)
+    whole = list(part.batches(settings, 1))
+    for first in (0, 3):
+        shares = [list(part.batches(settings, 1, first, Ranks(rank, world))) for rank in range(world)]
+        for (batch, count), *parts in zip(whole[first:], *shares, strict=True):
+            assert [number for _, number in parts] == [count] * world
+            for rank, (share, _) in enumerate(parts):
+                assert torch.equal(share[0], batch[0][rank::world])
+                assert torch.equal(share[1], batch[1][rank::world])
+
+
+@pytest.fixture
+def alone_in_a_group() -> Any:
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield Ranks(0, 1)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: nn.BatchNorm2d(6), (5, 6, 4, 3)),
+        (lambda: nn.BatchNorm1d(6, momentum=None), (5, 6)),
+        (lambda: nn.BatchNorm2d(6, affine=False), (2, 6, 1, 1)),
+        (lambda: nn.BatchNorm3d(6, track_running_stats=False), (2, 6, 2, 2, 2)),
+    ],
+)
+def test_a_shared_batch_norm_is_a_batch_norm(
+    alone_in_a_group: Ranks, make: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    own = make()
+    shared = synchronise_batch_norms(nn.Sequential(make()), alone_in_a_group)[0]  # type: ignore[index]
+    assert isinstance(shared, _SharedBatchNorm)
+    for _ in range(3):
+        values = 3 + 2 * torch.randn(shape, generator=generator)
+        inputs = [values.clone().requires_grad_() for _ in range(2)]
+        outputs = [norm(each) for norm, each in zip((own, shared), inputs, strict=True)]
+        torch.testing.assert_close(outputs[1], outputs[0])
+        weights = torch.randn(outputs[0].shape, generator=generator)
+        for output in outputs:
+            (output * weights).sum().backward()
+        torch.testing.assert_close(inputs[1].grad, inputs[0].grad, rtol=1e-4, atol=1e-5)
+    assert list(shared.state_dict()) == list(own.state_dict())
+    for key, value in own.state_dict().items():
+        torch.testing.assert_close(shared.state_dict()[key], value)
+    torch.testing.assert_close(shared.eval()(values), own.eval()(values))
+
+
+def test_too_few_calibration_batches_for_the_ranks() -> None:
+    with pytest.raises(DataError, match="6 calibration batches cannot be divided among 7 processes"):
+        run_conversion("grouped", Ranks(0, 7))
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))
