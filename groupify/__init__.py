@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from groupify.measure.benchmarks import benchmark_onnx as benchmark
     from groupify.models import ModelSpec, Source, WeightsOrigin, load_model
     from groupify.onnx.exporting import export_onnx as export
-    from groupify.planning import Plan, plan
     from groupify.planning.budget import Budget
     from groupify.planning.plan_file import PlanFile
     from groupify.planning.search import BudgetPlan, SearchOptions, plan_for_budget
+    from groupify.planning.uniform import plan
     from groupify.recipe import Recipe
     from groupify.scores.accuracy import evaluate
     from groupify.shuffles import ShuffleChoice, choose_shuffles
+    from groupify.structures import Plan
     from groupify.training.finetuning import FinetuneSettings, finetune
 
 __all__ = [
@@ -68,7 +69,8 @@ _HOMES = {
     "onnx.exporting": ("export_onnx",),
     "machine": ("blocked_width",),
     "scores.accuracy": ("evaluate",),
-    "planning": ("Plan", "plan"),
+    "planning.uniform": ("plan",),
+    "structures": ("Plan",),
     "planning.budget": ("Budget",),
     "planning.plan_file": ("PlanFile",),
     "planning.search": ("BudgetPlan", "SearchOptions", "plan_for_budget"),

@@ -19,11 +19,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from groupify.conversion.surgery import SiteRecipe, restructure
+from groupify.conversion.surgery import restructure
 from groupify.errors import ArtefactError, CheckpointError, GroupifyError
+from groupify.files import MAX_RECIPE_BYTES, RECIPE_FILE, folder_exists, writing_folder
 from groupify.models import ModelSpec, build_model
-from groupify.output_folder import MAX_RECIPE_BYTES, RECIPE_FILE, folder_exists, writing_folder
 from groupify.recipe import Recipe
+from groupify.structures import SiteRecipe
 
 __all__ = ["Recipe", "SiteRecipe", "load", "read_recipe", "save", "write_artefact", "writing_folder"]
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from groupify.conversion.surgery import KINDS, SiteRecipe
 from groupify.documents import (
     JsonObject,
     is_finite,
@@ -29,6 +28,7 @@ from groupify.documents import (
 )
 from groupify.errors import ArtefactError
 from groupify.models import ModelSpec, Preprocessing, WeightsOrigin
+from groupify.structures import KINDS, SiteRecipe
 
 FORMAT = "groupify"
 SCHEMA_VERSION = 1

@@ -19,14 +19,13 @@ from torch import Tensor, fx, nn
 
 from groupify.conversion.conversion import Calibration, convert
 from groupify.conversion.reconstruct import ReconstructionOptions
-from groupify.conversion.surgery import GROUPED
 from groupify.errors import PlanError
 from groupify.graph.operations import CONVS
 from groupify.graph.trace import trace
 from groupify.measure.benchmarks import benchmark_onnx, speed_up
 from groupify.onnx.exporting import export_onnx
-from groupify.planning import Plan, SitePlan
 from groupify.planning.slow_kernels import shuffle_work
+from groupify.structures import GROUPED, Plan, SitePlan
 
 # The mean fitted error that 1% of latency has to buy: what it buys where the groups are made fewer instead.
 # On the demo, 8 groups → 4 lower the error by 0.0019 for each 1% of MACs, and 4 → 2 by 0.0013.

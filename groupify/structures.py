@@ -1,14 +1,47 @@
-"""A plan: which conv gets how many groups, and why."""
+"""What becomes of a conv, and of all convs of a model: the types that planning and conversion share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from groupify.conversion.surgery import SiteRecipe
-from groupify.scores.cost import Change
+from typing import Generic, TypeVar
 
 DENSE = "dense"
+GROUPED = "grouped"
+GROUPED_POINTWISE = "grouped-pointwise"
+KINDS = (GROUPED, GROUPED_POINTWISE)
+
+Number = TypeVar("Number", int, float)
+
+
+@dataclass(frozen=True)
+class SiteRecipe:
+    """How one conv is replaced.
+
+    Attributes:
+        name: qualified module name of the conv in the dense model.
+        kind: ``"grouped"``, or ``"grouped-pointwise"`` for a grouped conv and a dense 1×1 conv.
+        groups: number of groups after the conversion.
+        shuffle: whether a channel shuffle follows.
+    """
+
+    name: str
+    kind: str
+    groups: int
+    shuffle: bool = False
+
+
+@dataclass(frozen=True)
+class Change(Generic[Number]):
+    """One quantity before and after the conversion."""
+
+    dense: Number
+    grouped: Number
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller it got: dense ÷ grouped."""
+        return self.dense / self.grouped if self.grouped else float("nan")
 
 
 @dataclass(frozen=True)

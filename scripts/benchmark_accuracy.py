@@ -34,8 +34,10 @@ from groupify.data import calibration_images, load_data
 from groupify.graph import apply_orders, channel_classes, trace
 from groupify.machine import describe_machine
 from groupify.models import load_model
-from groupify.planning import ModelCost, Plan, measure_cost, plan
+from groupify.planning.uniform import plan
 from groupify.scores.accuracy import evaluate
+from groupify.scores.cost import ModelCost, measure_cost
+from groupify.structures import Plan
 from scripts.results import ResultFile
 
 MODEL = "groupify.models.demo:fashion_resnet18"

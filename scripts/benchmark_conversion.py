@@ -27,7 +27,7 @@ from groupify.conversion.by_module import refresh_batch_norms
 from groupify.conversion.conversion import Calibration, convert
 from groupify.machine import describe_machine
 from groupify.models import load_model
-from groupify.planning.rules import plan
+from groupify.planning.uniform import plan
 from scripts.results import write_results
 
 GROUPS = 4

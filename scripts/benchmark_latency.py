@@ -36,7 +36,8 @@ from groupify.models import load_model
 from groupify.onnx.exporting import export_onnx
 from groupify.onnx.parity import check_parity
 from groupify.onnx.runtime import BlockedConvs, count_blocked_convs
-from groupify.planning import measure_cost, plan
+from groupify.planning.uniform import plan
+from groupify.scores.cost import measure_cost
 from scripts.results import write_results
 
 INPUT_SHAPE = (3, 224, 224)

@@ -2,8 +2,8 @@
 
 One conv between two others that run in the blocked kernel, dense and with groups of some widths; one thread,
 batch 1, interleaved. This is the measurement behind the constants of
-``groupify/planning/slow_kernels.py``: no conv may be measured slower (speed-up below 1) where the plan expects it to
-be faster.
+``groupify/planning/slow_kernels.py``: no conv may be measured slower (speed-up below 1) where the plan
+expects it to be faster.
 
     python -m scripts.benchmark_narrow_groups [--quick] [--json FILE]
 """
@@ -22,8 +22,8 @@ from rich.table import Table
 
 from groupify.machine import blocked_width, describe_machine
 from groupify.measure.benchmarks import benchmark_onnx, speed_up
-from groupify.planning import Change, SitePlan
 from groupify.planning.slow_kernels import relative_latency
+from groupify.structures import Change, SitePlan
 from scripts.results import write_results
 
 WIDTHS = (1, 2, 4, 8, 16, 32)

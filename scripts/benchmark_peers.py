@@ -43,10 +43,10 @@ from groupify.machine import blocked_width, describe_machine
 from groupify.measure.benchmarks import Latency, benchmark_onnx, speed_up
 from groupify.models import load_model
 from groupify.onnx.exporting import export_onnx
-from groupify.planning import measure_cost
 from groupify.planning.budget import MACS, Budget, Limit
 from groupify.planning.search import SearchOptions, plan_for_budget
 from groupify.scores.accuracy import evaluate
+from groupify.scores.cost import measure_cost
 from scripts.benchmark_accuracy import (
     IMAGES,
     MODEL,

@@ -29,8 +29,8 @@ from groupify.data import calibration_images, load_data
 from groupify.machine import blocked_width, describe_machine
 from groupify.models import load_model
 from groupify.onnx.exporting import export_onnx
-from groupify.planning import measure_cost
 from groupify.scores.accuracy import evaluate
+from groupify.scores.cost import measure_cost
 from scripts.benchmark_accuracy import IMAGES, MODEL, Setting
 from scripts.benchmark_peers import METHODS, file_of, make, numbers, time_against
 from scripts.results import BENCHMARKS, ResultFile, check_quick

@@ -33,19 +33,19 @@ import torch
 from torch import Tensor, nn
 
 from groupify.conversion.conversion import Calibration, convert
-from groupify.conversion.surgery import SiteRecipe, restructure
+from groupify.conversion.surgery import restructure
 from groupify.data import Data, DataSplits, calibration_images, load_data
+from groupify.files import cache_folder
 from groupify.machine import blocked_width
 from groupify.measure.benchmarks import speed_ups
 from groupify.models import Source, load_model
 from groupify.onnx.exporting import export_onnx
-from groupify.planning import Plan
 from groupify.planning.budget import LATENCY, MACS, Budget, Limit
-from groupify.planning.cache import cache_folder
 from groupify.planning.candidates import candidates
 from groupify.planning.plan_timer import PlanTimer
 from groupify.planning.search import Images, SearchOptions, make_costing, plan_for_budget
 from groupify.scores.accuracy import evaluate
+from groupify.structures import Plan, SiteRecipe
 from scripts.benchmark_accuracy import shortcuts
 from scripts.results import ResultFile
 

@@ -33,13 +33,13 @@ from groupify.measure.latency_table import look_up, measure_table
 from groupify.measure.timing import Timing
 from groupify.models import load_model
 from groupify.onnx.exporting import export_onnx
-from groupify.planning import Plan
 from groupify.planning.budget import LATENCY
 from groupify.planning.candidates import candidates
 from groupify.planning.costing import Costing
 from groupify.planning.search import uniform_name
 from groupify.planning.sensitivity import weight_sensitivity
 from groupify.scores.cost import measure_cost
+from groupify.structures import Plan
 from scripts.results import BENCHMARKS, ResultFile
 
 MODELS = ("resnet18", "resnet50", "vgg16_bn", "densenet121")

@@ -41,8 +41,8 @@ from groupify.data import DataSplits, calibration_images, load_data
 from groupify.data.ranks import process_group
 from groupify.machine import describe_machine
 from groupify.models import load_model
-from groupify.planning import measure_cost
 from groupify.scores.accuracy import evaluate
+from groupify.scores.cost import measure_cost
 from groupify.training.finetuning import FinetuneSettings, finetune
 from scripts.benchmark_accuracy import (
     IMAGES,

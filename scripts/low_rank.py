@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from groupify.conversion.clock import Clock
 from groupify.conversion.fit import fit_student
 from groupify.conversion.site_fit import FitOptions
-from groupify.conversion.surgery import GROUPED, SiteRecipe
 from groupify.graph.trace import trace
 from groupify.stats.samples import (
     SampleBudget,
@@ -32,6 +31,7 @@ from groupify.stats.samples import (
     refittable,
     residual_sums,
 )
+from groupify.structures import GROUPED, SiteRecipe
 
 # Sampled as a conv of two groups is: that keeps input patches, and more positions than any factor has inputs.
 _SAMPLED_AS = 2

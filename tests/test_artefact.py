@@ -23,11 +23,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from groupify.artefact import WEIGHTS_FILE, load, read_recipe, save
-from groupify.conversion.surgery import SiteRecipe, restructure
+from groupify.conversion.surgery import restructure
 from groupify.errors import ArtefactError, CheckpointError, GroupifyError
+from groupify.files import RECIPE_FILE
 from groupify.models import ModelSpec, WeightsOrigin, build_model
-from groupify.output_folder import RECIPE_FILE
 from groupify.recipe import Recipe
+from groupify.structures import SiteRecipe
 from tests.test_recipe import VALUES, paths_of, replaced
 
 

@@ -25,8 +25,8 @@ from groupify.measure.folder import (
 from groupify.models import ModelSpec
 from groupify.onnx.exporting import export_onnx
 from groupify.onnx.quantisation import quantize_onnx
-from groupify.planning import Change
 from groupify.reporting.text import print_bench
+from groupify.structures import Change
 from tests.cli_nets import net
 
 # Wide enough to be faster when grouped, on any machine: a slower one is warned of.

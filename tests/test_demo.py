@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+import groupify
 from groupify.data import ImageArrays, calibration_images, load_data
 from groupify.data.files import read_fashion_mnist, write_idx
 from groupify.models import build_model, demo, load_model
@@ -28,10 +29,10 @@ def script(name: str) -> ModuleType:
 
 
 def test_assets_are_small_and_licensed() -> None:
-    folder = Path(demo.__file__).parent
+    folder = Path(groupify.__file__).parent
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.suffix in (".gz", ".safetensors"))
     assert size < 12e6
-    licence = (folder / "LICENSE-fashion-mnist").read_text("utf-8")
+    licence = demo.DATA_FOLDER.with_name("LICENSE-fashion-mnist").read_text("utf-8")
     assert "2017 Zalando SE" in licence
     assert "Permission is hereby granted" in licence
 

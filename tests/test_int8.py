@@ -16,9 +16,9 @@ from groupify.errors import GroupifyWarning
 from groupify.onnx.agreement import Agreement
 from groupify.onnx.exporting import ExportedModel
 from groupify.pipeline.latency import Timed, latency_notes
-from groupify.planning import Change
 from groupify.reporting import Int8File, LatencyChange, print_report, report_document
 from groupify.reporting.text import int8_line
+from groupify.structures import Change
 from tests.cli_nets import INPUT_SIZE
 from tests.conftest import Run
 from tests.test_reporting import REPORT

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from groupify.conversion.conversion import convert
 from groupify.conversion.layers import SHUFFLED
 from groupify.models.demo import INPUT_SHAPE, demo_model
-from groupify.planning import plan
+from groupify.planning.uniform import plan
 
 KINDS: dict[str, dict[str, Any]] = {
     "grouped": {},

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from groupify.errors import ArtefactError, GroupifyWarning
-from groupify.output_folder import RECIPE_FILE, folder_exists, writing_folder
+from groupify.files import RECIPE_FILE, folder_exists, writing_folder
 
 
 def make_output(folder: Path) -> None:

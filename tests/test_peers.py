@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from groupify.data import ImageArrays, load_data
 from groupify.models import ModelSpec
 from groupify.models.demo import fashion_resnet18
-from groupify.planning import measure_cost, plan
+from groupify.planning.uniform import plan
+from groupify.scores.cost import measure_cost
 from groupify.stats.positions import input_patches, pick, sample_positions
 from groupify.stats.samples import SiteSamples
 from scripts import benchmark_accuracy, benchmark_peers, benchmark_peers_latency

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
-from groupify.conversion.surgery import SiteRecipe, restructure
+from groupify.conversion.surgery import restructure
 from groupify.errors import ConversionError, PlanError
-from groupify.planning import Change, Plan, SitePlan, describe, measure_cost, plan
-from groupify.scores.cost import conv_params
+from groupify.planning.uniform import describe, plan
+from groupify.scores.cost import conv_params, measure_cost
+from groupify.structures import Change, Plan, SitePlan, SiteRecipe
 
 
 def stem(channels: int) -> nn.Conv2d:

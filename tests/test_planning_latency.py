@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from groupify.errors import GroupifyWarning, PlanError
-from groupify.planning import Change, SitePlan, plan
 from groupify.planning.slow_kernels import latency_warning, relative_latency
+from groupify.planning.uniform import plan
+from groupify.structures import Change, SitePlan
 from tests.conftest import Run
 
 

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from groupify.conversion.surgery import SiteRecipe
 from groupify.errors import ArtefactError
 from groupify.models import ModelSpec, Preprocessing, WeightsOrigin
 from groupify.recipe import Recipe, current_versions
+from groupify.structures import SiteRecipe
 
 RECIPE = Recipe(
     model=ModelSpec(

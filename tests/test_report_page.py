@@ -28,7 +28,6 @@ from groupify.conversion.site_fit import SiteFit
 from groupify.errors import ArtefactError
 from groupify.models import WeightsOrigin
 from groupify.onnx.agreement import Agreement
-from groupify.planning import Change
 from groupify.reporting import report_document
 from groupify.reporting.charts import Point, chart, place_labels
 from groupify.reporting.html import comparison_page, report_page
@@ -38,6 +37,7 @@ from groupify.reporting.results import Int8File, UniformRun
 from groupify.reporting.schema import check
 from groupify.reporting.tables import markdown, print_summary
 from groupify.reporting.verdict import verdict
+from groupify.structures import Change
 from groupify.training.finetuning import FinetuneRow
 from tests.chromium import Page, chromium, needs_chromium
 from tests.conftest import ROOT

@@ -15,7 +15,6 @@ from groupify.measure.folder import BenchResult, BenchRow, bench_document
 from groupify.models import WeightsOrigin
 from groupify.onnx.parity import Parity
 from groupify.onnx.runtime import BlockedConvs
-from groupify.planning import Change, ModelCost, Plan, SitePlan
 from groupify.reporting import AccuracyChange, CostChange, LatencyChange, Report, report_document
 from groupify.reporting.document import clean
 from groupify.reporting.text import (
@@ -28,6 +27,8 @@ from groupify.reporting.text import (
     size,
     stdout_console,
 )
+from groupify.scores.cost import ModelCost
+from groupify.structures import Change, Plan, SitePlan
 
 MACHINE = Machine("Abacus 3", "avx2", 1, "Linux x86_64", "3.11", "2.6", "1.20", "1.17")
 STEM = SitePlan(

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from groupify import choose_shuffles, plan
 from groupify.errors import PlanError
-from groupify.planning import Plan
 from groupify.planning.slow_kernels import shuffle_work
 from groupify.shuffles import ShuffleChoice, weigh, with_shuffles
+from groupify.structures import Plan
 from tests.cli_nets import INPUT_SIZE
 from tests.conftest import Run
 

@@ -10,7 +10,7 @@ import click
 from groupify.cli.options import common_options, input_shape, model_arguments, output_file, whole_numbers
 from groupify.cli.shared import CONTEXT, print_json
 from groupify.errors import ArtefactError, SpecError
-from groupify.output_folder import folder_exists
+from groupify.files import folder_exists
 
 
 @click.command(context_settings=CONTEXT, short_help="Time the converted model against the dense one.")

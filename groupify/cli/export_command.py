@@ -16,7 +16,7 @@ from groupify.cli.options import (
 )
 from groupify.cli.shared import CONTEXT, open_target, print_json
 from groupify.errors import ArtefactError
-from groupify.output_folder import folder_exists
+from groupify.files import folder_exists
 
 
 @click.command(context_settings=CONTEXT, short_help="Export to ONNX, checked against PyTorch.")

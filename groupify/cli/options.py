@@ -258,9 +258,9 @@ def _search_request(options: dict[str, Any]) -> SearchRequest | None:
         return None
     if options["plan_file"] is not None:
         raise SpecError("--plan and a budget: a plan file leaves nothing to plan; give one of the two")
-    from groupify.conversion.surgery import KINDS
     from groupify.pipeline import SearchRequest
     from groupify.planning.budget import Budget
+    from groupify.structures import KINDS
 
     # The default of --kind is for plans without a budget; only a kind that was asked for narrows the choice.
     source = click.get_current_context().get_parameter_source("kind")

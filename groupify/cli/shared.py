@@ -11,7 +11,7 @@ import click
 
 from groupify.cli.options import model_request
 from groupify.errors import ArtefactError, SpecError
-from groupify.output_folder import folder_exists
+from groupify.files import folder_exists
 
 if TYPE_CHECKING:
     from groupify.reporting import Report

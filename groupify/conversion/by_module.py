@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from groupify.conversion.site_fit import FitOptions, SiteFit, Target, fit_site
-from groupify.conversion.surgery import SiteRecipe
 from groupify.graph.operations import CONVS
 from groupify.stats.samples import SampleBudget, SiteSampler
+from groupify.structures import SiteRecipe
 
 
 def fit_by_module(

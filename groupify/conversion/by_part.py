@@ -17,8 +17,9 @@ from groupify.conversion.in_order import (
     convert_in_order,
     same_outputs,
 )
-from groupify.conversion.surgery import SiteRecipe, restructure
+from groupify.conversion.surgery import restructure
 from groupify.graph.parts import Part, find_parts, given_up, part_inputs, shown_names
+from groupify.structures import SiteRecipe
 
 
 def convert_by_part(

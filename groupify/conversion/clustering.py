@@ -16,8 +16,8 @@ from torch import Tensor
 
 from groupify.conversion.assignment import balanced_assignment
 from groupify.conversion.objectives import Benefits, Flow, Membership, Objective
-from groupify.conversion.surgery import SiteRecipe
 from groupify.graph.channels import CONV_INPUT, CONV_OUTPUT, Channels
+from groupify.structures import SiteRecipe
 
 _MAX_SWEEPS = 20
 # Where many moves at once spoil each other, only those above these quantiles of their gain are made.

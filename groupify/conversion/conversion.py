@@ -23,11 +23,11 @@ from groupify.conversion.in_order import (
 )
 from groupify.conversion.pictures import BlockPicture
 from groupify.conversion.site_fit import SiteFit
-from groupify.conversion.surgery import SiteRecipe, restructure
+from groupify.conversion.surgery import restructure
 from groupify.data.ranks import sharing
 from groupify.errors import ConversionError, GroupifyWarning
 from groupify.graph.trace import example_input, trace
-from groupify.structures import Plan
+from groupify.structures import Plan, SiteRecipe
 
 __all__ = ["Calibration", "Conversion", "convert"]
 

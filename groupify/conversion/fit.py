@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from groupify.conversion.clock import Clock
 from groupify.conversion.site_fit import FitOptions, SiteFit, Target, fit_site, refit_layer
-from groupify.conversion.surgery import SiteRecipe
 from groupify.data.ranks import sharers
 from groupify.graph.execute import BatchedRun
 from groupify.graph.operations import CONVS, ELEMENTWISE_MODULES, BatchNorm, Conv, is_batch_norm
 from groupify.stats.positions import compact, input_patches, pick
 from groupify.stats.samples import SiteSamples, is_relu
+from groupify.structures import SiteRecipe
 
 # Output positions, over all images, whose mean and variance a batch norm gets at least.
 _NORM_POSITIONS = 65_536

@@ -17,7 +17,7 @@ from groupify.conversion.objectives import ExplainedVariance, Flow, Objective
 from groupify.conversion.pictures import BlockPicture, block_pictures
 from groupify.conversion.reconstruct import reconstruct
 from groupify.conversion.site_fit import SiteFit
-from groupify.conversion.surgery import GROUPED, SiteRecipe, restructure
+from groupify.conversion.surgery import restructure
 from groupify.conversion.weights_only import correct_batch_norms
 from groupify.data.ranks import sharers
 from groupify.graph.channels import Channels, channel_classes
@@ -25,6 +25,7 @@ from groupify.graph.permute import apply_orders
 from groupify.graph.trace import on_same_graph
 from groupify.stats.samples import SiteSamples, observe_teacher, refittable, residual_sums
 from groupify.stats.scores import data_score, fitted_error, norm_score, permuted_samples
+from groupify.structures import GROUPED, SiteRecipe
 
 
 @dataclass(frozen=True)

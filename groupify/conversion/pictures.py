@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from groupify.conversion.clustering import SiteScore
-from groupify.conversion.surgery import GROUPED, row_channels
+from groupify.conversion.surgery import row_channels
 from groupify.graph.channels import Channels
 from groupify.stats.scores import site_orders
+from groupify.structures import GROUPED
 
 PICTURES = 3
 _SIDE = 48  # pixels at most: enough to see blocks, and one byte each

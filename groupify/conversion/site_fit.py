@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from groupify.conversion.principal import principal_maps
-from groupify.conversion.surgery import GROUPED, SiteRecipe, row_channels
+from groupify.conversion.surgery import row_channels
 from groupify.data.ranks import sharers
 from groupify.graph.operations import CONVS, BatchNorm, Conv
 from groupify.stats.moments import GroupedFit, GroupedMoments
+from groupify.structures import GROUPED, SiteRecipe
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,27 +13,7 @@ from torch import Tensor, nn
 from groupify.conversion.layers import SHUFFLED, shuffle_order
 from groupify.errors import ConversionError, near_names
 from groupify.graph.operations import CONVS, Conv, conv_kind
-
-GROUPED = "grouped"
-GROUPED_POINTWISE = "grouped-pointwise"
-KINDS = (GROUPED, GROUPED_POINTWISE)
-
-
-@dataclass(frozen=True)
-class SiteRecipe:
-    """How one conv is replaced.
-
-    Attributes:
-        name: qualified module name of the conv in the dense model.
-        kind: ``"grouped"``, or ``"grouped-pointwise"`` for a grouped conv and a dense 1×1 conv.
-        groups: number of groups after the conversion.
-        shuffle: whether a channel shuffle follows.
-    """
-
-    name: str
-    kind: str
-    groups: int
-    shuffle: bool = False
+from groupify.structures import GROUPED, KINDS, SiteRecipe
 
 
 def row_channels(out_channels: int, groups: int, shuffle: bool) -> Tensor:

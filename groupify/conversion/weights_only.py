@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from groupify.conversion.surgery import GROUPED, SiteRecipe, row_channels
+from groupify.conversion.surgery import row_channels
 from groupify.graph.operations import (
     ELEMENTWISE_FUNCTIONS,
     ELEMENTWISE_MODULES,
@@ -25,6 +25,7 @@ from groupify.graph.operations import (
     SPATIAL_MODULES,
     is_batch_norm,
 )
+from groupify.structures import GROUPED, SiteRecipe
 
 _QUADRATURE_POINTS = 32
 

@@ -11,19 +11,19 @@ from typing import Any
 
 from torch import nn
 
-from groupify.conversion.surgery import GROUPED_POINTWISE
 from groupify.documents import JsonObject, is_finite, is_text, parse, refuse
 from groupify.errors import ArtefactError, PlanError
+from groupify.files import cache_folder, fingerprint
 from groupify.graph.operations import CONVS, Conv
 from groupify.machine import describe_machine
 from groupify.measure.conv_timing import ConvShape, time_convs
 from groupify.measure.site_times import NetworkTime, mean_time, time_network
 from groupify.onnx.exporting import export_onnx
-from groupify.planning.cache import cache_folder, fingerprint
 from groupify.planning.candidates import Candidate, Choices
 from groupify.planning.json_file import read_json_file, take_header, write_json_file
-from groupify.planning.rules import Observed
+from groupify.planning.uniform import Observed
 from groupify.stats.positions import padding_amounts
+from groupify.structures import GROUPED_POINTWISE
 
 FORMAT = "groupify latency table"
 SCHEMA_VERSION = 2

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from groupify.errors import CheckpointError, SpecError
-from groupify.safetensors_file import read_tensors
+from groupify.files import read_tensors
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
 # What DistributedDataParallel and torch.compile put in front of every key.

@@ -10,12 +10,12 @@ from torch import nn
 
 from groupify.data import UNLABELLED, DataSplits, iterate_batches, load_data
 from groupify.errors import ArtefactError, SpecError
+from groupify.files import cache_folder
 from groupify.machine import TARGETS, blocked_width, describe_machine
 from groupify.measure.latency_table import LatencyTable, measure_table
 from groupify.models import Source
 from groupify.pipeline.requests import ModelRequest, PlanRequest, SearchRequest
 from groupify.planning.budget import Budget
-from groupify.planning.cache import cache_folder
 from groupify.planning.candidates import candidates
 from groupify.planning.frontier import Frontier, trace_frontier
 from groupify.planning.search import BudgetPlan, Images, SearchOptions, measurer, plan_for_budget

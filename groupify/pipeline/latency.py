@@ -17,8 +17,8 @@ from groupify.measure.site_times import site_times
 from groupify.onnx.exporting import ExportedModel, export_onnx
 from groupify.pipeline.int8 import int8_notes, int8_path
 from groupify.pipeline.requests import OutputRequest
-from groupify.planning import Change
 from groupify.reporting.results import Int8File, LatencyChange
+from groupify.structures import Change
 
 # 90th over 10th percentile of the times; above it, something else kept the processor busy.
 _STEADY = 2.0

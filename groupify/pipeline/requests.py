@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from groupify.conversion.surgery import KINDS
 from groupify.errors import SpecError
 from groupify.machine import blocked_width
 from groupify.models import Source, load_model
-from groupify.planning import Plan, plan
 from groupify.planning.budget import Budget
 from groupify.planning.plan_file import PlanFile
+from groupify.planning.uniform import plan
+from groupify.structures import KINDS, Plan
 from groupify.training.logs import LogSettings
 from groupify.training.settings import FinetuneSettings
 from groupify.training.state import Checkpointing

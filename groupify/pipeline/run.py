@@ -20,9 +20,9 @@ from groupify.conversion.reconstruct import ReconstructionOptions
 from groupify.data import DataSplits, calibration_images, load_data
 from groupify.data.ranks import Ranks, process_group
 from groupify.errors import DataError, GroupifyWarning, SpecError
+from groupify.files import writing_folder
 from groupify.graph.trace import example_input
 from groupify.models import Source, load_model
-from groupify.output_folder import writing_folder
 from groupify.pipeline.budget import find_plan
 from groupify.pipeline.int8 import check_quantize
 from groupify.pipeline.requests import (
@@ -33,9 +33,9 @@ from groupify.pipeline.requests import (
 )
 from groupify.pipeline.uniform import convert_uniform, uniform_plans
 from groupify.pipeline.write_output import write_output
-from groupify.planning import describe
 from groupify.planning.plan_file import PlanFile
 from groupify.planning.search import BudgetPlan
+from groupify.planning.uniform import describe
 from groupify.recipe import Recipe
 from groupify.reporting import AccuracyChange, Report
 from groupify.reporting.budget import race_lines

@@ -11,9 +11,10 @@ from groupify.graph.trace import example_input
 from groupify.models import Source
 from groupify.onnx.exporting import export_onnx
 from groupify.pipeline.requests import ConversionRequest
-from groupify.planning import Plan, measure_cost
 from groupify.reporting import UniformRun
 from groupify.scores.accuracy import evaluate
+from groupify.scores.cost import measure_cost
+from groupify.structures import Plan
 
 
 def uniform_plans(request: ConversionRequest, source: Source, chosen: Plan) -> dict[int, Plan]:

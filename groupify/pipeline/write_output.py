@@ -12,21 +12,22 @@ from torch import nn
 from groupify.artefact import WEIGHTS_FILE, write_artefact
 from groupify.conversion.conversion import Conversion
 from groupify.data import DataSplits
+from groupify.files import RECIPE_FILE
 from groupify.graph.trace import example_input
 from groupify.machine import describe_machine, package_version
 from groupify.models import Source
 from groupify.onnx.exporting import export_onnx
 from groupify.onnx.parity import check_parity
-from groupify.output_folder import RECIPE_FILE
 from groupify.pipeline.int8 import int8_path, parity_images, write_int8
 from groupify.pipeline.latency import latency_notes, time_against_dense
 from groupify.pipeline.requests import OutputRequest
 from groupify.pipeline.write_report import PAGE_FILE, write_report
-from groupify.planning import Change, Plan, measure_cost
 from groupify.recipe import Recipe
 from groupify.reporting import AccuracyChange, CostChange, Report, UniformRun
 from groupify.reporting.read import REPORT_FILE
+from groupify.scores.cost import measure_cost
 from groupify.shuffles import ShuffleChoice
+from groupify.structures import Change, Plan
 from groupify.training.finetuning import FinetuneResult
 
 MODEL_FILE = "model.onnx"

@@ -8,13 +8,11 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from groupify.conversion.surgery import GROUPED, GROUPED_POINTWISE
 from groupify.errors import PlanError
 from groupify.graph.operations import CONVS, Conv
 from groupify.graph.trace import example_input
-from groupify.planning.rules import Observed, observe, plan_observed
-from groupify.scores.cost import Change
-from groupify.structures import DENSE, Plan, SitePlan
+from groupify.planning.uniform import Observed, observe, plan_observed
+from groupify.structures import DENSE, GROUPED, GROUPED_POINTWISE, Change, Plan, SitePlan
 
 GROUP_COUNTS = (2, 4, 8, 16, 32, 64)
 # What a plan can be compared with: the same number of groups, of one kind, everywhere.

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from groupify.conversion.principal import principal_maps
-from groupify.conversion.surgery import GROUPED, SiteRecipe, row_channels
+from groupify.conversion.surgery import row_channels
+from groupify.structures import GROUPED, SiteRecipe
 
 _RIDGE = 0.01
 

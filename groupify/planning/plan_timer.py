@@ -15,10 +15,10 @@ from pathlib import Path
 from torch import nn
 
 from groupify.conversion.surgery import restructure
+from groupify.files import NumberCache, cache_folder, fingerprint
 from groupify.measure.benchmarks import SESSIONS, speed_ups
 from groupify.measure.latency_table import machine_fingerprint, network_fingerprint
 from groupify.onnx.exporting import export_onnx
-from groupify.planning.cache import NumberCache, cache_folder, fingerprint
 from groupify.planning.candidates import Choices
 from groupify.structures import Plan
 

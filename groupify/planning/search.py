@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from groupify.conversion.conversion import Calibration, convert
-from groupify.conversion.surgery import GROUPED, GROUPED_POINTWISE
 from groupify.errors import PlanError, SpecError
 from groupify.graph.trace import example_input
 from groupify.measure.latency_table import LatencyTable, cached_table, look_up
@@ -29,7 +28,7 @@ from groupify.planning.sensitivity import (
 )
 from groupify.scores.cost import measure_cost
 from groupify.scores.divergence import Judge, Judgement
-from groupify.structures import Plan
+from groupify.structures import GROUPED, GROUPED_POINTWISE, Plan
 
 SENSITIVITIES = ("fisher", "exact")
 _POWERS = (1.0, 0.5)

@@ -19,17 +19,17 @@ from tqdm import tqdm
 
 from groupify.conversion.clustering import SiteScore, cluster
 from groupify.conversion.conversion import Calibration, convert
-from groupify.conversion.surgery import SiteRecipe
 from groupify.errors import DataError, GroupifyWarning
+from groupify.files import NumberCache, fingerprint
 from groupify.graph.channels import CONV_INPUT, CONV_OUTPUT, Channels, channel_classes
 from groupify.graph.permute import use_order
 from groupify.graph.trace import example_input, trace
-from groupify.planning.cache import NumberCache, fingerprint
 from groupify.planning.candidates import Candidate, Choices
 from groupify.planning.layer_error import LayerMoments
 from groupify.scores.divergence import Judge
 from groupify.stats.chunks import chunks
 from groupify.stats.fisher import SiteStatistics, observe_sites
+from groupify.structures import SiteRecipe
 
 _MEMORY = 2**31  # bytes of moments held at the same time; more convs take another pass
 _VERSION = "1"  # of what is measured: another one makes the cached numbers void

@@ -10,10 +10,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from groupify.conversion.surgery import GROUPED_POINTWISE
 from groupify.errors import PlanError
-from groupify.scores.cost import Change
-from groupify.structures import DENSE, Plan, SitePlan
+from groupify.structures import DENSE, GROUPED_POINTWISE, Change, Plan, SitePlan
 
 # All in MACs of the blocked kernel at its peak, about 55 per nanosecond and core where they were measured
 # (AVX-512). With narrower vectors a MAC takes longer and the rest weighs less: these err on the careful side.

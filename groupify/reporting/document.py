@@ -8,9 +8,9 @@ import math
 from typing import Any
 
 from groupify.conversion.pictures import BlockPicture
-from groupify.planning import Change, SitePlan
 from groupify.reporting.results import ExportResult, Report
 from groupify.shuffles import ShuffleChoice
+from groupify.structures import Change, SitePlan
 
 # Of the document, as report.schema.json has it; readers check them first.
 FORMAT = "groupify-report"

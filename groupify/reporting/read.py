@@ -10,7 +10,7 @@ from typing import Any
 
 from groupify.documents import parse, refuse
 from groupify.errors import ArtefactError
-from groupify.output_folder import folder_exists
+from groupify.files import folder_exists
 from groupify.reporting.document import FORMAT, VERSION
 from groupify.reporting.schema import check, report_schema
 

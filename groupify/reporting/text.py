@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from groupify.measure.folder import BenchResult
-from groupify.planning import Change, Plan, SitePlan
 from groupify.reporting.results import ExportResult, Int8File, Report, UniformRun
+from groupify.structures import Change, Plan, SitePlan
 
 # Piped output is for grep and diff: no line may be folded.
 _PIPED_WIDTH = 400

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,21 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from groupify.errors import ConversionError, GroupifyError
-
-Number = TypeVar("Number", int, float)
-
-
-@dataclass(frozen=True)
-class Change(Generic[Number]):
-    """One quantity before and after the conversion."""
-
-    dense: Number
-    grouped: Number
-
-    @property
-    def ratio(self) -> float:
-        """How many times smaller it got: dense ÷ grouped."""
-        return self.dense / self.grouped if self.grouped else float("nan")
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from groupify.conversion.surgery import GROUPED, SiteRecipe, row_channels
+from groupify.conversion.surgery import row_channels
 from groupify.data.ranks import sharers
 from groupify.graph.channels import Channels
 from groupify.graph.permute import use_order
 from groupify.graph.uses import CONV_INPUT, CONV_OUTPUT, LINEAR_INPUT, LINEAR_OUTPUT
 from groupify.stats.moments import GroupedMoments
 from groupify.stats.samples import SiteSamples
+from groupify.structures import GROUPED, SiteRecipe
 
 
 def norm_score(conv: nn.Module) -> Tensor:

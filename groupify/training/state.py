@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from groupify.errors import ArtefactError, SpecError
-from groupify.safetensors_file import read_tensors
+from groupify.files import read_tensors
 
 _FORMAT = "groupify training state 1"
 

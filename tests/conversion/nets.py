@@ -8,10 +8,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from groupify.conversion.surgery import SiteRecipe
 from groupify.graph.operations import Conv
-from groupify.planning.rules import describe
-from groupify.structures import Plan
+from groupify.planning.uniform import describe
+from groupify.structures import Plan, SiteRecipe
 
 SHAPE = (3, 8, 8)
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from groupify.conversion.assignment import balanced_assignment
 from groupify.conversion.clustering import Clustering, SiteScore, cluster
-from groupify.conversion.surgery import GROUPED, SiteRecipe
 from groupify.graph import apply_orders, channel_classes, trace
 from groupify.graph.channels import Channels
 from groupify.stats.scores import norm_score
+from groupify.structures import GROUPED, SiteRecipe
 from tests.conversion.nets import SHAPE, Chain, Residual, images, make_block_diagonal, randomise
 
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 import groupify
 from groupify.conversion.conversion import Calibration, convert
 from groupify.conversion.site_fit import FitOptions
-from groupify.conversion.surgery import SiteRecipe
 from groupify.onnx.exporting import export_onnx
 from groupify.onnx.parity import check_parity
-from groupify.planning import describe
+from groupify.planning.uniform import describe
+from groupify.structures import SiteRecipe
 from tests.conversion.nets import images, make_block_diagonal, randomise, relative_error
 
 EXACT = FitOptions(ridge=1e-9, refit_ridge=1e-9)

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from groupify.conversion.conversion import Calibration, Conversion, convert
 from groupify.conversion.site_fit import FitOptions, Target, _Limit, fit_site
-from groupify.conversion.surgery import GROUPED, GROUPED_POINTWISE, SiteRecipe, restructure
-from groupify.planning.rules import describe
+from groupify.conversion.surgery import restructure
+from groupify.planning.uniform import describe
 from groupify.stats.samples import SampleBudget
+from groupify.structures import GROUPED, GROUPED_POINTWISE, SiteRecipe
 from tests.conversion.nets import SHAPE, Chain, Residual, images, plan_of, randomise, relative_error
 
 PLAIN = FitOptions(ridge=1e-6, relu_iterations=0, refit_dense=False, refresh_batch_norm=False)

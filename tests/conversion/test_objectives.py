@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from groupify.conversion.clustering import SiteScore, cluster, refine
 from groupify.conversion.objectives import ExplainedVariance, Flow, Membership
-from groupify.conversion.surgery import GROUPED, SiteRecipe
 from groupify.graph import channel_classes, trace
 from groupify.stats.samples import SiteSamples
 from groupify.stats.scores import data_score
+from groupify.structures import GROUPED, SiteRecipe
 
 RIDGE = 0.02
 

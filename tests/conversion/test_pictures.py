@@ -5,9 +5,9 @@ from torch import Tensor, nn
 
 from groupify.conversion.clustering import SiteScore
 from groupify.conversion.pictures import block_pictures
-from groupify.conversion.surgery import SiteRecipe
 from groupify.graph.channels import channel_classes
 from groupify.graph.trace import trace
+from groupify.structures import SiteRecipe
 
 
 class Pair(nn.Module):

@@ -10,8 +10,9 @@ from torch import Tensor, fx, nn
 
 from groupify.conversion.conversion import Calibration, convert
 from groupify.conversion.reconstruct import ReconstructionOptions, cut_nodes, find_blocks, reconstruct
-from groupify.conversion.surgery import GROUPED, SiteRecipe, restructure
+from groupify.conversion.surgery import restructure
 from groupify.graph.trace import on_same_graph, trace
+from groupify.structures import GROUPED, SiteRecipe
 from tests.conversion.nets import Residual, images, plan_of, randomise, relative_error
 
 SITES = ("conv1", "conv2", "conv3")

@@ -7,15 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from groupify.conversion.layers import ShuffledConv2d, channel_shuffle, shuffle_order
-from groupify.conversion.surgery import (
-    GROUPED,
-    GROUPED_POINTWISE,
-    SiteRecipe,
-    block_diagonal,
-    restructure,
-    row_channels,
-)
+from groupify.conversion.surgery import block_diagonal, restructure, row_channels
 from groupify.errors import ConversionError
+from groupify.structures import GROUPED, GROUPED_POINTWISE, SiteRecipe
 from tests.conversion.nets import CalledTwice, images, make_block_diagonal, randomise
 
 

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from groupify.conversion.by_module import refresh_batch_norms
 from groupify.conversion.conversion import convert
-from groupify.conversion.surgery import GROUPED, SiteRecipe, restructure
+from groupify.conversion.surgery import restructure
 from groupify.conversion.weights_only import _Channels, _through, correct_batch_norms
 from groupify.graph.trace import on_same_graph, trace
+from groupify.structures import GROUPED, SiteRecipe
 from tests.conversion.nets import Chain, images, plan_of, randomise
 
 

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 import groupify
-from groupify.conversion.surgery import SiteRecipe, restructure
+from groupify.conversion.surgery import restructure
 from groupify.errors import ArtefactError, SpecError
 from groupify.onnx import standalone
 from groupify.onnx.python_file import python_file, write_python_file
+from groupify.structures import SiteRecipe
 from tests.conftest import Run
 from tests.conversion.nets import images, randomise
 

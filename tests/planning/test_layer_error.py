@@ -5,11 +5,11 @@ import torch
 from torch import Tensor, nn
 
 from groupify.conversion.principal import principal_maps
-from groupify.conversion.surgery import SiteRecipe
 from groupify.planning.layer_error import LayerMoments
 from groupify.stats.fisher import class_scores, observe_sites, score_directions
 from groupify.stats.samples import SiteSamples
 from groupify.stats.scores import fitted_error
+from groupify.structures import SiteRecipe
 
 
 def correlated(count: int, size: int, seed: int = 0) -> Tensor:

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from groupify.conversion.surgery import SiteRecipe
 from groupify.errors import ArtefactError, ConversionError, PlanError
-from groupify.planning import plan
 from groupify.planning.plan_file import PlanFile
+from groupify.planning.uniform import plan
+from groupify.structures import SiteRecipe
 from tests.cli_nets import net
 
 SHAPE = (3, 8, 8)

@@ -26,7 +26,7 @@ from groupify.measure.site_times import NetworkTime
 from groupify.measure.timing import Timing
 from groupify.onnx.exporting import ExportedModel
 from groupify.pipeline.budget import planning_images
-from groupify.planning import Plan, measure_cost, plan, plan_timer, search
+from groupify.planning import plan_timer, search
 from groupify.planning import sensitivity as sensitivity_module
 from groupify.planning.budget import Budget
 from groupify.planning.candidates import candidates
@@ -34,8 +34,11 @@ from groupify.planning.frontier import trace_frontier
 from groupify.planning.plan_timer import PlanTimer
 from groupify.planning.search import BudgetPlan, Images, SearchOptions, plan_for_budget
 from groupify.planning.sensitivity import exact_sensitivity, measure_sensitivity
+from groupify.planning.uniform import plan
 from groupify.reporting.frontier_plot import plot_frontier
+from groupify.scores.cost import measure_cost
 from groupify.scores.divergence import Judge, Judgement
+from groupify.structures import Plan
 
 SHAPE = (3, 12, 12)
 NO_FILE = ExportedModel(Path(), 18, 0, "", (), 0, 0)

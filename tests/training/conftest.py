@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from groupify.conversion.surgery import SiteRecipe, restructure
+from groupify.conversion.surgery import restructure
+from groupify.structures import SiteRecipe
 from groupify.training.finetuning import finetune
 from tests.training.nets import SETTINGS, make_data, make_net, splits
 

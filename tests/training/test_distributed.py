@@ -22,11 +22,12 @@ from torch.utils.data import TensorDataset
 
 from groupify.conversion.conversion import Calibration, Conversion, convert
 from groupify.conversion.reconstruct import ReconstructionOptions
-from groupify.conversion.surgery import SiteRecipe, restructure
+from groupify.conversion.surgery import restructure
 from groupify.data.ranks import ALONE, Ranks, process_group
 from groupify.errors import DataError
-from groupify.planning import plan
+from groupify.planning.uniform import plan
 from groupify.scores.accuracy import evaluate
+from groupify.structures import SiteRecipe
 from groupify.training.finetuning import FinetuneResult, FinetuneSettings, finetune
 from groupify.training.holdout import hold_out
 from groupify.training.parallel import _SharedBatchNorm, synchronise_batch_norms
