@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from groupify.documents import is_finite, parse
 from groupify.errors import ArtefactError, GroupifyWarning
+from groupify.strict_json import is_finite, parse
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,8 +15,8 @@ from groupify.errors import SpecError, near_names
 
 # ONNX Runtime's MlasNchwcGetBlockSize: 8 by default on x86-64, 16 where it finds AVX-512F, and 16 in arm64
 # builds that have the NEON kernels.
-_BLOCKS = {"avx512": 16, "avx2": 8, "arm64": 16, "any": 16}
-TARGETS = ("auto", *_BLOCKS)
+_BLOCKS = {"avx2": 8, "avx512": 16, "arm64": 16, "any": 16, "baseline": 8}
+CPUS = ("avx2", "avx512", "arm64", "any", "auto")
 
 
 @dataclass(frozen=True)
@@ -52,29 +52,39 @@ def describe_machine() -> Machine:
     )
 
 
-def blocked_width(target: str = "auto") -> int:
+def find_cpu(cpu: str = "auto") -> str:
+    """Return the processor that a name stands for: that of this machine for "auto", else the name itself.
+
+    >>> find_cpu("avx2")
+    'avx2'
+
+    Raises:
+        SpecError: the name is unknown.
+    """
+    if cpu == "auto":
+        return _simd()
+    if cpu not in _BLOCKS:
+        raise SpecError(f"unknown CPU {cpu!r}: expected one of {', '.join(CPUS)}{near_names(cpu, CPUS)}")
+    return cpu
+
+
+def blocked_width(cpu: str = "auto") -> int:
     """Return the channels per block of ONNX Runtime's blocked convolution kernel.
 
     A grouped conv runs in that kernel, at the machine's peak, only where its input and output channels
     per group are multiples of this block; narrower groups are slower than fewer, wider ones.
 
     Args:
-        target: "auto" (the CPU at hand), "avx512", "avx2", "arm64", or "any" (safe everywhere).
+        cpu: "auto" (the CPU at hand), "avx512", "avx2", "arm64", or "any" (safe everywhere).
 
     Example:
         >>> groupify.blocked_width("avx2"), groupify.blocked_width("avx512")
         (8, 16)
 
     Raises:
-        SpecError: the target is unknown.
+        SpecError: the CPU is unknown.
     """
-    if target == "auto":
-        return _BLOCKS.get(_simd(), 8)
-    if target not in _BLOCKS:
-        raise SpecError(
-            f"unknown target {target!r}: expected one of {', '.join(TARGETS)}{near_names(target, TARGETS)}"
-        )
-    return _BLOCKS[target]
+    return _BLOCKS[find_cpu(cpu)]
 
 
 def int8_dot_products() -> bool:

@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 
-from groupify.documents import (
+from groupify.errors import ArtefactError
+from groupify.models import ModelSpec, Preprocessing, WeightsOrigin
+from groupify.strict_json import (
     JsonObject,
     is_finite,
     is_integer,
@@ -26,8 +28,6 @@ from groupify.documents import (
     refuse,
     show,
 )
-from groupify.errors import ArtefactError
-from groupify.models import ModelSpec, Preprocessing, WeightsOrigin
 from groupify.structures import KINDS, SiteRecipe
 
 FORMAT = "groupify"

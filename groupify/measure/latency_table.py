@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import nn
 
-from groupify.documents import JsonObject, is_finite, is_text, parse, refuse
 from groupify.errors import ArtefactError, PlanError
 from groupify.files import cache_folder, fingerprint
 from groupify.graph.operations import CONVS, Conv
@@ -23,6 +22,7 @@ from groupify.planning.candidates import Candidate, Choices
 from groupify.planning.json_file import read_json_file, take_header, write_json_file
 from groupify.planning.uniform import Observed
 from groupify.stats.positions import padding_amounts
+from groupify.strict_json import JsonObject, is_finite, is_text, parse, refuse
 from groupify.structures import GROUPED_POINTWISE
 
 FORMAT = "groupify latency table"

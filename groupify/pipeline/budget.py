@@ -11,7 +11,7 @@ from torch import nn
 from groupify.data import UNLABELLED, DataSplits, iterate_batches, load_data
 from groupify.errors import ArtefactError, SpecError
 from groupify.files import cache_folder
-from groupify.machine import TARGETS, blocked_width, describe_machine
+from groupify.machine import CPUS, blocked_width, describe_machine
 from groupify.measure.latency_table import LatencyTable, measure_table
 from groupify.models import Source
 from groupify.pipeline.requests import ModelRequest, PlanRequest, SearchRequest
@@ -166,7 +166,7 @@ def make_table(
             f"{path} is a table of {table.machine}, {table.threads} threads; this is {machine}, {threads} "
             "threads: choose another file"
         )
-    for block in sorted({1, *(blocked_width(target) for target in TARGETS)}):
+    for block in sorted({1, *(blocked_width(cpu) for cpu in CPUS)}):
         choices = candidates(model, input_shape, min_group_width=block, block=block, shuffle="all")
         table = measure_table(model, choices, table, threads=threads, progress=progress)
     table.write(path)

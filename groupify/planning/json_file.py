@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from groupify.documents import JsonObject
 from groupify.errors import ArtefactError
 from groupify.files import write_aside
+from groupify.strict_json import JsonObject
 
 Content = TypeVar("Content")
 

@@ -10,11 +10,11 @@ from typing import Any
 from torch import nn
 
 from groupify.conversion.surgery import restructure
-from groupify.documents import JsonObject, json_list, parse
 from groupify.errors import ArtefactError, PlanError
 from groupify.graph.operations import CONVS
 from groupify.planning.json_file import read_json_file, take_header, write_json_file
 from groupify.planning.uniform import describe
+from groupify.strict_json import JsonObject, json_list, parse
 from groupify.structures import DENSE, KINDS, Plan, SiteRecipe
 
 FORMAT = "groupify plan"

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from groupify.documents import parse, refuse
 from groupify.errors import ArtefactError
 from groupify.files import folder_exists
 from groupify.reporting.document import FORMAT, VERSION
 from groupify.reporting.schema import check, report_schema
+from groupify.strict_json import parse, refuse
 
 REPORT_FILE = "report.json"
 _MAX_BYTES = 64 * 2**20

@@ -8,8 +8,8 @@ from functools import lru_cache
 from importlib import resources
 from typing import Any
 
-from groupify.documents import is_finite, refuse, show
 from groupify.errors import ArtefactError
+from groupify.strict_json import is_finite, refuse, show
 
 _TYPES: dict[str, Callable[[object], bool]] = {
     "null": lambda value: value is None,
