@@ -217,7 +217,7 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     trace = tmp_path / "imported"
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "user_models_of_test.py").write_text(
-        f"open({str(trace)!r}, 'w').close()\nfrom test_artefact import TinyNet as tiny\n"
+        f"open({str(trace)!r}, 'w').close()\nfrom {__name__} import TinyNet as tiny\n"
     )
     monkeypatch.syspath_prepend(tmp_path / "modules")
     yield trace
