@@ -13,7 +13,8 @@ from groupify.errors import GroupifyError, GroupifyWarning
 if TYPE_CHECKING:
     from groupify.artefact import load, save
     from groupify.conversion.conversion import Calibration, Conversion, convert
-    from groupify.data import DataSplits, calibration_images, load_data
+    from groupify.data.batches import calibration_images
+    from groupify.data.splits import DataSplits, load_data
     from groupify.machine import blocked_width
     from groupify.measure.benchmarks import benchmark_onnx as benchmark
     from groupify.models import ModelSpec, Source, WeightsOrigin, load_model
@@ -64,7 +65,8 @@ __all__ = [
 _HOMES = {
     "artefact": ("load", "save"),
     "conversion.conversion": ("Calibration", "Conversion", "convert"),
-    "data": ("DataSplits", "calibration_images", "load_data"),
+    "data.batches": ("calibration_images",),
+    "data.splits": ("DataSplits", "load_data"),
     "measure.benchmarks": ("benchmark_onnx",),
     "onnx.exporting": ("export_onnx",),
     "machine": ("blocked_width",),

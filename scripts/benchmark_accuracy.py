@@ -30,7 +30,8 @@ from groupify.conversion.conversion import Calibration, convert
 from groupify.conversion.reconstruct import ReconstructionOptions
 from groupify.conversion.site_fit import FitOptions
 from groupify.conversion.surgery import restructure
-from groupify.data import calibration_images, load_data
+from groupify.data.batches import calibration_images
+from groupify.data.splits import load_data
 from groupify.graph import apply_orders, channel_classes, trace
 from groupify.machine import describe_machine
 from groupify.models import load_model

@@ -38,7 +38,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from groupify.conversion.conversion import Calibration, convert
-from groupify.data import calibration_images, load_data
+from groupify.data.batches import calibration_images
+from groupify.data.splits import load_data
 from groupify.machine import blocked_width, describe_machine
 from groupify.measure.benchmarks import Latency, benchmark_onnx, speed_up
 from groupify.models import load_model

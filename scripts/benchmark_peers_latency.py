@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from groupify.data import calibration_images, load_data
+from groupify.data.batches import calibration_images
+from groupify.data.splits import load_data
 from groupify.machine import blocked_width, describe_machine
 from groupify.models import load_model
 from groupify.onnx.exporting import export_onnx

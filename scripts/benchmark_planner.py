@@ -34,7 +34,8 @@ from torch import Tensor, nn
 
 from groupify.conversion.conversion import Calibration, convert
 from groupify.conversion.surgery import restructure
-from groupify.data import Data, DataSplits, calibration_images, load_data
+from groupify.data.batches import Data, calibration_images
+from groupify.data.splits import DataSplits, load_data
 from groupify.files import cache_folder
 from groupify.machine import blocked_width
 from groupify.measure.benchmarks import speed_ups

@@ -37,8 +37,9 @@ import torch
 from torch import Tensor, nn
 
 from groupify.conversion.surgery import restructure
-from groupify.data import DataSplits, calibration_images, load_data
+from groupify.data.batches import calibration_images
 from groupify.data.ranks import process_group
+from groupify.data.splits import DataSplits, load_data
 from groupify.machine import describe_machine
 from groupify.models import load_model
 from groupify.scores.accuracy import evaluate

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from groupify.data import FlipAndShift, ImageArrays, load_data
+from groupify.data.images import FlipAndShift, ImageArrays
+from groupify.data.splits import load_data
 from groupify.machine import bfloat16_is_slow
 from groupify.models import ModelSpec
 from groupify.models.demo import INPUT_SHAPE, demo_model, fashion_resnet18, fashion_vgg11_bn

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from groupify.data import Data, DataSplits, ImageArrays, calibration_images
+from groupify.data.batches import Data, calibration_images
+from groupify.data.images import ImageArrays
+from groupify.data.splits import DataSplits
 from groupify.machine import bfloat16_is_slow
 from groupify.models import load_model
 from groupify.training.finetuning import FinetuneResult, FinetuneSettings, finetune

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, Subset, TensorDataset
 
-from groupify.data import DataSplits, ImageArrays, load_data
+from groupify.data.images import ImageArrays
+from groupify.data.splits import DataSplits, load_data
 from groupify.models import ModelSpec
 from groupify.models.demo import INPUT_SHAPE
 

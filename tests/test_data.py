@@ -18,19 +18,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from groupify.data import (
-    UNLABELLED,
-    CropAndFlip,
-    DataSplits,
-    FlipAndShift,
-    ImageArrays,
-    calibration_images,
-    files,
-    iterate_batches,
-    load_data,
-    split_validation,
-)
+from groupify.data import files
+from groupify.data.batches import UNLABELLED, calibration_images, iterate_batches, split_validation
 from groupify.data.files import read_idx, write_idx
+from groupify.data.images import CropAndFlip, FlipAndShift, ImageArrays
+from groupify.data.splits import DataSplits, load_data
 from groupify.errors import DataError, GroupifyWarning, SpecError
 from groupify.models import ModelSpec, Preprocessing
 
@@ -767,7 +759,7 @@ def user_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     (tmp_path / "user_data.py").write_text(
         "import torch\n"
         "from torch.utils.data import DataLoader, TensorDataset\n"
-        "from groupify.data import DataSplits\n"
+        "from groupify.data.splits import DataSplits\n"
         "def one():\n    return TensorDataset(torch.zeros(4, 1, 2, 2), torch.zeros(4).long())\n"
         "def pair():\n    return one(), DataLoader(one(), batch_size=2)\n"
         "def named():\n    return {'train': one(), 'val': one()}\n"

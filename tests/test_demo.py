@@ -11,8 +11,10 @@ from safetensors import safe_open
 from torch import nn
 
 import groupify
-from groupify.data import ImageArrays, calibration_images, load_data
+from groupify.data.batches import calibration_images
 from groupify.data.files import read_fashion_mnist, write_idx
+from groupify.data.images import ImageArrays
+from groupify.data.splits import load_data
 from groupify.models import build_model, demo, load_model
 from groupify.scores.accuracy import evaluate
 

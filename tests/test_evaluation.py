@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from groupify.data import load_data
+from groupify.data.splits import load_data
 from groupify.errors import DataError, GroupifyWarning
 from groupify.models import ModelSpec, load_model
 from groupify.pipeline.run import open_data

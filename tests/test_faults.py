@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import groupify
 from groupify import machine
-from groupify.data import batches, iterate_batches
+from groupify.data import batches
+from groupify.data.batches import iterate_batches
 from groupify.errors import DataError, GroupifyError
 from tests.conftest import ROOT, Run
 from tests.conversion.nets import SHAPE, Residual, images, randomise
@@ -116,7 +117,7 @@ def test_a_process_killed_between_the_renames_leaves_the_earlier_artefact(
 _LOADER = """
 import os, signal, sys, time, torch
 from torch.utils.data import DataLoader, Dataset
-from groupify.data import iterate_batches
+from groupify.data.batches import iterate_batches
 from groupify.errors import DataError
 
 class Dying(Dataset):

@@ -16,8 +16,9 @@ from groupify.errors import GroupifyWarning
 from groupify.onnx.agreement import Agreement
 from groupify.onnx.exporting import ExportedModel
 from groupify.pipeline.latency import Timed, latency_notes
-from groupify.reporting import Int8File, LatencyChange, print_report, report_document
-from groupify.reporting.text import int8_line
+from groupify.reporting.document import report_document
+from groupify.reporting.results import Int8File, LatencyChange
+from groupify.reporting.text import int8_line, print_report
 from groupify.structures import Change
 from tests.cli_nets import INPUT_SIZE
 from tests.conftest import Run

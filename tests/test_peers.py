@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from groupify.data import ImageArrays, load_data
+from groupify.data.images import ImageArrays
+from groupify.data.splits import load_data
 from groupify.models import ModelSpec
 from groupify.models.demo import fashion_resnet18
 from groupify.planning.uniform import plan

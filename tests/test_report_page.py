@@ -28,8 +28,8 @@ from groupify.conversion.site_fit import SiteFit
 from groupify.errors import ArtefactError
 from groupify.models import WeightsOrigin
 from groupify.onnx.agreement import Agreement
-from groupify.reporting import report_document
 from groupify.reporting.charts import Point, chart, place_labels
+from groupify.reporting.document import report_document
 from groupify.reporting.html import comparison_page, report_page
 from groupify.reporting.pixels import png_uri
 from groupify.reporting.read import Run, earlier_runs, read_report

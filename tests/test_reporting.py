@@ -15,8 +15,8 @@ from groupify.measure.folder import BenchResult, BenchRow, bench_document
 from groupify.models import WeightsOrigin
 from groupify.onnx.parity import Parity
 from groupify.onnx.runtime import BlockedConvs
-from groupify.reporting import AccuracyChange, CostChange, LatencyChange, Report, report_document
-from groupify.reporting.document import clean
+from groupify.reporting.document import clean, report_document
+from groupify.reporting.results import AccuracyChange, CostChange, LatencyChange, Report
 from groupify.reporting.text import (
     count,
     print_bench,

@@ -21,7 +21,7 @@ def evaluate(target: str, **options: Any) -> None:
 
     Example: groupify evaluate demo-g4 --data demo
     """
-    from groupify.data import load_data
+    from groupify.data.splits import load_data
     from groupify.errors import DataError
     from groupify.scores.accuracy import evaluate as measure
 

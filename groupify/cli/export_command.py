@@ -44,7 +44,7 @@ def export(name: str, **options: Any) -> None:
         _export_python(name, options)
         return
     from groupify.artefact import read_recipe
-    from groupify.data import load_data
+    from groupify.data.splits import load_data
     from groupify.pipeline.int8 import check_quantize
     from groupify.pipeline.onnx_files import check_export_paths, run_export
     from groupify.reporting.document import export_document

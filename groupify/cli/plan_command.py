@@ -50,9 +50,8 @@ def plan(model: str, **options: Any) -> None:
     Or, for a budget: groupify plan demo --target macs=30% --data demo --frontier
     """
     from groupify.planning.plan_file import PlanFile
-    from groupify.reporting import print_plan
     from groupify.reporting.document import change_document, site_document
-    from groupify.reporting.text import stdout_console
+    from groupify.reporting.text import print_plan, stdout_console
 
     request = plan_request(options)
     if request.search is not None:

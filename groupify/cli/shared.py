@@ -14,7 +14,7 @@ from groupify.errors import ArtefactError, SpecError
 from groupify.files import folder_exists
 
 if TYPE_CHECKING:
-    from groupify.reporting import Report
+    from groupify.reporting.results import Report
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -28,8 +28,8 @@ def print_report(report: Report | None, as_json: bool) -> None:
     """Print a report, for people or as JSON; None = another process has it."""
     if report is None:
         return
-    from groupify.reporting import print_report, report_document
-    from groupify.reporting.text import stdout_console
+    from groupify.reporting.document import report_document
+    from groupify.reporting.text import print_report, stdout_console
 
     if as_json:
         print_json(report_document(report))

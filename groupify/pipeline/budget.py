@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from groupify.data import UNLABELLED, DataSplits, iterate_batches, load_data
+from groupify.data.batches import UNLABELLED, iterate_batches
+from groupify.data.splits import DataSplits, load_data
 from groupify.errors import ArtefactError, SpecError
 from groupify.files import cache_folder
 from groupify.machine import CPUS, blocked_width, describe_machine

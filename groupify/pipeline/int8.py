@@ -6,7 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from groupify.data import DataSplits, calibration_images
+from groupify.data.batches import calibration_images
+from groupify.data.splits import DataSplits
 from groupify.errors import SpecError
 from groupify.onnx.agreement import compare_files
 from groupify.onnx.quantisation import OnnxModule, quantize_onnx

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from groupify.data import DataSplits
+from groupify.data.splits import DataSplits
 from groupify.errors import ArtefactError
 from groupify.measure.benchmarks import QUICK_SECONDS, benchmark_onnx, speed_up
 from groupify.models import ModelSpec

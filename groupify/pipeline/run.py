@@ -17,8 +17,9 @@ from torch import nn
 from groupify.artefact import load, read_recipe
 from groupify.conversion.conversion import Calibration, convert
 from groupify.conversion.reconstruct import ReconstructionOptions
-from groupify.data import DataSplits, calibration_images, load_data
+from groupify.data.batches import calibration_images
 from groupify.data.ranks import Ranks, process_group
+from groupify.data.splits import DataSplits, load_data
 from groupify.errors import DataError, GroupifyWarning, SpecError
 from groupify.files import writing_folder
 from groupify.graph.trace import example_input
@@ -37,8 +38,8 @@ from groupify.planning.plan_file import PlanFile
 from groupify.planning.search import BudgetPlan
 from groupify.planning.uniform import describe
 from groupify.recipe import Recipe
-from groupify.reporting import AccuracyChange, Report
 from groupify.reporting.budget import race_lines
+from groupify.reporting.results import AccuracyChange, Report
 from groupify.scores.accuracy import class_logits, evaluate
 from groupify.scores.cost import run_once
 from groupify.shuffles import choose_shuffles

@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from groupify.conversion.conversion import Calibration, convert
-from groupify.data import Data
+from groupify.data.batches import Data
 from groupify.graph.trace import example_input
 from groupify.models import Source
 from groupify.onnx.exporting import export_onnx
 from groupify.pipeline.requests import ConversionRequest
-from groupify.reporting import UniformRun
+from groupify.reporting.results import UniformRun
 from groupify.scores.accuracy import evaluate
 from groupify.scores.cost import measure_cost
 from groupify.structures import Plan

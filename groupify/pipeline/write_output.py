@@ -11,7 +11,7 @@ from torch import nn
 
 from groupify.artefact import WEIGHTS_FILE, write_artefact
 from groupify.conversion.conversion import Conversion
-from groupify.data import DataSplits
+from groupify.data.splits import DataSplits
 from groupify.files import RECIPE_FILE
 from groupify.graph.trace import example_input
 from groupify.machine import describe_machine, package_version
@@ -23,8 +23,8 @@ from groupify.pipeline.latency import latency_notes, time_against_dense
 from groupify.pipeline.requests import OutputRequest
 from groupify.pipeline.write_report import PAGE_FILE, write_report
 from groupify.recipe import Recipe
-from groupify.reporting import AccuracyChange, CostChange, Report, UniformRun
 from groupify.reporting.read import REPORT_FILE
+from groupify.reporting.results import AccuracyChange, CostChange, Report, UniformRun
 from groupify.scores.cost import measure_cost
 from groupify.shuffles import ShuffleChoice
 from groupify.structures import Change, Plan

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from groupify.reporting import Report, report_document
+from groupify.reporting.document import report_document
 from groupify.reporting.html import report_page
 from groupify.reporting.read import REPORT_FILE, Run, earlier_runs
+from groupify.reporting.results import Report
 
 PAGE_FILE = "report.html"
 

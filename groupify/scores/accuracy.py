@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from groupify.data import UNLABELLED, Data, check_labels, is_map_style, iterate_batches
+from groupify.data.batches import UNLABELLED, Data, check_labels, is_map_style, iterate_batches
 from groupify.data.ranks import ALONE, Ranks
 from groupify.errors import DataError
 

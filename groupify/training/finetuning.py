@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from groupify.data import Data, DataSplits
+from groupify.data.batches import Data
 from groupify.data.ranks import ALONE, current_ranks
+from groupify.data.splits import DataSplits
 from groupify.errors import DataError, GroupifyWarning, SpecError
 from groupify.machine import bfloat16_is_slow
 from groupify.training.holdout import generators_of, hold_out

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from groupify.data import Data, DataSplits, check_labels, is_map_style, iterate_batches
-from groupify.data.batches import Batch
+from groupify.data.batches import Batch, Data, check_labels, is_map_style, iterate_batches
 from groupify.data.ranks import ALONE, Ranks
+from groupify.data.splits import DataSplits
 from groupify.errors import DataError, GroupifyWarning
 from groupify.training.holdout import TrainingPart, checksum_of, order_seed
 from groupify.training.logs import LogSettings, TrainingLog

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from groupify.data import UNLABELLED, Data, check_labels, iterate_batches
+from groupify.data.batches import UNLABELLED, Data, check_labels, iterate_batches
 from groupify.data.ranks import ALONE, Ranks
 from groupify.errors import SpecError
 from groupify.scores.accuracy import class_logits

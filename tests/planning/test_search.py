@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from groupify.conversion.surgery import restructure
-from groupify.data import DataSplits
+from groupify.data.splits import DataSplits
 from groupify.errors import GroupifyError, GroupifyWarning, PlanError, SpecError
 from groupify.graph.trace import example_input
 from groupify.measure import benchmarks as benchmark_module

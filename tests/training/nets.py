@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from groupify.data import DataSplits
+from groupify.data.splits import DataSplits
 from groupify.training.finetuning import FinetuneSettings
 
 CLASSES = 4

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from groupify.data import UNLABELLED, iterate_batches
+from groupify.data.batches import UNLABELLED, iterate_batches
 from groupify.errors import DataError, GroupifyWarning, SpecError
 from groupify.training import loop
 from groupify.training.finetuning import finetune

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from groupify.data import DataSplits
+from groupify.data.splits import DataSplits
 from groupify.errors import ArtefactError, DataError, SpecError
 from groupify.training.finetuning import Checkpointing, FinetuneResult, LogSettings, finetune
 from groupify.training.random_states import library_states, set_library_states
