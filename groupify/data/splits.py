@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from groupify.data.batches import UNLABELLED, Data, check_labels
-from groupify.data.cifar import read_cifar10
-from groupify.data.files import find_fashion_mnist, read_fashion_mnist
+from groupify.data.files import find_fashion_mnist, read_cifar10, read_fashion_mnist
 from groupify.data.folders import read_image_folder
 from groupify.data.images import CropAndFlip, FlipAndShift, ImageArrays
 from groupify.errors import DataError, GroupifyError, GroupifyWarning, SpecError, near_names
