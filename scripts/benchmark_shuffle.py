@@ -23,7 +23,7 @@ from rich.table import Table
 from groupify.conversion.layers import shuffle_order
 from groupify.machine import blocked_width, describe_machine
 from groupify.measure.benchmarks import benchmark_onnx
-from scripts.results import write_results
+from scripts.benchmarks.harness import write_results
 
 GROUPS = 4
 LAYERS = 4

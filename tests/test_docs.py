@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import groupify
-from scripts import docs_tables, readme_tables
+from scripts.benchmarks import docs_tables
+from scripts.benchmarks import tables as readme_tables
 from tests.conftest import ROOT
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))

@@ -18,15 +18,17 @@ from groupify.planning.uniform import plan
 from groupify.scores.cost import measure_cost
 from groupify.stats.positions import input_patches, pick, sample_positions
 from groupify.stats.samples import SiteSamples
-from scripts import benchmark_accuracy, benchmark_peers, benchmark_peers_latency
-from scripts.benchmark_accuracy import Setting, truncation
-from scripts.benchmark_peers import IN_RECOVERY, Bench, Row, in_order, table, take_over, take_rates
-from scripts.benchmark_recovery import Contestant, densified
-from scripts.low_rank import STRUCTURES, Size, choose_ranks, factorise
-from scripts.plot_peers import draw
-from scripts.results import ResultFile
+from scripts.benchmarks import accuracy as benchmark_accuracy
+from scripts.benchmarks import peers as benchmark_peers
+from scripts.benchmarks import peers_latency as benchmark_peers_latency
+from scripts.benchmarks.accuracy import Setting, truncation
+from scripts.benchmarks.harness import ResultFile
+from scripts.benchmarks.low_rank import STRUCTURES, Size, choose_ranks, factorise
+from scripts.benchmarks.peers import IN_RECOVERY, Bench, Row, in_order, table, take_over, take_rates
+from scripts.benchmarks.plot_peers import draw
+from scripts.benchmarks.recovery import Contestant, densified
+from scripts.benchmarks.training import RememberingTeacher, Trainer, Twin
 from scripts.train_dense import hold_out
-from scripts.trained import RememberingTeacher, Trainer, Twin
 from tests import cli_nets
 
 SHAPE = (8, 10, 9)

@@ -28,7 +28,7 @@ def site(
 
 
 # Channels, size, kernel, group width: speed-up in ONNX Runtime, between two convs in the blocked kernel
-# (scripts/benchmark_narrow_groups.py on AVX-512).
+# (scripts/benchmarks/narrow_groups.py on AVX-512).
 MEASURED = {
     (16, 56, 1, 8): 0.86, (16, 56, 1, 2): 0.91, (16, 56, 3, 8): 0.75, (16, 56, 3, 4): 0.90,
     (32, 14, 1, 8): 0.97, (32, 14, 1, 4): 0.99, (32, 14, 3, 8): 0.94, (64, 1, 1, 8): 0.84,

@@ -26,7 +26,9 @@ DOCUMENT = {"machine": {}, "versions": {}, "rows": ROWS, "dense_accuracy": 93.64
 
 @pytest.fixture(scope="module")
 def plot_readme() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("plot_readme", ROOT / "scripts" / "plot_readme.py")
+    spec = importlib.util.spec_from_file_location(
+        "plot_readme", ROOT / "scripts" / "benchmarks" / "pictures.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

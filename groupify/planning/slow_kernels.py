@@ -2,7 +2,7 @@
 
 ONNX Runtime runs a conv in its blocked kernel if the channels of every group are a multiple of the block.
 Outside of it, MACs are no longer what counts: patches are copied, groups run one after the other, and the
-tensors around it change their layout twice. ``scripts/benchmark_narrow_groups.py`` measures that.
+tensors around it change their layout twice. ``scripts/benchmarks/narrow_groups.py`` measures that.
 """
 
 from __future__ import annotations

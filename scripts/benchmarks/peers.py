@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
 """groupify against its peers: the same dense net, images, MACs and training; accuracy, size and latency.
 
-    python -m scripts.benchmark_peers --checkpoint FILE --twin FILE [--epochs 0,0.1,1] [--quick]
-    python -m scripts.benchmark_peers --model groupify.models.demo:fashion_vgg11_bn \
+    python -m scripts.benchmarks.peers --checkpoint FILE --twin FILE [--epochs 0,0.1,1] [--quick]
+    python -m scripts.benchmarks.peers --model groupify.models.demo:fashion_vgg11_bn \
         --checkpoint vgg11.safetensors --json benchmarks/peers_vgg11.json
 
-The setting is that of scripts/benchmark_accuracy.py, with groups no narrower than this CPU's kernel wants.
+The setting is that of scripts/benchmarks/accuracy.py, with groups no narrower than this CPU's kernel wants.
 Every method gets the same 1,000 unlabelled images and is brought as near as it can be to the MACs of the
 net with 2, 4 or 8 groups (about 1.9×, 3.7× and 6.9× fewer). Training is ``groupify.finetune`` with
 distillation, for all alike but for the learning rate, which is the best of --learning-rates for each at the
-MACs of 4 groups (see scripts/trained.py). Rows and rates that scripts/benchmark_recovery.py has measured
+MACs of 4 groups (see training.py). Rows and rates that recovery.py has measured
 already, with the same training, are taken from its file; another --model takes the rates of
 benchmarks/peers.json. Each file is timed in ONNX Runtime side by side with the dense one. Rows go into the
 result file one by one; what is there already is not measured again, so the run may be stopped and resumed.
@@ -48,7 +48,7 @@ from groupify.planning.budget import MACS, Budget, Limit
 from groupify.planning.search import SearchOptions, plan_for_budget
 from groupify.scores.accuracy import evaluate
 from groupify.scores.cost import measure_cost
-from scripts.benchmark_accuracy import (
+from scripts.benchmarks.accuracy import (
     IMAGES,
     MODEL,
     SHAPE,
@@ -61,9 +61,9 @@ from scripts.benchmark_accuracy import (
     torch_pruning,
     truncation_refresh,
 )
-from scripts.low_rank import factorise
-from scripts.results import BENCHMARKS, ResultFile, check_quick
-from scripts.trained import FAST, RATES, RememberingTeacher, Trainer, Twin
+from scripts.benchmarks.harness import BENCHMARKS, ResultFile, check_quick
+from scripts.benchmarks.low_rank import factorise
+from scripts.benchmarks.training import FAST, RATES, RememberingTeacher, Trainer, Twin
 
 OUTPUT = BENCHMARKS / "peers.json"
 RECOVERY = BENCHMARKS / "recovery.json"
@@ -128,7 +128,7 @@ METHODS: dict[str, Method] = {
     "grouping by weight norm": norm_refresh,
     "truncation": truncation_refresh,
 }
-# name here: (name of the rows, name of the learning rates) in scripts/benchmark_recovery.py
+# name here: (name of the rows, name of the learning rates) in scripts/benchmarks/recovery.py
 IN_RECOVERY = {
     "groupify": ("groupify", "groupify"),
     "groupify, grouped-pointwise": ("groupify, grouped-pointwise", "groupify"),
@@ -304,7 +304,7 @@ def take_over(results: ResultFile, recovery: dict[str, Any], epochs: Sequence[fl
             )
         if value != theirs:
             sys.exit(
-                f"the rows of scripts/benchmark_recovery.py have {name} {theirs!r}, here it is {value!r}"
+                f"the rows of scripts/benchmarks/recovery.py have {name} {theirs!r}, here it is {value!r}"
             )
     known = results.rows
     for name, (theirs, rates) in IN_RECOVERY.items():

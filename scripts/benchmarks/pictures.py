@@ -1,8 +1,8 @@
 """Draw the README's picture: accuracy against saved MACs, one line per method.
 
-    python -m scripts.plot_readme [benchmarks/accuracy.json] [-o docs/accuracy_latency.svg]
+    python -m scripts.benchmarks.pictures [benchmarks/accuracy.json] [-o docs/accuracy_latency.svg]
 
-Reads what ``scripts/benchmark_accuracy.py --json`` wrote. Where every row has a ``speed_up`` (measured in
+Reads what ``scripts/benchmarks/accuracy.py --json`` wrote. Where every row has a ``speed_up`` (measured in
 ONNX Runtime), that is the x axis, otherwise it is the MAC ratio.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from groupify.files import write_aside
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 # The rows of the table that a reader wants to compare; a file without any of them is drawn whole.
 METHODS = (
     "truncation + refresh",

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Predicted against measured latency of whole models in ONNX Runtime, one thread, batch 1, 3×224×224.
 
-    python -m scripts.benchmark_prediction                 # four models: about 20 minutes
-    python -m scripts.benchmark_prediction --only resnet18
+    python -m scripts.benchmarks.prediction                 # four models: about 20 minutes
+    python -m scripts.benchmarks.prediction --only resnet18
 
 The prediction is that of the planner: the dense model as measured when the table was made, less its convs
 there, plus what the table says of their replacements. For every model the latency table is made anew; the
@@ -40,7 +40,7 @@ from groupify.planning.search import uniform_name
 from groupify.planning.sensitivity import weight_sensitivity
 from groupify.scores.cost import measure_cost
 from groupify.structures import Plan
-from scripts.results import BENCHMARKS, ResultFile
+from scripts.benchmarks.harness import BENCHMARKS, ResultFile
 
 MODELS = ("resnet18", "resnet50", "vgg16_bn", "densenet121")
 OUTPUT = BENCHMARKS / "prediction.json"

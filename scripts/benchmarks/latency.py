@@ -7,9 +7,9 @@ activations neither vanish nor blow up. Group widths are clamped to the blocked 
 Efficiency is the speed-up divided by the MAC ratio: 1 means that every multiply-accumulate that was saved
 saved its time. Rows below 0.8 are explained by a profile of both sessions.
 
-    python -m scripts.benchmark_latency                     # everything: about 10 minutes
-    python -m scripts.benchmark_latency --quick             # two rows, a minute
-    python -m scripts.benchmark_latency --only 'resnet50*' --json benchmarks/latency.json
+    python -m scripts.benchmarks.latency                     # everything: about 10 minutes
+    python -m scripts.benchmarks.latency --quick             # two rows, a minute
+    python -m scripts.benchmarks.latency --only 'resnet50*' --json benchmarks/latency.json
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from groupify.onnx.parity import check_parity
 from groupify.onnx.runtime import BlockedConvs, count_blocked_convs
 from groupify.planning.uniform import plan
 from groupify.scores.cost import measure_cost
-from scripts.results import write_results
+from scripts.benchmarks.harness import write_results
 
 INPUT_SHAPE = (3, 224, 224)
 EXPLAIN_BELOW = 0.8

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Accuracy of a converted ResNet-18 on Fashion-MNIST without any training, part by part.
 
-    python -m scripts.benchmark_accuracy --checkpoint FILE [--data fashion-mnist] [--json FILE] [--quick]
+    python -m scripts.benchmarks.accuracy --checkpoint FILE [--data fashion-mnist] [--json FILE] [--quick]
 
 The dense net is ``groupify.models.demo:fashion_resnet18`` (stride-1 stem, 28×28), from a checkpoint of
 scripts/train_dense.py. All 3×3 convs but the first are converted; 1,000 unlabelled training images;
@@ -39,7 +39,7 @@ from groupify.planning.uniform import plan
 from groupify.scores.accuracy import evaluate
 from groupify.scores.cost import ModelCost, measure_cost
 from groupify.structures import Plan
-from scripts.results import ResultFile
+from scripts.benchmarks.harness import ResultFile
 
 MODEL = "groupify.models.demo:fashion_resnet18"
 SHAPE = (3, 28, 28)

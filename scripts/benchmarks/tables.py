@@ -1,7 +1,7 @@
 """Write the tables of README.md from benchmarks/*.json, so that no number in it is copied by hand.
 
-python -m scripts.readme_tables            # write
-python -m scripts.readme_tables --check    # fail if a table is not what the results say
+python -m scripts.benchmarks.tables            # write
+python -m scripts.benchmarks.tables --check    # fail if a table is not what the results say
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 from groupify.files import write_aside
-from scripts.results import BENCHMARKS
+from scripts.benchmarks.harness import BENCHMARKS
 
 README = BENCHMARKS.parent / "README.md"
 _TABLE = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(?=<!-- end of results -->)", flags=re.DOTALL)
@@ -30,7 +30,7 @@ def main() -> None:
     if not arguments.check:
         write_aside(README, filled)
     elif filled != text:
-        sys.exit("README.md is not what benchmarks/ says: run python -m scripts.readme_tables")
+        sys.exit("README.md is not what benchmarks/ says: run python -m scripts.benchmarks.tables")
 
 
 def fill(text: str) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
 _MARK = re.compile(r"<!-- table: ([\w-]+) -->")
 
 
@@ -174,20 +174,20 @@ def prediction(document: dict[str, Any]) -> Rows:
 
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
-    "accuracy": ("python -m scripts.benchmark_accuracy --checkpoint FILE --json FILE", accuracy),
-    "latency": ("python -m scripts.benchmark_latency --json FILE", latency),
+    "accuracy": ("python -m scripts.benchmarks.accuracy --checkpoint FILE --json FILE", accuracy),
+    "latency": ("python -m scripts.benchmarks.latency --json FILE", latency),
     "shuffle": ("python -m scripts.benchmark_shuffle --json FILE", shuffle),
-    "peers": ("python -m scripts.benchmark_peers --checkpoint FILE --twin FILE", peers),
+    "peers": ("python -m scripts.benchmarks.peers --checkpoint FILE --twin FILE", peers),
     "peers_vgg11": (
-        "python -m scripts.benchmark_peers --model groupify.models.demo:fashion_vgg11_bn --checkpoint FILE "
+        "python -m scripts.benchmarks.peers --model groupify.models.demo:fashion_vgg11_bn --checkpoint FILE "
         "--json benchmarks/peers_vgg11.json",
         peers,
     ),
     "peers_latency": (
-        "python -m scripts.benchmark_peers_latency --checkpoint FILE [--model MODEL]",
+        "python -m scripts.benchmarks.peers_latency --checkpoint FILE [--model MODEL]",
         peers_latency,
     ),
-    "recovery": ("python -m scripts.benchmark_recovery --checkpoint FILE --twin FILE", recovery),
-    "planner": ("python -m scripts.benchmark_planner --checkpoint FILE", planner),
-    "prediction": ("python -m scripts.benchmark_prediction --json FILE", prediction),
+    "recovery": ("python -m scripts.benchmarks.recovery --checkpoint FILE --twin FILE", recovery),
+    "planner": ("python -m scripts.benchmarks.planner --checkpoint FILE", planner),
+    "prediction": ("python -m scripts.benchmarks.prediction --json FILE", prediction),
 }

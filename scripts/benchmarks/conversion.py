@@ -4,7 +4,7 @@ The conversion, clustering included, is compared with one forward pass of the de
 same images in the same process, timed just before and just after; peak memory is that of a fresh
 process that does nothing else.
 
-    python -m scripts.benchmark_conversion --json benchmarks/conversion.json
+    python -m scripts.benchmarks.conversion --json benchmarks/conversion.json
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from groupify.conversion.conversion import Calibration, convert
 from groupify.machine import describe_machine
 from groupify.models import load_model
 from groupify.planning.uniform import plan
-from scripts.results import write_results
+from scripts.benchmarks.harness import write_results
 
 GROUPS = 4
 MIN_GROUP_WIDTH = 16
@@ -71,7 +71,7 @@ def main() -> None:
 def run_fresh(options: argparse.Namespace) -> dict[str, Any]:
     """Measure in a process of its own."""
     command = [
-        sys.executable, "-m", "scripts.benchmark_conversion", "--measure", "--model", options.model,
+        sys.executable, "-m", "scripts.benchmarks.conversion", "--measure", "--model", options.model,
         "--images", str(options.images), "--size", str(options.size),
     ]  # fmt: skip
     finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)

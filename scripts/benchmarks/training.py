@@ -25,8 +25,8 @@ from groupify.data.splits import DataSplits
 from groupify.machine import bfloat16_is_slow
 from groupify.models import load_model
 from groupify.training.finetuning import FinetuneResult, FinetuneSettings, finetune
-from scripts.benchmark_accuracy import Setting
-from scripts.results import ResultFile
+from scripts.benchmarks.accuracy import Setting
+from scripts.benchmarks.harness import ResultFile
 from scripts.train_dense import hold_out
 
 FAST = FinetuneSettings(amp=None if bfloat16_is_slow() else "bfloat16", channels_last=True)

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Accuracy after a little training: converted ResNet-18 on Fashion-MNIST against its rivals.
 
-    python -m scripts.benchmark_recovery --checkpoint FILE --twin FILE [--rows GLOB] [--seeds N]
-    python -m scripts.benchmark_recovery --checkpoint FILE --speed
+    python -m scripts.benchmarks.recovery --checkpoint FILE --twin FILE [--rows GLOB] [--seeds N]
+    python -m scripts.benchmarks.recovery --checkpoint FILE --speed
 
-Setting and dense net are those of scripts/benchmark_accuracy.py. Every method gets the same images (54,000
+Setting and dense net are those of scripts/benchmarks/accuracy.py. Every method gets the same images (54,000
 to train on, 6,000 held out to choose the best weights), the same budget and the same distillation from the
-dense net; its learning rate is the best of --learning-rates for it (see scripts/trained.py), so that no
+dense net; its learning rate is the best of --learning-rates for it (see training.py), so that no
 rival has to make do with groupify's. Accuracy is measured on all 10,000 test images, in float32. Each
 result goes into the JSON file as it comes; what is there is not measured again, so the run may be stopped
 at any time and started again, and several may share the rows by --rows.
@@ -45,7 +45,7 @@ from groupify.models import load_model
 from groupify.scores.accuracy import evaluate
 from groupify.scores.cost import measure_cost
 from groupify.training.finetuning import FinetuneSettings, finetune
-from scripts.benchmark_accuracy import (
+from scripts.benchmarks.accuracy import (
     IMAGES,
     MODEL,
     Method,
@@ -55,10 +55,10 @@ from scripts.benchmark_accuracy import (
     torch_pruning,
     truncation,
 )
-from scripts.results import BENCHMARKS, ResultFile, check_quick
-from scripts.trained import FAST, RATES, RememberingTeacher, Trainer, Twin
+from scripts.benchmarks.harness import BENCHMARKS, ResultFile, check_quick
+from scripts.benchmarks.training import FAST, RATES, RememberingTeacher, Trainer, Twin
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 OUTPUT = BENCHMARKS / "recovery.json"
 SPEED_STEPS = 12
 
@@ -305,7 +305,7 @@ def measure_speed(setting: Setting, results: ResultFile, arguments: argparse.Nam
     for processes in (1, 2):
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-            "-m", "scripts.benchmark_recovery", "--worker", "--checkpoint", str(arguments.checkpoint),
+            "-m", "scripts.benchmarks.recovery", "--worker", "--checkpoint", str(arguments.checkpoint),
             "--data", arguments.data,
         ]  # fmt: skip
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -5,7 +5,7 @@ batch 1, interleaved. This is the measurement behind the constants of
 ``groupify/planning/slow_kernels.py``: no conv may be measured slower (speed-up below 1) where the plan
 expects it to be faster.
 
-    python -m scripts.benchmark_narrow_groups [--quick] [--json FILE]
+    python -m scripts.benchmarks.narrow_groups [--quick] [--json FILE]
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from groupify.machine import blocked_width, describe_machine
 from groupify.measure.benchmarks import benchmark_onnx, speed_up
 from groupify.planning.slow_kernels import relative_latency
 from groupify.structures import Change, SitePlan
-from scripts.results import write_results
+from scripts.benchmarks.harness import write_results
 
 WIDTHS = (1, 2, 4, 8, 16, 32)
 SIZES = (

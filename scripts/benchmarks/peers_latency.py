@@ -1,8 +1,8 @@
 """How fast the nets of groupify and its peers are on larger images, where the arithmetic takes the time.
 
-    python -m scripts.benchmark_peers_latency --checkpoint FILE [--model MODEL] [--side 112]
+    python -m scripts.benchmarks.peers_latency --checkpoint FILE [--model MODEL] [--side 112]
 
-The nets are those of scripts/benchmark_peers.py, untrained: made from the same images of 28×28, at the same
+The nets are those of scripts/benchmarks/peers.py, untrained: made from the same images of 28×28, at the same
 MACs. Those are so small that their time goes into reading the weights; here they run on images of 112×112.
 Since ResNet-18's stem has stride 1 in that benchmark, each layer then sees what torchvision's resnet18 sees
 of 224×224. Each file is timed in ONNX Runtime side by side with the dense one. Rows go into
@@ -32,9 +32,9 @@ from groupify.models import load_model
 from groupify.onnx.exporting import export_onnx
 from groupify.scores.accuracy import evaluate
 from groupify.scores.cost import measure_cost
-from scripts.benchmark_accuracy import IMAGES, MODEL, Setting
-from scripts.benchmark_peers import METHODS, file_of, make, numbers, time_against
-from scripts.results import BENCHMARKS, ResultFile, check_quick
+from scripts.benchmarks.accuracy import IMAGES, MODEL, Setting
+from scripts.benchmarks.harness import BENCHMARKS, ResultFile, check_quick
+from scripts.benchmarks.peers import METHODS, file_of, make, numbers, time_against
 
 OUTPUT = BENCHMARKS / "peers_latency.json"
 SIDE = 112

@@ -19,7 +19,7 @@ from typing import Any
 from groupify.files import write_aside
 from groupify.machine import describe_machine
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Draw groupify and its peers: accuracy against speed, one picture for each amount of training.
 
-    python -m scripts.plot_peers [benchmarks/peers.json] [-o docs/peers.svg]
-    python -m scripts.plot_peers benchmarks/peers_latency.json -o docs/peers_latency.svg
+    python -m scripts.benchmarks.plot_peers [benchmarks/peers.json] [-o docs/peers.svg]
+    python -m scripts.benchmarks.plot_peers benchmarks/peers_latency.json -o docs/peers_latency.svg
 
-Reads what ``scripts/benchmark_peers.py`` wrote, or ``scripts/benchmark_peers_latency.py``: then one picture
+Reads what ``scripts/benchmarks/peers.py`` wrote, or ``scripts/benchmarks/peers_latency.py``: then one picture
 for each net. The x axis is the speed-up in ONNX Runtime with one thread where every row has been timed,
 otherwise the MAC ratio.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts.plot_readme import ROOT, draw_methods, save
+from scripts.benchmarks.pictures import ROOT, draw_methods, save
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Planned against uniform groups at the same MACs and at the same latency, without any training.
 
-    python -m scripts.benchmark_planner --checkpoint resnet18.safetensors
-    python -m scripts.benchmark_planner --model groupify.models.demo:fashion_vgg11_bn \
+    python -m scripts.benchmarks.planner --checkpoint resnet18.safetensors
+    python -m scripts.benchmarks.planner --model groupify.models.demo:fashion_vgg11_bn \
         --checkpoint vgg11.safetensors
-    python -m scripts.benchmark_planner --model demo --data demo --seeds 1 --rows 'macs g=8' --images 300
+    python -m scripts.benchmarks.planner --model demo --data demo --seeds 1 --rows 'macs g=8' --images 300
 
 Checkpoints come from scripts/train_dense.py (--model vgg11_bn --epochs 5 for the second). For each row,
 uniform groups set the budget: their MACs (any width of a group), or their measured latency on this machine
@@ -47,8 +47,8 @@ from groupify.planning.plan_timer import PlanTimer
 from groupify.planning.search import Images, SearchOptions, make_costing, plan_for_budget
 from groupify.scores.accuracy import evaluate
 from groupify.structures import Plan, SiteRecipe
-from scripts.benchmark_accuracy import shortcuts
-from scripts.results import ResultFile
+from scripts.benchmarks.accuracy import shortcuts
+from scripts.benchmarks.harness import ResultFile
 
 IMAGES, HELD_OUT = 1000, 500
 GROUPS = (2, 4, 8)

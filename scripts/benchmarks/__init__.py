@@ -1,0 +1,1 @@
+"""What groupify claims of speed and accuracy is measured here, and written into the README and the pages."""
