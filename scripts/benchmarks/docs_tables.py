@@ -83,16 +83,6 @@ def latency(document: dict[str, Any]) -> Rows:
     return rows
 
 
-def shuffle(document: dict[str, Any]) -> Rows:
-    """A line per size, a column per way to shuffle."""
-    ways = list(document["rows"][0]["median_ms"])
-    rows: Rows = [("channels × size", *ways)]
-    for row in document["rows"]:
-        times = [f"{row['median_ms'][way]:.2f} ms" if way in row["median_ms"] else "–" for way in ways]
-        rows.append((f"{row['channels']} × {row['side']}²", *times))
-    return rows
-
-
 def peers(document: dict[str, Any]) -> Rows:
     """A line per method, MACs and training."""
     threads = sorted({count for row in document["rows"] for count in row["latency"] or {}})
@@ -176,11 +166,15 @@ def prediction(document: dict[str, Any]) -> Rows:
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
     "accuracy": ("python -m scripts.benchmarks.accuracy --checkpoint FILE --json FILE", accuracy),
     "latency": ("python -m scripts.benchmarks.latency --json FILE", latency),
-    "shuffle": ("python -m scripts.benchmark_shuffle --json FILE", shuffle),
     "peers": ("python -m scripts.benchmarks.peers --checkpoint FILE --twin FILE", peers),
     "peers_vgg11": (
         "python -m scripts.benchmarks.peers --model groupify.models.demo:fashion_vgg11_bn --checkpoint FILE "
         "--json benchmarks/peers_vgg11.json",
+        peers,
+    ),
+    "peers_shuffle": (
+        "python -m scripts.benchmarks.peers --checkpoint FILE --methods 'groupify*' --groups 4 --epochs 0"
+        " --seeds 3 --json benchmarks/peers_shuffle.json",
         peers,
     ),
     "peers_latency": (
