@@ -26,10 +26,6 @@ class Calibration:
         clustering: what decides which channels form a group: ``"data"``, ``"norm"`` (weights
             alone) or ``"none"``.
         restarts: random starts of the clustering besides the given order.
-        refine_sweeps: how often each channel class is visited, after the clustering by flow, to raise
-            what least squares itself explains; only with ``clustering="data"``. 0 = never: it lowers the
-            fitted error by a tenth, but brought 0.1 points at 4 groups and nothing at 2 and 8
-            (benchmarks/accuracy.json), for a conversion twice as long.
         fit: options of the least-squares fit.
         budget: how many output positions are sampled for it.
         reconstruction: training of each block on the dense model's activations, after the fit.
@@ -41,7 +37,6 @@ class Calibration:
     batch_size: int = 64
     clustering: str = "data"
     restarts: int = 1
-    refine_sweeps: int = 0
     fit: FitOptions = field(default_factory=FitOptions)
     budget: SampleBudget = field(default_factory=SampleBudget)
     reconstruction: ReconstructionOptions = field(default_factory=ReconstructionOptions)

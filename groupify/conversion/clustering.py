@@ -15,15 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from groupify.conversion.assignment import balanced_assignment
-from groupify.conversion.objectives import Benefits, Flow, Membership, Objective
 from groupify.graph.channels import CONV_INPUT, CONV_OUTPUT, Channels
 from groupify.structures import SiteRecipe
 
 _MAX_SWEEPS = 20
-# Where many moves at once spoil each other, only those above these quantiles of their gain are made.
-_QUANTILES = (0.0, 0.5, 0.8, 0.95)
 
 _Orders = Mapping[int, NDArray[np.int64]]
+_Membership = NDArray[np.float32]  # ones at the channels of each group, shape (groups, channels)
+_Benefits = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def cluster(
         restarts: number of random starts besides the given order.
         seed: seed of the random starts.
     """
-    flows = [Flow(entry.score) for entry in scores]
+    flows = [_Flow(entry.score) for entry in scores]
     problem = _Problem(channels, [entry.site for entry in scores], flows)
     identity = problem.identity()
     before = problem.objective(identity)
@@ -81,27 +80,29 @@ def cluster(
     return Clustering(chosen, before / total, best_value / total)
 
 
-def refine(
-    channels: Channels,
-    sites: Sequence[SiteRecipe],
-    objectives: Sequence[Objective],
-    orders: Mapping[int, Tensor],
-    *,
-    sweeps: int,
-) -> dict[int, Tensor]:
-    """Improve an order by another, costlier objective; it never gets worse by that.
+class _Flow:
+    """What flows inside the groups of one site, each input taken for itself.
 
     Args:
-        channels: the model's permutation classes.
-        sites: the convs to be converted.
-        objectives: one for each site.
-        orders: where to start.
-        sweeps: how often each class is visited at most.
+        score: how much of each output comes through each input, shape (O, I), not negative.
     """
-    problem = _Problem(channels, sites, objectives)
-    start = {index: orders[index].numpy() for index in problem.classes}
-    found, _ = problem.ascend(start, sweeps=sweeps, quantiles=_QUANTILES)
-    return {**orders, **{index: torch.from_numpy(order) for index, order in found.items()}}
+
+    def __init__(self, score: Tensor) -> None:
+        self._score = score.float().numpy()
+        self.out_channels, self.in_channels = self._score.shape
+        self.total = float(self._score.sum(dtype=np.float64))
+
+    def value(self, inputs: _Membership, outputs: _Membership) -> float:
+        """Return the score inside the groups."""
+        return float(((outputs @ self._score) * inputs).sum(dtype=np.float64))
+
+    def input_benefits(self, outputs: _Membership) -> _Benefits:
+        """Return what each input is worth in each group, shape (I, groups)."""
+        return np.asarray((outputs @ self._score).T, dtype=np.float64)
+
+    def output_benefits(self, inputs: _Membership) -> _Benefits:
+        """Return what each output is worth in each group, shape (O, groups)."""
+        return np.asarray(self._score @ inputs.T, dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -138,14 +139,12 @@ class _End:
 
 
 class _Problem:
-    def __init__(
-        self, channels: Channels, sites: Sequence[SiteRecipe], objectives: Sequence[Objective]
-    ) -> None:
-        self._objectives = objectives
+    def __init__(self, channels: Channels, sites: Sequence[SiteRecipe], flows: Sequence[_Flow]) -> None:
+        self._flows = flows
         self._inputs, self._outputs = [], []
-        for site, objective in zip(sites, objectives, strict=True):
-            self._inputs.append(_end(_contiguous(objective.in_channels, site.groups), site.groups))
-            self._outputs.append(_end(_output_groups(objective.out_channels, site), site.groups))
+        for site, flow in zip(sites, flows, strict=True):
+            self._inputs.append(_end(_contiguous(flow.in_channels, site.groups), site.groups))
+            self._outputs.append(_end(_output_groups(flow.out_channels, site), site.groups))
         numbers = {site.name: number for number, site in enumerate(sites)}
         self._sides: dict[int, list[_Side]] = {}
         for class_index, channel_class in enumerate(channels.classes):
@@ -165,27 +164,24 @@ class _Problem:
     def identity(self) -> _Orders:
         return {index: np.arange(size) for index, size in self._sizes.items()}
 
-    def _membership(self, number: int, orders: _Orders) -> tuple[Membership, Membership]:
-        inputs, outputs = self._inputs[number], self._outputs[number]
-        return inputs.membership_of_channels(orders), outputs.membership_of_channels(orders)
-
     def _site_value(self, number: int, orders: _Orders) -> float:
-        return self._objectives[number].value(*self._membership(number, orders))
+        inputs, outputs = self._inputs[number], self._outputs[number]
+        return self._flows[number].value(
+            inputs.membership_of_channels(orders), outputs.membership_of_channels(orders)
+        )
 
     def objective(self, orders: _Orders) -> float:
-        return sum(self._site_value(number, orders) for number in range(len(self._objectives)))
+        return sum(self._site_value(number, orders) for number in range(len(self._flows)))
 
-    def ascend(
-        self, start: _Orders, *, sweeps: int = _MAX_SWEEPS, quantiles: Sequence[float] = (0.0,)
-    ) -> tuple[_Orders, float]:
+    def ascend(self, start: _Orders) -> tuple[_Orders, float]:
         orders = dict(start)
         stale = set(self.classes)
-        for _ in range(sweeps):
+        for _ in range(_MAX_SWEEPS):
             for class_index in self.classes:
                 if class_index not in stale:
                     continue
                 stale.discard(class_index)
-                better = self._better_order(class_index, orders, quantiles)
+                better = self._better_order(class_index, orders)
                 if better is not None:
                     orders[class_index] = better
                     stale |= self._neighbours[class_index]
@@ -193,34 +189,27 @@ class _Problem:
                 break
         return orders, self.objective(orders)
 
-    def _better_order(
-        self, class_index: int, orders: _Orders, quantiles: Sequence[float]
-    ) -> NDArray[np.int64] | None:
+    def _better_order(self, class_index: int, orders: _Orders) -> NDArray[np.int64] | None:
+        candidate = self._step(class_index, orders).order()
+        if np.array_equal(candidate, orders[class_index]):
+            return None
         touched = sorted({side.site for side in self._sides[class_index]})
         before = sum(self._site_value(number, orders) for number in touched)
-        step = self._step(class_index, orders)
-        for quantile in quantiles:
-            candidate = step.order(quantile)
-            if np.array_equal(candidate, orders[class_index]):
-                continue
-            changed = {**orders, class_index: candidate}
-            after = sum(self._site_value(number, changed) for number in touched)
-            # The step is only linearised where moves act on each other, or where one class is both
-            # input and output of a conv.
-            if after > before * (1 + 1e-6) + 1e-12:
-                return candidate
-        return None
+        changed = {**orders, class_index: candidate}
+        after = sum(self._site_value(number, changed) for number in touched)
+        # Where one class is both input and output of a conv, the step is only linearised.
+        return candidate if after > before * (1 + 1e-6) + 1e-12 else None
 
     def _step(self, class_index: int, orders: _Orders) -> _Step:
         """What each channel of one class is worth in each of its places, the other classes fixed."""
         columns: list[NDArray[np.int64]] = []  # group of each place, for each side and repeat
-        benefits: list[Benefits] = []  # (size, groups): value of each channel in each group
+        benefits: list[_Benefits] = []  # (size, groups): value of each channel in each group
         for side in self._sides[class_index]:
-            objective, membership = self._objectives[side.site], self._membership(side.site, orders)
+            flow, inputs, outputs = self._flows[side.site], self._inputs[side.site], self._outputs[side.site]
             if side.is_input:
-                values, groups = objective.input_benefits(*membership), self._inputs[side.site].groups
+                values, groups = flow.input_benefits(outputs.membership_of_channels(orders)), inputs.groups
             else:
-                values, groups = objective.output_benefits(*membership), self._outputs[side.site].groups
+                values, groups = flow.output_benefits(inputs.membership_of_channels(orders)), outputs.groups
             for positions in side.positions.T:
                 columns.append(groups[positions])
                 benefits.append(values[positions])
@@ -239,21 +228,15 @@ class _Step:
         current: the present order, channel of each place.
     """
 
-    value: Benefits
+    value: _Benefits
     cell_of_place: NDArray[np.int64]
     current: NDArray[np.int64]
 
-    def order(self, quantile: float) -> NDArray[np.int64]:
-        """Assign channels to places; moves that gain less than this quantile of all are not worth it."""
+    def order(self) -> NDArray[np.int64]:
+        """Assign channels to places."""
         channel_cells = np.empty(len(self.current), dtype=np.int64)
         channel_cells[self.current] = self.cell_of_place
-        own = self.value[np.arange(len(channel_cells)), channel_cells]
-        gains = self.value.max(1) - own
-        value = self.value
-        if quantile and bool((gains > 0).any()):
-            value = value.copy()
-            value[np.arange(len(own)), channel_cells] = own + np.quantile(gains[gains > 0], quantile)
-        assigned = balanced_assignment(value, np.bincount(self.cell_of_place), channel_cells)
+        assigned = balanced_assignment(self.value, np.bincount(self.cell_of_place), channel_cells)
         order = np.empty(len(self.current), dtype=np.int64)
         for cell in range(self.value.shape[1]):
             # Inside a cell the places are equal: channels keep their present relative order.

@@ -11,9 +11,8 @@ from torch import Tensor, fx, nn
 
 from groupify.conversion.calibration import Calibration
 from groupify.conversion.clock import Clock
-from groupify.conversion.clustering import SiteScore, cluster, refine
+from groupify.conversion.clustering import SiteScore, cluster
 from groupify.conversion.fit import fit_student
-from groupify.conversion.objectives import ExplainedVariance, Flow, Objective
 from groupify.conversion.pictures import BlockPicture, block_pictures
 from groupify.conversion.reconstruct import reconstruct
 from groupify.conversion.site_fit import SiteFit
@@ -25,7 +24,7 @@ from groupify.graph.permute import apply_orders
 from groupify.graph.trace import on_same_graph
 from groupify.stats.samples import SiteSamples, observe_teacher, refittable, residual_sums
 from groupify.stats.scores import data_score, fitted_error, norm_score, permuted_samples
-from groupify.structures import GROUPED, SiteRecipe
+from groupify.structures import SiteRecipe
 
 
 @dataclass(frozen=True)
@@ -145,9 +144,7 @@ def _clustered(
         by_norm = calibration.clustering == "norm"
         scores.append(SiteScore(site, norm_score(conv) if by_norm else data_score(conv, samples[name])))
     found = cluster(channels, scores, restarts=calibration.restarts, seed=seed)
-    orders: Mapping[int, Tensor] = found.orders
-    if calibration.clustering == "data" and calibration.refine_sweeps:
-        orders = _refined(dense, channels, scores, orders, samples, calibration.refine_sweeps)
+    orders = found.orders
     before = sum(fitted_error(site, samples[name]) for name, site in sites.items())
     _permute_samples(samples, channels, orders)
     after = sum(fitted_error(site, samples[name]) for name, site in sites.items())
@@ -163,22 +160,6 @@ def _clustered(
     _permute_samples(samples, channels, {i: torch.argsort(order) for i, order in orders.items()})
     clock.lap("clustering")
     return TracedConversion(dense, notes=(note,), kept_before=found.kept_before, kept=found.kept_before)
-
-
-def _refined(
-    dense: nn.Module,
-    channels: Channels,
-    scores: Sequence[SiteScore],
-    orders: Mapping[int, Tensor],
-    samples: Mapping[str, SiteSamples],
-    sweeps: int,
-) -> Mapping[int, Tensor]:
-    """Go on from the order that keeps the most flow to one that least squares can do the most with."""
-    objectives: list[Objective] = []
-    for entry in scores:
-        conv, grouped = dense.get_submodule(entry.site.name), entry.site.kind == GROUPED
-        objectives.append(ExplainedVariance(conv, samples[entry.site.name]) if grouped else Flow(entry.score))
-    return refine(channels, [entry.site for entry in scores], objectives, orders, sweeps=sweeps)
 
 
 def _permute_samples(

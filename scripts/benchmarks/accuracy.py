@@ -172,11 +172,6 @@ def default(shuffle: str = "none", steps: int = 0) -> Method:
     return method
 
 
-def refined(setting: Setting, groups: int) -> nn.Module:
-    """Groupify, and the clustering goes on by what least squares itself explains."""
-    return setting.convert(groups, Calibration(setting.images, refine_sweeps=3))
-
-
 def grouped_pointwise(setting: Setting, groups: int) -> nn.Module:
     """Grouped + pointwise with the number of groups whose MACs come nearest to the grouped net's."""
     example = setting.images[:1]
@@ -245,7 +240,6 @@ METHODS: dict[str, tuple[Method, bool]] = {  # name: (method, whether the seed m
     "  + refit of the dense layers": (fitted(_REFIT), True),
     "  + clustering by norm": (fitted(_REFIT, "norm"), True),
     "groupify (clustering by data)": (default(), True),
-    "groupify, clustering by fitted error": (refined, True),
     "groupify on a random grouping": (random_grouping, True),
     "groupify, shuffle all": (default(shuffle="all"), True),
     "groupify, grouped-pointwise, equal MACs": (grouped_pointwise, True),
