@@ -32,7 +32,9 @@ from groupify.conversion.site_fit import FitOptions
 from groupify.conversion.surgery import restructure
 from groupify.data.batches import calibration_images
 from groupify.data.splits import load_data
-from groupify.graph import apply_orders, channel_classes, trace
+from groupify.graph.channels import channel_classes
+from groupify.graph.permute import apply_orders
+from groupify.graph.trace import trace
 from groupify.machine import describe_machine
 from groupify.models import load_model
 from groupify.planning.uniform import plan

@@ -10,8 +10,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from groupify.graph import apply_orders, channel_classes, trace
-from groupify.graph.channels import CONV_OUTPUT, Channels
+from groupify.graph.channels import CONV_OUTPUT, Channels, channel_classes
+from groupify.graph.permute import apply_orders
+from groupify.graph.trace import trace
 
 # Convs of which some output has to stay: it is the model's own, or (shufflenet) no other meets its readers.
 FAMILIES: dict[str, set[str]] = {

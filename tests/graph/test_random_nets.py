@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from groupify.graph import apply_orders, channel_classes, trace
-from groupify.graph.channels import Channels
+from groupify.graph.channels import Channels, channel_classes
+from groupify.graph.permute import apply_orders
+from groupify.graph.trace import trace
 from tests.graph.random_nets import SIZE, RandomNet, Step, steps
 
 relaxed = settings(
