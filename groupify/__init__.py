@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from groupify.scores.accuracy import evaluate
     from groupify.shuffles import ShuffleChoice, choose_shuffles
     from groupify.structures import Plan
-    from groupify.training.finetuning import FinetuneSettings, finetune
+    from groupify.training.finetuning import finetune
+    from groupify.training.settings import FinetuneSettings
 
 __all__ = [
     "Budget",
@@ -77,7 +78,8 @@ _HOMES = {
     "planning.plan_file": ("PlanFile",),
     "planning.search": ("BudgetPlan", "SearchOptions", "plan_for_budget"),
     "recipe": ("Recipe",),
-    "training.finetuning": ("FinetuneSettings", "finetune"),
+    "training.finetuning": ("finetune",),
+    "training.settings": ("FinetuneSettings",),
     "shuffles": ("ShuffleChoice", "choose_shuffles"),
     "models": ("ModelSpec", "Source", "WeightsOrigin", "load_model"),
 }

@@ -38,7 +38,7 @@ from groupify.reporting.schema import check
 from groupify.reporting.tables import markdown, print_summary
 from groupify.reporting.verdict import verdict
 from groupify.structures import Change
-from groupify.training.finetuning import FinetuneRow
+from groupify.training.validation import FinetuneRow
 from tests.chromium import Page, chromium, needs_chromium
 from tests.conftest import ROOT
 from tests.conftest import Run as Command

@@ -15,7 +15,7 @@ from groupify.onnx.parity import Parity
 from groupify.scores.cost import ModelCost
 from groupify.shuffles import ShuffleChoice
 from groupify.structures import Change, SitePlan
-from groupify.training.finetuning import FinetuneRow
+from groupify.training.validation import FinetuneRow
 
 
 @dataclass(frozen=True)

@@ -5,24 +5,25 @@ from __future__ import annotations
 import copy
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from groupify.data.batches import Data
+from groupify.data.batches import Data, iterate_batches
 from groupify.data.ranks import ALONE, current_ranks
 from groupify.data.splits import DataSplits
 from groupify.errors import DataError, GroupifyWarning, SpecError
 from groupify.machine import bfloat16_is_slow
 from groupify.training.holdout import generators_of, hold_out
+from groupify.training.learner import Learner
 from groupify.training.logs import LogSettings
-from groupify.training.loop import FinetuneRow, Training
+from groupify.training.loop import Training
 from groupify.training.random_states import own_random_states, seed_all
 from groupify.training.settings import FinetuneSettings
 from groupify.training.state import Checkpointing
-
-__all__ = ["Checkpointing", "FinetuneResult", "FinetuneRow", "FinetuneSettings", "LogSettings", "finetune"]
+from groupify.training.validation import FinetuneRow
 
 
 @dataclass(frozen=True)
@@ -109,49 +110,65 @@ def finetune(
     """
     settings = settings or FinetuneSettings()
     start = time.perf_counter()
+    train = _checked(data, teacher, settings)
+    device = next((parameter.device for parameter in student.parameters()), torch.device("cpu"))
+    _warn(data, settings, device)
+    ranks = current_ranks() if distributed else ALONE
+    # Dropout and the caller's loaders draw from the global generators, or from one of their own.
+    with own_random_states(device, generators_of(train)):
+        seed_all(settings.seed)
+        part, held_out = hold_out(train, validation, settings)
+        learner = Learner(
+            copy.deepcopy(student),
+            None if teacher is None else copy.deepcopy(teacher).eval(),
+            settings,
+            example=next(iterate_batches(held_out, 2))[0][:2],
+            augment=data.augment if settings.augment else None,
+            ranks=ranks,
+        )
+        training = Training(learner, part, held_out, data=data.spec, checkpointing=checkpointing)
+        training.run(log, progress=progress and ranks.first)
+    return FinetuneResult(
+        model=_with_state(student, training.history.best_state),
+        last_model=_with_state(student, learner.evaluated.state_dict()),
+        history=tuple(training.history.rows),
+        best_step=training.history.best.step,
+        steps=training.step,
+        validation_images=training.validation.images,
+        seconds=time.perf_counter() - start,
+        settings=settings,
+    )
+
+
+def _checked(data: DataSplits, teacher: nn.Module | None, settings: FinetuneSettings) -> Data:
+    """Return the training data, if there is something to learn from it."""
     if data.train is None:
         raise DataError(f"data {data.spec!r} has no training part: fine-tuning needs one")
     if settings.labels and not data.labelled:
         raise SpecError(f"data {data.spec!r} has no labels: distil only (labels=False)")
     if not settings.labels and (teacher is None or settings.distill == "none"):
         raise SpecError("neither labels nor a teacher: fine-tuning needs one of them")
+    return data.train
+
+
+def _warn(data: DataSplits, settings: FinetuneSettings, device: torch.device) -> None:
+    """Warn the caller of ``finetune`` of settings that do nothing, or harm."""
     if settings.augment and data.augment is None:
         warnings.warn(
             f"data {data.spec!r} has no standard augmentation, so its images are trained on as they are",
             GroupifyWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-
-    device = next((parameter.device for parameter in student.parameters()), torch.device("cpu"))
     if settings.amp is not None and device.type == "cpu" and bfloat16_is_slow():
         warnings.warn(
             f"this CPU has no fast instructions for {settings.amp}: training with it takes many times longer "
             "than in float32; leave mixed precision out",
             GroupifyWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    model = copy.deepcopy(student)
-    frozen_teacher = None if teacher is None else copy.deepcopy(teacher).eval()
-    ranks = current_ranks() if distributed else ALONE
-    # Dropout and the caller's loaders draw from the global generators, or from one of their own.
-    with own_random_states(device, generators_of(data.train)):
-        seed_all(settings.seed)
-        part, held_out = hold_out(data.train, validation, settings)
-        training = Training(
-            model, frozen_teacher, data, part, held_out, settings, ranks=ranks, checkpointing=checkpointing
-        )
-        training.run(log, progress=progress and ranks.first)
-    last = copy.deepcopy(student)
-    last.load_state_dict(training.evaluated.state_dict())
-    best = copy.deepcopy(student)
-    best.load_state_dict(training.best_state)
-    return FinetuneResult(
-        model=best.eval(),
-        last_model=last.eval(),
-        history=tuple(training.history),
-        best_step=training.best.step,
-        steps=training.step,
-        validation_images=training.validation.images,
-        seconds=time.perf_counter() - start,
-        settings=settings,
-    )
+
+
+def _with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    copied = copy.deepcopy(model)
+    copied.load_state_dict(state)
+    return copied.eval()

@@ -63,16 +63,31 @@ class TrainingPart:
                 that ends within the batches to leave out.
         """
         share = (ranks.rank, ranks.world)
-        on_first = on_first or (lambda _: None)
-        if is_map_style(self.data):
-            size, total = settings.batch_size, len(cast(Any, self.data))
-            batches = iterate_batches(
-                self.data, size, shuffle_seed=order_seed(settings, epoch), first_batch=first, share=share
-            )
-            on_first(None)
-            for number, batch in enumerate(batches, start=first):
-                yield batch, min(size, total - number * size)
-            return
+        read = self._indexed if is_map_style(self.data) else self._streamed
+        return read(settings, epoch, first, share, on_first or (lambda _: None))
+
+    def _indexed(
+        self,
+        settings: FinetuneSettings,
+        epoch: int,
+        first: int,
+        share: tuple[int, int],
+        on_first: Callable[[int | None], None],
+    ) -> Iterator[tuple[Batch, int]]:
+        size, total, seed = settings.batch_size, len(cast(Any, self.data)), order_seed(settings, epoch)
+        batches = iterate_batches(self.data, size, shuffle_seed=seed, first_batch=first, share=share)
+        on_first(None)
+        for number, batch in enumerate(batches, start=first):
+            yield batch, min(size, total - number * size)
+
+    def _streamed(
+        self,
+        settings: FinetuneSettings,
+        epoch: int,
+        first: int,
+        share: tuple[int, int],
+        on_first: Callable[[int | None], None],
+    ) -> Iterator[tuple[Batch, int]]:
         _start_pass(self.data, settings, epoch)
         batches = iterate_batches(self.data, settings.batch_size)
         if self.skipped is not None:
@@ -138,8 +153,13 @@ def hold_out(data: Data, validation: Data | None, settings: FinetuneSettings) ->
         shuffled = isinstance(data.sampler, RandomSampler)
         loader = _rebuilt(data, train, seed, shuffle=shuffled)
         return TrainingPart(loader, len(loader)), _rebuilt(data, held_out, seed)
+    return _hold_out_first(data, settings)
+
+
+def _hold_out_first(data: Data, settings: FinetuneSettings) -> tuple[TrainingPart, Data]:
+    """Hold out the first images of a stream."""
     images = _images_per_epoch(data, settings)
-    wanted = min(max(1, round(fraction * images)), _MAX_STREAM_IMAGES)
+    wanted = min(max(1, round(settings.validation_fraction * images)), _MAX_STREAM_IMAGES)
     batches = list(iterate_batches(data, settings.batch_size, limit=wanted))
     first = torch.cat([images for images, _ in batches])
     if len(first) < wanted:

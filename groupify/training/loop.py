@@ -1,8 +1,14 @@
-"""A fine-tune under way: the loop, and everything that changes from step to step."""
+"""A fine-tune under way: the loop, and everything that changes from step to step.
+
+The loop is our own and no library's trainer, since a run that was killed has to go on bit for bit, in the
+middle of a pass too, over data of any kind. For that, all that a step depends on has to be known and stored:
+the weights, the optimizer and the average, the place in the pass, the generators of the order, the
+augmentation and dropout, the sums behind the next line of the log. Trainers resume at a pass, or draw
+from generators that they do not store.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import json
@@ -10,20 +16,19 @@ import math
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import closing
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from groupify.data.batches import Batch, Data, check_labels, is_map_style, iterate_batches
-from groupify.data.ranks import ALONE, Ranks
-from groupify.data.splits import DataSplits
+from groupify.data.batches import Batch, Data, check_labels, is_map_style
+from groupify.data.ranks import Ranks
 from groupify.errors import DataError, GroupifyWarning
 from groupify.training.holdout import TrainingPart, checksum_of, order_seed
+from groupify.training.learner import Learner
 from groupify.training.logs import LogSettings, TrainingLog
-from groupify.training.parallel import wrapped
 from groupify.training.random_states import (
     library_states,
     seed_all,
@@ -31,51 +36,17 @@ from groupify.training.random_states import (
     set_torch_states,
     torch_states,
 )
-from groupify.training.settings import FinetuneSettings, learning_rate_at
+from groupify.training.settings import learning_rate_at
 from groupify.training.state import (
     Checkpointing,
     check_same_run,
     hash_of,
-    optimizer_tensors,
     read_state,
-    set_optimizer_tensors,
     with_prefix,
     without_prefix,
     write_state,
 )
-from groupify.training.steps import (
-    AveragedWeights,
-    Objective,
-    Validation,
-    as_input,
-    freeze_batch_norms,
-    make_optimizer,
-    validate,
-)
-
-
-@dataclass(frozen=True)
-class FinetuneRow:
-    """One line of the history, written at each validation.
-
-    Attributes:
-        step: steps done; 0 = the model as given.
-        epoch: passes over the training part done.
-        loss: mean training loss since the row before; None at step 0.
-        learning_rate: of the last step; None at step 0.
-        images_per_second: training speed since the row before, validation not counted; None at step 0.
-        validation_top1: share of the held-out images whose top class is right, a fraction; with
-            ``labels=False``, is the teacher's.
-        validation_loss: cross-entropy on the held-out images, against the same.
-    """
-
-    step: int
-    epoch: float
-    loss: float | None
-    learning_rate: float | None
-    images_per_second: float | None
-    validation_top1: float
-    validation_loss: float
+from groupify.training.validation import FinetuneRow, History, Validation, validate, validation_points
 
 
 class _Running:
@@ -102,103 +73,75 @@ class Training:
     """A fine-tune under way.
 
     Args:
-        model: the student; it is trained in place.
-        teacher: in eval mode; None = cross-entropy only.
-        data: gives the augmentation.
+        learner: the student, untrained.
         part: what is trained on.
         held_out: what the best weights are chosen on.
-        settings: how to train.
-        ranks: the processes that share the work.
+        data: name of the data, which a state has to be of.
         checkpointing: when to store the state, and whether to go on from it.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        teacher: nn.Module | None,
-        data: DataSplits,
+        learner: Learner,
         part: TrainingPart,
         held_out: Data,
-        settings: FinetuneSettings,
         *,
-        ranks: Ranks = ALONE,
+        data: str,
         checkpointing: Checkpointing | None = None,
     ) -> None:
-        self.settings = settings
-        self.ranks = ranks
-        self.part = part
-        self.held_out = held_out
-        self.steps = max(1, round(settings.epochs * part.steps_per_epoch))
+        self.learner = learner
+        self.settings, self.ranks = learner.settings, learner.ranks
+        self.part, self.held_out = part, held_out
+        self.steps = max(1, round(self.settings.epochs * part.steps_per_epoch))
         self.checkpointing = checkpointing
-        self.identity = {} if checkpointing is None else self._identity(model, data)
-        if settings.channels_last:
-            model = model.to(memory_format=torch.channels_last)
-            teacher = None if teacher is None else teacher.to(memory_format=torch.channels_last)
-        self.model = model
-        self.teacher = teacher
-        self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        self.augment = data.augment if settings.augment else None
-        self.augmentation = torch.Generator().manual_seed(settings.seed + ranks.rank)
-        self.optimizer = make_optimizer(model, settings)
-        self.average = AveragedWeights(model, settings.ema_decay) if settings.ema_decay > 0 else None
-        example = next(iterate_batches(held_out, 2))[0][:2]
-        self.objective = Objective(model, teacher, settings, example)
-        self.wrapped = model
-        if ranks.world > 1:
-            self.wrapped = wrapped(model, as_input(example, model, settings), ranks)
-
-        self.step = 0
-        self.epoch = 0
-        self.next_batch = 0
-        self.checksum = 0
-        self.since_row, self.since_line = _Running(self.device), _Running(self.device)
+        self.identity = {} if checkpointing is None else self._identity(data)
+        self.step = self.epoch = self.next_batch = self.checksum = 0
+        self.since_row, self.since_line = _Running(learner.device), _Running(learner.device)
         self._states: tuple[list[Tensor], dict[str, Any]] | None = None
         if checkpointing is not None and checkpointing.resume and checkpointing.file.exists():
             self._restore(checkpointing)
-            return
-        self.validation = self._validate()
-        self.best = self._row(None, None, None)
-        self.history = [self.best]
-        self.best_state = copy.deepcopy(self.evaluated.state_dict())
-
-    @property
-    def evaluated(self) -> nn.Module:
-        """The weights that are validated and returned."""
-        return self.model if self.average is None else self.average.model
+        else:
+            self.validation = self._validate()
+            first = self._row(None, None, None)
+            self.history = History([first], 0, copy.deepcopy(learner.evaluated.state_dict()))
 
     def run(self, log: LogSettings | None, *, progress: bool) -> None:
         """Do all steps, with a validation after every few and after the last."""
-        points = _validation_points(self.steps, self.part.steps_per_epoch, self.settings)
+        points = validation_points(self.steps, self.part.steps_per_epoch, self.settings)
         batches = self._batches()
-        journal = TrainingLog(log if self.ranks.first else None, self.step)
-        interval = (log or LogSettings()).interval
-        try:
-            with tqdm(
-                total=self.steps,
-                initial=self.step,
-                desc="fine-tuning",
-                unit="step",
-                disable=None if progress else True,
-            ) as bar:
-                while self.step < self.steps:
-                    start = time.perf_counter()
-                    (images, labels), whole = next(batches)
-                    rate = learning_rate_at(self.step, self.steps, self.settings)
-                    self._train_step(images, labels, whole, rate)
-                    seconds = time.perf_counter() - start
-                    self.since_row.seconds += seconds
-                    self.since_line.seconds += seconds
-                    self.step += 1
-                    bar.update()
-                    if self.step % interval == 0 or self.step == self.steps:
-                        self._log_line(journal, bar, rate)
-                    if self.step in points and not self._validation_point(journal, rate):
-                        return
-                    self._save_if_due()
-        finally:
-            journal.close()
+        interval = (log or LogSettings()).interval  # of all ranks, since they sum up together
+        log = log if self.ranks.first else None
+        with closing(TrainingLog(log, self.step)) as journal, self._bar(progress) as bar:
+            while self.step < self.steps:
+                rate = learning_rate_at(self.step, self.steps, self.settings)
+                self._train_step(batches, rate)
+                bar.update()
+                if self.step % interval == 0 or self.step == self.steps:
+                    self._log_line(journal, bar, rate)
+                if self.step in points and not self._validation_point(journal, rate):
+                    return
+                self._save_if_due()
+
+    def _bar(self, progress: bool) -> tqdm[Any]:
+        disable = None if progress else True  # None = where stderr is no terminal
+        return tqdm(total=self.steps, initial=self.step, desc="fine-tuning", unit="step", disable=disable)
 
     # one step ----------------------------------------------------------------------------------
+
+    def _train_step(self, batches: Iterator[tuple[Batch, int]], rate: float) -> None:
+        start = time.perf_counter()
+        (images, labels), whole = next(batches)
+        if self.settings.labels:
+            check_labels(labels, self.validation.classes)
+        self.learner.step(self.step + 1, images, labels, whole, rate, self._add)
+        seconds = time.perf_counter() - start
+        self.since_row.seconds += seconds
+        self.since_line.seconds += seconds
+        self.step += 1
+
+    def _add(self, loss: Tensor, correct: Tensor, images: int) -> None:
+        for running in (self.since_row, self.since_line):
+            running.add(loss, correct, images)
 
     def _batches(self) -> Iterator[tuple[Batch, int]]:
         """Pass after pass over the training part, from where the run stands.
@@ -238,44 +181,10 @@ class Training:
                 "the random generators or set_epoch(epoch) only; begin anew without resuming"
             )
         tensors, libraries = self._states
-        set_torch_states(tensors, self.device, self.augmentation)
+        set_torch_states(tensors, self.learner.device, self.learner.augmentation)
         if libraries:
             set_library_states(libraries)
         self._states = None
-
-    def _train_step(self, images: Tensor, labels: Tensor, whole: int, learning_rate: float) -> None:
-        if self.augment is not None:
-            images = self.augment(images, self.augmentation)
-        if self.settings.labels:
-            check_labels(labels, self.validation.classes)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.wrapped.train()
-        if self.settings.freeze_batch_norms:
-            freeze_batch_norms(self.model)
-        self.optimizer.zero_grad(set_to_none=True)
-        # The same number on all ranks, of two images or more each.
-        parts = max(1, min(self.settings.accumulate, whole // self.ranks.world // 2))
-        divided = zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
-        for number, (some, targets) in enumerate(divided, start=1):
-            inputs = as_input(some, self.model, self.settings)
-            wanted = targets.to(inputs.device) if self.settings.labels else None
-            with self._synchronising(number == parts):
-                loss, correct = self.objective(self.wrapped, inputs, wanted)
-                # Gradients are averaged over the ranks, so this gives the mean over the whole batch.
-                share = len(some) * self.ranks.world / whole
-                (loss * share if share != 1 else loss).backward()
-            for running in (self.since_row, self.since_line):
-                running.add(loss, correct, len(some))
-        self.optimizer.step()
-        if self.average is not None:
-            self.average.update(self.model, self.step + 1)
-
-    def _synchronising(self, last: bool) -> Any:
-        """The gradients of all ranks are put together behind the last part of a batch."""
-        if last or self.wrapped is self.model:
-            return contextlib.nullcontext()
-        return self.wrapped.no_sync()  # type: ignore[operator]
 
     # validation and logs -----------------------------------------------------------------------
 
@@ -293,18 +202,18 @@ class Training:
             return False
         self.validation = self._validate()
         row = self._row(loss, rate, speed)
-        self._keep(row)
-        self.since_row = _Running(self.device)
-        journal.write(
-            row.step,
-            row.epoch,
-            {"validation_top1": row.validation_top1, "validation_loss": row.validation_loss},
-        )
+        self.history.add(row, self.learner.evaluated, self.validation.images)
+        self.since_row = _Running(self.learner.device)
+        values: dict[str, float | None] = {
+            "validation_top1": row.validation_top1,
+            "validation_loss": row.validation_loss,
+        }
+        journal.write(row.step, row.epoch, values)
         return True
 
     def _log_line(self, journal: TrainingLog, bar: tqdm[Any], rate: float) -> None:
         loss, accuracy, speed = self.since_line.means(self.ranks)
-        self.since_line = _Running(self.device)
+        self.since_line = _Running(self.learner.device)
         values: dict[str, float | None] = {
             "loss": loss,
             "accuracy": accuracy,
@@ -319,7 +228,8 @@ class Training:
         )
 
     def _validate(self) -> Validation:
-        return validate(self.evaluated, self.held_out, self.settings, self.teacher, self.ranks)
+        learner = self.learner
+        return validate(learner.evaluated, self.held_out, self.settings, learner.teacher, self.ranks)
 
     def _row(self, loss: float | None, rate: float | None, speed: float | None) -> FinetuneRow:
         return FinetuneRow(
@@ -332,52 +242,34 @@ class Training:
             validation_loss=self.validation.loss,
         )
 
-    def _keep(self, row: FinetuneRow) -> None:
-        """Note a validation; its weights are kept if they are the best. The loss decides between equals.
-
-        The given weights have an advantage: the dense model was trained on the held-out images, and the fit
-        may have seen some. They win only by more than one standard error of their own accuracy.
-        """
-        self.history.append(row)
-        bar = self.best.validation_top1
-        if self.best.step == 0:
-            bar -= math.sqrt(bar * (1 - bar) / self.validation.images)
-            better = row.validation_top1 >= bar
-        else:
-            better = (row.validation_top1, -row.validation_loss) > (bar, -self.best.validation_loss)
-        if better and math.isfinite(row.validation_loss):
-            self.best = row
-            self.best_state = copy.deepcopy(self.evaluated.state_dict())
-
     # state -------------------------------------------------------------------------------------
 
-    def _identity(self, model: nn.Module, data: DataSplits) -> dict[str, Any]:
+    def _identity(self, data: str) -> dict[str, Any]:
         """What must be the same for a state to belong to this run."""
         return {
             "settings": _json_values(dataclasses.asdict(self.settings)),
-            "data": data.spec,
+            "data": data,
             "number_of_steps": self.steps,
             "steps_per_epoch": self.part.steps_per_epoch,
             "number_of_processes": self.ranks.world,
-            "hash_of_the_weights_before": hash_of(model),
+            "hash_of_the_weights_before": hash_of(self.learner.model),
         }
 
     def _save_if_due(self) -> None:
-        if self.checkpointing is None or not (
-            self.step % self.checkpointing.interval == 0 or self.step == self.steps
-        ):
+        if self.checkpointing is None:
             return
-        states = [
-            self.ranks.gather(state.to(self.device)) for state in torch_states(self.device, self.augmentation)
-        ]
+        if self.step % self.checkpointing.interval == 0 or self.step == self.steps:
+            self._save(self.checkpointing)
+
+    def _save(self, checkpointing: Checkpointing) -> None:
+        device, augmentation = self.learner.device, self.learner.augmentation
+        states = [self.ranks.gather(state.to(device)) for state in torch_states(device, augmentation)]
         sums = [self.ranks.gather(running.sums) for running in (self.since_row, self.since_line)]
         if not self.ranks.first:
             return
         tensors = {
-            **with_prefix("model", self.model.state_dict()),
-            **with_prefix("best", self.best_state),
-            **with_prefix("optimizer", optimizer_tensors(self.optimizer)),
-            **({} if self.average is None else with_prefix("average", self.average.model.state_dict())),
+            **self.learner.tensors(),
+            **with_prefix("best", self.history.best_state),
             **{f"random.{index}": state for index, state in enumerate(states)},
             **{f"sums.{index}": value for index, value in enumerate(sums)},
         }
@@ -388,31 +280,27 @@ class Training:
             "next_batch": self.next_batch,
             "checksum": self.checksum,
             "seconds": [self.since_row.seconds, self.since_line.seconds],
-            "history": [dataclasses.asdict(row) for row in self.history],
-            "best_step": self.best.step,
+            "history": [dataclasses.asdict(row) for row in self.history.rows],
+            "best_step": self.history.best.step,
             "validation": dataclasses.asdict(self.validation),
             # Other ranks' are not at hand; their libraries are seeded anew.
             "libraries": library_states() if self.ranks.world == 1 else {},
         }
-        write_state(self.checkpointing.file, tensors, document)
+        write_state(checkpointing.file, tensors, document)
 
     def _restore(self, checkpointing: Checkpointing) -> None:
         tensors, document = read_state(checkpointing.file)
         check_same_run(checkpointing.file, document["run"], self.identity)
-        self.model.load_state_dict(without_prefix("model", tensors))
-        set_optimizer_tensors(self.optimizer, without_prefix("optimizer", tensors))
-        if self.average is not None:
-            self.average.model.load_state_dict(without_prefix("average", tensors))
-        self.best_state = without_prefix("best", tensors)
+        self.learner.load(tensors)
         self.step, self.epoch = document["step"], document["epoch"]
         self.next_batch, self.checksum = document["next_batch"], document["checksum"]
-        self.history = [FinetuneRow(**row) for row in document["history"]]
-        self.best = next(row for row in self.history if row.step == document["best_step"])
+        rows = [FinetuneRow(**row) for row in document["history"]]
+        self.history = History(rows, document["best_step"], without_prefix("best", tensors))
         self.validation = Validation(**document["validation"])
-        for index, running in enumerate((self.since_row, self.since_line)):
-            running.sums.copy_(tensors[f"sums.{index}"][self.ranks.rank])
-            running.seconds = document["seconds"][index]
         rank = self.ranks.rank
+        for index, running in enumerate((self.since_row, self.since_line)):
+            running.sums.copy_(tensors[f"sums.{index}"][rank])
+            running.seconds = document["seconds"][index]
         states = without_prefix("random", tensors)
         self._states = (
             [states[str(index)][rank].cpu() for index in range(len(states))],
@@ -423,9 +311,3 @@ class Training:
 def _json_values(value: Any) -> Any:
     """Return a value as JSON gives it back."""
     return json.loads(json.dumps(value))
-
-
-def _validation_points(steps: int, steps_per_epoch: int, settings: FinetuneSettings) -> set[int]:
-    """Return the steps behind which to validate: evenly spread, the last one among them."""
-    count = min(steps, math.ceil(steps * settings.validations_per_epoch / steps_per_epoch))
-    return {(index + 1) * steps // count for index in range(count)}

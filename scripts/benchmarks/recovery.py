@@ -44,7 +44,8 @@ from groupify.machine import describe_machine
 from groupify.models import load_model
 from groupify.scores.accuracy import evaluate
 from groupify.scores.cost import measure_cost
-from groupify.training.finetuning import FinetuneSettings, finetune
+from groupify.training.finetuning import finetune
+from groupify.training.settings import FinetuneSettings
 from scripts.benchmarks.accuracy import (
     IMAGES,
     MODEL,

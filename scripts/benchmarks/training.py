@@ -24,7 +24,8 @@ from groupify.data.images import ImageArrays
 from groupify.data.splits import DataSplits
 from groupify.machine import bfloat16_is_slow
 from groupify.models import load_model
-from groupify.training.finetuning import FinetuneResult, FinetuneSettings, finetune
+from groupify.training.finetuning import FinetuneResult, finetune
+from groupify.training.settings import FinetuneSettings
 from scripts.benchmarks.accuracy import Setting
 from scripts.benchmarks.harness import ResultFile
 from scripts.train_dense import hold_out

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from groupify.data.splits import DataSplits
-from groupify.training.finetuning import FinetuneSettings
+from groupify.training.settings import FinetuneSettings
 
 CLASSES = 4
 SETTINGS = FinetuneSettings(

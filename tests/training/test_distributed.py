@@ -28,9 +28,10 @@ from groupify.errors import DataError
 from groupify.planning.uniform import plan
 from groupify.scores.accuracy import evaluate
 from groupify.structures import SiteRecipe
-from groupify.training.finetuning import FinetuneResult, FinetuneSettings, finetune
+from groupify.training.finetuning import FinetuneResult, finetune
 from groupify.training.holdout import hold_out
 from groupify.training.parallel import _SharedBatchNorm, synchronise_batch_norms
+from groupify.training.settings import FinetuneSettings
 from tests.conftest import ROOT
 from tests.training.nets import CLASSES, SETTINGS, SOURCES, make_data, make_net, splits
 

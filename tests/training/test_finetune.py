@@ -15,7 +15,8 @@ from groupify.errors import DataError, GroupifyWarning, SpecError
 from groupify.training import loop
 from groupify.training.finetuning import finetune
 from groupify.training.holdout import hold_out
-from groupify.training.steps import Validation, make_optimizer
+from groupify.training.learner import make_optimizer
+from groupify.training.validation import Validation
 from tests.training.nets import (
     CLASSES,
     SETTINGS,

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from groupify.training.loss import distillation_loss, recovery_loss
+from groupify.training.objective import distillation_loss, recovery_loss
 from groupify.training.settings import FinetuneSettings
 
 # softmax([0, ln 3]) = (1/4, 3/4); softmax([0, 0]) = (1/2, 1/2).

@@ -23,9 +23,10 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from groupify.data.splits import DataSplits
 from groupify.errors import ArtefactError, DataError, SpecError
-from groupify.training.finetuning import Checkpointing, FinetuneResult, LogSettings, finetune
+from groupify.training.finetuning import FinetuneResult, finetune
+from groupify.training.logs import LogSettings
 from groupify.training.random_states import library_states, set_library_states
-from groupify.training.state import read_state
+from groupify.training.state import Checkpointing, read_state
 from tests.conftest import ROOT
 from tests.training.nets import SETTINGS, SOURCES, Stream, assert_equal_states, make_data, splits, state_of
 

@@ -18,11 +18,10 @@ from torch.utils.data import TensorDataset
 
 from groupify.errors import ArtefactError, SpecError
 from groupify.models import load_model
-from groupify.training.attention import Features, attention_layers
 from groupify.training.finetuning import FinetuneResult, finetune
+from groupify.training.learner import AveragedWeights, make_optimizer
 from groupify.training.logs import LogSettings
-from groupify.training.loss import attention_loss
-from groupify.training.steps import AveragedWeights, make_optimizer
+from groupify.training.objective import attention_layers, attention_loss, features
 from tests.training.nets import (
     CLASSES,
     SETTINGS,
@@ -172,9 +171,9 @@ def test_attention_is_compared_at_the_end_of_each_stage() -> None:
     net = load_model("resnet18", weights="none", input_shape=(3, 64, 64)).model
     layers = attention_layers(net, net, torch.randn(1, 3, 64, 64))
     assert layers == ("relu", "layer1", "layer2", "layer3", "layer4")
-    with Features(net, layers) as features:
+    with features(net, layers) as found:
         net(torch.randn(1, 3, 64, 64))
-        assert [value.shape[1] for value in features.values] == [64, 64, 128, 256, 512]
+        assert [found[name].shape[1] for name in layers] == [64, 64, 128, 256, 512]
     assert not any(module._forward_hooks for module in net.modules())
 
 
@@ -192,12 +191,12 @@ def test_attention_pulls_the_maps_together(dense: nn.Module, student: nn.Module,
 
     def distance(result: FinetuneResult) -> float:
         images = data.tensors[0][:50]
-        maps: list[list[Tensor]] = []
+        maps: list[Tensor] = []
         for model in (result.last_model, dense):
-            with torch.no_grad(), Features(model, ("5",)) as features:
+            with torch.no_grad(), features(model, ("5",)) as found:
                 model.eval()(images)
-                maps.append(features.values)
-        return attention_loss(maps[0], maps[1]).item()
+                maps.append(found["5"])
+        return attention_loss(maps[:1], maps[1:]).item()
 
     without, with_attention = (
         distance(

@@ -1,0 +1,181 @@
+"""A student and what changes it: one step, forwards, backwards, and the update of the weights."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from groupify.data.ranks import Ranks
+from groupify.data.splits import Augment
+from groupify.errors import SpecError
+from groupify.training.objective import Objective, as_input
+from groupify.training.parallel import wrapped
+from groupify.training.settings import FinetuneSettings
+from groupify.training.state import optimizer_tensors, set_optimizer_tensors, with_prefix, without_prefix
+
+
+class Learner:
+    """A student in training.
+
+    Args:
+        model: the student; it is trained in place.
+        teacher: in eval mode; None = cross-entropy only.
+        settings: how to train.
+        example: two images or more.
+        augment: the augmentation; None = none.
+        ranks: the processes that share each batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: nn.Module | None,
+        settings: FinetuneSettings,
+        example: Tensor,
+        augment: Augment | None,
+        ranks: Ranks,
+    ) -> None:
+        self.settings, self.ranks = settings, ranks
+        self.augment = augment
+        self.augmentation = torch.Generator().manual_seed(settings.seed + ranks.rank)
+        self.model = _in_format(model, settings)
+        self.teacher = None if teacher is None else _in_format(teacher, settings)
+        self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        self.optimizer = make_optimizer(self.model, settings)
+        self.average = AveragedWeights(self.model, settings.ema_decay) if settings.ema_decay > 0 else None
+        self.objective = Objective(self.model, self.teacher, settings, example)
+        self.wrapped = self.model
+        if ranks.world > 1:
+            self.wrapped = wrapped(self.model, as_input(example, self.model, settings), ranks)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The weights that are validated and returned."""
+        return self.model if self.average is None else self.average.model
+
+    def step(
+        self,
+        number: int,
+        images: Tensor,
+        labels: Tensor,
+        whole: int,
+        learning_rate: float,
+        tell: Callable[[Tensor, Tensor, int], None],
+    ) -> None:
+        """Learn from a batch.
+
+        Args:
+            number: of the step, from 1.
+            images: this rank's, shape (N, C, H, W).
+            labels: shape (N,).
+            whole: images of the whole batch, of all ranks.
+            learning_rate: of this step.
+            tell: is told the mean loss, the number of right answers and of images of each part.
+        """
+        if self.augment is not None:
+            images = self.augment(images, self.augmentation)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.wrapped.train()
+        if self.settings.freeze_batch_norms:
+            freeze_batch_norms(self.model)
+        self.optimizer.zero_grad(set_to_none=True)
+        # The same number on all ranks, of two images or more each.
+        parts = max(1, min(self.settings.accumulate, whole // self.ranks.world // 2))
+        divided = zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
+        for part, (some, targets) in enumerate(divided, start=1):
+            with self._synchronising(part == parts):
+                loss, correct = self._backward(some, targets, whole)
+            tell(loss, correct, len(some))
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.model, number)
+
+    def _backward(self, images: Tensor, labels: Tensor, whole: int) -> tuple[Tensor, Tensor]:
+        inputs = as_input(images, self.model, self.settings)
+        wanted = labels.to(inputs.device) if self.settings.labels else None
+        loss, correct = self.objective(self.wrapped, inputs, wanted)
+        # Gradients are averaged over the ranks, so this gives the mean over the whole batch.
+        share = len(images) * self.ranks.world / whole
+        (loss * share if share != 1 else loss).backward()
+        return loss, correct
+
+    def _synchronising(self, last: bool) -> Any:
+        """The gradients of all ranks are put together behind the last part of a batch."""
+        if last or self.wrapped is self.model:
+            return contextlib.nullcontext()
+        return self.wrapped.no_sync()  # type: ignore[operator]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything that a step changes, for ``load``."""
+        average = {} if self.average is None else self.average.model.state_dict()
+        return {
+            **with_prefix("model", self.model.state_dict()),
+            **with_prefix("optimizer", optimizer_tensors(self.optimizer)),
+            **with_prefix("average", average),
+        }
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put ``tensors`` back."""
+        self.model.load_state_dict(without_prefix("model", tensors))
+        set_optimizer_tensors(self.optimizer, without_prefix("optimizer", tensors))
+        if self.average is not None:
+            self.average.model.load_state_dict(without_prefix("average", tensors))
+
+
+class AveragedWeights:
+    """The exponential moving average of a model's weights and buffers, as a model of its own.
+
+    The decay of the first steps is less, (1 + step) / (10 + step), so that the start is soon forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights behind step 1, 2, …."""
+        share = 1 - min(self.decay, (1 + step) / (10 + step))
+        new = model.state_dict()
+        for name, value in self.model.state_dict().items():
+            if value.is_floating_point():
+                value.lerp_(new[name], share)
+            else:
+                value.copy_(new[name])
+
+
+def make_optimizer(model: nn.Module, settings: FinetuneSettings) -> torch.optim.Optimizer:
+    """Return SGD or AdamW with weight decay on weights of two or more dimensions alone.
+
+    Raises:
+        SpecError: no parameter requires gradients.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise SpecError("no parameter of the model requires gradients: there is nothing to train")
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    used = [group for group in groups if group["params"]]
+    rate, momentum = settings.peak_learning_rate, settings.momentum
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(used, lr=rate, betas=(momentum, 0.999))
+    return torch.optim.SGD(used, lr=rate, momentum=momentum, nesterov=momentum > 0)
+
+
+def freeze_batch_norms(model: nn.Module) -> None:
+    """Put the batch norms that keep statistics in eval mode."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+            module.eval()
+
+
+def _in_format(model: nn.Module, settings: FinetuneSettings) -> nn.Module:
+    return model.to(memory_format=torch.channels_last) if settings.channels_last else model

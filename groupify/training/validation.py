@@ -1,0 +1,141 @@
+"""Validation on held-out images, its history, and the weights that are best by it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from groupify.data.batches import UNLABELLED, Data, check_labels, iterate_batches
+from groupify.data.ranks import ALONE, Ranks
+from groupify.errors import SpecError
+from groupify.scores.accuracy import class_logits
+from groupify.training.objective import as_input, autocast
+from groupify.training.settings import FinetuneSettings
+
+
+@dataclass(frozen=True)
+class Validation:
+    """How a model does on held-out images.
+
+    Attributes:
+        top1: share of the images whose top class is the label, or the teacher's top class.
+        loss: mean cross-entropy against the same.
+        images: number of images.
+        classes: number of the model's outputs.
+    """
+
+    top1: float
+    loss: float
+    images: int
+    classes: int
+
+
+@dataclass(frozen=True)
+class FinetuneRow:
+    """One line of the history, written at each validation.
+
+    Attributes:
+        step: steps done; 0 = the model as given.
+        epoch: passes over the training part done.
+        loss: mean training loss since the row before; None at step 0.
+        learning_rate: of the last step; None at step 0.
+        images_per_second: training speed since the row before, validation not counted; None at step 0.
+        validation_top1: share of the held-out images whose top class is right, a fraction; with
+            ``labels=False``, is the teacher's.
+        validation_loss: cross-entropy on the held-out images, against the same.
+    """
+
+    step: int
+    epoch: float
+    loss: float | None
+    learning_rate: float | None
+    images_per_second: float | None
+    validation_top1: float
+    validation_loss: float
+
+
+class History:
+    """The rows of all validations so far, and the weights of the best one.
+
+    Args:
+        rows: at least that of the given weights.
+        best_step: which of the rows is the best.
+        best_state: its weights.
+    """
+
+    def __init__(self, rows: Sequence[FinetuneRow], best_step: int, best_state: dict[str, Tensor]) -> None:
+        self.rows = list(rows)
+        self.best = next(row for row in rows if row.step == best_step)
+        self.best_state = best_state
+
+    def add(self, row: FinetuneRow, model: nn.Module, images: int) -> None:
+        """Note a validation on so many images; ``model``'s weights are kept if they are the best.
+
+        The loss decides between equals. The given weights have an advantage: the dense model was trained on
+        the held-out images, and the fit may have seen some. They win only by more than one standard error of
+        their own accuracy.
+        """
+        self.rows.append(row)
+        bar = self.best.validation_top1
+        if self.best.step == 0:
+            better = row.validation_top1 >= bar - math.sqrt(bar * (1 - bar) / images)
+        else:
+            better = (row.validation_top1, -row.validation_loss) > (bar, -self.best.validation_loss)
+        if better and math.isfinite(row.validation_loss):
+            self.best = row
+            self.best_state = copy.deepcopy(model.state_dict())
+
+
+def validation_points(steps: int, steps_per_epoch: int, settings: FinetuneSettings) -> set[int]:
+    """Return the steps behind which to validate: evenly spread, the last one among them."""
+    count = min(steps, math.ceil(steps * settings.validations_per_epoch / steps_per_epoch))
+    return {(index + 1) * steps // count for index in range(count)}
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module,
+    data: Data,
+    settings: FinetuneSettings,
+    teacher: nn.Module | None,
+    ranks: Ranks = ALONE,
+) -> Validation:
+    """Evaluate ``model`` on held-out images, divided among the ranks; it is left in eval mode.
+
+    Raises:
+        SpecError: images without labels while ``settings.labels`` is set.
+        DataError: bad images or labels.
+    """
+    model.eval()
+    correct = total = classes = 0
+    loss = 0.0
+    for images, labels in iterate_batches(data, settings.batch_size, share=(ranks.rank, ranks.world)):
+        inputs = as_input(images, model, settings)
+        with autocast(inputs.device, settings):
+            logits = class_logits(model(inputs)).float()
+            classes = logits.shape[1]
+            if settings.labels:
+                targets = _checked(labels, classes).to(logits.device)
+            elif teacher is not None:
+                targets = class_logits(teacher(as_input(images, teacher))).argmax(1).to(logits.device)
+        correct += int((logits.argmax(1) == targets).sum())
+        loss += float(F.cross_entropy(logits, targets, reduction="sum"))
+        total += len(images)
+    device = next((parameter.device for parameter in model.parameters()), None)
+    all_correct, all_loss, all_images = ranks.sums(correct, loss, total, device=device)
+    if ranks.world > 1:  # a rank may have had no images
+        classes = int(ranks.gather(torch.tensor([classes], device=device)).max())
+    return Validation(all_correct / all_images, all_loss / all_images, int(all_images), classes)
+
+
+def _checked(labels: Tensor, classes: int) -> Tensor:
+    if bool((labels == UNLABELLED).any()):
+        raise SpecError("the training images have no labels: distil only, with labels 'none' (labels=False)")
+    check_labels(labels, classes)
+    return labels
