@@ -8,7 +8,6 @@ from torch import Tensor
 
 from groupify.conversion.reconstruct import ReconstructionOptions
 from groupify.conversion.site_fit import FitOptions
-from groupify.data.ranks import ALONE, Ranks
 from groupify.errors import ConversionError, DataError
 from groupify.stats.samples import SampleBudget
 
@@ -29,8 +28,6 @@ class Calibration:
         fit: options of the least-squares fit.
         budget: how many output positions are sampled for it.
         reconstruction: training of each block on the dense model's activations, after the fit.
-        ranks: the processes that divide the batches among themselves; each calls ``convert`` with all of
-            the images and gets the model that one process would get, but for rounding.
     """
 
     images: Tensor
@@ -40,7 +37,6 @@ class Calibration:
     fit: FitOptions = field(default_factory=FitOptions)
     budget: SampleBudget = field(default_factory=SampleBudget)
     reconstruction: ReconstructionOptions = field(default_factory=ReconstructionOptions)
-    ranks: Ranks = ALONE
 
     def check(self, input_shape: tuple[int, ...]) -> None:
         """Refuse images that no model of that input shape can be calibrated with.
@@ -60,12 +56,6 @@ class Calibration:
             )
         if not bool(images.isfinite().all()):
             raise DataError("the calibration images hold NaN or infinity; check their preprocessing")
-        batches = -(-len(images) // self.batch_size)
-        if batches < self.ranks.world:
-            raise DataError(
-                f"{batches} calibration batches cannot be divided among {self.ranks.world} processes: "
-                "give more images, or fewer processes"
-            )
         if self.clustering not in CLUSTERINGS:
             known = ", ".join(CLUSTERINGS)
             raise ConversionError(f"unknown clustering {self.clustering!r}, expected one of {known}")

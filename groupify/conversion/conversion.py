@@ -24,7 +24,6 @@ from groupify.conversion.in_order import (
 from groupify.conversion.pictures import BlockPicture
 from groupify.conversion.site_fit import SiteFit
 from groupify.conversion.surgery import restructure
-from groupify.data.ranks import sharing
 from groupify.errors import ConversionError, GroupifyWarning
 from groupify.graph.trace import example_input, trace
 from groupify.structures import Plan, SiteRecipe
@@ -112,9 +111,6 @@ def convert(
     with torch.random.fork_rng(devices=[]):
         work = _Conversion(dense, sites, calibration, plan, seed, progress)
         student = work.run()
-        if calibration is not None:
-            for value in student.state_dict().values():
-                calibration.ranks.broadcast(value)
     _warn_of_few_samples(work.fits)
     return Conversion(
         model=_with_weights(model, sites, student),
@@ -249,12 +245,10 @@ class _Conversion:
         return [batch.contiguous(memory_format=torch.channels_last) for batch in batches]
 
     def _in_order(self, traced: fx.GraphModule, batches: list[Tensor], calibration: Calibration) -> nn.Module:
-        ranks = calibration.ranks
-        with sharing(ranks):
-            found = convert_in_order(
-                self._dense, traced, batches[ranks.rank :: ranks.world], self._sites, calibration,
-                seed=self._seed, clock=self.clock, progress=self._progress,
-            )  # fmt: skip
+        found = convert_in_order(
+            self._dense, traced, batches, self._sites, calibration,
+            seed=self._seed, clock=self.clock, progress=self._progress,
+        )  # fmt: skip
         self.fits, self.kept_before, self.kept = found.fits, found.kept_before, found.kept
         self.pictures = found.pictures
         self.notes.extend(found.notes)

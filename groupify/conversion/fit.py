@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from groupify.conversion.clock import Clock
 from groupify.conversion.site_fit import FitOptions, SiteFit, Target, fit_site, refit_layer
-from groupify.data.ranks import sharers
 from groupify.graph.execute import BatchedRun
 from groupify.graph.operations import CONVS, ELEMENTWISE_MODULES, BatchNorm, Conv, is_batch_norm
 from groupify.stats.positions import compact, input_patches, pick
@@ -85,7 +84,7 @@ class _Fitter:
                 part.patches.clear()
                 part.patch_outputs.clear()
         self._run = BatchedRun(student, batches, compact)
-        (self._images,) = sharers().sums(sum(len(batch) for batch in batches))
+        self._images = sum(len(batch) for batch in batches)
         # A norm that runs at several places has the statistics of none of them.
         self._calls = Counter(str(node.target) for node in student.graph.nodes if node.op == "call_module")
         self._nodes = {node.name: node for node in student.graph.nodes}
@@ -248,9 +247,6 @@ class _Fitter:
             count += values.numel() // values.shape[1]
             total += values.sum(others)
             squares += values.square().sum(others)
-        ranks = sharers()
-        (count,) = (int(value) for value in ranks.sums(count))
-        total, squares = ranks.sum(total), ranks.sum(squares)
         if count < 2:
             return
         mean = total / count

@@ -18,7 +18,6 @@ from groupify.conversion.reconstruct import reconstruct
 from groupify.conversion.site_fit import SiteFit
 from groupify.conversion.surgery import restructure
 from groupify.conversion.weights_only import correct_batch_norms
-from groupify.data.ranks import sharers
 from groupify.graph.channels import Channels, channel_classes
 from groupify.graph.permute import apply_orders
 from groupify.graph.trace import on_same_graph
@@ -65,12 +64,11 @@ def convert_in_order(
         traced: its graph.
         batches: what it is fed, float32.
         sites: the convs to replace, by name.
-        calibration: how the inputs are used; its images are read only where ranks share them.
+        calibration: how the inputs are used.
         seed: seed of everything random.
         clock: takes the time of the parts.
         progress: show bars on stderr.
     """
-    ranks = sharers()
     sums = residual_sums(traced, sites)
     groups = {name: site.groups for name, site in sites.items()}
     if calibration.fit.refit_dense:
@@ -80,9 +78,7 @@ def convert_in_order(
     clock.lap("dense model")
     found = TracedConversion(dense)
     if calibration.clustering != "none":
-        # The same example on all ranks, for the same decisions.
-        example = ranks.broadcast(batches[0][:1].clone(memory_format=torch.contiguous_format))
-        found = _clustered(dense, traced, example, samples, sites, calibration, seed, clock)
+        found = _clustered(dense, traced, batches[0][:1], samples, sites, calibration, seed, clock)
     student = restructure(found.student, list(sites.values()))
     graph = on_same_graph(traced, student)
     names = {str(conv.target): total.name for conv, total in sums.items()}
@@ -95,9 +91,7 @@ def convert_in_order(
     options = calibration.reconstruction
     if options.steps and len({batch.shape[1:] for batch in batches}) == 1:
         teacher = on_same_graph(traced, found.student)
-        # Steps follow each other: every rank does all of them.
-        inputs = torch.cat(list(batches)) if ranks.world == 1 else calibration.images.to(batches[0])
-        reconstruct(graph, teacher, inputs, sites, options, seed=seed, progress=progress)
+        reconstruct(graph, teacher, torch.cat(list(batches)), sites, options, seed=seed, progress=progress)
         clock.lap("reconstruction")
     elif options.steps:
         notes = (*notes, "inputs of several sizes: no block reconstruction")

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from groupify.conversion.principal import principal_maps
 from groupify.conversion.surgery import row_channels
-from groupify.data.ranks import sharers
 from groupify.graph.operations import CONVS, BatchNorm, Conv
 from groupify.stats.moments import GroupedFit, GroupedMoments
 from groupify.structures import GROUPED, SiteRecipe
@@ -133,7 +132,7 @@ def refit_layer(
     Args and shapes are those of ``fit_site``.
     """
     assert isinstance(layer, (*CONVS, nn.Linear))
-    (samples,) = sharers().sums(sum(len(patches) for patches in inputs))
+    samples = sum(len(patches) for patches in inputs)
     if samples < layer.weight[0].numel():
         return
     prior = layer.weight.reshape(1, len(layer.weight), -1)
@@ -203,7 +202,7 @@ def _least_squares(
         moments.update(block, grouped(target.outputs))
     result = moments.fit(ridge=ridge, prior=prior)
     if flip is None:
-        return result, moments.samples
+        return result, moments.count
     limits = [
         _Limit(grouped(target.outputs), grouped(target.thresholds))
         for target in mirrored
@@ -219,7 +218,7 @@ def _least_squares(
             squares=iteration == options.relu_iterations,
         )
         result = moments.fit(ridge=ridge, prior=prior)
-    return GroupedFit(result.weight * flip, result.bias * flip.squeeze(2), result.error), moments.samples
+    return GroupedFit(result.weight * flip, result.bias * flip.squeeze(2), result.error), moments.count
 
 
 class _Limit:

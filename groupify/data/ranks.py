@@ -6,14 +6,13 @@ import contextlib
 import datetime
 import os
 from collections.abc import Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-# A rank may wait while rank 0 exports and times the model, or while another reads a large data set.
+# A rank may wait while rank 0 converts, exports and times the model, or while another reads a large data set.
 _TIMEOUT = datetime.timedelta(hours=2)
 
 
@@ -40,21 +39,24 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def total(self, tensor: Tensor) -> Tensor:
-        """Return the sum of a tensor over all ranks; the tensor stays as it is."""
-        return tensor if self.world == 1 else self.sum(tensor.clone())
-
     def sums(self, *values: float, device: torch.device | None = None) -> tuple[float, ...]:
         """Sum numbers over all ranks."""
         if self.world == 1:
             return values
         return tuple(self.sum(torch.tensor(values, dtype=torch.float64, device=device)).tolist())
 
-    def broadcast(self, tensor: Tensor) -> Tensor:
-        """Give every rank the tensor of rank 0, in place."""
-        if self.world > 1:
-            dist.broadcast(tensor, 0)
-        return tensor
+    def share_weights(self, model: nn.Module) -> nn.Module:
+        """Give every rank the weights and buffers of rank 0's model, in place; returns the model.
+
+        Args:
+            model: of one architecture on all ranks.
+        """
+        for value in (*model.parameters(), *model.buffers()) if self.world > 1 else ():
+            # Laid out alike on all ranks, whatever memory format each has it in.
+            sent = value.detach().contiguous()
+            dist.broadcast(sent, 0)
+            value.detach().copy_(sent)
+        return model
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Return the tensors of all ranks, stacked; they have one shape."""
@@ -63,11 +65,6 @@ class Ranks:
             return tensor.unsqueeze(0)
         dist.all_gather(parts, tensor)
         return torch.stack(parts)
-
-    def wait(self) -> None:
-        """Wait for the others."""
-        if self.world > 1:
-            dist.barrier()
 
 
 ALONE = Ranks()
@@ -78,12 +75,6 @@ def current_ranks() -> Ranks:
     if dist.is_available() and dist.is_initialized():
         return Ranks(dist.get_rank(), dist.get_world_size())
     return ALONE
-
-
-def launched_rank() -> int:
-    """Return the rank that torchrun gave this process, before any group exists; 0 without it."""
-    value = os.environ.get("RANK", "0")
-    return int(value) if value.isdigit() else 0
 
 
 @contextlib.contextmanager
@@ -106,21 +97,3 @@ def process_group() -> Iterator[Ranks]:
         yield current_ranks()
     finally:
         dist.destroy_process_group()
-
-
-_SHARING: ContextVar[Ranks] = ContextVar("groupify_sharing", default=ALONE)
-
-
-@contextlib.contextmanager
-def sharing(ranks: Ranks) -> Iterator[None]:
-    """Let everything inside the block divide its batches among the ranks and add its sums up."""
-    token = _SHARING.set(ranks)
-    try:
-        yield
-    finally:
-        _SHARING.reset(token)
-
-
-def sharers() -> Ranks:
-    """Return the ranks of the ``sharing`` block around; this process alone where there is none."""
-    return _SHARING.get()

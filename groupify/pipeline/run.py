@@ -17,6 +17,7 @@ from torch import nn
 from groupify.artefact import load, read_recipe
 from groupify.conversion.conversion import Calibration, convert
 from groupify.conversion.reconstruct import ReconstructionOptions
+from groupify.conversion.surgery import restructure
 from groupify.data.batches import calibration_images
 from groupify.data.ranks import Ranks, process_group
 from groupify.data.splits import DataSplits, load_data
@@ -50,7 +51,7 @@ from groupify.training.state import Checkpointing
 def run_conversion(request: ConversionRequest, *, progress: bool = False) -> Report | None:
     """Load, plan, convert, recover, measure and write; the folder appears whole or not at all.
 
-    Under torchrun every process does its share of the work, and the first one writes.
+    Under torchrun the first process converts and writes, and every process does its share of the training.
 
     Returns:
         The report; None in all processes but the first.
@@ -82,7 +83,7 @@ def run_conversion(request: ConversionRequest, *, progress: bool = False) -> Rep
         found = _find_plan(request, source, data, progress)
         make = request.plan.make
         chosen = found.plan if found is not None else make(source, with_shuffles=not measures_shuffles)
-        calibration = _calibration(data, request, ranks)
+        calibration = _calibration(data, request) if ranks.first else None
         shuffles = None
         if measures_shuffles and calibration is not None:
             shuffles = choose_shuffles(
@@ -93,11 +94,16 @@ def run_conversion(request: ConversionRequest, *, progress: bool = False) -> Rep
         rivals = uniform_plans(request, source, chosen)
         if request.save_plan is not None and ranks.first:
             PlanFile.of(source.spec.name, chosen).write(request.save_plan)
-        conversion = convert(source.model, chosen, calibration, seed=request.seed, progress=progress)
-        if found is not None:
+        conversion = None
+        if ranks.first:
+            conversion = convert(source.model, chosen, calibration, seed=request.seed, progress=progress)
+        if conversion is not None and found is not None:
             conversion = dataclasses.replace(conversion, notes=(*race_lines(found), *conversion.notes))
-        accuracy = _accuracy(source.model, conversion.model, data, progress, ranks)
-        model, tuned = conversion.model, None
+        model = ranks.share_weights(
+            restructure(source.model, chosen.recipes) if conversion is None else conversion.model
+        )
+        accuracy = _accuracy(source.model, model, data, progress, ranks)
+        tuned = None
         if request.training is not None and data is not None:
             tuned = _train(model, source.model, data, request.training, checkpointing, progress, ranks)
             model = tuned.model
@@ -309,13 +315,11 @@ def _find_plan(
     )  # fmt: skip
 
 
-def _calibration(data: DataSplits | None, request: ConversionRequest, ranks: Ranks) -> Calibration | None:
+def _calibration(data: DataSplits | None, request: ConversionRequest) -> Calibration | None:
     if data is None or request.calibration_images == 0:
         return None
     images = calibration_images(data.for_calibration, request.calibration_images, seed=request.seed)
-    return Calibration(
-        images, reconstruction=ReconstructionOptions(steps=request.reconstruct_steps), ranks=ranks
-    )
+    return Calibration(images, reconstruction=ReconstructionOptions(steps=request.reconstruct_steps))
 
 
 def _accuracy(

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from groupify.data.ranks import sharers
-
 # Narrower blocks would cost the matrix product more speed than the other half of the matrix is worth.
 _GRAM_BLOCK, _GRAM_BLOCKS = 128, 4
 
@@ -39,7 +37,6 @@ class GroupedMoments:
 
     def __init__(self, *, centred: bool = True) -> None:
         self.centred = centred
-        self._ranks = sharers()
         self.count = 0
         self._input_shift: Tensor | None = None
         self._output_shift: Tensor | None = None
@@ -56,8 +53,8 @@ class GroupedMoments:
         if self._input_shift is None or self._output_shift is None:
             groups, _, width = inputs.shape
             rows = outputs.shape[2]
-            self._input_shift = self._ranks.broadcast(inputs.mean(1, keepdim=True) * float(self.centred))
-            self._output_shift = self._ranks.broadcast(outputs.mean(1, keepdim=True) * float(self.centred))
+            self._input_shift = inputs.mean(1, keepdim=True) * float(self.centred)
+            self._output_shift = outputs.mean(1, keepdim=True) * float(self.centred)
             self.input_input = inputs.new_zeros((groups, width, width), dtype=torch.float64)
             self.output_input = inputs.new_zeros((groups, rows, width), dtype=torch.float64)
             self.output_output = inputs.new_zeros((groups, rows), dtype=torch.float64)
@@ -116,10 +113,9 @@ class GroupedMoments:
         """
         assert self._input_shift is not None, "no samples yet"
         assert self._output_shift is not None
-        total, count = self._ranks.total, float(self.samples)
-        input_mean, output_mean = total(self.input_sum) / count, total(self.output_sum) / count
-        cov_yu = total(self.output_input) / count
-        var_y = total(self.output_output) / count
+        input_mean, output_mean = self.input_sum / self.count, self.output_sum / self.count
+        cov_yu = self.output_input / self.count
+        var_y = self.output_output / self.count
         if self.centred:
             cov_yu -= output_mean.unsqueeze(2) * input_mean.unsqueeze(1)
             var_y -= output_mean.square()
@@ -139,17 +135,11 @@ class GroupedMoments:
             bias = torch.zeros_like(output_mean)
         return GroupedFit(weight, bias, error)
 
-    @property
-    def samples(self) -> int:
-        """Number of samples, those of all ranks."""
-        return int(self._ranks.sums(self.count)[0])
-
     def input_covariance(self, *, centred: bool = True) -> Tensor:
         """Return ``Cov(u)`` of each group, shape (G, D, D); not centred, the second moment."""
-        count = float(self.samples)
-        covariance = self._ranks.total(self.input_input) / count
+        covariance = self.input_input / self.count
         if centred:
-            mean = self._ranks.total(self.input_sum) / count
+            mean = self.input_sum / self.count
             covariance -= mean.unsqueeze(2) * mean.unsqueeze(1)
         return covariance
 

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
-from groupify.data.ranks import sharers
 from groupify.errors import ConversionError
 from groupify.graph.operations import CONVS, Conv, conv_kind, is_batch_norm
 from groupify.stats.positions import Positions, compact, input_patches, pick, sample_positions
@@ -111,18 +110,16 @@ class SiteSampler:
         self.groups = groups
         self.samples = {name: SiteSamples() for name in groups}
         self._budget = budget
-        self._ranks = sharers()
-        (self._images,) = self._ranks.sums(sum(len(batch) for batch in batches))
+        self._images = sum(len(batch) for batch in batches)
         self._generator = torch.Generator()
-        # The positions of a batch depend on its number among those of all ranks.
-        self._next_seed = seed * 1_000_003 + self._ranks.rank
+        self._next_seed = seed * 1_000_003  # the positions of a batch depend on its number
         self._calls: dict[str, int] = {}
 
     def start_batch(self) -> None:
         """Begin to count the calls of each conv anew."""
         self._calls = {}
         self._generator.manual_seed(self._next_seed)
-        self._next_seed += self._ranks.world
+        self._next_seed += 1
 
     def sample(self, name: str, layer: Conv | nn.Linear, inputs: Tensor, outputs: Tensor) -> None:
         """Sample one call of a conv or linear layer; inputs (N, I, *spatial), outputs (N, O, *spatial).

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from groupify.conversion.surgery import row_channels
-from groupify.data.ranks import sharers
 from groupify.graph.channels import Channels
 from groupify.graph.permute import use_order
 from groupify.graph.uses import CONV_INPUT, CONV_OUTPUT, LINEAR_INPUT, LINEAR_OUTPUT
@@ -28,12 +27,11 @@ def data_score(conv: nn.Module, samples: SiteSamples) -> Tensor:
     weight = conv.get_parameter("weight").detach().flatten(2)
     patches = torch.cat([part.float() for part in samples.patches])
     outputs = torch.cat([part.float() for part in samples.patch_outputs])
-    ranks = sharers()
-    (count,) = ranks.sums(len(patches))
-    by_channel = (patches - ranks.sum(patches.sum(0)) / count).transpose(0, 1)  # (I, n, k)
-    covariance = ranks.sum(by_channel.transpose(1, 2) @ by_channel) / count
+    count = len(patches)
+    by_channel = (patches - patches.sum(0) / count).transpose(0, 1)  # (I, n, k)
+    covariance = by_channel.transpose(1, 2) @ by_channel / count
     through = torch.einsum("oia,iab,oib->oi", weight, covariance, weight)
-    variance = ranks.sum((outputs - ranks.sum(outputs.sum(0)) / count).square().sum(0)) / count
+    variance = (outputs - outputs.sum(0) / count).square().sum(0) / count
     return through / variance.clamp(min=1e-12).unsqueeze(1)
 
 

@@ -1,11 +1,10 @@
-"""Two processes with gloo give what one process gives, but for rounding, and only the first one speaks."""
+"""Two processes with gloo train as one does, but for rounding; the first one alone converts and speaks."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import json
-import math
 import os
 import subprocess
 import sys
@@ -20,12 +19,8 @@ from torch import Tensor, nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.utils.data import TensorDataset
 
-from groupify.conversion.conversion import Calibration, Conversion, convert
-from groupify.conversion.reconstruct import ReconstructionOptions
 from groupify.conversion.surgery import restructure
-from groupify.data.ranks import ALONE, Ranks, process_group
-from groupify.errors import DataError
-from groupify.planning.uniform import plan
+from groupify.data.ranks import Ranks, process_group
 from groupify.scores.accuracy import evaluate
 from groupify.structures import SiteRecipe
 from groupify.training.finetuning import FinetuneResult, finetune
@@ -33,7 +28,7 @@ from groupify.training.holdout import hold_out
 from groupify.training.parallel import _SharedBatchNorm, synchronise_batch_norms
 from groupify.training.settings import FinetuneSettings
 from tests.conftest import ROOT
-from tests.training.nets import CLASSES, SETTINGS, SOURCES, make_data, make_net, splits
+from tests.training.nets import SETTINGS, SOURCES, make_data, make_net, splits
 
 # Batches of 15 of 160 images: shares of 8 and 7, and of 5 and 5 at the end.
 TRAINING = dataclasses.replace(SETTINGS, epochs=1.3, batch_size=15, validations_per_epoch=2)
@@ -48,60 +43,17 @@ FINETUNES: dict[str, tuple[str, FinetuneSettings]] = {
     ),
     "no labels": ("batches", dataclasses.replace(TRAINING, labels=False, freeze_batch_norms=True)),
 }  # fmt: skip
-CONVERSIONS: dict[str, dict[str, Any]] = {
-    "grouped": {},
-    "grouped-pointwise": {"kind": "grouped-pointwise"},
-    "reconstructed": {"steps": 3},
-    "untraceable": {"untraceable": True},
-}
 
 
-class Residual(nn.Module):
-    """Two residual blocks with batch norms and ReLUs, so that every part of the fit has work."""
-
-    def __init__(self, *, untraceable: bool = False) -> None:
-        super().__init__()
-        self.untraceable = untraceable
-        self.stem = nn.Conv2d(3, 16, 3, padding=1)
-        self.convs = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1, bias=False) for _ in range(4))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(16) for _ in range(4))
-        self.head = nn.Linear(16, CLASSES)
-
-    def forward(self, images: Tensor) -> Tensor:
-        if self.untraceable and float(images.sum()) == math.pi:
-            images = -images
-        values: Tensor = torch.relu(self.stem(images))
-        for first in (0, 2):
-            inner = torch.relu(self.norms[first](self.convs[first](values)))
-            values = torch.relu(values + self.norms[first + 1](self.convs[first + 1](inner)))
-        logits: Tensor = self.head(values.mean((2, 3)))
-        return logits
-
-
-def residual_net(*, untraceable: bool = False) -> nn.Module:
+def seeded_net(seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        net = Residual(untraceable=untraceable).train()
-        net(make_data()[0])  # statistics of some kind
-        return net.eval()
-
-
-def run_conversion(name: str, ranks: Ranks) -> Conversion:
-    options = dict(CONVERSIONS[name])
-    net = residual_net(untraceable=options.pop("untraceable", False))
-    steps = options.pop("steps", 0)
-    chosen = plan(net, (3, 8, 8), groups=4, min_group_width=1, **options)
-    calibration = Calibration(
-        make_data(150)[0], batch_size=25, ranks=ranks, reconstruction=ReconstructionOptions(steps=steps)
-    )
-    return convert(net, chosen, calibration)
+        torch.manual_seed(seed)
+        return make_net()
 
 
 def run_finetune(name: str, *, distributed: bool) -> FinetuneResult:
     kind, settings = FINETUNES[name]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        dense = make_net()
+    dense = seeded_net(0)
     for module in dense.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # each process drops others
@@ -122,33 +74,41 @@ def work(folder: Path) -> None:
         assert ranks.world == 2
         measured: dict[str, Any] = {}
         states: dict[str, dict[str, Tensor]] = {}
-        for name in CONVERSIONS:
-            conversion = run_conversion(name, ranks)
-            states[f"conversion {name}"] = conversion.model.state_dict()
-            measured[f"conversion {name}"] = [[fit.samples, fit.error] for fit in conversion.fits]
         for name in FINETUNES:
             result = run_finetune(name, distributed=True)
             states[f"finetune {name}"] = result.last_model.state_dict()
             measured[f"finetune {name}"] = rows_of(result)
         data = TensorDataset(*make_data(33))
-        accuracy = evaluate(residual_net(), data, batch_size=8, ranks=ranks)
+        accuracy = evaluate(seeded_net(0).eval(), data, batch_size=8, ranks=ranks)
         measured["evaluate"] = [[accuracy.top1, accuracy.images]]
+        shared = seeded_net(ranks.rank)
+        if ranks.first:
+            shared.to(memory_format=torch.channels_last)
+        save(ranks.share_weights(shared).state_dict(), folder / f"shared {ranks.rank}")
         if ranks.first:
             (folder / "measured").write_text(json.dumps(measured))
             for name, state in states.items():
-                save_file({key: value.clone().contiguous() for key, value in state.items()}, folder / name)
+                save(state, folder / name)
+
+
+def save(state: dict[str, Tensor], file: Path) -> None:
+    save_file({key: value.clone().contiguous() for key, value in state.items()}, file)
 
 
 def torchrun(*command: object, folder: Path) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    return run(*launcher, *command, folder=folder)
+
+
+def run(*command: object, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*launcher, *map(str, command)],
+        list(map(str, command)),
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=550,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -177,11 +137,11 @@ def assert_alike(
     torch.testing.assert_close(other(images), model(images), rtol=5 * tolerance, atol=5 * tolerance)
 
 
-@pytest.mark.parametrize("name", CONVERSIONS)
-def test_a_calibration_on_two_ranks_is_that_of_one(of_two: Path, name: str) -> None:
-    conversion = run_conversion(name, ALONE)
-    rows = [[fit.samples, fit.error] for fit in conversion.fits]
-    assert_alike(of_two, f"conversion {name}", conversion.model, rows, 1e-4)
+def test_every_rank_gets_the_weights_of_the_first(of_two: Path) -> None:
+    for rank in (0, 1):
+        received = load_file(of_two / f"shared {rank}")
+        for key, value in seeded_net(0).state_dict().items():
+            assert torch.equal(received[key], value), (rank, key)
 
 
 @pytest.mark.parametrize("name", FINETUNES)
@@ -193,24 +153,30 @@ def test_a_training_on_two_ranks_is_that_of_one(of_two: Path, name: str) -> None
 
 
 def test_an_accuracy_is_that_of_all_images(of_two: Path) -> None:
-    accuracy = evaluate(residual_net(), TensorDataset(*make_data(33)))
+    accuracy = evaluate(seeded_net(0).eval(), TensorDataset(*make_data(33)))
     assert json.loads((of_two / "measured").read_text())["evaluate"] == [[accuracy.top1, 33]]
 
 
 def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
-    done = torchrun(
+    command = (
         "-m", "groupify", "convert", "tests.cli_nets:net", "--input-size", "3,8,8", "--weights", "none",
-        "--data", "tests.cli_nets:data", "--calibrate", 90, "--epochs", 2, "--batch-size", 16,
-        "--groups", 2, "--min-group-width", 1, "--log-file", "log.jsonl", "--log-every", 3, "--resume",
-        "-o", "out", "--json",
-        folder=tmp_path,
+        "--data", "tests.cli_nets:data", "--calibrate", 90, "--groups", 2, "--min-group-width", 1, "--json",
     )  # fmt: skip
+    training = (
+        "--epochs", 2, "--batch-size", 16, "--log-file", "log.jsonl", "--log-every", 3, "--resume",
+    )  # fmt: skip
+    done = torchrun(*command, *training, "-o", "out", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)  # one document, not two
     assert report["accuracy"]["images"] == 40
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "out"]
     steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert steps.count(12) == 2  # one training line and one validation
+
+    # Each of two processes looked at half of the test images, with the model that one process gets.
+    alone = run(sys.executable, *command, "-o", "alone", folder=tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    assert json.loads(alone.stdout)["accuracy"]["converted"] == report["accuracy"]["converted"]
 
 
 # without processes ---------------------------------------------------------------------------------
@@ -269,11 +235,6 @@ def test_a_shared_batch_norm_is_a_batch_norm(
     for key, value in own.state_dict().items():
         torch.testing.assert_close(shared.state_dict()[key], value)
     torch.testing.assert_close(shared.eval()(values), own.eval()(values))
-
-
-def test_too_few_calibration_batches_for_the_ranks() -> None:
-    with pytest.raises(DataError, match="6 calibration batches cannot be divided among 7 processes"):
-        run_conversion("grouped", Ranks(0, 7))
 
 
 if __name__ == "__main__":
