@@ -48,7 +48,7 @@ def main(folder: Path = Path(), count: int = 200) -> groupify.Plan:
     # The spec tells how to build the dense model again. A module:function is imported on request only
     # (trust=True); giving the model itself is the other way.
     spec = groupify.ModelSpec("own_model:Net", {}, INPUT_SHAPE, preprocessing=None)
-    origin = groupify.WeightsOrigin("my training run 42", pretrained=True)
+    origin = groupify.WeightsOrigin("checkpoint", "my training run 42")
     groupify.save(folder / "own-g4", conversion.model, groupify.Recipe(spec, origin, plan.recipes))
     loaded = groupify.load(folder / "own-g4", model=Net())
     with torch.no_grad():

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from groupify.errors import ArtefactError
+from groupify.errors import ArtefactError, SpecError
 from groupify.models import ModelSpec, Preprocessing, WeightsOrigin
 from groupify.strict_json import (
     JsonObject,
@@ -31,7 +31,7 @@ from groupify.strict_json import (
 from groupify.structures import KINDS, SiteRecipe
 
 FORMAT = "groupify"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MAX_SITES = 10_000
 MAX_GROUPS = 65_536
 MAX_SIDE = 65_536
@@ -124,7 +124,7 @@ class Recipe:
         weights = JsonObject(top.take("weights"), "weights")
         recipe = cls(
             model=_model_spec(JsonObject(top.take("model"), "model")),
-            weights=WeightsOrigin(source=weights.text("source"), pretrained=weights.flag("pretrained")),
+            weights=_origin(weights),
             sites=_sites(top.take("plan")),
             calibration=None
             if (value := top.take("calibration")) is None
@@ -160,6 +160,13 @@ class Recipe:
             ArtefactError: the text is not JSON, or not a recipe.
         """
         return cls.from_json(parse(text))
+
+
+def _origin(weights: JsonObject) -> WeightsOrigin:
+    try:
+        return WeightsOrigin(weights.text("kind"), weights.take("value"))
+    except SpecError as error:
+        raise ArtefactError(f"weights: {error}") from error
 
 
 def _model_spec(model: JsonObject) -> ModelSpec:

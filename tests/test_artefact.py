@@ -64,7 +64,7 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
 
 def recipe_of(name: str, sites: tuple[SiteRecipe, ...], **arguments: Any) -> Recipe:
     spec = ModelSpec(name, arguments, (3, 8, 8), None)
-    return Recipe(spec, WeightsOrigin("random, seed 0", pretrained=False), sites, metrics={"top1": 0.5})
+    return Recipe(spec, WeightsOrigin("random", 0), sites, metrics={"top1": 0.5})
 
 
 def images(seed: int = 1, side: int = 8) -> Tensor:

@@ -203,7 +203,7 @@ def test_half_precision_and_channels_last(
     conv = result.model.get_submodule("conv1")
     assert conv.weight.dtype == dtype
     spec = groupify.ModelSpec("tests.conversion.nets:Residual", {}, SHAPE, None)
-    recipe = groupify.Recipe(spec, groupify.WeightsOrigin("random", pretrained=False), found.recipes)
+    recipe = groupify.Recipe(spec, groupify.WeightsOrigin("random", 0), found.recipes)
     groupify.save(tmp_path / "out", result.model, recipe)
     again: Any = groupify.load(tmp_path / "out", model=net)
     assert again.get_submodule("conv1").weight.dtype == dtype

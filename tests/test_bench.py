@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(
         path,
         restructure(dense, chosen.recipes),
-        Recipe(SPEC, WeightsOrigin("factory", False), chosen.recipes),
+        Recipe(SPEC, WeightsOrigin("factory"), chosen.recipes),
     )
     return path
 

@@ -65,7 +65,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
 def test_the_document(converted: tuple[Path, dict[str, Any]]) -> None:
     folder, document = converted
     assert document["model"] == "demo"
-    assert document["weights"] == {"source": "demo", "pretrained": True}
+    assert document["weights"] == {"kind": "demo", "value": None}
     assert len(document["sites"]) == 15
     for site in document["sites"]:
         kept = site["name"] == "conv1" or "downsample" in site["name"]

@@ -15,7 +15,7 @@ from groupify.data.batches import calibration_images
 from groupify.data.files import read_fashion_mnist, write_idx
 from groupify.data.images import ImageArrays
 from groupify.data.splits import load_data
-from groupify.models import build_model, demo, load_model
+from groupify.models import WeightsOrigin, build_model, demo, load_model
 from groupify.scores.accuracy import evaluate
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -56,7 +56,7 @@ def test_images_are_balanced() -> None:
 def test_model_is_accurate_on_the_embedded_images() -> None:
     source = load_model("demo")
     assert source.weights.pretrained
-    assert source.weights.source == "demo"
+    assert source.weights == WeightsOrigin("demo")
     splits = load_data("demo", source.spec, num_classes=10)
     assert splits.test is not None
     accuracy = evaluate(source.model, splits.test)
@@ -76,7 +76,7 @@ def test_model_file_says_how_it_was_made() -> None:
 
 def test_random_demo_and_its_architecture() -> None:
     source = load_model("demo", weights="none")
-    assert source.weights.source == "random, seed 0"
+    assert source.weights == WeightsOrigin("random", 0)
     assert sum(parameter.numel() for parameter in source.model.parameters()) == 2_777_674
     trained = load_model("demo").model
     build_model(source.spec).load_state_dict(trained.state_dict())

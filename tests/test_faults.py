@@ -30,7 +30,7 @@ SPEC = groupify.ModelSpec("tests.conversion.nets:Residual", {}, SHAPE, None)
 
 def artefact(net: nn.Module) -> groupify.Recipe:
     plan = groupify.plan(net, SHAPE, groups=4)
-    return groupify.Recipe(SPEC, groupify.WeightsOrigin("factory", pretrained=False), plan.recipes)
+    return groupify.Recipe(SPEC, groupify.WeightsOrigin("factory"), plan.recipes)
 
 
 def converted(seed: int) -> tuple[nn.Module, groupify.Recipe]:

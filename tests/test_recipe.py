@@ -23,7 +23,7 @@ RECIPE = Recipe(
         input_shape=(3, 64, 64),
         preprocessing=Preprocessing((0.5, 0.4, 0.3), (0.2, 0.2, 0.1), 72, "bilinear"),
     ),
-    weights=WeightsOrigin("torchvision ResNet18_Weights.IMAGENET1K_V1", pretrained=True),
+    weights=WeightsOrigin("torchvision", "ResNet18_Weights.IMAGENET1K_V1"),
     sites=(
         SiteRecipe("layer1.0.conv1", "grouped", 4, shuffle=True),
         SiteRecipe("layer2.0.conv1", "grouped-pointwise", 8),
@@ -89,7 +89,7 @@ def test_versions_are_those_that_run() -> None:
     ("path", "value", "message"),
     [
         (("format",), "other", "not a groupify recipe"),
-        (("schema_version",), 2, "schema version is 2, this groupify reads version 1"),
+        (("schema_version",), 1, "schema version is 1, this groupify reads version 2"),
         (("schema_version",), True, "schema_version is True; expected an integer"),
         (("schema_version",), "1", "schema_version is '1'; expected an integer"),
         (("model",), [], r"model is \[\]; expected an object"),
@@ -106,7 +106,8 @@ def test_versions_are_those_that_run() -> None:
         (("model", "preprocessing", "std"), [0.1], "3 means but 1 standard deviations"),
         (("model", "preprocessing", "resize"), -5, "preprocessing.resize is -5"),
         (("model", "preprocessing", "interpolation"), "lanczos", "'bilinear' or 'bicubic' or 'nearest'"),
-        (("weights", "pretrained"), 1, "expected true or false"),
+        (("weights", "kind"), "torchvison", "did you mean 'torchvision'"),
+        (("weights", "value"), 1, "weights of kind 'torchvision' is 1, expected a str"),
         (("weights", "memory_format"), "tiled", "'contiguous' or 'channels_last'"),
         (("weights", "sha256"), "ABC", "64 hexadecimal digits"),
         (("plan",), {}, "plan is {}; expected a list"),

@@ -48,7 +48,7 @@ from tests.test_reporting import REPORT
 SCHEMA = json.loads((ROOT / "groupify" / "reporting" / "report.schema.json").read_text("utf-8"))
 FULL = replace(
     REPORT,
-    weights=WeightsOrigin("demo", pretrained=True),
+    weights=WeightsOrigin("demo"),
     fits=(SiteFit("layer.conv", 0.125, 4096, 48), SiteFit("last", 0.5, 4096, 27)),
     history=(
         FinetuneRow(0, 0.0, None, None, None, 0.9, 0.3),
@@ -100,7 +100,7 @@ def test_schema_is_sound_and_knows_every_part() -> None:
         (("latency_ms", "dense"), 0),
         (("params", "grouped"), -1),
         (("pictures", 0, "before"), None),
-        (("version",), 2),
+        (("version",), 3),
     ],
 )
 def test_schema_refuses_what_is_wrong(path: tuple[Any, ...], value: object) -> None:
@@ -121,7 +121,7 @@ def test_schema_refuses_what_is_wrong(path: tuple[Any, ...], value: object) -> N
         ({"accuracy": {"dense": 0.9, "converted": 0.9, "recovered": None, "images": 9}}, "just as accurate"),
         ({"accuracy": {"dense": 0.9, "converted": 0.9, "recovered": 0.91, "images": 9}}, "1.0 point more"),
         ({"accuracy": {"dense": None, "converted": None, "recovered": None, "images": None}}, "not measured"),
-        ({"weights": {"source": "random, seed 0", "pretrained": False}}, "accuracy not measured"),
+        ({"weights": {"kind": "random", "value": 0}}, "accuracy not measured"),
     ],
 )
 def test_verdict(changes: dict[str, Any], sentence: str) -> None:
@@ -172,8 +172,8 @@ def test_page_tells_where_shuffles_went_and_why() -> None:
         ("{", "is no JSON"),
         ("[" * 100_000, "is no JSON"),
         ("[]", "is no report of this groupify"),
-        ('{"format": "groupify-report", "version": 7}', "has version 7, expected 1"),
-        ('{"format": "groupify-report", "version": 1}', "report has no 'groupify'"),
+        ('{"format": "groupify-report", "version": 7}', "has version 7, expected 2"),
+        ('{"format": "groupify-report", "version": 2}', "report has no 'groupify'"),
     ],
 )
 def test_what_is_no_report_is_refused(tmp_path: Path, text: str | None, message: str) -> None:

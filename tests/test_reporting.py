@@ -45,7 +45,7 @@ POINTWISE = SitePlan(
 )  # fmt: skip
 REPORT = Report(
     model="resnet18",
-    weights=WeightsOrigin("random, seed 0", pretrained=False),
+    weights=WeightsOrigin("random", 0),
     input_shape=(3, 224, 224),
     sites=(STEM, CONV, POINTWISE),
     cost=CostChange(

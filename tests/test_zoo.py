@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights
 
 from groupify.errors import CheckpointError, GroupifyWarning, SpecError
-from groupify.models import ModelSpec, build_model, load_checkpoint, load_model
+from groupify.models import ModelSpec, WeightsOrigin, build_model, load_checkpoint, load_model
 from groupify.models import weights as zoo_weights
 from groupify.models.weights import read_checkpoint
 
@@ -108,7 +108,7 @@ def test_input_comes_from_the_weights() -> None:
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3", "fcn_resnet50", "r3d_18", "raft_small"])
 def test_random_weights_need_no_network_and_no_warning(name: str, offline: None) -> None:
     source = load_model(name, weights="none")
-    assert source.weights.source == "random, seed 0"
+    assert source.weights == WeightsOrigin("random", 0)
     assert not source.weights.pretrained
     assert not source.model.training
     expected = {"inception_v3": (3, 299, 299), "r3d_18": (3, 16, 112, 112)}
@@ -134,7 +134,7 @@ def test_pretrained_weights_from_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_
     for weights in ("auto", "DEFAULT", "IMAGENET1K_V1", "SqueezeNet1_1_Weights.IMAGENET1K_V1"):
         source = load_model("SqueezeNet1_1", weights=weights)
         assert source.weights.pretrained
-        assert source.weights.source == "torchvision SqueezeNet1_1_Weights.IMAGENET1K_V1"
+        assert source.weights == WeightsOrigin("torchvision", "SqueezeNet1_1_Weights.IMAGENET1K_V1")
         assert torch.equal(source.model.state_dict()["features.0.weight"], state["features.0.weight"])
     assert source.spec.name == "squeezenet1_1"
 
@@ -189,7 +189,7 @@ def test_auto_goes_on_without_network(offline: None) -> None:
     assert len(caught) == 1
     assert "\n" not in str(caught[0].message)
     assert caught[0].filename == __file__
-    assert source.weights.source == "random, seed 0"
+    assert source.weights == WeightsOrigin("random", 0)
 
 
 def test_strict_weights_without_network(offline: None) -> None:
@@ -294,7 +294,7 @@ def test_factory(user_module: str) -> None:
     assert not source.model[1].training
     assert source.model[0].out_channels == 6
     assert source.spec == ModelSpec("user_models:tiny", {"width": 6}, (3, 16, 16), None)
-    assert source.weights.source == "factory"
+    assert source.weights == WeightsOrigin("factory")
     assert not source.weights.pretrained
 
 
@@ -465,7 +465,7 @@ def test_checkpoint_in_place_of_weights(tmp_path: Path, offline: None) -> None:
         source = load_model(
             "squeezenet1_1", checkpoint=tmp_path / "mine.safetensors", arguments={"num_classes": 7}
         )
-    assert source.weights.source == f"checkpoint {tmp_path / 'mine.safetensors'}"
+    assert source.weights == WeightsOrigin("checkpoint", str(tmp_path / "mine.safetensors"))
     assert source.weights.pretrained
     with pytest.raises(CheckpointError, match=r"classifier.1.weight"):
         load_model("squeezenet1_1", checkpoint=tmp_path / "mine.safetensors")

@@ -137,14 +137,14 @@ def _load_own(
     if checkpoint is None and name == "demo" and weights != "none":
         model = _build(spec, seed)
         load_state(model, read_checkpoint(demo.MODEL_FILE), "the demo's weight file")
-        return Source(model, spec, WeightsOrigin("demo", pretrained=True))
+        return Source(model, spec, WeightsOrigin("demo"))
     if checkpoint is None:
-        origin = WeightsOrigin("factory" if ":" in name else _random(seed), pretrained=False)
+        origin = WeightsOrigin("factory") if ":" in name else WeightsOrigin("random", seed)
         return Source(_build(spec, seed), spec, origin)
     state = read_checkpoint(checkpoint)
     model = _build(spec, seed)
     load_state(model, state, str(checkpoint))
-    return Source(model, spec, _from_checkpoint(checkpoint))
+    return Source(model, spec, WeightsOrigin("checkpoint", str(checkpoint)))
 
 
 def _load_torchvision(
@@ -173,24 +173,16 @@ def _load_torchvision(
     spec = ModelSpec(name, {**implied, **arguments}, input_shape or shape, preprocessing)
     model = _build(spec, seed, initialise=state is None)
     if state is None:
-        return Source(model, spec, WeightsOrigin(_random(seed), pretrained=False)), problem
+        return Source(model, spec, WeightsOrigin("random", seed)), problem
     kept = torchvision_models.without_dropped_heads(state, spec.arguments)
     if checkpoint is not None:
         load_state(model, kept, str(checkpoint))
-        return Source(model, spec, _from_checkpoint(checkpoint)), None
+        return Source(model, spec, WeightsOrigin("checkpoint", str(checkpoint))), None
     try:
         load_state(model, kept, f"torchvision's {chosen!r}")
     except CheckpointError as error:
-        return Source(model, spec, WeightsOrigin(_random(seed), pretrained=False)), str(error)
-    return Source(model, spec, WeightsOrigin(f"torchvision {chosen!r}", pretrained=True)), None
-
-
-def _random(seed: int) -> str:
-    return f"random, seed {seed}"
-
-
-def _from_checkpoint(path: str | Path) -> WeightsOrigin:
-    return WeightsOrigin(f"checkpoint {path}", pretrained=True)
+        return Source(model, spec, WeightsOrigin("random", seed)), str(error)
+    return Source(model, spec, WeightsOrigin("torchvision", str(chosen))), None
 
 
 def _checked_arguments(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,18 @@ from typing import Any
 
 from torch import nn
 
+from groupify.errors import SpecError, near_names
+
+# Of each kind of weights, the type of its value.
+_VALUES: dict[str, type] = {
+    "torchvision": str,
+    "demo": type(None),
+    "checkpoint": str,
+    "factory": type(None),
+    "random": int,
+}
+UNTRAINED = ("factory", "random")
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -37,11 +49,45 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class WeightsOrigin:
-    """Where the weights of a model come from."""
+    """Where the weights of a model come from.
 
-    source: str
-    pretrained: bool
-    """Whether the weights are known to be trained."""
+    Attributes:
+        kind: ``"torchvision"``, ``"demo"``, ``"checkpoint"``, ``"factory"`` (whatever it gave its model) or
+            ``"random"``.
+        value: the name of torchvision's weights, the checkpoint's file or name, or the seed of random
+            weights; None else.
+
+    Raises:
+        SpecError: an unknown kind, or a value of another type than its kind's.
+    """
+
+    kind: str
+    value: str | int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in _VALUES:
+            raise SpecError(
+                f"unknown kind of weights {self.kind!r}, expected one of {', '.join(_VALUES)}"
+                f"{near_names(self.kind, _VALUES)}"
+            )
+        # Not isinstance: a bool is no seed.
+        if type(self.value) is not _VALUES[self.kind]:
+            raise SpecError(
+                f"the value of weights of kind {self.kind!r} is {self.value!r}, "
+                f"expected a {_VALUES[self.kind].__name__}"
+            )
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether the weights are known to be trained."""
+        return self.kind not in UNTRAINED
+
+    @property
+    def sentence(self) -> str:
+        """What to show to people."""
+        if self.kind == "random":
+            return f"random, seed {self.value}"
+        return self.kind if self.value is None else f"{self.kind} {self.value}"
 
 
 @dataclass(frozen=True)

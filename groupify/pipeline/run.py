@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import re
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -181,28 +180,22 @@ def dense_source(recipe: Recipe, checkpoint: Path | None, *, trust: bool) -> Sou
     Raises:
         SpecError: the recipe does not say where its weights can be had; name the file.
     """
-    spec, origin = recipe.model, recipe.weights.source
+    spec, origin = recipe.model, recipe.weights
     if ":" in spec.name and not trust and not spec.name.startswith("groupify.models.demo:"):
         raise SpecError(f"the recipe's model {spec.name!r} is code of its own; give --trust if you trust it")
-    weights, seed = "none", 0
-    if checkpoint is None:
-        if origin.startswith("torchvision "):
-            weights = origin.removeprefix("torchvision ").strip("'\"").rpartition(".")[2]
-        elif origin == "demo":
-            weights = "auto"
-        elif match := re.fullmatch(r"random, seed (\d+)", origin):
-            seed = int(match[1])
-        elif origin != "factory":
-            raise SpecError(
-                f"the dense weights are needed as a teacher and came from {origin!r}; give --checkpoint FILE"
-            )
+    if checkpoint is None and origin.kind == "checkpoint":
+        raise SpecError(
+            f"the dense weights are needed as a teacher and came from {origin.sentence!r}; "
+            "give --checkpoint FILE"
+        )
+    weights = {"torchvision": origin.value, "demo": "auto"}.get(origin.kind, "none")
     source = load_model(
         spec.name,
-        weights=weights,
+        weights=str(weights),
         checkpoint=checkpoint,
         arguments=spec.arguments,
         input_shape=spec.input_shape,
-        seed=seed,
+        seed=origin.value if isinstance(origin.value, int) else 0,
     )
     return Source(source.model, spec, recipe.weights)
 

@@ -14,7 +14,7 @@ from groupify.structures import Change, SitePlan
 
 # Of the document, as report.schema.json has it; readers check them first.
 FORMAT = "groupify-report"
-VERSION = 1
+VERSION = 2
 
 
 def report_document(report: Report) -> dict[str, Any]:

@@ -229,7 +229,7 @@ def report_lines(report: Report) -> list[str]:
     ]
     if steps:
         lines.append(f"top-1 on {accuracy.images} test images: " + " → ".join(steps))
-    lines.append(f"weights: {report.weights.source}; {report.calibration}")
+    lines.append(f"weights: {report.weights.sentence}; {report.calibration}")
     if report.parity is not None:
         lines.append(f"ONNX Runtime against PyTorch: largest difference {report.parity.max_abs_diff:.1e}")
     if report.shuffles is not None:

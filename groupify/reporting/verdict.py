@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from groupify.models.specs import UNTRAINED
+
 # Less than this, in points, is no difference that a reader should see.
 _EQUAL_POINTS = 0.05
 
@@ -66,7 +68,7 @@ def _size(document: Document) -> str:
 
 def _accuracy(document: Document) -> str:
     lost = points_lost(document)
-    if lost is None or not document["weights"]["pretrained"]:
+    if lost is None or document["weights"]["kind"] in UNTRAINED:
         return "accuracy not measured"
     if abs(lost) < _EQUAL_POINTS:
         return "just as accurate"

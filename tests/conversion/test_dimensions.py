@@ -59,7 +59,7 @@ def test_plan_convert_save_load_export(dims: int, kind: str, shuffle: bool, tmp_
     truncated = convert(net, found)
     assert relative_error(result.model, net, x) < 0.5 * relative_error(truncated.model, net, x)
     spec = groupify.ModelSpec("tests.conversion.test_dimensions:Net", {"dims": dims}, shape, None)
-    recipe = groupify.Recipe(spec, groupify.WeightsOrigin("random", pretrained=False), found.recipes)
+    recipe = groupify.Recipe(spec, groupify.WeightsOrigin("random", 0), found.recipes)
     groupify.save(tmp_path / "folder", result.model, recipe)
     again = groupify.load(tmp_path / "folder", trust=True)
     with torch.no_grad():

@@ -110,7 +110,7 @@ def test_safetensors_of_every_type(dtype: torch.dtype, tmp_path: Path) -> None:
 
 def recipe_of(name: str, **changes: Any) -> groupify.Recipe:
     spec = groupify.ModelSpec(name, {}, (3, 8, 8), None)
-    origin = groupify.WeightsOrigin("factory", pretrained=False)
+    origin = groupify.WeightsOrigin("factory")
     return dataclasses.replace(groupify.Recipe(spec, origin, (SiteRecipe("a", "grouped", 2),)), **changes)
 
 
