@@ -72,10 +72,10 @@ def images() -> Tensor:
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("stride", [1, 2])
-def test_full_ranks_give_the_dense_conv(structure: str, stride: int) -> None:
+@pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (1, 2), (2, (2, 1))])
+def test_full_ranks_give_the_dense_conv(structure: str, stride: int, dilation: int | tuple[int, int]) -> None:
     torch.manual_seed(0)
-    conv = nn.Conv2d(8, 12, (3, 5), stride=stride, padding=(1, 2))
+    conv = nn.Conv2d(8, 12, (3, 5), stride=stride, padding=(1, 2), dilation=dilation)
     inputs = torch.randn(64, *SHAPE)
     with torch.no_grad():
         outputs = conv(inputs)

@@ -91,11 +91,12 @@ class SpatialSVD:
         conv, (rank,) = self.conv, ranks
         height, width = conv.kernel_size
         first = nn.Conv2d(
-            conv.in_channels, rank, (height, 1), (conv.stride[0], 1), (_padding(conv)[0], 0), bias=False
-        )
+            conv.in_channels, rank, (height, 1), (conv.stride[0], 1), (_padding(conv)[0], 0),
+            (conv.dilation[0], 1), bias=False,
+        )  # fmt: skip
         last = nn.Conv2d(
             rank, conv.out_channels, (1, width), (1, conv.stride[1]), (0, _padding(conv)[1]),
-            bias=conv.bias is not None,
+            (1, conv.dilation[1]), bias=conv.bias is not None,
         )  # fmt: skip
         with torch.no_grad():
             first.weight.copy_(self._first[:rank].reshape(first.weight.shape))
@@ -138,8 +139,8 @@ class Tucker2:
         """The factors, from the weights."""
         conv, (first, second) = self.conv, ranks
         reduce = nn.Conv2d(conv.in_channels, first, 1, bias=False)
-        kernel_size, stride = _pair(conv.kernel_size), _pair(conv.stride)
-        core = nn.Conv2d(first, second, kernel_size, stride, _padding(conv))
+        kernel_size, stride, dilation = map(_pair, (conv.kernel_size, conv.stride, conv.dilation))
+        core = nn.Conv2d(first, second, kernel_size, stride, _padding(conv), dilation)
         expand = nn.Conv2d(second, conv.out_channels, 1, bias=conv.bias is not None)
         basis = self._basis[:, :second]
         weight = conv.weight.double().flatten(2) * self._scale.reshape(-1, 1, 1)
