@@ -15,7 +15,7 @@ from groupify.data.splits import load_data
 from groupify.models import ModelSpec
 from groupify.models.demo import fashion_resnet18
 from groupify.planning.uniform import plan
-from groupify.scores.cost import measure_cost
+from groupify.scores import measure_cost
 from groupify.stats.positions import input_patches, pick, sample_positions
 from groupify.stats.samples import SiteSamples
 from scripts.benchmarks import accuracy as benchmark_accuracy

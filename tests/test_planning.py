@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from groupify.conversion.surgery import restructure
 from groupify.errors import ConversionError, PlanError
 from groupify.planning.uniform import describe, plan
-from groupify.scores.cost import conv_params, measure_cost
+from groupify.scores import conv_params, measure_cost
 from groupify.structures import Change, Plan, SitePlan, SiteRecipe
 
 

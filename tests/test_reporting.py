@@ -27,7 +27,7 @@ from groupify.reporting.text import (
     size,
     stdout_console,
 )
-from groupify.scores.cost import ModelCost
+from groupify.scores import ModelCost
 from groupify.structures import Change, Plan, SitePlan
 
 MACHINE = Machine("Abacus 3", "avx2", 1, "Linux x86_64", "3.11", "2.6", "1.20", "1.17")

@@ -38,8 +38,7 @@ from groupify.graph.trace import trace
 from groupify.machine import describe_machine
 from groupify.models import load_model
 from groupify.planning.uniform import plan
-from groupify.scores.accuracy import evaluate
-from groupify.scores.cost import ModelCost, measure_cost
+from groupify.scores import ModelCost, evaluate, measure_cost
 from groupify.structures import Plan
 from scripts.benchmarks.harness import ResultFile
 

@@ -37,7 +37,7 @@ from groupify.onnx.exporting import export_onnx
 from groupify.onnx.parity import check_parity
 from groupify.onnx.runtime import BlockedConvs, count_blocked_convs
 from groupify.planning.uniform import plan
-from groupify.scores.cost import measure_cost
+from groupify.scores import measure_cost
 from scripts.benchmarks.harness import write_results
 
 INPUT_SHAPE = (3, 224, 224)

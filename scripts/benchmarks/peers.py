@@ -46,8 +46,7 @@ from groupify.models import load_model
 from groupify.onnx.exporting import export_onnx
 from groupify.planning.budget import MACS, Budget, Limit
 from groupify.planning.search import SearchOptions, plan_for_budget
-from groupify.scores.accuracy import evaluate
-from groupify.scores.cost import measure_cost
+from groupify.scores import evaluate, measure_cost
 from scripts.benchmarks.accuracy import (
     IMAGES,
     MODEL,

@@ -45,7 +45,7 @@ from groupify.planning.budget import LATENCY, MACS, Budget, Limit
 from groupify.planning.candidates import candidates
 from groupify.planning.plan_timer import PlanTimer
 from groupify.planning.search import Images, SearchOptions, make_costing, plan_for_budget
-from groupify.scores.accuracy import evaluate
+from groupify.scores import evaluate
 from groupify.structures import Plan, SiteRecipe
 from scripts.benchmarks.accuracy import shortcuts
 from scripts.benchmarks.harness import ResultFile
