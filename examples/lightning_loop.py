@@ -51,7 +51,9 @@ class ConvertAfter(lightning.Callback):
         if trainer.current_epoch != self.epoch:
             return
         assert isinstance(module, Classifier)
-        plan = groupify.plan(module.model, INPUT_SHAPE, groups=self.groups, min_group_width=8)
+        plan = groupify.plan(
+            module.model, INPUT_SHAPE, groups=self.groups, rules=groupify.Rules(min_group_width=8)
+        )
         module.model = groupify.convert(module.model, plan, self.images).model.to(module.device)
         module.learning_rate = 0.01
         # The grouped model has parameters of its own: the optimizer is made anew.

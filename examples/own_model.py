@@ -40,7 +40,7 @@ def main(folder: Path = Path(), count: int = 200) -> groupify.Plan:
     model = Net().eval()  # load your trained weights here
     images = torch.randn(count, *INPUT_SHAPE)  # and your images, normalised as in training
 
-    plan = groupify.plan(model, INPUT_SHAPE, groups=4, exclude=["conv1"])
+    plan = groupify.plan(model, INPUT_SHAPE, groups=4, rules=groupify.Rules(exclude=["conv1"]))
     conversion = groupify.convert(model, plan, images)
     for fit in conversion.fits:
         print(f"{fit.name}: relative error of the fit {fit.error:.3f}")

@@ -24,7 +24,7 @@ def make_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Optimi
 
 def converted(model: nn.Module, images: Tensor, groups: int) -> nn.Module:
     """A grouped model that goes on where the dense one stands; no labels are needed."""
-    plan = groupify.plan(model, INPUT_SHAPE, groups=groups, min_group_width=8)
+    plan = groupify.plan(model, INPUT_SHAPE, groups=groups, rules=groupify.Rules(min_group_width=8))
     return groupify.convert(model, plan, images).model
 
 

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from groupify.onnx.exporting import export_onnx as export
     from groupify.planning.budget import Budget
     from groupify.planning.plan_file import PlanFile
+    from groupify.planning.rules import Rules
     from groupify.planning.search import BudgetPlan, SearchOptions, plan_for_budget
     from groupify.planning.uniform import plan
     from groupify.recipe import Recipe
-    from groupify.scores import evaluate
+    from groupify.scores.accuracy import evaluate
     from groupify.shuffles import ShuffleChoice, choose_shuffles
     from groupify.structures import Plan
     from groupify.training.finetuning import finetune
@@ -43,6 +44,7 @@ __all__ = [
     "Plan",
     "PlanFile",
     "Recipe",
+    "Rules",
     "SearchOptions",
     "ShuffleChoice",
     "Source",
@@ -76,6 +78,7 @@ _HOMES = {
     "structures": ("Plan",),
     "planning.budget": ("Budget",),
     "planning.plan_file": ("PlanFile",),
+    "planning.rules": ("Rules",),
     "planning.search": ("BudgetPlan", "SearchOptions", "plan_for_budget"),
     "recipe": ("Recipe",),
     "training.finetuning": ("finetune",),

@@ -17,6 +17,7 @@ from groupify.errors import SpecError, near_names
 # builds that have the NEON kernels.
 _BLOCKS = {"avx2": 8, "avx512": 16, "arm64": 16, "any": 16, "baseline": 8}
 CPUS = ("avx2", "avx512", "arm64", "any", "auto")
+KNOWN_CPUS = tuple(_BLOCKS)  # what "auto" may stand for
 
 
 @dataclass(frozen=True)

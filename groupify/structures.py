@@ -100,12 +100,14 @@ class Plan:
         sites: all convs, also those that are left alone.
         input_shape: (C, H, W) that the output sizes and MACs are for.
         groups: the number of groups asked for.
+        cpu: the processor that it was made for, one of ``groupify.machine.CPUS`` but never ``"auto"``.
         notes: what the conversion has to do without; see ``limits``.
     """
 
     sites: tuple[SitePlan, ...]
     input_shape: tuple[int, ...]
     groups: int
+    cpu: str
     notes: tuple[str, ...] = ()
 
     @property

@@ -200,7 +200,8 @@ def _run(name: str, stages: _Stages, facts: dict[str, Any]) -> None:
     facts["input"] = list(shape)
     model = source.model
     with stages.on("plan"):
-        plan = groupify.plan(model, shape, groups=GROUPS, min_group_width=MIN_GROUP_WIDTH)
+        rules = groupify.Rules(min_group_width=MIN_GROUP_WIDTH)
+        plan = groupify.plan(model, shape, groups=GROUPS, rules=rules)
     facts.update(converted=len(plan.converted), convs=len(plan.sites))
     images = torch.randn((IMAGES, *shape), generator=torch.Generator().manual_seed(0))
     # With the statistics of a fresh batch norm, activations fade until the output is the last bias, and a

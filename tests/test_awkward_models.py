@@ -18,19 +18,20 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import groupify
 from groupify.conversion.conversion import Calibration
+from groupify.conversion.in_order import equal_outputs
 from groupify.conversion.site_fit import FitOptions
 from groupify.errors import ConversionError, DataError, PlanError
-from groupify.graph.forward import equal_outputs
 from groupify.stats.samples import SampleBudget
 from tests.conversion.nets import SHAPE, Residual, images, make_block_diagonal, randomise, relative_error
 
+ANY_WIDTH = groupify.Rules(min_group_width=1)
 EXACT = FitOptions(ridge=1e-9, refit_ridge=1e-9)
 
 
 def converted(
     net: nn.Module, *, groups: int = 4, fit: FitOptions = EXACT, shape: tuple[int, ...] = SHAPE
 ) -> tuple[groupify.Plan, groupify.Conversion]:
-    found = groupify.plan(net, shape, groups=groups)
+    found = groupify.plan(net, shape, groups=groups, rules=ANY_WIDTH)
     return found, groupify.convert(net, found, Calibration(images(64, shape), fit=fit))
 
 
@@ -117,7 +118,8 @@ class Functional(Residual):
 
 def test_functional_convs_are_reported() -> None:
     found, result = converted(randomise(Functional()).eval())
-    (note,) = found.notes
+    note, slower = found.notes
+    assert "expected to be slower" in slower
     assert note.startswith("the model itself calls F.conv2d with a weight of shape (16, 16, 1, 1) (1×)")
     assert "not convertible" in note
     assert [fit.name for fit in result.fits] == ["conv1"]
@@ -135,7 +137,7 @@ def test_convs_in_a_plain_list_are_reported() -> None:
             return result
 
     found, result = converted(randomise(Hidden()).eval())
-    note, problem = found.notes
+    note, problem, _ = found.notes
     assert "calls F.conv2d with a weight of shape (16, 16, 1, 1) (1×)" in note
     assert "cannot be traced (NameError: module is not installed as a submodule)" in problem
     assert note.endswith("make it an nn.Conv2d, registered as a submodule")
@@ -152,7 +154,7 @@ def test_nothing_but_functional_convs() -> None:
             return F.conv2d(x, self.weight)
 
     with pytest.raises(PlanError, match=r"no conv layer.*; the model itself calls F.conv2d"):
-        groupify.plan(Bare(), SHAPE, groups=4)
+        groupify.plan(Bare(), SHAPE, groups=4, rules=ANY_WIDTH)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
@@ -178,13 +180,13 @@ def test_parametrized_convs_are_refused_with_the_remedy(
     for conv in (net.conv1, net.conv3, net.skip):
         wrap(conv)
     with pytest.raises(PlanError, match=remedy):
-        groupify.plan(net, SHAPE, groups=4)
+        groupify.plan(net, SHAPE, groups=4, rules=ANY_WIDTH)
 
 
 def test_lazy_layers_are_refused_until_they_have_run() -> None:
     net = nn.Sequential(nn.LazyConv2d(16, 3), nn.ReLU(), nn.LazyConv2d(16, 3), nn.LazyBatchNorm2d())
     with pytest.raises(ConversionError, match=r"layer '0' is a LazyConv2d .* run the model once on an input"):
-        groupify.plan(net, SHAPE, groups=4)
+        groupify.plan(net, SHAPE, groups=4, rules=ANY_WIDTH)
     assert isinstance(net[0], nn.LazyConv2d)
     net.eval()(images(1))
     found, result = converted(net)
@@ -216,7 +218,7 @@ def test_half_precision_and_channels_last(
 def test_a_model_on_the_meta_device_can_be_planned_but_not_converted() -> None:
     with torch.device("meta"):
         net = Residual().eval()
-    found = groupify.plan(net, SHAPE, groups=4)
+    found = groupify.plan(net, SHAPE, groups=4, rules=ANY_WIDTH)
     assert found.converted
     with pytest.raises(ConversionError, match=r"'stem.weight' is on the meta device and has no values"):
         groupify.convert(net, found, images())
@@ -228,7 +230,7 @@ def test_hooks_stay_where_they_are_and_see_one_image_of_the_conversion() -> None
     net.conv1.register_forward_hook(lambda *_: seen.append("forward"))
     net.register_forward_pre_hook(lambda *_: seen.append("before"))
     net.fc.register_full_backward_hook(lambda *_: seen.append("backward"))
-    found = groupify.plan(net, SHAPE, groups=4)
+    found = groupify.plan(net, SHAPE, groups=4, rules=ANY_WIDTH)
     seen.clear()
     result = groupify.convert(net, found, images())
     assert seen == ["before", "forward"]  # to see that the outputs do not depend on them
@@ -246,7 +248,9 @@ def test_hooks_that_the_outputs_depend_on_are_part_of_the_model() -> None:
     for conv in (net.conv1, net.conv2):
         make_block_diagonal(conv, 4)
     net.stem.register_forward_hook(lambda module, inputs, output: 3 * output.abs())
-    found = groupify.plan(net, SHAPE, groups=4, include=["conv1", "conv2"])
+    found = groupify.plan(
+        net, SHAPE, groups=4, rules=groupify.Rules(include=["conv1", "conv2"], min_group_width=1)
+    )
     result = groupify.convert(net, found, Calibration(images(64), fit=EXACT))
     assert relative_error(result.model, net, images(seed=1)) < 1e-3
 
@@ -269,7 +273,7 @@ class Collecting(Residual):
 
 def test_a_model_that_reads_what_its_hooks_collect() -> None:
     net = randomise(Collecting()).eval()
-    found = groupify.plan(net, SHAPE, groups=4, include=["conv1"])
+    found = groupify.plan(net, SHAPE, groups=4, rules=groupify.Rules(include=["conv1"], min_group_width=1))
     make_block_diagonal(net.conv1, 4)
     options = FitOptions(ridge=1e-9, refresh_batch_norm=False)
     result = groupify.convert(net, found, Calibration(images(64), fit=options))
@@ -315,7 +319,7 @@ def test_a_subclass_that_only_builds_differently_is_a_plain_conv() -> None:
     net.conv1 = ThreeByThree(16)
     randomise(net).eval()
     make_block_diagonal(net.conv1, 4)
-    found = groupify.plan(net, SHAPE, groups=4, include=["conv1"])
+    found = groupify.plan(net, SHAPE, groups=4, rules=groupify.Rules(include=["conv1"], min_group_width=1))
     result = groupify.convert(net, found, Calibration(images(64), fit=EXACT))
     assert type(result.model.get_submodule("conv1")) is nn.Conv2d
     assert relative_error(result.model, net, images(seed=1)) < 1e-3
@@ -323,7 +327,7 @@ def test_a_subclass_that_only_builds_differently_is_a_plain_conv() -> None:
 
 def test_complex_inputs_and_weights_are_refused() -> None:
     net = randomise(Residual()).eval()
-    found = groupify.plan(net, SHAPE, groups=4)
+    found = groupify.plan(net, SHAPE, groups=4, rules=ANY_WIDTH)
     with pytest.raises(DataError, match=r"of type torch.complex64, expected floating point"):
         groupify.convert(net, found, images().to(torch.complex64))
     with pytest.raises(DataError, match=r"of type torch.uint8"):
@@ -392,7 +396,9 @@ def test_what_is_used_from_outside_is_no_part(make: Callable[[], nn.Module]) -> 
     net = randomise(make()).eval()
     for name in ("conv1", "conv2"):
         make_block_diagonal(net.get_submodule(f"backbone.{name}"), 4)  # type: ignore[arg-type]
-    found = groupify.plan(net, SHAPE, groups=4, include=["*.conv1", "*.conv2"])
+    found = groupify.plan(
+        net, SHAPE, groups=4, rules=groupify.Rules(include=["*.conv1", "*.conv2"], min_group_width=1)
+    )
     assert "channels are not clustered" in found.notes[0]
     options = FitOptions(ridge=1e-9, refresh_batch_norm=False)
     result = groupify.convert(net, found, Calibration(images(64), fit=options))
@@ -403,7 +409,7 @@ def test_a_detector_s_backbone_gets_everything() -> None:
     net = detection.fasterrcnn_mobilenet_v3_large_320_fpn(
         weights=None, weights_backbone=None, num_classes=3, min_size=64, max_size=64
     ).eval()
-    found = groupify.plan(net, (3, 64, 64), groups=4, min_group_width=4)
+    found = groupify.plan(net, (3, 64, 64), groups=4, rules=groupify.Rules(min_group_width=4))
     assert "only inside backbone, " in found.notes[0]
     budget = SampleBudget(per_input=1, minimum=64, patches_per_input=1, patches_minimum=32)
     calibration = Calibration(images(2, (3, 64, 64)), restarts=0, budget=budget)

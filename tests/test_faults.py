@@ -25,18 +25,19 @@ from groupify.errors import DataError, GroupifyError
 from tests.conftest import ROOT, Run
 from tests.conversion.nets import SHAPE, Residual, images, randomise
 
+ANY_WIDTH = groupify.Rules(min_group_width=1)
 SPEC = groupify.ModelSpec("tests.conversion.nets:Residual", {}, SHAPE, None)
 
 
 def artefact(net: nn.Module) -> groupify.Recipe:
-    plan = groupify.plan(net, SHAPE, groups=4)
+    plan = groupify.plan(net, SHAPE, groups=4, rules=ANY_WIDTH)
     return groupify.Recipe(SPEC, groupify.WeightsOrigin("factory"), plan.recipes)
 
 
 def converted(seed: int) -> tuple[nn.Module, groupify.Recipe]:
     net = randomise(Residual(), seed).eval()
     recipe = artefact(net)
-    return groupify.convert(net, groupify.plan(net, SHAPE, groups=4), images()).model, recipe
+    return groupify.convert(net, groupify.plan(net, SHAPE, groups=4, rules=ANY_WIDTH), images()).model, recipe
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -238,10 +239,9 @@ def test_onnx_runtime_missing_leaves_the_earlier_output(
 def test_one_image_is_enough_to_convert_and_evaluate() -> None:
     net = randomise(Residual()).eval()
     one = [(images(1), torch.tensor([3]))]
+    found = groupify.plan(net, SHAPE, groups=2, rules=ANY_WIDTH)
     with pytest.warns(groupify.GroupifyWarning, match="fewer samples than inputs"):
-        result = groupify.convert(
-            net, groupify.plan(net, SHAPE, groups=2), groupify.calibration_images(one, 5, seed=0)
-        )
+        result = groupify.convert(net, found, groupify.calibration_images(one, 5, seed=0))
     accuracy = groupify.evaluate(result.model, one)
     assert accuracy.images == 1
     with pytest.raises(GroupifyError, match="label 3"):

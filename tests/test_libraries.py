@@ -24,7 +24,7 @@ SHAPE = (3, 32, 32)
 def whole_way(name: str, arguments: dict[str, Any], shape: tuple[int, ...], folder: Path) -> nn.Module:
     """Plan, convert, save, load, export; the loaded model computes the same, and so does ONNX Runtime."""
     source = groupify.load_model(name, arguments=arguments, input_shape=shape)
-    plan = groupify.plan(source.model, shape, groups=2, min_group_width=8)
+    plan = groupify.plan(source.model, shape, groups=2, rules=groupify.Rules(min_group_width=8))
     result = groupify.convert(source.model, plan, Calibration(images(24, shape), restarts=0))
     recipe = groupify.Recipe(source.spec, source.weights, plan.recipes)
     groupify.save(folder / "out", result.model, recipe)

@@ -17,12 +17,13 @@ from torch.nn.parallel import DistributedDataParallel
 from groupify.conversion.conversion import convert
 from groupify.conversion.layers import SHUFFLED
 from groupify.models.demo import INPUT_SHAPE, demo_model
+from groupify.planning.rules import Rules
 from groupify.planning.uniform import plan
 
 KINDS: dict[str, dict[str, Any]] = {
     "grouped": {},
     "shuffled": {"shuffle": "all"},
-    "grouped-pointwise": {"kind": "grouped-pointwise"},
+    "grouped-pointwise": {"structures": "grouped-pointwise"},
 }
 
 
@@ -30,7 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def model(request: pytest.FixtureRequest) -> nn.Module:
     torch.manual_seed(0)
     dense = demo_model().eval()
-    chosen = plan(dense, INPUT_SHAPE, groups=4, min_group_width=1, **KINDS[request.param])
+    chosen = plan(dense, INPUT_SHAPE, groups=4, rules=Rules(min_group_width=1, **KINDS[request.param]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return convert(dense, chosen).model.eval()

@@ -14,8 +14,9 @@ from groupify.data.images import ImageArrays
 from groupify.data.splits import load_data
 from groupify.models import ModelSpec
 from groupify.models.demo import fashion_resnet18
+from groupify.planning.rules import Rules
 from groupify.planning.uniform import plan
-from groupify.scores import measure_cost
+from groupify.scores.cost import measure_cost
 from groupify.stats.positions import input_patches, pick, sample_positions
 from groupify.stats.samples import SiteSamples
 from scripts.benchmarks import accuracy as benchmark_accuracy
@@ -98,7 +99,7 @@ def test_full_ranks_give_the_dense_conv(structure: str, stride: int, dilation: i
 def test_factorised_net_meets_its_macs_and_stays_close(structure: str, net: Net, images: Tensor) -> None:
     for conv in (net.first, net.second):
         make_low_rank(conv, structure, 4)
-    chosen = plan(net, SHAPE, groups=2, min_group_width=1)
+    chosen = plan(net, SHAPE, groups=2, rules=Rules(min_group_width=1))
     sites = {site.name: site.macs.dense for site in chosen.sites}
     dense = measure_cost(net, images[:1]).macs
     before = {key: value.clone() for key, value in net.state_dict().items()}

@@ -13,9 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from groupify.conversion.surgery import restructure
 from groupify.errors import ConversionError, PlanError
-from groupify.planning.uniform import describe, plan
-from groupify.scores import conv_params, measure_cost
-from groupify.structures import Change, Plan, SitePlan, SiteRecipe
+from groupify.graph.trace import example_input
+from groupify.planning.rules import Rules
+from groupify.planning.uniform import describe, observe, plan, plan_observed
+from groupify.scores.cost import conv_params, measure_cost
+from groupify.structures import KINDS, Change, Plan, SitePlan, SiteRecipe
 
 
 def stem(channels: int) -> nn.Conv2d:
@@ -27,9 +29,16 @@ def behind_stem(conv: nn.Module, channels: int) -> nn.Sequential:
     return nn.Sequential(stem(channels), conv)
 
 
+def planned(model: nn.Module, shape: tuple[int, ...], *, groups: int, **options: Any) -> Plan:
+    """What the rules say, of any width unless asked otherwise; without what is added of latencies."""
+    rules = Rules(**{"min_group_width": 1, "cpu": "avx512", **options})
+    observed = observe(model, example_input(shape, like=model))
+    return plan_observed(model, observed, shape, groups=groups, rules=rules)
+
+
 def only_site(model: nn.Module, groups: int, size: int = 8, **options: Any) -> SitePlan:
     """The plan of the conv behind the stem."""
-    return plan(model, (3, size, size), groups=groups, **options).sites[1]
+    return planned(model, (3, size, size), groups=groups, **options).sites[1]
 
 
 def reason_of(conv: nn.Conv2d, groups: int = 2, **options: Any) -> str | None:
@@ -51,7 +60,7 @@ def torch_macs(model: nn.Module, example: Tensor) -> int:
 def test_hand_counted_conv() -> None:
     """8 → 6 channels, 1×1, 2 groups: 6 × 8/2 = 24 weights and 6 biases; 24 MACs at each position."""
     model = behind_stem(nn.Conv2d(8, 6, 1), 8)
-    result = plan(model, (3, 5, 7), groups=2)
+    result = planned(model, (3, 5, 7), groups=2)
     site = result.sites[1]
     assert (site.groups_before, site.groups, site.kind, site.reason) == (1, 2, "grouped", None)
     assert site.params == Change(48 + 6, 24 + 6)
@@ -81,7 +90,7 @@ def test_stride_dilation_padding() -> None:
 def test_grouped_pointwise() -> None:
     """8 groups of a 3×3 conv and a dense 1×1 conv, which has the bias."""
     conv = nn.Conv2d(32, 16, 3, padding=1)
-    site = only_site(behind_stem(conv, 32), 8, kind="grouped-pointwise")
+    site = only_site(behind_stem(conv, 32), 8, structures=("grouped-pointwise",))
     assert (site.kind, site.groups, site.reason) == ("grouped-pointwise", 8, None)
     assert site.params == Change(32 * 16 * 9 + 16, 32 // 8 * 16 * 9 + 16 * 16 + 16)
     assert site.macs == Change(32 * 16 * 9 * 64, (32 // 8 * 16 * 9 + 16 * 16) * 64)
@@ -90,7 +99,7 @@ def test_grouped_pointwise() -> None:
 def test_a_shared_conv_counts_its_weights_once_and_its_work_twice() -> None:
     shared = nn.Conv2d(8, 8, 1, bias=False)
     model = nn.Sequential(stem(8), shared, nn.ReLU(), shared)
-    result = plan(model, (3, 4, 4), groups=2)
+    result = planned(model, (3, 4, 4), groups=2)
     assert [site.name for site in result.sites] == ["0", "1"]
     assert result.sites[1].params == Change(64, 32)
     assert result.sites[1].macs == Change(2 * 64 * 16, 2 * 32 * 16)
@@ -120,12 +129,12 @@ def test_a_conv_of_nothing_has_no_ratio() -> None:
 
 
 def test_first_conv() -> None:
-    result = plan(nn.Sequential(stem(8), nn.Conv2d(8, 8, 1)), (3, 4, 4), groups=2)
+    result = planned(nn.Sequential(stem(8), nn.Conv2d(8, 8, 1)), (3, 4, 4), groups=2)
     assert result.sites[0].reason == "first conv: too few input channels (3)"
     assert result.sites[0].groups == 1
     assert result.converted == result.sites[1:]
     wide = nn.Sequential(nn.Conv2d(64, 64, 1), nn.Conv2d(64, 64, 1))
-    assert plan(wide, (64, 4, 4), groups=2).sites[0].reason == "first conv: it is always left alone"
+    assert planned(wide, (64, 4, 4), groups=2).sites[0].reason == "first conv: it is always left alone"
 
 
 @pytest.mark.parametrize(
@@ -178,7 +187,7 @@ def test_a_conv_that_never_runs_comes_last() -> None:
             return features
 
     model = Net().train()
-    result = plan(model, (3, 4, 4), groups=2)
+    result = planned(model, (3, 4, 4), groups=2)
     assert [site.name for site in result.sites] == ["stem", "conv", "training_only"]
     left = result.sites[2]
     assert (left.reason, left.output_size, left.macs) == ("never runs in inference", (), Change(0, 0))
@@ -188,7 +197,7 @@ def test_a_conv_that_never_runs_comes_last() -> None:
 
 def test_no_skipped_site_is_dropped() -> None:
     model = nn.Sequential(stem(8), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 9, 1))
-    result = plan(model, (3, 8, 8), groups=2)
+    result = planned(model, (3, 8, 8), groups=2)
     assert [site.name for site in result.sites] == ["0", "1", "2", "3"]
     assert all((site.reason is None) == site.converted for site in result.sites)
 
@@ -198,7 +207,7 @@ def test_the_model_is_left_untouched() -> None:
     model.append(nn.BatchNorm2d(8))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     random = torch.get_rng_state()
-    plan(model, (3, 4, 4), groups=2)
+    plan(model, (3, 4, 4), groups=2, rules=Rules(min_group_width=1))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not any(module._forward_hooks for module in model.modules())
     assert all(module.training for module in model.modules())
@@ -227,7 +236,7 @@ def four_convs() -> nn.Module:
     ],
 )
 def test_patterns(include: tuple[str, ...], exclude: tuple[str, ...], converted: list[str]) -> None:
-    result = plan(four_convs(), (3, 4, 4), groups=2, include=include, exclude=exclude)
+    result = planned(four_convs(), (3, 4, 4), groups=2, include=include, exclude=exclude)
     assert [site.name for site in result.converted] == converted
     reasons = {site.reason for site in result.sites if not site.converted and site.name != "stem"}
     assert reasons <= {"not included", "excluded"}
@@ -236,9 +245,9 @@ def test_patterns(include: tuple[str, ...], exclude: tuple[str, ...], converted:
 @pytest.mark.parametrize("option", ["include", "exclude"])
 def test_a_pattern_that_matches_nothing(option: str) -> None:
     with pytest.raises(PlanError, match=r"pattern 'a3' matches no conv .*; did you mean 'a2' or 'a1'\?"):
-        plan(four_convs(), (3, 4, 4), groups=2, **{option: ("b", "a3")})  # type: ignore[arg-type]
+        planned(four_convs(), (3, 4, 4), groups=2, **{option: ("b", "a3")})
     with pytest.raises(PlanError, match=r"pattern 'zzz' matches no conv .*; for example 'stem'"):
-        plan(four_convs(), (3, 4, 4), groups=2, **{option: ("zzz",)})  # type: ignore[arg-type]
+        planned(four_convs(), (3, 4, 4), groups=2, **{option: ("zzz",)})
 
 
 # ---- what is refused
@@ -247,14 +256,19 @@ def test_a_pattern_that_matches_nothing(option: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"groups": 0}, "groups is 0, expected at least 2"),
-        ({"groups": -1}, "groups is -1, expected at least 2"),
+        ({"groups": 0}, "groups is 0; expected at least 2"),
+        ({"groups": -1}, "groups is -1; expected at least 2"),
         ({"groups": 1}, "groups is 1, which leaves the model dense"),
-        ({"groups": 2, "kind": "group"}, "unknown kind 'group'.*did you mean 'grouped'"),
+        ({"groups": 2, "structures": ["group"]}, "unknown structure 'group'.*did you mean 'grouped'"),
+        ({"groups": 2, "structures": []}, "structures is empty"),
+        ({"groups": 2, "structures": KINDS}, "structures are grouped, grouped-pointwise: .* takes one"),
         ({"groups": 2, "shuffle": "some"}, "unknown shuffle 'some'"),
-        ({"groups": 2, "shuffle": "all", "kind": "grouped-pointwise"}, "mixes the groups already"),
+        ({"groups": 2, "shuffle": "all", "structures": "grouped-pointwise"}, "mixes the groups already"),
         ({"groups": 2, "min_group_width": 0}, "min_group_width is 0"),
-        ({"groups": 2, "block": 0}, "block is 0"),
+        (
+            {"groups": 2, "min_group_width": "wide"},
+            "min_group_width is 'wide', expected 'auto' or",
+        ),
         (
             {"groups": 2, "min_group_width": 5},
             "2 groups of at least 5 channels fit none of the 4 convs",
@@ -266,22 +280,22 @@ def test_a_pattern_that_matches_nothing(option: str) -> None:
 )
 def test_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):
-        plan(four_convs(), (3, 4, 4), **options)
+        planned(four_convs(), (3, 4, 4), **options)
 
 
 def test_no_convs() -> None:
     with pytest.raises(PlanError, match="the model has no conv layer"):
-        plan(nn.Flatten(), (3, 4, 4), groups=2)
+        planned(nn.Flatten(), (3, 4, 4), groups=2)
 
 
 def test_wrong_input_shape() -> None:
     with pytest.raises(ConversionError, match=r"does not run on an input of shape \(1, 4, 8, 8\)"):
-        plan(four_convs(), (4, 8, 8), groups=2)
+        planned(four_convs(), (4, 8, 8), groups=2)
 
 
 # ---- the number of groups
 
-FAST = {"min_group_width": 16, "block": 16}
+FAST: dict[str, Any] = {"min_group_width": "auto"}
 NARROWER = "clamped: groups narrower than 16 channels are slower"
 BETWEEN = "clamped: only widths that are multiples of 16 run in the fast kernel"
 SLOWER = "slower kernel: no width is a multiple of 16"
@@ -304,12 +318,14 @@ SLOWER = "slower kernel: no width is a multiple of 16"
         # No width is a multiple: as many groups as their width allows, and the kernel is named.
         ((72, 72), 4, FAST, 4, SLOWER),
         ((72, 72), 8, FAST, 4, f"{NARROWER}; {SLOWER}"),
-        ((36, 36), 8, {"block": 8}, 6, "clamped: 8 groups do not divide 36 → 36 channels; "
-                                       "slower kernel: no width is a multiple of 8"),
+        ((72, 72), 8, {**FAST, "cpu": "avx2"}, 3, "clamped: only widths that are multiples of 8 run in the "
+                                                  "fast kernel"),
+        ((36, 36), 8, {**FAST, "cpu": "avx2"}, 4, "clamped: groups narrower than 8 channels are slower; "
+                                                  "slower kernel: no width is a multiple of 8"),
     ],
 )  # fmt: skip
 def test_number_of_groups(
-    sizes: tuple[int, int], groups: int, options: dict[str, int], chosen: int, reason: str | None
+    sizes: tuple[int, int], groups: int, options: dict[str, Any], chosen: int, reason: str | None
 ) -> None:
     model = behind_stem(nn.Conv2d(*sizes, 1), sizes[0])
     site = only_site(model, groups, size=32, **options)
@@ -317,13 +333,13 @@ def test_number_of_groups(
 
 
 def test_too_few_channels_for_the_width() -> None:
-    reason = reason_of(nn.Conv2d(24, 64, 1), min_group_width=16, block=16)
+    reason = reason_of(nn.Conv2d(24, 64, 1), **FAST)
     assert reason == "groups narrower than 16 channels are slower; 24 → 64 channels are too few"
 
 
 def test_pointwise_kind_is_left_out_where_it_does_not_pay() -> None:
     model = nn.Sequential(stem(8), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 64, 3, padding=1), nn.Conv2d(64, 64, 3))
-    sites = plan(model, (3, 8, 8), groups=2, kind="grouped-pointwise").sites
+    sites = planned(model, (3, 8, 8), groups=2, structures=("grouped-pointwise",)).sites
     assert sites[1].reason == "a 1×1 conv costs less than a grouped conv and a pointwise conv"
     assert sites[2].reason == "2 groups and a pointwise conv would cost more than this conv"
     assert sites[3].kind == "grouped-pointwise"
@@ -333,37 +349,39 @@ def test_pointwise_kind_is_left_out_where_it_does_not_pay() -> None:
     in_channels=st.integers(8, 96),
     out_channels=st.integers(1, 96),
     groups=st.integers(2, 200),
-    width=st.integers(1, 20),
-    block=st.sampled_from([1, 4, 8, 16]),
+    width=st.sampled_from(["auto", *range(1, 21)]),
+    cpu=st.sampled_from(["avx2", "avx512"]),
     kernel=st.sampled_from([1, 3]),
     stride=st.integers(1, 2),
     bias=st.booleans(),
-    kind=st.sampled_from(["grouped", "grouped-pointwise"]),
+    structure=st.sampled_from(KINDS),
 )
 @settings(max_examples=60, deadline=None)
 def test_every_plan_keeps_its_rules_and_its_counts_are_torch_s(
     in_channels: int,
     out_channels: int,
     groups: int,
-    width: int,
-    block: int,
+    width: int | str,
+    cpu: str,
     kernel: int,
     stride: int,
     bias: bool,
-    kind: str,
+    structure: str,
 ) -> None:
     conv = nn.Conv2d(in_channels, out_channels, kernel, stride=stride, bias=bias)
     model = behind_stem(conv, in_channels)
+    rules = Rules(min_group_width=width, cpu=cpu, structures=structure)
+    width = rules.narrowest
     try:
-        result = plan(model, (3, 5, 5), groups=groups, min_group_width=width, block=block, kind=kind)
+        result = plan(model, (3, 5, 5), groups=groups, rules=rules)
     except PlanError as error:
         if "would be slower" in str(error):
-            assert block > 1
+            assert rules.block > 1
             return
         common = math.gcd(in_channels, out_channels)
         narrow = min(in_channels, out_channels)
         fitting = [d for d in range(2, groups + 1) if common % d == 0 and narrow >= width * d]
-        assert kind == "grouped-pointwise" or not fitting
+        assert structure == "grouped-pointwise" or not fitting
         return
     site = result.sites[1]
     assert 2 <= site.groups <= groups
@@ -393,8 +411,8 @@ def test_conv_params_are_torch_s(a: int, b: int, groups: int, kernel: int, bias:
 
 def test_describe_is_the_plan_again() -> None:
     model = four_convs()
-    made = plan(model, (3, 4, 4), groups=4, shuffle="all", exclude=("b",))
-    told = describe(model, made.recipes, (3, 4, 4))
+    made = planned(model, (3, 4, 4), groups=4, shuffle="all", exclude=("b",))
+    told = describe(model, made.recipes, (3, 4, 4), "any")
     assert (
         told.recipes
         == made.recipes
@@ -405,6 +423,7 @@ def test_describe_is_the_plan_again() -> None:
     )
     assert isinstance(told, Plan)
     assert (told.params, told.macs, told.groups) == (made.params, made.macs, 4)
+    assert told.cpu == "any"
     assert told.sites[3].reason == "left alone by the recipe"
 
 
@@ -413,12 +432,12 @@ def test_a_cheap_projection_shortcut_stays_dense_unless_included() -> None:
         nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 64, 3, padding=1), nn.Conv2d(64, 64, 1, stride=2)
     )
     # 64·64·14² of about 32·64·9·28² MACs: 5%.
-    costly = plan(net, (3, 28, 28), groups=4)
+    costly = planned(net, (3, 28, 28), groups=4)
     assert costly.sites[2].groups == 4
     net[2] = nn.Conv2d(64, 8, 1, stride=2)  # 0.6%
-    cheap = plan(net, (3, 28, 28), groups=4)
+    cheap = planned(net, (3, 28, 28), groups=4)
     assert (cheap.sites[2].kind, cheap.sites[2].groups) == ("dense", 1)
     assert "lets the groups mix" in (cheap.sites[2].reason or "")
-    assert plan(net, (3, 28, 28), groups=4, include=["*"]).sites[2].groups == 4
+    assert planned(net, (3, 28, 28), groups=4, include=["*"]).sites[2].groups == 4
     net[2] = nn.Conv2d(64, 8, 1)  # not strided: no shortcut
-    assert plan(net, (3, 28, 28), groups=4).sites[2].groups == 4
+    assert planned(net, (3, 28, 28), groups=4).sites[2].groups == 4

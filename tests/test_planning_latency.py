@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from groupify.errors import GroupifyWarning, PlanError
+from groupify.planning.rules import Rules
 from groupify.planning.slow_kernels import latency_warning, relative_latency
 from groupify.planning.uniform import plan
 from groupify.structures import Change, SitePlan
@@ -68,26 +69,28 @@ def nets(*convs: nn.Module) -> nn.Sequential:
 
 
 NARROW = nets(nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 128, 3, padding=1), nn.Conv2d(128, 128, 3))
+AVX512 = Rules(cpu="avx512")
 
 
 def test_a_slower_conv_stays_dense_by_default() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        result = plan(NARROW, (3, 16, 16), groups=4, min_group_width=4, block=16)
-    first, second, third = result.sites[1:]
+        odd = nets(nn.Conv2d(16, 40, 1), nn.Conv2d(40, 40, 1), nn.Conv2d(40, 128, 3), nn.Conv2d(128, 128, 3))
+        result = plan(odd, (3, 16, 16), groups=4, rules=AVX512)
+    first, second, third = result.sites[2:]
     assert not first.converted
     assert first.macs.dense == first.macs.grouped
     assert first.params.dense == first.params.grouped
     assert first.reason is not None
     assert first.reason.startswith("grouped it would be slower, an estimated ")
-    assert first.reason.endswith("× of the dense latency: groups of 4 → 4 channels are no multiples of 16")
+    assert first.reason.endswith("× of the dense latency: groups of 20 → 20 channels are no multiples of 16")
     assert second.converted  # slower kernel, but less work by far
     assert (third.groups, third.reason) == (4, None)
 
 
 def test_whoever_switches_the_width_off_is_warned() -> None:
     with pytest.warns(GroupifyWarning, match=r"1 of 3 grouped convs are expected to be slower.*: 1 \(slower"):
-        result = plan(NARROW, (3, 16, 16), groups=4, target_block=16)
+        result = plan(NARROW, (3, 16, 16), groups=4, rules=Rules(min_group_width=1, cpu="avx512"))
     assert [conv.groups for conv in result.sites[1:]] == [4, 4, 4]
     reasons = [conv.reason or "" for conv in result.sites[1:]]
     assert "an estimated" in reasons[0]
@@ -97,20 +100,21 @@ def test_whoever_switches_the_width_off_is_warned() -> None:
 
 def test_nothing_is_left() -> None:
     with pytest.raises(PlanError, match="no convolution worth grouping: each of the 1 that could get groups"):
-        plan(nets(nn.Conv2d(16, 16, 3)), (3, 16, 16), groups=4, block=16)
+        plan(nets(nn.Conv2d(16, 40, 1), nn.Conv2d(40, 40, 1)), (3, 16, 16), groups=4, rules=AVX512)
 
 
 def test_a_shuffle_behind_a_cheap_conv_is_warned_of_but_made() -> None:
     model = nets(nn.Conv2d(16, 32, 1), nn.Conv2d(32, 32, 1), nn.Conv2d(32, 32, 3))
     with pytest.warns(GroupifyWarning, match=r"\(slower.* with the shuffle\); --shuffle none"):
-        result = plan(model, (3, 14, 14), groups=2, block=16, shuffle="all", exclude=["1"])
+        result = plan(model, (3, 14, 14), groups=2, rules=replace(AVX512, shuffle="all", exclude="1"))
     assert [conv.shuffle for conv in result.converted] == [True, True]
-    assert latency_warning(plan(model, (3, 14, 14), groups=2, block=16, exclude=["1"]), 16) is None
+    without = plan(model, (3, 14, 14), groups=2, rules=replace(AVX512, exclude="1"))
+    assert latency_warning(without, 16) is None
 
 
 def test_a_conv_that_never_runs_or_has_one_dimension_is_no_obstacle() -> None:
     model = nn.Sequential(nn.Conv1d(3, 64, 3), nn.Conv1d(64, 64, 3), nn.Conv1d(64, 64, 3))
-    assert [conv.groups for conv in plan(model, (3, 64), groups=2, block=16).converted] == [2, 2]
+    assert [conv.groups for conv in plan(model, (3, 64), groups=2, rules=AVX512).converted] == [2, 2]
 
 
 def test_command_line(run: Run) -> None:

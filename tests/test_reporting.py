@@ -27,7 +27,7 @@ from groupify.reporting.text import (
     size,
     stdout_console,
 )
-from groupify.scores import ModelCost
+from groupify.scores.cost import ModelCost
 from groupify.structures import Change, Plan, SitePlan
 
 MACHINE = Machine("Abacus 3", "avx2", 1, "Linux x86_64", "3.11", "2.6", "1.20", "1.17")
@@ -141,7 +141,7 @@ def test_what_was_not_measured_is_not_shown() -> None:
 @pytest.mark.parametrize("width", [80, 139])
 def test_a_narrow_terminal_gets_packed_cells_and_numbered_reasons(width: int) -> None:
     console = terminal(width)
-    print_plan(Plan((STEM, CONV, POINTWISE, replace(STEM, name="stem2")), (3, 224, 224), 4), console)
+    print_plan(Plan((STEM, CONV, POINTWISE, replace(STEM, name="stem2")), (3, 224, 224), 4, "avx2"), console)
     shown = lines(console)
     assert all(len(line) <= width for line in shown)
     assert "3→64 7×7/2 112×112" in shown[1]
@@ -157,7 +157,7 @@ def test_a_narrow_terminal_gets_packed_cells_and_numbered_reasons(width: int) ->
 
 def test_a_wide_terminal_shows_the_reasons_in_place() -> None:
     console = terminal(160)
-    print_plan(Plan((STEM, CONV), (3, 224, 224), 4), console)
+    print_plan(Plan((STEM, CONV), (3, 224, 224), 4, "avx2"), console)
     assert lines(console)[1].endswith("first conv: too few input channels (3)")
     assert "1: first conv" not in "\n".join(lines(console))
     assert lines(console)[-1] == "1 of 2 convs are converted"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from groupify import choose_shuffles, plan
 from groupify.errors import PlanError
+from groupify.planning.rules import Rules
 from groupify.planning.slow_kernels import shuffle_work
 from groupify.shuffles import ShuffleChoice, weigh, with_shuffles
 from groupify.structures import Plan
-from tests.cli_nets import INPUT_SIZE
-from tests.conftest import Run
 
 
 class Net(nn.Module):
@@ -51,8 +50,8 @@ def net() -> Net:
     return Net().eval()
 
 
-def planned(model: nn.Module, **options: str) -> Plan:
-    return plan(model, SHAPE, groups=2, exclude=["dense"], **options)  # type: ignore[arg-type]
+def planned(model: nn.Module, **options: Any) -> Plan:
+    return plan(model, SHAPE, groups=2, rules=Rules(**{"exclude": "dense", "min_group_width": 1, **options}))
 
 
 def test_choice_is_a_new_plan_with_reasons() -> None:
@@ -125,7 +124,7 @@ def test_a_larger_tensor_carries_more_of_the_cost() -> None:
 
 def test_nothing_to_gain() -> None:
     model = nn.Sequential(nn.Conv2d(3, 32, 1), nn.Conv2d(32, 32, 3), nn.Flatten(), nn.Linear(32 * 100, 4))
-    choice: ShuffleChoice = choose_shuffles(model, plan(model, SHAPE, groups=2), IMAGES)
+    choice: ShuffleChoice = choose_shuffles(model, planned(model, exclude=()), IMAGES)
     assert choice.places == ()
     assert not any(site.shuffle for site in choice.plan.sites)
 
@@ -142,31 +141,13 @@ class Branching(nn.Module):
 
 def test_refused() -> None:
     with pytest.raises(PlanError, match="choose none or all"):
-        choose_shuffles(Branching(), plan(Branching(), SHAPE, groups=2), IMAGES)
-    pointwise = plan(net(), SHAPE, groups=2, kind="grouped-pointwise")
+        choose_shuffles(Branching(), planned(Branching(), exclude=()), IMAGES)
+    pointwise = planned(net(), structures="grouped-pointwise")
     with pytest.raises(PlanError, match="takes no shuffle; leave it at none"):
         choose_shuffles(net(), pointwise, IMAGES)
-    with pytest.raises(PlanError, match="choose_shuffles"):
-        planned(net(), shuffle="auto")
 
 
 def test_shuffles_of_a_plan_are_set_and_unset() -> None:
     every = planned(NET, shuffle="all")
     assert [site.name for site in with_shuffles(every, ("second",)).converted if site.shuffle] == ["second"]
-    assert with_shuffles(every, ()) == planned(NET)
-
-
-def test_command_line(run: Run) -> None:
-    command = ("convert", "tests.cli_nets:net", "--input-size", INPUT_SIZE, "--model-args",
-               '{"channels": 64}', "--shuffle", "auto", "--data", "tests.cli_nets:data", "-g", 2)  # fmt: skip
-    outcome = run(*command, "--calibrate", 64, "-o", "out", "--json")
-    assert outcome.code == 0, outcome.err
-    document = json.loads(outcome.out)
-    (place,) = document["shuffles"]["places"]
-    assert (place["name"], place["readers"]) == ("2", ["5"])
-    assert document["shuffles"]["milliseconds_with"] > 0
-    sites = {site["name"]: site for site in document["sites"]}
-    assert sites["2"]["shuffle"] == place["chosen"]
-    assert "shuffle: fitted error" in sites["2"]["reason"]
-    text = run(*command, "--calibrate", 64, "-o", "out", "--force")
-    assert "\nshuffle auto: " in text.out
+    assert with_shuffles(every, ()).recipes == planned(NET).recipes

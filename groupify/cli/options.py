@@ -17,6 +17,7 @@ from groupify.errors import SpecError, near_names
 
 if TYPE_CHECKING:
     from groupify.pipeline import ModelRequest, OutputRequest, PlanRequest, SearchRequest
+    from groupify.planning.rules import Rules
 
 # Everything heavy (torch first of all) is imported inside the functions: --help answers at once.
 
@@ -180,8 +181,7 @@ plan_options = _options(
         flag_value="all",
         default="none",
         show_default=True,
-        help="none; all: a channel shuffle behind every converted conv; auto: where the fitted error that it "
-        "saves is worth its latency, both measured, which needs data. With a budget: all and auto try both.",
+        help="none; all: a channel shuffle behind every converted conv. With a budget: all tries both.",
     ),
     click.option(
         "--plan", "plan_file", type=click.Path(path_type=Path), help="Take the plan from this file."
@@ -241,14 +241,26 @@ def plan_request(options: dict[str, Any]) -> PlanRequest:
 
     return PlanRequest(
         groups=options["groups"],
-        kind=options["kind"],
-        include=options["include"],
-        exclude=options["exclude"],
-        min_group_width=options["min_group_width"],
-        target=options["targets"][0],
-        shuffle=options["shuffle"],
+        rules=_rules(options),
         file=options["plan_file"],
         search=_search_request(options),
+    )
+
+
+def _rules(options: dict[str, Any]) -> Rules:
+    """Return which convs may be converted and into what."""
+    from groupify.planning.rules import Rules
+
+    # The default of --kind is for plans without a budget; only a kind that was asked for narrows the choice.
+    source = click.get_current_context().get_parameter_source("kind")
+    asked = source not in (None, ParameterSource.DEFAULT)
+    return Rules(
+        include=options["include"],
+        exclude=options["exclude"],
+        min_group_width=options["min_group_width"] or "auto",
+        cpu=options["targets"][0],
+        shuffle=options["shuffle"],
+        structures=(options["kind"],) if asked else None,
     )
 
 
@@ -260,14 +272,9 @@ def _search_request(options: dict[str, Any]) -> SearchRequest | None:
         raise SpecError("--plan and a budget: a plan file leaves nothing to plan; give one of the two")
     from groupify.pipeline import SearchRequest
     from groupify.planning.budget import Budget
-    from groupify.structures import KINDS
 
-    # The default of --kind is for plans without a budget; only a kind that was asked for narrows the choice.
-    source = click.get_current_context().get_parameter_source("kind")
-    asked = source not in (None, ParameterSource.DEFAULT)
     return SearchRequest(
         Budget.parse(*options["targets"][1]),
-        kinds=(options["kind"],) if asked else KINDS,
         sensitivity=options["sensitivity"],
         verify=not options["no_verify"],
         latency_table=options["latency_table"],

@@ -11,9 +11,13 @@ from torch import Tensor, nn
 from groupify.conversion.by_module import fit_by_module
 from groupify.conversion.calibration import Calibration
 from groupify.conversion.clock import Clock
-from groupify.conversion.in_order import TracedConversion, convert_from_weights, convert_in_order
+from groupify.conversion.in_order import (
+    TracedConversion,
+    convert_from_weights,
+    convert_in_order,
+    same_outputs,
+)
 from groupify.conversion.surgery import restructure
-from groupify.graph.forward import same_outputs
 from groupify.graph.parts import Part, find_parts, given_up, part_inputs, shown_names
 from groupify.structures import SiteRecipe
 

@@ -15,12 +15,16 @@ from torch.nn.parameter import is_lazy
 from groupify.conversion.by_part import convert_by_part, convert_parts_from_weights
 from groupify.conversion.calibration import Calibration
 from groupify.conversion.clock import Clock
-from groupify.conversion.in_order import convert_from_weights, convert_in_order
+from groupify.conversion.in_order import (
+    convert_from_weights,
+    convert_in_order,
+    equal_outputs,
+    same_outputs,
+)
 from groupify.conversion.pictures import BlockPicture
 from groupify.conversion.site_fit import SiteFit
 from groupify.conversion.surgery import restructure
 from groupify.errors import ConversionError, GroupifyWarning
-from groupify.graph.forward import equal_outputs, same_outputs
 from groupify.graph.trace import example_input, trace
 from groupify.structures import Plan, SiteRecipe
 
@@ -83,11 +87,11 @@ def convert(
         progress: show bars on stderr.
 
     Example:
-        >>> net = torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3), torch.nn.ReLU(), torch.nn.Conv2d(32, 8, 3))
-        >>> plan = groupify.plan(net, (16, 8, 8), groups=4)
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3), torch.nn.ReLU(), torch.nn.Conv2d(32, 32, 3))
+        >>> plan = groupify.plan(net, (16, 8, 8), groups=2)
         >>> conversion = groupify.convert(net, plan, torch.randn(64, 16, 8, 8))
         >>> conversion.model[2]
-        Conv2d(32, 8, kernel_size=(3, 3), stride=(1, 1), groups=4)
+        Conv2d(32, 32, kernel_size=(3, 3), stride=(1, 1), groups=2)
         >>> [fit.name for fit in conversion.fits]
         ['2']
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from groupify.graph.forward import evaluating
+from groupify.onnx.exporting import evaluation_mode
 
 Array = npt.NDArray[np.float32]
 
@@ -19,7 +19,7 @@ Array = npt.NDArray[np.float32]
 def reference_outputs(model: nn.Module, batch: Tensor) -> dict[str, Array]:
     """Run the model in evaluation mode; outputs by position, as float32 arrays."""
     parameter = next(model.parameters(), None)
-    with evaluating(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         outputs = model(batch if parameter is None else batch.to(parameter.device))
     if isinstance(outputs, Tensor):
         outputs = (outputs,)

@@ -19,6 +19,7 @@ from groupify.pipeline.requests import ModelRequest, PlanRequest, SearchRequest
 from groupify.planning.budget import Budget
 from groupify.planning.candidates import candidates
 from groupify.planning.frontier import Frontier, trace_frontier
+from groupify.planning.rules import Rules
 from groupify.planning.search import BudgetPlan, Images, SearchOptions, measurer, plan_for_budget
 
 _HELD_OUT = 500
@@ -51,8 +52,10 @@ def find_plan(
         progress: show bars on stderr.
     """
     images = _images(data, calibration_images, search, seed)
-    options = search_options(request, search, threads=threads, seed=seed, progress=progress)
-    return plan_for_budget(source.model, source.spec.input_shape, search.budget, images, options)
+    options = search_options(search, threads=threads, seed=seed, progress=progress)
+    return plan_for_budget(
+        source.model, source.spec.input_shape, search.budget, images, rules=request.rules, options=options
+    )
 
 
 def _images(data: DataSplits | None, count: int, search: SearchRequest, seed: int) -> Images | None:
@@ -85,8 +88,10 @@ def find_frontier(
     source = model.load(seed)
     splits = None if data is None else load_data(data, source.spec, seed=seed)
     images = _images(splits, calibration_images, search, seed)
-    options = search_options(request, search, threads=threads, seed=seed, progress=progress)
-    found = plan_for_budget(source.model, source.spec.input_shape, search.budget, images, options)
+    options = search_options(search, threads=threads, seed=seed, progress=progress)
+    found = plan_for_budget(
+        source.model, source.spec.input_shape, search.budget, images, rules=request.rules, options=options
+    )
     if frontier is None:
         return found, None
     measure = None
@@ -97,11 +102,8 @@ def find_frontier(
     return found, trace_frontier(found, measure=measure)
 
 
-def search_options(
-    request: PlanRequest, search: SearchRequest, *, threads: int, seed: int, progress: bool
-) -> SearchOptions:
-    """Return what the planner may do."""
-    block = blocked_width(request.target) if request.min_group_width is None else 1
+def search_options(search: SearchRequest, *, threads: int, seed: int, progress: bool) -> SearchOptions:
+    """Return how to look for a plan."""
     table = None if search.latency_table is None else LatencyTable.read(search.latency_table)
     if table is not None and table.threads != threads:
         raise SpecError(
@@ -109,12 +111,6 @@ def search_options(
             f"not {threads}: give --threads {table.threads}, or another table"
         )
     return SearchOptions(
-        kinds=search.kinds,
-        include=request.include,
-        exclude=request.exclude,
-        min_group_width=block if request.min_group_width is None else request.min_group_width,
-        block=block,
-        shuffle=request.shuffle,
         sensitivity=search.sensitivity,
         verify=search.verify,
         table=table,
@@ -167,8 +163,10 @@ def make_table(
             f"{path} is a table of {table.machine}, {table.threads} threads; this is {machine}, {threads} "
             "threads: choose another file"
         )
-    for block in sorted({1, *(blocked_width(cpu) for cpu in CPUS)}):
-        choices = candidates(model, input_shape, min_group_width=block, block=block, shuffle="all")
+    any_width = Rules(min_group_width=1, shuffle="all")
+    one_of_each_block = {blocked_width(cpu): cpu for cpu in CPUS}.values()
+    for rules in (any_width, *(Rules(cpu=cpu, shuffle="all") for cpu in one_of_each_block)):
+        choices = candidates(model, input_shape, rules)
         table = measure_table(model, choices, table, threads=threads, progress=progress)
     table.write(path)
     return table

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from groupify.errors import SpecError
-from groupify.machine import blocked_width
 from groupify.models import Source, load_model
 from groupify.planning.budget import Budget
 from groupify.planning.plan_file import PlanFile
+from groupify.planning.rules import Rules
 from groupify.planning.uniform import plan
-from groupify.structures import KINDS, Plan
+from groupify.structures import Plan
 from groupify.training.logs import LogSettings
 from groupify.training.settings import FinetuneSettings
 from groupify.training.state import Checkpointing
@@ -50,12 +50,10 @@ class SearchRequest:
 
     Attributes:
         budget: what the model may cost and lose.
-        kinds: kinds of replacement to consider.
         latency_table: file of a table measured on the device; None = measure here.
     """
 
     budget: Budget
-    kinds: Sequence[str] = KINDS
     sensitivity: str = "fisher"
     verify: bool = True
     latency_table: Path | None = None
@@ -63,44 +61,25 @@ class SearchRequest:
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """How the convs are to be replaced; see ``plan`` for the fields not said here.
+    """How the convs are to be replaced.
 
     Attributes:
-        min_group_width: None = the channel block of the kernel on ``target``, and widths that are
-            multiples of it where there are such.
-        target: the processor that will run the model; see ``blocked_width``.
-        shuffle: "none", "all", or "auto": made without, for ``choose_shuffles`` to add them.
+        groups: number of groups to aim at.
+        rules: which convs may be converted and into what.
         file: a plan file to take instead.
         search: a budget to plan for instead of ``groups``; see ``pipeline.budget``.
     """
 
     groups: int
-    kind: str = "grouped"
-    include: Sequence[str] = ()
-    exclude: Sequence[str] = ()
-    min_group_width: int | None = None
-    target: str = "auto"
-    shuffle: str = "none"
+    rules: Rules = Rules()
     file: Path | None = None
     search: SearchRequest | None = None
 
-    def make(self, source: Source, *, with_shuffles: bool = True) -> Plan:
-        """Make the plan for a model, or read it; if asked for without the shuffles, which auto adds later."""
+    def make(self, source: Source) -> Plan:
+        """Make the plan for a model, or read it."""
         if self.file is not None:
             return PlanFile.read(self.file).apply(source.model, source.spec.input_shape)
-        block = blocked_width(self.target) if self.min_group_width is None else 1
-        return plan(
-            source.model,
-            source.spec.input_shape,
-            groups=self.groups,
-            kind=self.kind,
-            include=self.include,
-            exclude=self.exclude,
-            min_group_width=block if self.min_group_width is None else self.min_group_width,
-            block=block,
-            target_block=blocked_width(self.target),
-            shuffle=self.shuffle if with_shuffles else "none",
-        )
+        return plan(source.model, source.spec.input_shape, groups=self.groups, rules=self.rules)
 
 
 @dataclass(frozen=True)

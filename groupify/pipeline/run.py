@@ -22,8 +22,8 @@ from groupify.data.ranks import Ranks, process_group
 from groupify.data.splits import DataSplits, load_data
 from groupify.errors import DataError, GroupifyWarning, SpecError
 from groupify.files import writing_folder
-from groupify.graph.forward import run_once
 from groupify.graph.trace import example_input
+from groupify.machine import find_cpu
 from groupify.models import Source, load_model
 from groupify.pipeline.budget import find_plan
 from groupify.pipeline.int8 import check_quantize
@@ -41,8 +41,8 @@ from groupify.planning.uniform import describe
 from groupify.recipe import Recipe
 from groupify.reporting.budget import race_lines
 from groupify.reporting.results import AccuracyChange, Report
-from groupify.scores import class_scores, evaluate
-from groupify.shuffles import choose_shuffles
+from groupify.scores.accuracy import class_logits, evaluate
+from groupify.scores.cost import run_once
 from groupify.training.finetuning import FinetuneResult, finetune
 from groupify.training.state import Checkpointing
 
@@ -60,36 +60,21 @@ def run_conversion(request: ConversionRequest, *, progress: bool = False) -> Rep
     """
     check_quantize(request.output.quantize, request.data)
     checkpointing = None if request.training is None else request.training.checkpointing(request.output)
-    # A budget weighs shuffles itself, and a plan file says where they are.
-    is_given = request.plan.search is not None or request.plan.file is not None
-    measures_shuffles = request.plan.shuffle == "auto" and not is_given
-    if measures_shuffles and (request.data is None or request.calibration_images == 0):
-        raise SpecError(
-            "--shuffle auto is measured on images: give --data, not --calibrate none; or choose none or all"
-        )
     with (
         process_group() as ranks,
         _writing(request.output, ranks) as folder,
         tempfile.TemporaryDirectory(prefix="groupify-") as aside,
     ):
         if ranks.world > 1:
-            _refuse_what_one_process_measures(request, measures_shuffles)
+            _refuse_what_one_process_measures(request)
         progress = progress and ranks.first
         source = request.model.load(request.seed)
         data = None if request.data is None else open_data(request.data, source, request.seed)
         if request.uniform and (data is None or not data.labelled or data.test is None):
             raise SpecError("--uniform compares accuracies: give --data with labels and a test part")
         found = _find_plan(request, source, data, progress)
-        make = request.plan.make
-        chosen = found.plan if found is not None else make(source, with_shuffles=not measures_shuffles)
+        chosen = found.plan if found is not None else request.plan.make(source)
         calibration = _calibration(data, request) if ranks.first else None
-        shuffles = None
-        if measures_shuffles and calibration is not None:
-            shuffles = choose_shuffles(
-                source.model, chosen, calibration, target=request.plan.target,
-                threads=request.output.threads, seed=request.seed, progress=progress,
-            )  # fmt: skip
-            chosen = shuffles.plan
         rivals = uniform_plans(request, source, chosen)
         if request.save_plan is not None and ranks.first:
             PlanFile.of(source.spec.name, chosen).write(request.save_plan)
@@ -121,13 +106,12 @@ def run_conversion(request: ConversionRequest, *, progress: bool = False) -> Rep
             chosen,
             model,
             conversion=conversion,
-            shuffles=shuffles,
             tuned=tuned,
             accuracy=accuracy,
             data=data,
             seed=request.seed,
             progress=progress,
-            target=request.plan.target,
+            target=request.plan.rules.cpu,
             uniform=uniform,
         )
     _forget_state(checkpointing)
@@ -161,7 +145,7 @@ def run_finetune(request: FinetuneRequest, *, progress: bool = False) -> Report 
             folder,
             request.output,
             source,
-            describe(source.model, recipe.sites, source.spec.input_shape),
+            describe(source.model, recipe.sites, source.spec.input_shape, find_cpu()),
             tuned.model,
             conversion=None,
             tuned=tuned,
@@ -226,19 +210,17 @@ def open_data(spec: str, source: Source, seed: int) -> DataSplits:
 def class_count(source: Source) -> int | None:
     """Number of classes that a model tells apart; None when it is no classifier."""
     try:
-        return class_scores(
+        return class_logits(
             run_once(source.model, example_input(source.spec.input_shape, like=source.model))
         ).shape[1]
     except DataError:
         return None
 
 
-def _refuse_what_one_process_measures(request: ConversionRequest, measures_shuffles: bool) -> None:
+def _refuse_what_one_process_measures(request: ConversionRequest) -> None:
     plan = request.plan
     if request.uniform:
         raise SpecError("--uniform is measured in one process: leave it out under torchrun")
-    if measures_shuffles:
-        raise SpecError("--shuffle auto is measured in one process; under torchrun choose none or all")
     if plan.search is not None and plan.file is None:
         raise SpecError(
             "a budget is planned in one process: write the plan with 'groupify plan --save-plan FILE', "

@@ -12,7 +12,8 @@ from groupify.models import Source
 from groupify.onnx.exporting import export_onnx
 from groupify.pipeline.requests import ConversionRequest
 from groupify.reporting.results import UniformRun
-from groupify.scores import evaluate, measure_cost
+from groupify.scores.accuracy import evaluate
+from groupify.scores.cost import measure_cost
 from groupify.structures import Plan
 
 
@@ -21,7 +22,7 @@ def uniform_plans(request: ConversionRequest, source: Source, chosen: Plan) -> d
     plans: dict[int, Plan] = {}
     for groups in request.uniform:
         asked = replace(request.plan, groups=groups, file=None, search=None)
-        plan = asked.make(source, with_shuffles=asked.shuffle == "all")
+        plan = asked.make(source)
         if all(plan.recipes != other.recipes for other in (chosen, *plans.values())):
             plans[groups] = plan
     return plans
@@ -60,7 +61,7 @@ def convert_uniform(
             folder / f"uniform-{groups}.onnx",
             input_shape=shape,
             static_batch=request.output.static_batch,
-            target=request.plan.target,
+            target=request.plan.rules.cpu,
         )
         cost = measure_cost(model, example_input(shape, like=source.model))
         top1 = evaluate(model, test, progress=progress).top1

@@ -11,6 +11,7 @@ from torch import nn
 from groupify.errors import PlanError
 from groupify.graph.operations import CONVS, Conv
 from groupify.graph.trace import example_input
+from groupify.planning.rules import Rules
 from groupify.planning.uniform import Observed, observe, plan_observed
 from groupify.structures import DENSE, GROUPED, GROUPED_POINTWISE, Change, Plan, SitePlan
 
@@ -55,19 +56,20 @@ class Choices:
         uniform: plans with one number of groups everywhere, as the index of each conv's candidate.
         observed: what a forward pass showed of each conv, by name.
         input_shape: (C, H, W) that the costs are for.
+        cpu: the processor that they are for.
     """
 
     sites: tuple[tuple[Candidate, ...], ...]
     uniform: dict[Uniform, tuple[int, ...]]
     observed: dict[str, Observed]
     input_shape: tuple[int, ...]
+    cpu: str
 
     def plan(self, chosen: Sequence[int]) -> Plan:
         """Return the plan that takes the candidate of each given index."""
         sites = tuple(options[index].site for options, index in zip(self.sites, chosen, strict=True))
-        return Plan(
-            sites, self.input_shape, max((site.groups for site in sites if site.converted), default=1)
-        )
+        groups = max((site.groups for site in sites if site.converted), default=1)
+        return Plan(sites, self.input_shape, groups, self.cpu)
 
     def indices(self, plan: Plan) -> tuple[int, ...]:
         """Return the index of each conv's candidate in a plan that is made of them.
@@ -91,45 +93,39 @@ class Choices:
 def candidates(
     model: nn.Module,
     input_shape: tuple[int, ...],
+    rules: Rules = Rules(),
     *,
-    kinds: Sequence[str] = (GROUPED, GROUPED_POINTWISE),
     group_counts: Sequence[int] = GROUP_COUNTS,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    min_group_width: int = 1,
-    block: int = 1,
-    shuffle: str = "none",
 ) -> Choices:
     """Find what may become of every conv, under the same rules as ``plan``.
 
     Args:
         model: a dense model; left untouched (one forward pass is run).
         input_shape: (C, H, W) of one image.
-        kinds: kinds of replacement to consider. With ``"grouped-pointwise"`` also its extreme, one group
-            for each channel: a depthwise and a pointwise conv.
+        rules: which convs may be converted and into what. With ``"grouped-pointwise"`` also into its
+            extreme, one group for each channel: a depthwise and a pointwise conv. With shuffles, grouped
+            convs are considered with one behind them and without.
         group_counts: numbers of groups to consider.
-        include, exclude, min_group_width, block: as for ``plan``.
-        shuffle: ``"all"`` to consider grouped convs with a shuffle behind them besides those without.
 
     Raises:
-        PlanError: no conv has any choice, or an option is out of range.
+        PlanError: no conv has any choice, or a pattern matches nothing.
         ConversionError: the model does not run on that input shape.
     """
     observed = observe(model, example_input(input_shape, like=model))
     wanted: list[Uniform] = [
         (kind, count, shuffled)
-        for kind in kinds
+        for kind in rules.kinds
         for count in group_counts
-        for shuffled in ((False, True) if kind == GROUPED and shuffle != "none" else (False,))
+        for shuffled in ((False, True) if kind == GROUPED and rules.shuffle == "all" else (False,))
     ]
     plans: dict[Uniform, Plan] = {}
     problem: PlanError | None = None
     for kind, count, shuffled in wanted:
         try:
+            own = replace(rules, structures=(kind,), shuffle="all" if shuffled else "none")
             plans[kind, count, shuffled] = plan_observed(
-                model, observed, input_shape, groups=count, kind=kind, include=include, exclude=exclude,
-                min_group_width=min_group_width, block=block, shuffle="all" if shuffled else "none",
-            )  # fmt: skip
+                model, observed, input_shape, groups=count, rules=own
+            )
         except PlanError as error:
             problem = error
     if not plans:
@@ -142,13 +138,15 @@ def candidates(
         every = [made.sites[number] for made in plans.values()]
         options = [_dense(every)]
         options += [site for site in every if site.converted]
-        if GROUPED_POINTWISE in kinds and min_group_width <= block and any(s.converted for s in every):
-            options += _depthwise(every[0], convs[name], block if len(convs[name].kernel_size) == 2 else 1)
+        narrow = GROUPED_POINTWISE in rules.kinds and rules.narrowest <= rules.block
+        if narrow and any(site.converted for site in every):
+            block = rules.block if len(convs[name].kernel_size) == 2 else 1
+            options += _depthwise(every[0], convs[name], block)
         ordered: dict[Uniform, SitePlan] = {}
         for site in options:
             ordered.setdefault((site.kind, site.groups, site.shuffle), site)
         sites.append(tuple(_priced(site, convs[name], observed.get(name)) for site in ordered.values()))
-    choices = Choices(tuple(sites), {}, observed, tuple(input_shape))
+    choices = Choices(tuple(sites), {}, observed, tuple(input_shape), rules.resolved().cpu)
     uniform = {key: choices.indices(made) for key, made in plans.items()}
     return replace(choices, uniform=uniform)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from groupify.planning.budget import LATENCY, MACS
 from groupify.planning.costing import Chosen
 from groupify.planning.search import BudgetPlan, uniform_name
-from groupify.scores import Judgement
+from groupify.scores.divergence import Judgement
 
 _POINTS = 10
 

@@ -12,13 +12,14 @@ from torch import nn
 from groupify.conversion.surgery import restructure
 from groupify.errors import ArtefactError, PlanError
 from groupify.graph.operations import CONVS
+from groupify.machine import KNOWN_CPUS
 from groupify.planning.json_file import read_json_file, take_header, write_json_file
 from groupify.planning.uniform import describe
 from groupify.strict_json import JsonObject, json_list, parse
 from groupify.structures import DENSE, KINDS, Plan, SiteRecipe
 
 FORMAT = "groupify plan"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _MAX_SITES = 10_000
 _MAX_GROUPS = 65_536
 
@@ -29,10 +30,12 @@ class PlanFile:
 
     Attributes:
         model: name of the model that it was made for.
+        cpu: the processor that it was made for.
         sites: every conv that it names, in order; None for one that stays dense.
     """
 
     model: str
+    cpu: str
     sites: tuple[tuple[str, SiteRecipe | None], ...]
 
     @property
@@ -43,12 +46,13 @@ class PlanFile:
     @classmethod
     def of(cls, model: str, plan: Plan) -> PlanFile:
         """Return the file of a plan."""
-        return cls(model, tuple((site.name, site.recipe if site.converted else None) for site in plan.sites))
+        sites = tuple((site.name, site.recipe if site.converted else None) for site in plan.sites)
+        return cls(model, plan.cpu, sites)
 
     def dumps(self) -> str:
         """Return the JSON text, one line for each conv; ``loads`` of it is this plan."""
         lines = ",\n".join("    " + json.dumps(_site_json(name, recipe)) for name, recipe in self.sites)
-        head = {"format": FORMAT, "schema_version": SCHEMA_VERSION, "model": self.model}
+        head = {"format": FORMAT, "schema_version": SCHEMA_VERSION, "model": self.model, "cpu": self.cpu}
         fields = "".join(f"  {json.dumps(key)}: {json.dumps(value)},\n" for key, value in head.items())
         return f'{{\n{fields}  "sites": [\n{lines}\n  ]\n}}\n'
 
@@ -61,7 +65,7 @@ class PlanFile:
         """
         top = JsonObject(parse(text), "plan")
         take_header(top, "plan", FORMAT, SCHEMA_VERSION, "save the plan again")
-        model = top.text("model")
+        model, cpu = top.text("model"), top.choice("cpu", KNOWN_CPUS)
         sites = [
             _site(entry, f"plan.sites[{number}]")
             for number, entry in enumerate(json_list(top.take("sites"), "plan.sites", 1, _MAX_SITES))
@@ -71,7 +75,7 @@ class PlanFile:
         for name in names:
             if names.count(name) > 1:
                 raise ArtefactError(f"plan.sites names {name!r} twice; keep one of the two")
-        return cls(model, tuple(sites))
+        return cls(model, cpu, tuple(sites))
 
     @classmethod
     def read(cls, path: Path) -> PlanFile:
@@ -108,7 +112,7 @@ class PlanFile:
             if recipe is None and name not in convs:
                 raise PlanError(f"the plan names {name!r}, which is no conv of the model it is applied to")
         restructure(model, self.recipes)  # refuses what does not fit
-        plan = describe(model, self.recipes, input_shape)
+        plan = describe(model, self.recipes, input_shape, self.cpu)
         sites = (site if site.converted else replace(site, reason="dense in the plan") for site in plan.sites)
         return replace(plan, sites=tuple(sites))
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from groupify.errors import PlanError, near_names
 from groupify.machine import blocked_width, find_cpu
-from groupify.structures import KINDS
+from groupify.structures import GROUPED, KINDS
 
 AUTO = "auto"
 SHUFFLES = ("none", "all")
@@ -35,14 +35,19 @@ class Rules:
         SpecError: the processor is unknown.
     """
 
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
     min_group_width: int | str = AUTO
     cpu: str = AUTO
     shuffle: str = "none"
-    structures: tuple[str, ...] | None = None
+    structures: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
+        # Lists are welcome, and a single text is one pattern; what is kept can be hashed.
+        for name in ("include", "exclude", "structures"):
+            given = getattr(self, name)
+            if given is not None:
+                object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
         width = self.min_group_width
         if width != AUTO and (not isinstance(width, int) or width < 1):
             raise PlanError(f"min_group_width is {width!r}, expected 'auto' or at least 1 channel")
@@ -51,6 +56,8 @@ class Rules:
                 f"unknown shuffle {self.shuffle!r}, expected one of {', '.join(SHUFFLES)}"
                 f"{near_names(self.shuffle, SHUFFLES)}"
             )
+        if self.structures is not None and not self.structures:
+            raise PlanError(f"structures is empty, expected some of {', '.join(KINDS)}, or None")
         for structure in self.structures or ():
             if structure not in KINDS:
                 raise PlanError(
@@ -73,6 +80,31 @@ class Rules:
     def narrowest(self) -> int:
         """Fewest channels per group."""
         return self.cpu_block if self.min_group_width == AUTO else int(self.min_group_width)
+
+    @property
+    def kind(self) -> str:
+        """The one kind of replacement of a plan with a number of groups.
+
+        Raises:
+            PlanError: there are several, or the kind and the shuffle exclude each other.
+        """
+        structures = self.structures or (GROUPED,)
+        if len(structures) > 1:
+            raise PlanError(
+                f"structures are {', '.join(structures)}: a number of groups takes one of them; give one, "
+                "or a budget, which chooses among several"
+            )
+        if self.shuffle != "none" and structures != (GROUPED,):
+            raise PlanError(
+                f"shuffle with structure {structures[0]!r}: the pointwise conv mixes the groups already; "
+                "leave it"
+            )
+        return structures[0]
+
+    @property
+    def kinds(self) -> Sequence[str]:
+        """The kinds of replacement that a budget chooses among."""
+        return self.structures or KINDS
 
     def resolved(self) -> Rules:
         """Return the rules with the processor that ``"auto"`` stands for on this machine."""

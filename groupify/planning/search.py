@@ -20,14 +20,16 @@ from groupify.planning.candidates import Uniform, candidates
 from groupify.planning.costing import Chosen, Costing, shown
 from groupify.planning.limits import limits as limits_of
 from groupify.planning.plan_timer import PlanTimer
+from groupify.planning.rules import Rules
 from groupify.planning.sensitivity import (
     Sensitivity,
     exact_sensitivity,
     measure_sensitivity,
     weight_sensitivity,
 )
-from groupify.scores import Judge, Judgement, measure_cost
-from groupify.structures import GROUPED, GROUPED_POINTWISE, Plan
+from groupify.scores.cost import measure_cost
+from groupify.scores.divergence import Judge, Judgement
+from groupify.structures import Plan
 
 SENSITIVITIES = ("fisher", "exact")
 _POWERS = (1.0, 0.5)
@@ -120,7 +122,7 @@ class BudgetPlan:
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """What the planner may do; see ``candidates`` for the fields not said here.
+    """How to look for a plan; see ``Rules`` for what it may do.
 
     Attributes:
         sensitivity: ``"fisher"``, or ``"exact"`` to convert every candidate of every conv alone and measure
@@ -134,12 +136,6 @@ class SearchOptions:
         progress: show bars on stderr.
     """
 
-    kinds: Sequence[str] = (GROUPED, GROUPED_POINTWISE)
-    include: Sequence[str] = ()
-    exclude: Sequence[str] = ()
-    min_group_width: int = 1
-    block: int = 1
-    shuffle: str = "none"
     sensitivity: str = "fisher"
     verify: bool = True
     table: LatencyTable | None = None
@@ -154,8 +150,9 @@ def plan_for_budget(
     input_shape: tuple[int, ...],
     budget: Budget | str,
     images: Images | Tensor | None = None,
-    options: SearchOptions | None = None,
     *,
+    rules: Rules = Rules(),
+    options: SearchOptions = SearchOptions(),
     convert_plan: ConvertPlan | None = None,
 ) -> BudgetPlan:
     """Find the plan that loses the least within a budget.
@@ -174,7 +171,9 @@ def plan_for_budget(
         budget: for example ``"macs=40%,params=8M"``.
         images: unlabelled calibration images, of which a quarter is held out, or ``Images``. None = predict
             from the weights alone, and compare nothing.
-        options: what the planner may do.
+        rules: which convs may be converted and into what; by default what is fast on this machine's
+            processor.
+        options: how to look for the plan.
         convert_plan: what converts the plans that are compared, for callers that want the models too; None =
             ``convert`` with the images to fit on.
 
@@ -183,7 +182,6 @@ def plan_for_budget(
         SpecError: the budget or an option cannot be understood, or a limit on the drop comes without images.
         ConversionError: the model does not run on that input shape, or cannot be converted.
     """
-    options = options or SearchOptions()
     if isinstance(budget, str):
         budget = Budget.parse(budget)
     if isinstance(images, Tensor):
@@ -191,7 +189,7 @@ def plan_for_budget(
     if budget.drop is not None and images is None:
         raise SpecError(f"{budget} limits the drop of accuracy, which needs images; give --data")
     needs_latency = options.table is not None or any(limit.quantity == LATENCY for limit in budget.limits)
-    costing = make_costing(model, input_shape, images, options, latency=needs_latency)
+    costing = make_costing(model, input_shape, images, rules, options, latency=needs_latency)
     return _Search(model, budget, costing, images, options, convert_plan).run()
 
 
@@ -199,6 +197,7 @@ def make_costing(
     model: nn.Module,
     input_shape: tuple[int, ...],
     images: Images | None,
+    rules: Rules,
     options: SearchOptions,
     *,
     latency: bool,
@@ -208,10 +207,7 @@ def make_costing(
         raise SpecError(
             f"unknown sensitivity {options.sensitivity!r}, expected one of {', '.join(SENSITIVITIES)}"
         )
-    choices = candidates(
-        model, input_shape, kinds=options.kinds, include=options.include, exclude=options.exclude,
-        min_group_width=options.min_group_width, block=options.block, shuffle=options.shuffle,
-    )  # fmt: skip
+    choices = candidates(model, input_shape, rules)
     dense = measure_cost(model, example_input(input_shape, like=model))
     sensitivity: Sensitivity
     if images is None:

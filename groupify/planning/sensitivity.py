@@ -26,7 +26,7 @@ from groupify.graph.permute import use_order
 from groupify.graph.trace import example_input, trace
 from groupify.planning.candidates import Candidate, Choices
 from groupify.planning.layer_error import LayerMoments
-from groupify.scores import Judge
+from groupify.scores.divergence import Judge
 from groupify.stats.chunks import chunks
 from groupify.stats.fisher import SiteStatistics, observe_sites
 from groupify.structures import SiteRecipe

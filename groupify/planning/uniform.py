@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import warnings
 from collections import Counter
@@ -13,16 +12,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from groupify.errors import GroupifyWarning, PlanError, near_names
-from groupify.graph.forward import run_once
+from groupify.errors import GroupifyWarning, PlanError
 from groupify.graph.operations import CONVS, Conv, conv_kind
 from groupify.graph.trace import example_input
 from groupify.planning.limits import check_ready, functional_convs, limits, removal_of_parametrization
+from groupify.planning.rules import Rules
 from groupify.planning.slow_kernels import latency_warning, leave_slow_sites_dense, with_latency_reasons
-from groupify.scores import conv_params
-from groupify.structures import DENSE, GROUPED, GROUPED_POINTWISE, KINDS, Change, Plan, SitePlan, SiteRecipe
-
-SHUFFLES = ("none", "all")
+from groupify.scores.cost import conv_params, run_once
+from groupify.structures import DENSE, GROUPED, GROUPED_POINTWISE, Change, Plan, SitePlan, SiteRecipe
 
 # A conv that reads fewer channels than this (the image itself, as a rule) has next to nothing to gain.
 _MIN_IN_CHANNELS = 8
@@ -59,13 +56,7 @@ def plan(
     input_shape: tuple[int, ...],
     *,
     groups: int,
-    kind: str = GROUPED,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    min_group_width: int = 1,
-    block: int = 1,
-    target_block: int | None = None,
-    shuffle: str = "none",
+    rules: Rules = Rules(),
 ) -> Plan:
     """Decide for every conv of a model how many groups it gets.
 
@@ -74,40 +65,31 @@ def plan(
         input_shape: (C, H, W) of one image.
         groups: number of groups to aim at; a conv whose channels it does not divide gets the largest
             smaller number that does.
-        kind: ``"grouped"``, or ``"grouped-pointwise"`` (a grouped conv and a dense 1×1 conv).
-        include: glob patterns of names; only those are converted, strided 1×1 convs with few MACs too,
-            which otherwise stay dense.
-        exclude: glob patterns of names that are left alone.
-        min_group_width: smallest number of channels per group.
-        block: channel block of the kernel that is to run the model, as ``blocked_width`` gives it. A conv
-            gets the most groups whose widths are multiples of it, where there are such, and stays dense
-            where grouped it would be slower; 1 = any width, and no conv stays dense for that.
-        target_block: the block of the target where ``block`` is 1: sites that will be slower are warned
-            of, and their reason says so. None = nothing is known of the target.
-        shuffle: ``"none"``, or ``"all"`` for a channel shuffle behind every converted conv.
+        rules: which convs may be converted and into what; by default plain groups that are fast on this
+            machine's processor.
 
     Example:
-        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 24, 3), torch.nn.Conv2d(24, 64, 3))
-        >>> for site in groupify.plan(net, (3, 16, 16), groups=16).sites:
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3), torch.nn.Conv2d(32, 64, 3))
+        >>> for site in groupify.plan(net, (3, 16, 16), groups=4, rules=groupify.Rules(cpu="avx512")).sites:
         ...     print(site.name, site.groups, site.reason)
         0 1 first conv: too few input channels (3)
-        1 8 clamped: 16 groups do not divide 24 → 64 channels
+        1 2 clamped: groups narrower than 16 channels are slower
 
     Raises:
-        PlanError: ``groups`` fits no conv, a pattern matches nothing, or an option is out of range.
+        PlanError: ``groups`` fits no conv or is out of range, a pattern matches nothing, or the rules allow
+            more than one kind of replacement.
         ConversionError: the model does not run on that input shape.
+
+    Warns:
+        GroupifyWarning: convs are expected to be slower with groups; where ``min_group_width`` is a number.
     """
-    _check_options(groups, kind, min_group_width, block, shuffle)
+    _check_groups(groups)
     example = example_input(input_shape, like=model)
-    made = plan_observed(
-        model, observe(model, example), input_shape, groups=groups, kind=kind, include=include,
-        exclude=exclude, min_group_width=min_group_width, block=block, shuffle=shuffle,
-    )  # fmt: skip
+    made = plan_observed(model, observe(model, example), input_shape, groups=groups, rules=rules)
     notes = limits(model, [site.name for site in made.converted], example)
-    known = target_block or block
-    slower = latency_warning(made, known) if known > 1 else None
+    slower = latency_warning(made, rules.cpu_block)
     if slower is not None:
-        made = with_latency_reasons(made, known)
+        made = with_latency_reasons(made, rules.cpu_block)
         notes = (*notes, slower)
         warnings.warn(slower, GroupifyWarning, stacklevel=2)
     return replace(made, notes=notes)
@@ -119,54 +101,49 @@ def plan_observed(
     input_shape: tuple[int, ...],
     *,
     groups: int,
-    kind: str,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    min_group_width: int,
-    block: int,
-    shuffle: str,
+    rules: Rules,
 ) -> Plan:
-    """Do what ``plan`` does, from a forward pass that ``observe`` has watched; without the notes."""
-    _check_options(groups, kind, min_group_width, block, shuffle)
+    """Do what ``plan`` does, from a forward pass that ``observe`` has watched; without notes and warnings."""
+    _check_groups(groups)
+    kind = rules.kind
     convs = {name: module for name, module in model.named_modules() if isinstance(module, CONVS)}
     if not convs:
         example = example_input(input_shape, like=model)
         functional = "; ".join(("", *functional_convs(model, example)))
         raise PlanError(f"the model has no conv layer, so there is no convolution worth grouping{functional}")
-    _check_patterns((*include, *exclude), convs)
+    rules.check_patterns(convs)
     order = [*observed, *(name for name in convs if name not in observed)]
     first = next(iter(observed), None)
     total = sum(_macs(convs[name], conv_run) for name, conv_run in observed.items())
     sites = []
     for name in order:
         conv = convs[name]
-        reason = _why_not(name, conv, observed.get(name), name == first, include, exclude)
-        if reason is None and not include and _is_cheap_shortcut(conv, observed[name], total):
+        reason = _why_not(name, conv, observed.get(name), name == first, rules)
+        if reason is None and not rules.include and _is_cheap_shortcut(conv, observed[name], total):
             reason = (
                 f"shortcut with under {_SHORTCUT_SHARE:.0%} of the MACs: lets the groups mix; see --include"
             )
         if reason is None:
             # ONNX Runtime's blocked kernel is for two dimensions; elsewhere no width is special.
-            own_block = block if isinstance(conv, nn.Conv2d) else 1
-            choice = _choose(conv, groups, kind, min_group_width, own_block)
+            own_block = rules.block if isinstance(conv, nn.Conv2d) else 1
+            choice = _choose(conv, groups, kind, rules.narrowest, own_block)
         else:
             choice = _Choice(DENSE, conv.groups, reason)
-        sites.append(_site(name, conv, choice, observed.get(name), shuffle))
-    result = Plan(tuple(sites), tuple(input_shape), groups)
+        sites.append(_site(name, conv, choice, observed.get(name), rules.shuffle))
+    result = Plan(tuple(sites), tuple(input_shape), groups, rules.resolved().cpu)
     if not result.converted:
-        raise PlanError(_nothing_fits(result, groups, min_group_width))
-    if block > 1:
-        result = leave_slow_sites_dense(result, block)
-    return result
+        raise PlanError(_nothing_fits(result, groups, rules.narrowest))
+    return leave_slow_sites_dense(result, rules.block) if rules.block > 1 else result
 
 
-def describe(model: nn.Module, recipes: Sequence[SiteRecipe], input_shape: tuple[int, ...]) -> Plan:
+def describe(model: nn.Module, recipes: Sequence[SiteRecipe], input_shape: tuple[int, ...], cpu: str) -> Plan:
     """Return the plan that given replacements of a dense model amount to.
 
     Args:
         model: the dense model; left untouched (one forward pass is run).
         recipes: what is replaced.
         input_shape: (C, H, W) of one image.
+        cpu: the processor that they were planned for.
 
     Raises:
         ConversionError: the model does not run on that input shape.
@@ -182,40 +159,14 @@ def describe(model: nn.Module, recipes: Sequence[SiteRecipe], input_shape: tuple
         else:
             choice, shuffle = _Choice(recipe.kind, recipe.groups), "all" if recipe.shuffle else "none"
         sites.append(_site(name, convs[name], choice, observed.get(name), shuffle))
-    return Plan(tuple(sites), tuple(input_shape), max((recipe.groups for recipe in recipes), default=1))
+    groups = max((recipe.groups for recipe in recipes), default=1)
+    return Plan(tuple(sites), tuple(input_shape), groups, cpu)
 
 
-def _check_options(groups: int, kind: str, min_group_width: int, block: int, shuffle: str) -> None:
-    if groups < 1:
-        raise PlanError(f"groups is {groups}, expected at least 2, for example 4")
-    if groups == 1:
-        raise PlanError("groups is 1, which leaves the model dense; expected at least 2, for example 4")
-    if kind not in KINDS:
-        raise PlanError(f"unknown kind {kind!r}, expected one of {', '.join(KINDS)}{near_names(kind, KINDS)}")
-    if min_group_width < 1:
-        raise PlanError(f"min_group_width is {min_group_width}, expected at least 1 channel")
-    if block < 1:
-        raise PlanError(f"block is {block}, expected at least 1 channel")
-    if shuffle == "auto":
-        raise PlanError(
-            "shuffle 'auto' is measured on images, which a plan has none of: make it with 'none' and give it "
-            "to choose_shuffles; on the command line, 'groupify convert --shuffle auto --data SPEC'"
-        )
-    if shuffle not in SHUFFLES:
-        raise PlanError(f"unknown shuffle {shuffle!r}, expected one of {', '.join(SHUFFLES)}")
-    if shuffle != "none" and kind == GROUPED_POINTWISE:
-        raise PlanError(
-            "shuffle with kind 'grouped-pointwise': the pointwise conv mixes the groups already; leave it"
-        )
-
-
-def _check_patterns(patterns: Sequence[str], names: dict[str, Any]) -> None:
-    for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise PlanError(
-                f"pattern {pattern!r} matches no conv of the model"
-                f"{near_names(pattern.strip('*'), names) or '; for example ' + repr(next(iter(names)))}"
-            )
+def _check_groups(groups: int) -> None:
+    if groups < 2:
+        dense = ", which leaves the model dense" if groups == 1 else ""
+        raise PlanError(f"groups is {groups}{dense}; expected at least 2, for example 4")
 
 
 def observe(model: nn.Module, example: Tensor) -> dict[str, Observed]:
@@ -283,14 +234,11 @@ def _why_not(
     conv: Conv,
     observed: Observed | None,
     is_first: bool,
-    include: Sequence[str],
-    exclude: Sequence[str],
+    rules: Rules,
 ) -> str | None:
     """Say why a conv is left alone whatever the number of groups, or return None."""
-    if any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
-        return _EXCLUDED
-    if include and not any(fnmatch.fnmatchcase(name, pattern) for pattern in include):
-        return _NOT_INCLUDED
+    if not rules.allows(name):
+        return _EXCLUDED if rules.excludes(name) else _NOT_INCLUDED
     if is_parametrized(conv) or "weight" not in conv._parameters:
         return (
             f"its weight is parametrized (weight or spectral norm); first {removal_of_parametrization(conv)}"

@@ -37,8 +37,10 @@ from groupify.graph.permute import apply_orders
 from groupify.graph.trace import trace
 from groupify.machine import describe_machine
 from groupify.models import load_model
+from groupify.planning.rules import Rules
 from groupify.planning.uniform import plan
-from groupify.scores import ModelCost, evaluate, measure_cost
+from groupify.scores.accuracy import evaluate
+from groupify.scores.cost import ModelCost, measure_cost
 from groupify.structures import Plan
 from scripts.benchmarks.harness import ResultFile
 
@@ -69,19 +71,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Setting:
-    """The dense net and one seed's calibration images; ``block`` as in ``groupify.plan``, 1 = any width."""
+    """The dense net and one seed's calibration images; ``min_group_width`` as in ``groupify.Rules``."""
 
     dense: nn.Module
     images: Tensor
     seed: int
-    block: int = 1
+    min_group_width: int | str = 1
 
     def plan(self, groups: int, kind: str = "grouped", shuffle: str = "none") -> Plan:
         """All 3×3 convs but the first."""
-        return plan(
-            self.dense, SHAPE, groups=groups, kind=kind, shuffle=shuffle, exclude=shortcuts(self.dense),
-            min_group_width=self.block, block=self.block,
+        rules = Rules(
+            exclude=shortcuts(self.dense), min_group_width=self.min_group_width, shuffle=shuffle,
+            structures=(kind,),
         )  # fmt: skip
+        return plan(self.dense, SHAPE, groups=groups, rules=rules)
 
     def grouped_macs(self, groups: int) -> int:
         """MACs of the net with uniform groups, which every method is to meet."""

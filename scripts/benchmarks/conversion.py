@@ -27,6 +27,7 @@ from groupify.conversion.by_module import refresh_batch_norms
 from groupify.conversion.conversion import Calibration, convert
 from groupify.machine import describe_machine
 from groupify.models import load_model
+from groupify.planning.rules import Rules
 from groupify.planning.uniform import plan
 from scripts.benchmarks.harness import write_results
 
@@ -85,7 +86,7 @@ def measure(name: str, count: int, size: int) -> dict[str, Any]:
     model = load_model(name, weights="none").model
     # Random weights with untouched batch norms would let activations grow from block to block.
     refresh_batch_norms(model, images[:64].split(16))
-    layers = plan(model, (3, size, size), groups=GROUPS, min_group_width=MIN_GROUP_WIDTH)
+    layers = plan(model, (3, size, size), groups=GROUPS, rules=Rules(min_group_width=MIN_GROUP_WIDTH))
     batch_size = Calibration(images).batch_size
     before = forward_seconds(model, images, batch_size)
     start = time.perf_counter()

@@ -29,15 +29,16 @@ from rich.table import Table
 from torch import nn
 
 from groupify.conversion.surgery import restructure
-from groupify.machine import blocked_width, describe_machine
+from groupify.machine import describe_machine
 from groupify.measure.benchmarks import Latency, benchmark_onnx, speed_up
 from groupify.measure.profiling import OperatorTime, profile_onnx
 from groupify.models import load_model
 from groupify.onnx.exporting import export_onnx
 from groupify.onnx.parity import check_parity
 from groupify.onnx.runtime import BlockedConvs, count_blocked_convs
+from groupify.planning.rules import Rules
 from groupify.planning.uniform import plan
-from groupify.scores import measure_cost
+from groupify.scores.cost import measure_cost
 from scripts.benchmarks.harness import write_results
 
 INPUT_SHAPE = (3, 224, 224)
@@ -147,10 +148,7 @@ def measure(case: Case, seconds: float, attempts: int) -> Row:
     """Build, export, check and time the two models of a row."""
     source = load_model(case.model, weights="none", input_shape=INPUT_SHAPE)
     dense = source.model.get_submodule(case.part) if case.part else source.model
-    block = blocked_width()
-    chosen = plan(
-        dense, INPUT_SHAPE, groups=case.groups, min_group_width=block, block=block, shuffle=case.shuffle
-    )
+    chosen = plan(dense, INPUT_SHAPE, groups=case.groups, rules=Rules(shuffle=case.shuffle))
     grouped = restructure(dense, chosen.recipes)
     example = torch.zeros(1, *INPUT_SHAPE)
     mac_ratio = measure_cost(dense, example).macs / measure_cost(grouped, example).macs

@@ -45,8 +45,10 @@ from groupify.measure.benchmarks import Latency, benchmark_onnx, speed_up
 from groupify.models import load_model
 from groupify.onnx.exporting import export_onnx
 from groupify.planning.budget import MACS, Budget, Limit
+from groupify.planning.rules import Rules
 from groupify.planning.search import SearchOptions, plan_for_budget
-from groupify.scores import evaluate, measure_cost
+from groupify.scores.accuracy import evaluate
+from groupify.scores.cost import measure_cost
 from scripts.benchmarks.accuracy import (
     IMAGES,
     MODEL,
@@ -89,12 +91,10 @@ def planned(setting: Setting, groups: int) -> nn.Module:
 
     It gets no more images than the others: it plans on three quarters of them and compares plans on the rest.
     """
-    block = blocked_width()
-    options = SearchOptions(
-        exclude=shortcuts(setting.dense), min_group_width=block, block=block, seed=setting.seed
-    )
+    rules = Rules(exclude=shortcuts(setting.dense))
+    options = SearchOptions(seed=setting.seed)
     budget = Budget((Limit(MACS, setting.grouped_macs(groups), relative=False),))
-    found = plan_for_budget(setting.dense, SHAPE, budget, setting.images, options)
+    found = plan_for_budget(setting.dense, SHAPE, budget, setting.images, rules=rules, options=options)
     return convert(setting.dense, found.plan, Calibration(setting.images), seed=setting.seed).model
 
 
@@ -423,7 +423,7 @@ def main() -> None:
     twin = None if arguments.twin is None else Twin.load(arguments.twin, data, count)
     trainer = Trainer(RememberingTeacher(source.model), data, results, rates, twin)
     settings = [
-        Setting(source.model, calibration_images(data.train, count, seed=seed), seed, blocked_width())
+        Setting(source.model, calibration_images(data.train, count, seed=seed), seed, "auto")
         for seed in range(arguments.seeds)
     ]
     print(f"{describe_machine()}\ndense top-1 {top1:.2f}%, {count} unlabelled images")

@@ -30,7 +30,8 @@ from groupify.data.splits import load_data
 from groupify.machine import blocked_width, describe_machine
 from groupify.models import load_model
 from groupify.onnx.exporting import export_onnx
-from groupify.scores import evaluate, measure_cost
+from groupify.scores.accuracy import evaluate
+from groupify.scores.cost import measure_cost
 from scripts.benchmarks.accuracy import IMAGES, MODEL, Setting
 from scripts.benchmarks.harness import BENCHMARKS, ResultFile, check_quick
 from scripts.benchmarks.peers import METHODS, file_of, make, numbers, time_against

@@ -37,15 +37,15 @@ from groupify.conversion.surgery import restructure
 from groupify.data.batches import Data, calibration_images
 from groupify.data.splits import DataSplits, load_data
 from groupify.files import cache_folder
-from groupify.machine import blocked_width
 from groupify.measure.benchmarks import speed_ups
 from groupify.models import Source, load_model
 from groupify.onnx.exporting import export_onnx
 from groupify.planning.budget import LATENCY, MACS, Budget, Limit
 from groupify.planning.candidates import candidates
 from groupify.planning.plan_timer import PlanTimer
+from groupify.planning.rules import Rules
 from groupify.planning.search import Images, SearchOptions, make_costing, plan_for_budget
-from groupify.scores import evaluate
+from groupify.scores.accuracy import evaluate
 from groupify.structures import Plan, SiteRecipe
 from scripts.benchmarks.accuracy import shortcuts
 from scripts.benchmarks.harness import ResultFile
@@ -154,16 +154,18 @@ class Run:
         start = time.perf_counter()
         quantity, _, groups = row.partition(" g=")
         model, shape = self.source.model, self.source.spec.input_shape
-        options = search_options(model, quantity, self.arguments, self.seed)
+        rules, options = what_may_be_planned(model, quantity, self.arguments, self.seed)
         images = Images(self.images, self.held_out)
-        costing = make_costing(model, shape, images, options, latency=quantity == LATENCY)
+        costing = make_costing(model, shape, images, rules, options, latency=quantity == LATENCY)
         uniform = costing.choices.uniform["grouped", int(groups), False]
         amount = costing.costs(uniform)[quantity]
         if costing.latencies is not None:
             timer = PlanTimer(model, costing.choices, costing.latencies.dense_ms, cache=options.cache)
             amount = timer(costing.choices.plan(uniform))
         budget = Budget((Limit(quantity, amount, relative=False),))
-        found = plan_for_budget(model, shape, budget, images, options, convert_plan=self.convert)
+        found = plan_for_budget(
+            model, shape, budget, images, rules=rules, options=options, convert_plan=self.convert
+        )
         plans = {"uniform": costing.choices.plan(uniform), "planned": found.plan}
         models = {name: self.convert(plan) for name, plan in plans.items()}
         accuracy = {name: self.top1(plan) for name, plan in plans.items()}
@@ -211,16 +213,16 @@ class Run:
         return self._top1[key]
 
 
-def search_options(
+def what_may_be_planned(
     model: nn.Module, quantity: str, arguments: argparse.Namespace, seed: int
-) -> SearchOptions:
-    """What the planner may do."""
-    block = blocked_width() if quantity == LATENCY else 1
-    return SearchOptions(
+) -> tuple[Rules, SearchOptions]:
+    """What the planner may do, and how it looks for it."""
+    rules = Rules(
         exclude=shortcuts(model),
-        min_group_width=block,
-        block=block,
+        min_group_width="auto" if quantity == LATENCY else 1,
         shuffle=arguments.shuffle,
+    )
+    return rules, SearchOptions(
         sensitivity=arguments.sensitivity,
         cache=cache_folder(),
         seed=seed,
@@ -232,10 +234,8 @@ def retimed(entry: Entry, source: Source, arguments: argparse.Namespace) -> Entr
     """Return a latency row with its two models timed again; the weights make no difference."""
     quantity, _, groups = entry.row.partition(" g=")
     model, shape = source.model, source.spec.input_shape
-    options = search_options(model, quantity, arguments, entry.seed)
-    choices = candidates(
-        model, shape, exclude=options.exclude, min_group_width=options.min_group_width, block=options.block
-    )
+    rules, _ = what_may_be_planned(model, quantity, arguments, entry.seed)
+    choices = candidates(model, shape, rules)
     planned = []
     for name, site in entry.plan.items():
         kind, count, *shuffle = site.split()

@@ -27,7 +27,6 @@ from torch import nn
 
 from groupify.conversion.surgery import restructure
 from groupify.graph.trace import example_input
-from groupify.machine import blocked_width
 from groupify.measure.benchmarks import benchmark_onnx
 from groupify.measure.latency_table import look_up, measure_table
 from groupify.measure.timing import Timing
@@ -38,7 +37,7 @@ from groupify.planning.candidates import candidates
 from groupify.planning.costing import Costing
 from groupify.planning.search import uniform_name
 from groupify.planning.sensitivity import weight_sensitivity
-from groupify.scores import measure_cost
+from groupify.scores.cost import measure_cost
 from groupify.structures import Plan
 from scripts.benchmarks.harness import BENCHMARKS, ResultFile
 
@@ -105,8 +104,7 @@ def main() -> None:
 def measure(name: str, shape: tuple[int, ...], seconds: float, attempts: int = 3) -> list[Row]:
     """Predict, export and time the plans of one model; once more if the machine's speed changed meanwhile."""
     model = load_model(name, weights="none", input_shape=shape).model
-    block = blocked_width()
-    choices = candidates(model, shape, min_group_width=block, block=block)
+    choices = candidates(model, shape)
     chosen = {"dense": (0,) * len(choices.sites)}
     chosen |= {uniform_name(key): choices.uniform[key] for key in UNIFORM if key in choices.uniform}
     with tempfile.TemporaryDirectory() as folder:

@@ -42,7 +42,8 @@ from groupify.data.ranks import process_group
 from groupify.data.splits import DataSplits, load_data
 from groupify.machine import describe_machine
 from groupify.models import load_model
-from groupify.scores import evaluate, measure_cost
+from groupify.scores.accuracy import evaluate
+from groupify.scores.cost import measure_cost
 from groupify.training.finetuning import finetune
 from groupify.training.settings import FinetuneSettings
 from scripts.benchmarks.accuracy import (

@@ -120,7 +120,7 @@ def images(count: int = 32, shape: Sequence[int] = SHAPE, seed: int = 0) -> Tens
 
 def plan_of(model: nn.Module, *names: str, groups: int = 4, shuffle: bool = False) -> Plan:
     recipes = [SiteRecipe(name, "grouped", groups, shuffle) for name in names]
-    return describe(model, recipes, SHAPE)
+    return describe(model, recipes, SHAPE, "any")
 
 
 def relative_error(model: nn.Module, reference: nn.Module, x: Tensor) -> float:

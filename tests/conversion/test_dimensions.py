@@ -49,7 +49,8 @@ class Net(nn.Module):
 )
 def test_plan_convert_save_load_export(dims: int, kind: str, shuffle: bool, tmp_path: Path) -> None:
     net, shape = randomise(Net(dims)).eval(), SHAPES[dims]
-    found = groupify.plan(net, shape, groups=4, kind=kind, shuffle="all" if shuffle else "none")
+    rules = groupify.Rules(min_group_width=1, structures=kind, shuffle="all" if shuffle else "none")
+    found = groupify.plan(net, shape, groups=4, rules=rules)
     assert [site.name for site in found.converted] == ["conv1", "conv2", "conv3"]
     site = found.sites[1]
     assert site.output_size == shape[1:]
@@ -73,7 +74,7 @@ def test_a_net_that_is_grouped_already_is_recovered(dims: int) -> None:
     net, shape = randomise(Net(dims)).eval(), SHAPES[dims]
     for conv in (net.conv1, net.conv2):
         make_block_diagonal(conv, 4)
-    plan = describe(net, [SiteRecipe(name, "grouped", 4) for name in ("conv1", "conv2")], shape)
+    plan = describe(net, [SiteRecipe(name, "grouped", 4) for name in ("conv1", "conv2")], shape, "any")
     result = convert(net, plan, Calibration(images(64, shape), fit=EXACT))
     assert max(fit.error for fit in result.fits) < 1e-3
     assert relative_error(result.model, net, images(seed=1, shape=shape)) < 1e-3

@@ -43,22 +43,24 @@ except ImportError:
     torch.save(outputs, f"{sys.argv[1]}/outputs.pt")
 """
 
-CASES: Mapping[str, tuple[str, dict[str, Any], tuple[int, int, int], dict[str, Any]]] = {
-    "shuffled": ("demo", {}, (3, 28, 28), {"groups": 4, "shuffle": "all"}),
+CASES: Mapping[str, tuple[str, dict[str, Any], tuple[int, int, int], int, dict[str, Any]]] = {
+    "shuffled": ("demo", {}, (3, 28, 28), 4, {"shuffle": "all"}),
     "pointwise": (
-        "groupify.models.demo:fashion_resnet18", {}, (3, 28, 28), {"groups": 8, "kind": "grouped-pointwise"}
+        "groupify.models.demo:fashion_resnet18", {}, (3, 28, 28), 8, {"structures": "grouped-pointwise"}
     ),
     # Refuses weights without its own version number.
-    "versioned": ("mnasnet0_5", {"num_classes": 4}, (3, 32, 32), {"groups": 2}),
-    "no_norms": ("squeezenet1_1", {"num_classes": 4}, (3, 32, 32), {"groups": 4}),
+    "versioned": ("mnasnet0_5", {"num_classes": 4}, (3, 32, 32), 2, {}),
+    "no_norms": ("squeezenet1_1", {"num_classes": 4}, (3, 32, 32), 4, {}),
 }  # fmt: skip
 
 
 def write(folder: Path, stem: str) -> torch.Tensor:
     """Convert, save, write the file; the model's outputs."""
-    name, arguments, shape, options = CASES[stem]
+    name, arguments, shape, groups, options = CASES[stem]
     source = groupify.load_model(name, weights="none", arguments=arguments, input_shape=shape)
-    plan = groupify.plan(source.model, shape, **options)
+    plan = groupify.plan(
+        source.model, shape, groups=groups, rules=groupify.Rules(min_group_width=1, **options)
+    )
     model = restructure(source.model, plan.recipes)
     if stem == "no_norms":
         model = model.to(memory_format=torch.channels_last)

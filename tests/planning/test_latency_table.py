@@ -14,9 +14,11 @@ from groupify.measure.latency_table import LatencyTable, cached_table, look_up, 
 from groupify.measure.site_times import NetworkTime
 from groupify.onnx.exporting import ExportedModel
 from groupify.planning.candidates import candidates
+from groupify.planning.rules import Rules
 from tests.cli_nets import net
 
 SHAPE = (3, 8, 8)
+GROUPED = Rules(min_group_width=1, structures="grouped")
 NO_FILE = ExportedModel(Path(), 18, 0, "", (), 0, 0)
 CONV = ConvShape(32, 32, (3, 3), (1, 1), (1, 1), (1, 1, 1, 1), (28, 28))
 
@@ -41,7 +43,7 @@ def test_convs_of_other_dimensions_strides_and_paddings_are_timed() -> None:
 
 
 def test_a_table_knows_its_model_and_all_candidates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    choices = candidates(net(), SHAPE, group_counts=(4,))
+    choices = candidates(net(), SHAPE, GROUPED, group_counts=(4,))
     table = cached_table(net(), choices, cache=tmp_path)
     latencies = look_up(table, net(), choices)
     assert latencies.dense_ms > 0
@@ -69,7 +71,7 @@ def test_convs_with_warm_weights_have_times_of_their_own(
         return {shape: (1.0 if warm else 3.0) / shape.groups for shape in shapes}
 
     monkeypatch.setattr(latency_table, "time_convs", timed)
-    choices = candidates(net(), SHAPE, group_counts=(4,), kinds=("grouped",))
+    choices = candidates(net(), SHAPE, GROUPED, group_counts=(4,))
     cold = cached_table(net(), choices, cache=tmp_path)
     table = cached_table(net(), choices, cache=tmp_path, warm=True)
     assert table.networks == cold.networks
@@ -92,7 +94,7 @@ def test_convs_with_warm_weights_have_times_of_their_own(
 def test_convs_take_what_the_dense_ones_take_in_the_network(
     inside: float | None, expected: tuple[float, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choices = candidates(net(), SHAPE, group_counts=(4,), kinds=("grouped",))
+    choices = candidates(net(), SHAPE, GROUPED, group_counts=(4,))
     number, site = next((n, o[0].site.name) for n, o in enumerate(choices.sites) if len(o) > 1)
     network = NetworkTime(100.0, {} if inside is None else {site: inside})
     monkeypatch.setattr(latency_table, "time_network", lambda *_, **__: network)
@@ -106,12 +108,12 @@ def test_convs_take_what_the_dense_ones_take_in_the_network(
 def test_a_table_of_another_model_or_of_other_options_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency_table, "time_network", lambda *_, **__: NetworkTime(1.0, {}))
     monkeypatch.setattr(latency_table, "export_onnx", lambda *_, **__: NO_FILE)
-    few = candidates(net(), SHAPE, group_counts=(2,), kinds=("grouped",))
+    few = candidates(net(), SHAPE, GROUPED, group_counts=(2,))
     table = measure_table(net(), few)
     with pytest.raises(PlanError, match="does not know this model"):
-        look_up(table, net(64), candidates(net(64), SHAPE))
+        look_up(table, net(64), candidates(net(64), SHAPE, GROUPED))
     with pytest.raises(PlanError, match=r"has no conv .* groups 4"):
-        look_up(table, net(), candidates(net(), SHAPE))
+        look_up(table, net(), candidates(net(), SHAPE, GROUPED))
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,7 @@ from torch import Tensor, nn
 
 from groupify.conversion.principal import principal_maps
 from groupify.planning.layer_error import LayerMoments
-from groupify.scores import class_scores
-from groupify.stats.fisher import observe_sites, score_directions
+from groupify.stats.fisher import class_scores, observe_sites, score_directions
 from groupify.stats.samples import SiteSamples
 from groupify.stats.scores import fitted_error
 from groupify.structures import SiteRecipe

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from groupify.errors import ArtefactError, ConversionError, PlanError
 from groupify.planning.plan_file import PlanFile
+from groupify.planning.rules import Rules
 from groupify.planning.uniform import plan
 from groupify.structures import SiteRecipe
 from tests.cli_nets import net
@@ -31,16 +32,17 @@ def test_a_plan_reads_what_it_writes(sites: dict[str, SiteRecipe | None]) -> Non
         (name, None if recipe is None else SiteRecipe(name, recipe.kind, recipe.groups, recipe.shuffle))
         for name, recipe in sites.items()
     )
-    file = PlanFile("net", named)
+    file = PlanFile("net", "avx2", named)
     assert PlanFile.loads(file.dumps()) == file
 
 
 def test_a_plan_goes_through_a_file_and_can_be_edited(tmp_path: Path) -> None:
-    made = plan(net(), SHAPE, groups=4)
+    made = plan(net(), SHAPE, groups=4, rules=Rules(min_group_width=1, cpu="arm64"))
     path = tmp_path / "plan.json"
     PlanFile.of("net", made).write(path)
     again = PlanFile.read(path).apply(net(), SHAPE)
     assert again.recipes == made.recipes
+    assert (made.cpu, again.cpu) == ("arm64", "arm64")
     assert again.macs == made.macs
     path.write_text(path.read_text().replace('"groups": 4', '"groups": 8', 1))
     assert [site.groups for site in PlanFile.read(path).apply(net(), SHAPE).converted] == [8, 4]
@@ -53,7 +55,7 @@ def test_a_plan_goes_through_a_file_and_can_be_edited(tmp_path: Path) -> None:
 
 
 def document(**changes: Any) -> dict[str, Any]:
-    fields = {"format": "groupify plan", "schema_version": 1, "model": "net"}
+    fields = {"format": "groupify plan", "schema_version": 2, "model": "net", "cpu": "avx2"}
     site = {"name": "2", "kind": "grouped", "groups": 4, "shuffle": False}
     return {**fields, "sites": [site], **changes}
 
@@ -62,7 +64,8 @@ def document(**changes: Any) -> dict[str, Any]:
     ("changed", "says"),
     [
         ({"format": "groupify"}, 'expected "format": "groupify plan"'),
-        ({"schema_version": 2}, "schema version is 2"),
+        ({"schema_version": 1}, "schema version is 1, this groupify reads version 2: save the plan again"),
+        ({"cpu": "auto"}, "expected 'avx2'"),
         ({"extra": 1}, "unknown key 'extra'"),
         ({"sites": []}, "a list of 0"),
         ({"sites": [{"name": "2", "kind": "grouped", "groups": 1, "shuffle": False}]}, "from 2"),
@@ -86,7 +89,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_a_plan_for_another_model_is_refused() -> None:
     def applied(*sites: tuple[str, SiteRecipe | None]) -> None:
-        PlanFile("net", sites).apply(net(), SHAPE)
+        PlanFile("net", "any", sites).apply(net(), SHAPE)
 
     with pytest.raises(PlanError, match="leaves every conv dense"):
         applied(("2", None))

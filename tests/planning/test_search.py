@@ -32,11 +32,13 @@ from groupify.planning.budget import Budget
 from groupify.planning.candidates import candidates
 from groupify.planning.frontier import trace_frontier
 from groupify.planning.plan_timer import PlanTimer
+from groupify.planning.rules import Rules
 from groupify.planning.search import BudgetPlan, Images, SearchOptions, plan_for_budget
 from groupify.planning.sensitivity import exact_sensitivity, measure_sensitivity
 from groupify.planning.uniform import plan
 from groupify.reporting.frontier_plot import plot_frontier
-from groupify.scores import Judge, Judgement, measure_cost
+from groupify.scores.cost import measure_cost
+from groupify.scores.divergence import Judge, Judgement
 from groupify.structures import Plan
 
 SHAPE = (3, 12, 12)
@@ -93,8 +95,12 @@ def _few_samples() -> Any:
         yield
 
 
-def planned(budget: str, **options: Any) -> BudgetPlan:
-    return plan_for_budget(net(), SHAPE, budget, images(), SearchOptions(**options))
+ANY = Rules(min_group_width=1)
+GROUPED = replace(ANY, structures="grouped")
+
+
+def planned(budget: str, rules: Rules = ANY, **options: Any) -> BudgetPlan:
+    return plan_for_budget(net(), SHAPE, budget, images(), rules=rules, options=SearchOptions(**options))
 
 
 # ---- candidates
@@ -102,7 +108,7 @@ def planned(budget: str, **options: Any) -> BudgetPlan:
 
 def test_candidates_cost_what_the_converted_model_costs() -> None:
     model = net()
-    choices = candidates(model, SHAPE, shuffle="all")
+    choices = candidates(model, SHAPE, replace(ANY, shuffle="all"))
     example = example_input(SHAPE, like=model)
     dense = measure_cost(model, example)
     labels = [candidate.label for candidate in choices.sites[1]]
@@ -120,9 +126,9 @@ def test_candidates_cost_what_the_converted_model_costs() -> None:
 
 def test_uniform_plans_are_those_of_the_rules() -> None:
     model = net()
-    choices = candidates(model, SHAPE, min_group_width=8, block=8)
+    choices = candidates(model, SHAPE, Rules(cpu="avx2"))
     for (kind, groups, _), chosen in choices.uniform.items():
-        expected = plan(model, SHAPE, groups=groups, kind=kind, min_group_width=8, block=8)
+        expected = plan(model, SHAPE, groups=groups, rules=Rules(cpu="avx2", structures=kind))
         assert choices.plan(chosen).recipes == expected.recipes
     assert {c.site.groups for c in choices.sites[1] if c.site.kind == "grouped"} == {2, 4}
 
@@ -132,7 +138,7 @@ def test_uniform_plans_are_those_of_the_rules() -> None:
 
 def test_a_wide_conv_may_become_all_that_its_kernel_is_fast_at() -> None:
     wide = nn.Sequential(nn.Conv2d(16, 1024, 1), nn.Conv2d(1024, 1024, 3, padding=1))
-    choices = candidates(wide, (16, 2, 2), exclude=("0",), min_group_width=16, block=16, shuffle="all")
+    choices = candidates(wide, (16, 2, 2), Rules(exclude="0", cpu="avx512", shuffle="all"))
     counts = (2, 4, 8, 16, 32, 64)
     assert {option.label for option in choices.sites[1]} == {
         "dense", *(f"grouped-{count}{shuffle}" for count in counts for shuffle in ("", "-shuffle")),
@@ -142,7 +148,7 @@ def test_a_wide_conv_may_become_all_that_its_kernel_is_fast_at() -> None:
 
 def test_a_conv_that_the_output_hardly_needs_is_predicted_to_lose_little() -> None:
     model = net()
-    choices = candidates(model, SHAPE, group_counts=(4,), kinds=("grouped",))
+    choices = candidates(model, SHAPE, GROUPED, group_counts=(4,))
     found = measure_sensitivity(model, choices, images())
     losses = {options[0].site.name: found.loss(options[1]) for options in choices.sites[1:]}
     assert losses["second.3"] < losses["first.3"] / 20
@@ -154,7 +160,7 @@ def test_a_conv_that_the_output_hardly_needs_is_predicted_to_lose_little() -> No
 
 def test_an_interrupted_measurement_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = net()
-    choices = candidates(model, SHAPE, group_counts=(2, 4), kinds=("grouped",))
+    choices = candidates(model, SHAPE, GROUPED, group_counts=(2, 4))
     whole = measure_sensitivity(model, choices, images())
     calls: list[str] = []
     original = sensitivity_module._Measurement.losses
@@ -184,7 +190,7 @@ def test_an_interrupted_measurement_goes_on(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_models_in_several_passes_lose_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    choices = candidates(net(), SHAPE, group_counts=(4,))
+    choices = candidates(net(), SHAPE, ANY, group_counts=(4,))
     whole = measure_sensitivity(net(), choices, images())
     monkeypatch.setattr(sensitivity_module, "_MEMORY", 1)
     assert measure_sensitivity(net(), choices, images()).losses.keys() == whole.losses.keys()
@@ -222,13 +228,13 @@ def test_uniform_wins_where_the_plan_is_measured_to_be_worse(monkeypatch: pytest
         return dict.fromkeys(found, 1e-09 + (1.0 if second else 0.0))
 
     monkeypatch.setattr(sensitivity_module._Measurement, "losses", wrong)
-    found = planned("macs=55%", kinds=("grouped",))
+    found = planned("macs=55%", GROUPED)
     assert found.winner.uniform
     assert [site.groups for site in found.plan.sites] == [1, 2, 2, 2, 2]
 
 
 def test_a_budget_without_images_is_planned_from_the_weights_alone() -> None:
-    found = plan_for_budget(net(), SHAPE, "macs=30%")
+    found = plan_for_budget(net(), SHAPE, "macs=30%", rules=ANY)
     assert found.winner.costs["macs"] <= 0.3 * found.dense_costs["macs"]
     assert found.winner.measured is None
     assert found.method == "from the weights alone"
@@ -265,11 +271,11 @@ def timed(monkeypatch: pytest.MonkeyPatch, clock: None) -> Callable[[Callable[[f
 
 
 def test_a_latency_limit_is_held_by_the_measured_one(timed: Any, tmp_path: Path) -> None:
-    options = SearchOptions(cache=tmp_path, kinds=("grouped",))
+    options = SearchOptions(cache=tmp_path)
     losses, asked = [], 0.8 * 8 * 9.216
     for factor in (1.1, 1.0, 0.8):
         seen = timed(lambda predicted, factor=factor: factor * predicted)
-        winner = plan_for_budget(net(), SHAPE, "latency=80%", options=options).winner
+        winner = plan_for_budget(net(), SHAPE, "latency=80%", rules=GROUPED, options=options).winner
         assert winner.costs["latency"] <= 1.01 * asked
         assert winner.costs["latency"] in seen
         losses.append(winner.loss)
@@ -292,8 +298,8 @@ def test_a_latency_limit_is_approached_from_both_sides(
         return seen[weights]
 
     monkeypatch.setattr(PlanTimer, "__call__", time_plan)
-    options = SearchOptions(cache=tmp_path, kinds=("grouped",))
-    winner = plan_for_budget(deep, SHAPE, "latency=60%", options=options).winner
+    options = SearchOptions(cache=tmp_path)
+    winner = plan_for_budget(deep, SHAPE, "latency=60%", rules=GROUPED, options=options).winner
     assert 0.5 * dense < winner.costs["latency"] <= 0.6 * dense
 
 
@@ -302,24 +308,25 @@ def test_convs_are_timed_warm_where_plans_are_much_faster_than_predicted(
     factor: float, is_warm: bool, timed: Any, tmp_path: Path
 ) -> None:
     timed(lambda predicted: factor * predicted)
-    plan_for_budget(net(), SHAPE, "latency=60%", options=SearchOptions(cache=tmp_path, kinds=("grouped",)))
+    plan_for_budget(net(), SHAPE, "latency=60%", rules=GROUPED, options=SearchOptions(cache=tmp_path))
     (table,) = tmp_path.glob("latency-*.json")
     assert bool(LatencyTable.read(table).warm_convs) == is_warm
 
 
 def test_a_latency_limit_that_no_measured_plan_holds_is_refused(timed: Any, tmp_path: Path) -> None:
-    options = SearchOptions(cache=tmp_path, kinds=("grouped",))
+    options = SearchOptions(cache=tmp_path)
     timed(lambda predicted: 2 * predicted)
     with pytest.raises(PlanError, match=r"latency=80% cannot be held: the fastest plan .* measured latency"):
-        plan_for_budget(net(), SHAPE, "latency=80%", options=options)
-    table = cached_table(net(), candidates(net(), SHAPE, kinds=("grouped",)), cache=tmp_path)
+        plan_for_budget(net(), SHAPE, "latency=80%", rules=GROUPED, options=options)
+    table = cached_table(net(), candidates(net(), SHAPE, GROUPED), cache=tmp_path)
     for trusting in (replace(options, verify=False), replace(options, table=table)):
-        assert plan_for_budget(net(), SHAPE, "latency=80%", options=trusting).winner.costs["latency"] > 0
+        found = plan_for_budget(net(), SHAPE, "latency=80%", rules=GROUPED, options=trusting)
+        assert found.winner.costs["latency"] > 0
 
 
 def test_plans_are_timed_beside_the_dense_model_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_timer, "speed_ups", functools.partial(speed_ups, seconds=0.07))
-    choices = candidates(net(), SHAPE)
+    choices = candidates(net(), SHAPE, ANY)
     grouped = choices.plan(choices.uniform["grouped", 4, False])
     milliseconds = PlanTimer(net(), choices, 8.0, cache=tmp_path)(grouped)
     assert 0.8 < milliseconds < 80
@@ -343,20 +350,20 @@ def test_the_time_of_a_plan_is_the_median_over_sessions(
         return [Latency(name, 1, 1, Timing((time,), (time,))) for name, time in milliseconds.items()]
 
     monkeypatch.setattr(benchmark_module, "benchmark_onnx", benchmark)
-    choices = candidates(net(), SHAPE)
+    choices = candidates(net(), SHAPE, ANY)
     grouped = choices.plan(choices.uniform["grouped", 4, False])
     assert PlanTimer(net(), choices, 8.0, cache=tmp_path)(grouped) == 2.0
 
 
 @pytest.mark.usefixtures("clock")
 def test_a_latency_budget_counts_what_no_plan_changes(tmp_path: Path) -> None:
-    options = SearchOptions(cache=tmp_path, kinds=("grouped",), verify=False)
-    found = plan_for_budget(net(), SHAPE, "latency=75%", options=options)
+    options = SearchOptions(cache=tmp_path, verify=False)
+    found = plan_for_budget(net(), SHAPE, "latency=75%", rules=GROUPED, options=options)
     assert found.dense_costs["latency"] == pytest.approx(8 * 9.216)
     assert 4 * 9.216 < found.winner.costs["latency"] <= 6 * 9.216
     assert list(tmp_path.glob("latency-*.json"))
     with pytest.raises(PlanError, match=r"latency=40% cannot be held: the least .* latency .* \(51\.6%\)"):
-        plan_for_budget(net(), SHAPE, "latency=40%", options=options)
+        plan_for_budget(net(), SHAPE, "latency=40%", rules=GROUPED, options=options)
 
 
 def test_a_plan_that_loses_too_much_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,7 +374,7 @@ def test_a_plan_that_loses_too_much_is_refused(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(
         PlanError, match=r"drop=1 cannot be held: the mildest plan that was tried.* lost 3.00"
     ):
-        planned("drop=1", kinds=("grouped",))
+        planned("drop=1", GROUPED)
 
 
 def test_the_drop_decides_before_the_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,7 +398,7 @@ def test_a_drop_is_searched_by_conversion_and_measurement(monkeypatch: pytest.Mo
     monkeypatch.setattr(search, "_BISECTIONS", 3)
     labels = net()(images(80)).argmax(1)
     given = Images.split(images(80), labels)
-    found = plan_for_budget(net(), SHAPE, "drop=10", given, SearchOptions(kinds=("grouped",)))
+    found = plan_for_budget(net(), SHAPE, "drop=10", given, rules=GROUPED)
     measured = found.winner.measured
     assert found.labelled
     assert measured is not None

@@ -1,0 +1,1 @@
+"""A model on data: accuracy, divergence from the dense model, cost."""
