@@ -1,4 +1,4 @@
-"""The machine a number was measured on, and the channel block of its convolution kernel."""
+"""The machine a number was measured on, the block of its convolution kernel, work in parts that fit."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from groupify.errors import SpecError, near_names
 
@@ -18,6 +20,9 @@ from groupify.errors import SpecError, near_names
 _BLOCKS = {"avx2": 8, "avx512": 16, "arm64": 16, "any": 16, "baseline": 8}
 CPUS = ("avx2", "avx512", "arm64", "any", "auto")
 KNOWN_CPUS = tuple(_BLOCKS)  # what "auto" may stand for
+
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -149,3 +154,24 @@ def _cpu_name() -> str:
 def _sysctl(key: str) -> str:
     result = subprocess.run(["sysctl", "-n", key], capture_output=True, text=True, check=False)
     return result.stdout.strip()
+
+
+def chunks(items: Iterable[Item], size_of: Callable[[Item], float], limit: float) -> Iterator[list[Item]]:
+    """Cut a sequence into parts whose sizes add up to at most a limit; what is larger alone is a part alone.
+
+    Args:
+        items: what to cut, in its order.
+        size_of: the size of one item.
+        limit: the most that a part may have.
+    """
+    chunk: list[Item] = []
+    used = 0.0
+    for item in items:
+        size = size_of(item)
+        if chunk and used + size > limit:
+            yield chunk
+            chunk, used = [], 0.0
+        chunk.append(item)
+        used += size
+    if chunk:
+        yield chunk

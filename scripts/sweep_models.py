@@ -33,7 +33,7 @@ from torch.utils import _pytree as pytree
 from torchvision.models import get_model_builder, get_model_weights, list_models
 
 import groupify
-from groupify.conversion.by_module import refresh_batch_norms
+from groupify.conversion.by_part import refresh_batch_norms
 from groupify.conversion.conversion import Calibration, convert
 from groupify.errors import GroupifyError, PlanError
 from groupify.files import write_aside

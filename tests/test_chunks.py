@@ -5,7 +5,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from groupify.stats.chunks import chunks
+from groupify.machine import chunks
 
 
 @given(sizes=st.lists(st.integers(0, 20)), limit=st.integers(1, 30))

@@ -15,7 +15,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
 from groupify.conversion.conversion import convert
-from groupify.conversion.layers import SHUFFLED
+from groupify.conversion.surgery import SHUFFLED
 from groupify.models.demo import INPUT_SHAPE, demo_model
 from groupify.planning.rules import Rules
 from groupify.planning.uniform import plan

@@ -19,10 +19,10 @@ from groupify.conversion.site_fit import SiteFit
 from groupify.conversion.surgery import restructure
 from groupify.conversion.weights_only import correct_batch_norms
 from groupify.graph.channels import Channels, channel_classes
-from groupify.graph.permute import apply_orders
+from groupify.graph.permute import apply_orders, layer_orders
 from groupify.graph.trace import on_same_graph
+from groupify.stats.flow import fitted_error, norm_score, sampled_score
 from groupify.stats.samples import SiteSamples, observe_teacher, refittable, residual_sums
-from groupify.stats.scores import data_score, fitted_error, norm_score, permuted_samples
 from groupify.structures import SiteRecipe
 
 
@@ -136,7 +136,7 @@ def _clustered(
     for name, site in sites.items():
         conv = dense.get_submodule(name)
         by_norm = calibration.clustering == "norm"
-        scores.append(SiteScore(site, norm_score(conv) if by_norm else data_score(conv, samples[name])))
+        scores.append(SiteScore(site, norm_score(conv) if by_norm else sampled_score(conv, samples[name])))
     found = cluster(channels, scores, restarts=calibration.restarts, seed=seed)
     orders = found.orders
     before = sum(fitted_error(site, samples[name]) for name, site in sites.items())
@@ -160,7 +160,7 @@ def _permute_samples(
     samples: dict[str, SiteSamples], channels: Channels, orders: Mapping[int, Tensor]
 ) -> None:
     for name in samples:  # one after the other: all at once would need the memory twice
-        samples[name] = permuted_samples(samples[name], name, channels, orders)
+        samples[name] = samples[name].permuted(*layer_orders(name, channels, orders))
 
 
 @torch.no_grad()

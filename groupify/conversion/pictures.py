@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from groupify.conversion.clustering import SiteScore
-from groupify.conversion.surgery import row_channels
 from groupify.graph.channels import Channels
-from groupify.stats.scores import site_orders
+from groupify.graph.permute import layer_orders, row_channels
 from groupify.structures import GROUPED
 
 PICTURES = 3
@@ -53,7 +52,7 @@ def block_pictures(
     """
     drawn = []
     for one in scores:
-        inputs, outputs = site_orders(one.site.name, channels, orders)
+        inputs, outputs = layer_orders(one.site.name, channels, orders)
         rows = row_channels(len(one.score), one.site.groups, one.site.kind == GROUPED and one.site.shuffle)
         drawn.append(_picture(one, one.score[rows], one.score[outputs][:, inputs][rows]))
     gained = [picture for picture in drawn if picture.kept > picture.kept_before]

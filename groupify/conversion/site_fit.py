@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from groupify.conversion.principal import principal_maps
-from groupify.conversion.surgery import row_channels
 from groupify.graph.operations import CONVS, BatchNorm, Conv
-from groupify.stats.moments import GroupedFit, GroupedMoments
+from groupify.graph.permute import row_channels
+from groupify.stats.moments import GroupedFit, GroupedMoments, InputMoments, principal_maps
 from groupify.structures import GROUPED, SiteRecipe
 
 
@@ -253,11 +252,10 @@ def _fit_grouped_pointwise(
     out_channels = dense_conv.out_channels
     rank = out_channels // groups
     weight = dense_conv.weight.reshape(out_channels, groups, -1).transpose(0, 1).double()  # (G, O, D)
-    covariance = GroupedMoments()
+    moments = InputMoments()
     for patches in inputs:
-        blocks = patches.reshape(len(patches), groups, -1)
-        covariance.update(blocks, blocks[:, :, :1])
-    basis = principal_maps(weight, covariance.input_covariance(), rank)  # (G, r, D)
+        moments.add(patches.reshape(len(patches), groups, -1))
+    basis = principal_maps(weight, moments.input_covariance(), rank)  # (G, r, D)
     grouped.weight.copy_(basis.reshape(grouped.weight.shape))
     kernel = basis.float()
     features = [

@@ -1,4 +1,7 @@
-"""Replace the convolutions of a model by grouped ones, by name, in a copy."""
+"""Replace the convolutions of a model by grouped ones, by name, in a copy.
+
+A converted model is made of plain PyTorch layers, plus a channel shuffle behind a conv where asked for.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,68 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from groupify.conversion.layers import SHUFFLED, shuffle_order
 from groupify.errors import ConversionError, near_names
 from groupify.graph.operations import CONVS, Conv, conv_kind
+from groupify.graph.permute import row_channels
 from groupify.structures import GROUPED, KINDS, SiteRecipe
 
 
-def row_channels(out_channels: int, groups: int, shuffle: bool) -> Tensor:
-    """Return, for each filter of a grouped conv, the output channel that it computes; shape (O,)."""
-    if not shuffle:
-        return torch.arange(out_channels)
-    return torch.argsort(shuffle_order(out_channels, groups))
+def channel_shuffle(inputs: Tensor, groups: int) -> Tensor:
+    """Interleave the channels of ``groups`` equal blocks.
+
+    Output channel ``j * groups + g`` is input channel ``g * (C / groups) + j``, as in ShuffleNet
+    (Zhang, Zhou, Lin and Sun, 2018).
+
+    Args:
+        inputs: shape (N, C, *spatial), C divisible by ``groups``.
+        groups: number of blocks.
+
+    Returns:
+        A tensor of the shape of ``inputs``.
+    """
+    # Without a look at the shape, which a symbolic trace by torch.fx does not have.
+    blocks: Tensor = inputs.unflatten(1, (groups, -1))
+    return blocks.transpose(1, 2).flatten(1, 2)
+
+
+class _Shuffled(nn.Module):
+    """A grouped conv followed by a channel shuffle over ``shuffle_groups`` blocks.
+
+    It keeps the state-dict keys of a plain conv, so that a converted model has the keys of the dense
+    one. Deployment moves the shuffle behind the activation or folds it away.
+    """
+
+    def __init__(self, *args: Any, shuffle_groups: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.shuffle_groups = shuffle_groups
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
+        """Convolve, then shuffle; shapes as in the conv itself."""
+        return channel_shuffle(super().forward(input), self.shuffle_groups)
+
+    def extra_repr(self) -> str:
+        """Say what ``repr`` shows of this layer."""
+        base: str = super().extra_repr()
+        return f"{base}, shuffle_groups={self.shuffle_groups}"
+
+
+class ShuffledConv1d(_Shuffled, nn.Conv1d):
+    """A grouped ``Conv1d`` followed by a channel shuffle."""
+
+
+class ShuffledConv2d(_Shuffled, nn.Conv2d):
+    """A grouped ``Conv2d`` followed by a channel shuffle."""
+
+
+class ShuffledConv3d(_Shuffled, nn.Conv3d):
+    """A grouped ``Conv3d`` followed by a channel shuffle."""
+
+
+SHUFFLED: dict[type[nn.Module], Any] = {
+    nn.Conv1d: ShuffledConv1d,
+    nn.Conv2d: ShuffledConv2d,
+    nn.Conv3d: ShuffledConv3d,
+}
 
 
 def block_diagonal(weight: Tensor, groups: int, *, shuffle: bool = False) -> Tensor:

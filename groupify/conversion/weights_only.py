@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from groupify.conversion.surgery import row_channels
 from groupify.graph.operations import (
     ELEMENTWISE_FUNCTIONS,
     ELEMENTWISE_MODULES,
@@ -25,6 +24,7 @@ from groupify.graph.operations import (
     SPATIAL_MODULES,
     is_batch_norm,
 )
+from groupify.graph.permute import row_channels
 from groupify.structures import GROUPED, SiteRecipe
 
 _QUADRATURE_POINTS = 32

@@ -1,4 +1,4 @@
-"""Put the channels of permutation classes into a chosen order, inside the weights."""
+"""Orders of channels: those of permutation classes, put into the weights, and those of channel shuffles."""
 
 from __future__ import annotations
 
@@ -43,6 +43,31 @@ def use_order(channels: Channels, index: int, orders: Mapping[int, Tensor]) -> T
         if places is not None:
             order[places.reshape(-1)] = places[class_order].reshape(-1)
     return order
+
+
+def layer_orders(
+    name: str, channels: Channels, orders: Mapping[int, Tensor]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the orders of the inputs and the outputs of the layer ``name``."""
+    inputs = outputs = None
+    for index, use in enumerate(channels.uses):
+        if use.name == name and use.kind in (CONV_INPUT, LINEAR_INPUT):
+            inputs = use_order(channels, index, orders)
+        elif use.name == name and use.kind in (CONV_OUTPUT, LINEAR_OUTPUT):
+            outputs = use_order(channels, index, orders)
+    return inputs, outputs
+
+
+def shuffle_order(channels: int, groups: int) -> Tensor:
+    """Return the order with ``channel_shuffle(x, groups) == x[:, order]``; shape (channels,)."""
+    return torch.arange(channels).reshape(groups, channels // groups).t().reshape(-1)
+
+
+def row_channels(out_channels: int, groups: int, shuffle: bool) -> Tensor:
+    """Return, for each filter of a grouped conv, the output channel that it computes; shape (O,)."""
+    if not shuffle:
+        return torch.arange(out_channels)
+    return torch.argsort(shuffle_order(out_channels, groups))
 
 
 @torch.no_grad()

@@ -19,12 +19,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from groupify.machine import blocked_width
+from groupify.machine import blocked_width, chunks
 from groupify.measure.profiling import kernel_times
 from groupify.measure.timing import UNDISTURBED, percentile
 from groupify.onnx.exporting import OPSET
 from groupify.onnx.runtime import require
-from groupify.stats.chunks import chunks
 
 _SESSION_BYTES = 2**28  # of weights and activations in one session
 _IR_VERSION = 9

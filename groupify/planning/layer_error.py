@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from groupify.conversion.principal import principal_maps
-from groupify.conversion.surgery import row_channels
+from groupify.graph.permute import row_channels
+from groupify.stats.moments import Ridge, principal_maps
 from groupify.structures import GROUPED, SiteRecipe
 
 _RIDGE = 0.01
@@ -51,14 +51,14 @@ class LayerMoments:
         self._outputs = self._cross @ self._weight.T  # Cov(y)
 
     def error(
-        self, site: SiteRecipe, output_order: Tensor | None = None, input_order: Tensor | None = None
+        self, site: SiteRecipe, input_order: Tensor | None = None, output_order: Tensor | None = None
     ) -> LayerError:
         """Return the error of the best replacement by least squares.
 
         Args:
             site: kind, groups and shuffle.
-            output_order, input_order: channels of the dense model at each place of the grouped one,
-                shapes (O,) and (I,); as they are if None.
+            input_order, output_order: channels of the dense model at each place of the grouped one,
+                shapes (I,) and (O,); as they are if None.
         """
         outputs, inputs, taps = self._size
         columns = torch.arange(inputs) if input_order is None else input_order
@@ -70,14 +70,14 @@ class LayerMoments:
             cross = torch.stack(
                 [self._cross[out[:, None], part] for out, part in zip(rows, parts, strict=True)]
             )
-            maps = _ridge_regression(covariances, cross)
+            maps = Ridge(covariances, _RIDGE).solve(cross)
             own, with_outputs = self._of_features(maps, parts)
             places = torch.argsort(rows.reshape(-1))  # of each output among the features
             return self._remaining(own[places[:, None], places], with_outputs[:, places])
         share = torch.stack([self._weight[:, part] for part in parts])  # (G, O, D)
         maps = principal_maps(share, covariances, outputs // site.groups)
         own, with_outputs = self._of_features(maps, parts)
-        pointwise = _ridge_regression(own.unsqueeze(0), with_outputs.unsqueeze(0))[0]
+        pointwise = Ridge(own.clone().unsqueeze(0), _RIDGE).solve(with_outputs.unsqueeze(0))[0]
         return self._remaining(pointwise @ own @ pointwise.T, with_outputs @ pointwise.T)
 
     def _of_features(self, maps: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,16 +91,3 @@ class LayerMoments:
         covariance = self._outputs - shared - shared.T + predicted
         variance = self._outputs.diagonal().clamp(min=1e-12)
         return LayerError(covariance, float((covariance.diagonal().clamp(min=0) / variance).mean()))
-
-
-def _ridge_regression(covariance: Tensor, cross: Tensor) -> Tensor:
-    """Least squares from moments: ``Cov(u)`` (G, D, D) and ``Cov(y, u)`` (G, R, D) give maps (G, R, D)."""
-    diagonal = torch.diagonal(covariance, dim1=1, dim2=2)
-    ridge = _RIDGE * diagonal.mean(1) + 1e-12 * (1 + diagonal.amax(1))
-    failed = torch.ones((), dtype=torch.bool)
-    factor = covariance
-    while bool(failed.any()):
-        system = covariance + torch.diag_embed(ridge.unsqueeze(1).expand_as(diagonal))
-        factor, failed = torch.linalg.cholesky_ex(system)
-        ridge = 10 * ridge + 1e-9 * diagonal.amax()  # where fewer samples than inputs made it indefinite
-    return torch.cholesky_solve(cross.transpose(1, 2), factor).transpose(1, 2)

@@ -21,20 +21,20 @@ from groupify.conversion.clustering import SiteScore, cluster
 from groupify.conversion.conversion import Calibration, convert
 from groupify.errors import DataError, GroupifyWarning
 from groupify.files import NumberCache, fingerprint
-from groupify.graph.channels import CONV_INPUT, CONV_OUTPUT, Channels, channel_classes
-from groupify.graph.permute import use_order
+from groupify.graph.channels import channel_classes
+from groupify.graph.permute import layer_orders
 from groupify.graph.trace import example_input, trace
+from groupify.machine import chunks
 from groupify.planning.candidates import Candidate, Choices
 from groupify.planning.layer_error import LayerMoments
 from groupify.scores.divergence import Judge
-from groupify.stats.chunks import chunks
 from groupify.stats.fisher import SiteStatistics, observe_sites
-from groupify.structures import SiteRecipe
+from groupify.stats.flow import data_score
 
 _MEMORY = 2**31  # bytes of moments held at the same time; more convs take another pass
 _VERSION = "1"  # of what is measured: another one makes the cached numbers void
 
-Orders = Mapping[str, tuple[Tensor | None, Tensor | None]]  # candidate → its output and input order
+Orders = Mapping[str, tuple[Tensor | None, Tensor | None]]  # candidate → its input and output order
 
 
 @dataclass(frozen=True)
@@ -219,11 +219,11 @@ class _Measurement:
         """Return the loss of each candidate of one conv that is observed at present; used up."""
         name = options[0].site.name
         statistics = self._statistics.pop(name)
-        layer = LayerMoments(self._weight(name), statistics.moments.covariance)
+        layer = LayerMoments(self._weight(name), statistics.moments.input_covariance()[0])
         found = {}
         for candidate in options[1:]:
-            outputs, inputs = (self._orders or {}).get(candidate.key, (None, None))
-            error = layer.error(candidate.site.recipe, outputs, inputs)
+            inputs, outputs = (self._orders or {}).get(candidate.key, (None, None))
+            error = layer.error(candidate.site.recipe, inputs, outputs)
             importance = statistics.importance
             found[candidate.key] = error.relative if importance is None else error.weighted(importance) / 2
         return found
@@ -251,27 +251,13 @@ def _channel_orders(
         entries = [SiteScore(recipe, scores[recipe.name]) for recipe in recipes]
         found = cluster(channels, entries, restarts=0, seed=seed).orders
         for candidate, recipe in zip(picked, recipes, strict=True):
-            orders.setdefault(candidate.key, _orders_of(recipe, channels, found))
+            orders.setdefault(candidate.key, layer_orders(recipe.name, channels, found))
     return orders
 
 
-def _orders_of(
-    site: SiteRecipe, channels: Channels, orders: Mapping[int, Tensor]
-) -> tuple[Tensor | None, Tensor | None]:
-    outputs = inputs = None
-    for index, use in enumerate(channels.uses):
-        if use.name == site.name and use.kind == CONV_OUTPUT:
-            outputs = use_order(channels, index, orders)
-        elif use.name == site.name and use.kind == CONV_INPUT:
-            inputs = use_order(channels, index, orders)
-    return outputs, inputs
-
-
 def _score(weight: Tensor, statistics: SiteStatistics) -> Tensor:
-    """Share of each output's variance that comes through each input, shape (O, I)."""
     inputs, taps = weight.shape[1:]
-    blocks = statistics.moments.covariance
-    if blocks.dim() == 2:
+    blocks = statistics.moments.input_covariance()
+    if len(blocks) < inputs:  # the whole, of which the blocks of each channel are a part
         blocks = blocks.reshape(inputs, taps, inputs, taps).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    through = torch.einsum("oia,iab,oib->oi", weight, blocks.float(), weight)
-    return through / through.sum(1, keepdim=True).clamp(min=1e-12)
+    return data_score(weight, blocks)

@@ -20,26 +20,8 @@ from tqdm import tqdm
 
 from groupify.errors import ConversionError, DataError
 from groupify.graph.operations import CONVS, Conv
+from groupify.stats.moments import InputMoments
 from groupify.stats.positions import input_patches, sample_positions
-
-
-@dataclass
-class InputMoments:
-    """Sums over sampled positions of a conv's input patches u, shifted by their mean over the first batch."""
-
-    shift: Tensor  # (D,)
-    count: int
-    total: Tensor  # (D,), float64
-    squares: Tensor  # (D, D), or (I, taps, taps) where only the diagonal blocks are kept; float64
-
-    @property
-    def covariance(self) -> Tensor:
-        """``Cov(u)``, shape (D, D), or its diagonal blocks (I, taps, taps)."""
-        mean = self.total / self.count
-        if self.squares.dim() == 2:
-            return self.squares / self.count - mean.unsqueeze(1) * mean.unsqueeze(0)
-        blocks = mean.reshape(self.squares.shape[:2])
-        return self.squares / self.count - blocks.unsqueeze(2) * blocks.unsqueeze(1)
 
 
 @dataclass
@@ -47,7 +29,7 @@ class SiteStatistics:
     """What one pass shows of one conv.
 
     Attributes:
-        moments: of its inputs; only the blocks of each channel where the whole was not asked for.
+        moments: of its inputs, as one group; those of each channel apart where the whole was not asked for.
         importance: F for one image: summed over the positions of its output, averaged over the images;
             shape (O, O), float64. None where it was not asked for.
     """
@@ -160,24 +142,8 @@ class _Pass:
                 f"layer {name!r} reads NaN or infinity on the calibration images; "
                 "check the weights and the preprocessing of the images"
             )
-        moments = self.moments.get(name)
-        if moments is None:
-            shape = (width, width) if name in self._whole else (conv.in_channels, *2 * (patches.shape[2],))
-            moments = self.moments[name] = InputMoments(
-                patches.mean(0).reshape(-1),
-                0,
-                torch.zeros(width, dtype=torch.float64),
-                torch.zeros(shape, dtype=torch.float64),
-            )
-        shifted = patches - moments.shift.reshape(patches.shape[1:])
-        moments.count += len(shifted)
-        moments.total += shifted.sum(0).reshape(-1)
-        if moments.squares.dim() == 2:
-            flat = shifted.reshape(len(shifted), -1)
-            moments.squares += flat.T @ flat
-        else:
-            by_channel = shifted.transpose(0, 1)
-            moments.squares += by_channel.transpose(1, 2) @ by_channel
+        moments = self.moments.setdefault(name, InputMoments())
+        moments.add(patches.reshape(len(patches), 1, -1) if name in self._whole else patches)
 
     def _add_gradient(self, name: str, gradient: Tensor) -> None:
         flat = gradient.transpose(0, 1).flatten(1)  # (O, N·H·W)

@@ -1,4 +1,4 @@
-"""Streamed second moments, and the least-squares fit of a grouped conv from them."""
+"""Streamed second moments, and what follows from them: least squares, principal directions."""
 
 from __future__ import annotations
 
@@ -27,20 +27,66 @@ class GroupedFit:
     error: Tensor
 
 
-class GroupedMoments:
-    """First and second moments of the inputs and outputs of each group, summed over samples.
+class InputMoments:
+    """First and second moments of the inputs of each group, summed over samples.
 
     Only the diagonal blocks are kept: G·D² numbers, where the full matrix would have (G·D)².
     Values are shifted by their mean over the first batch, so that the sums keep their precision in
     float64 however far the mean is from zero.
+
+    Attributes:
+        centred: whether the mean is taken off; else the second moments are those about zero.
+        count: number of samples.
     """
 
     def __init__(self, *, centred: bool = True) -> None:
         self.centred = centred
         self.count = 0
         self._input_shift: Tensor | None = None
+
+    def add(self, inputs: Tensor) -> None:
+        """Add samples, shape (n, G, D)."""
+        self._add_inputs(inputs.float().transpose(0, 1))
+
+    def input_covariance(self) -> Tensor:
+        """Return ``Cov(u)`` of each group, shape (G, D, D); the second moment where not centred."""
+        covariance = self._input_input / self.count
+        if self.centred:
+            mean = self._input_sum / self.count
+            covariance -= mean.unsqueeze(2) * mean.unsqueeze(1)
+        return covariance
+
+    def _add_inputs(self, inputs: Tensor) -> Tensor:
+        """Add samples, shape (G, n, D), and return them shifted."""
+        if self._input_shift is None:
+            groups, _, width = inputs.shape
+            self._input_shift = inputs.mean(1, keepdim=True) * float(self.centred)
+            self._input_input = inputs.new_zeros((groups, width, width), dtype=torch.float64)
+            self._input_sum = inputs.new_zeros((groups, width), dtype=torch.float64)
+        inputs = inputs - self._input_shift
+        self.count += inputs.shape[1]
+        self._add_gram(inputs)
+        self._input_sum += inputs.sum(1)
+        return inputs
+
+    def _add_gram(self, inputs: Tensor) -> None:
+        """Add ``UᵀU``, which is symmetric: of wide inputs only the blocks above the diagonal are computed."""
+        width = inputs.shape[2]
+        step = max(_GRAM_BLOCK, -(-width // _GRAM_BLOCKS))
+        for start in range(0, width, step):
+            block = slice(start, start + step)
+            product = torch.bmm(inputs[:, :, block].transpose(1, 2), inputs[:, :, start:])
+            self._input_input[:, block, start:] += product
+            self._input_input[:, start + step :, block] += product[:, :, step:].transpose(1, 2)
+
+
+class GroupedMoments(InputMoments):
+    """Moments of the inputs and outputs of each group."""
+
+    def __init__(self, *, centred: bool = True) -> None:
+        super().__init__(centred=centred)
         self._output_shift: Tensor | None = None
-        self._factor: tuple[float, Tensor, Tensor] | None = None  # ridge, Cholesky factor, strength
+        self._known_ridge: tuple[float, Ridge] | None = None
 
     def update(self, inputs: Tensor, outputs: Tensor) -> None:
         """Add samples.
@@ -50,34 +96,17 @@ class GroupedMoments:
             outputs: shape (n, G, O/G).
         """
         inputs, outputs = inputs.float().transpose(0, 1), outputs.float().transpose(0, 1)  # group first
-        if self._input_shift is None or self._output_shift is None:
-            groups, _, width = inputs.shape
-            rows = outputs.shape[2]
-            self._input_shift = inputs.mean(1, keepdim=True) * float(self.centred)
+        if self._output_shift is None:
+            groups, _, rows = outputs.shape
             self._output_shift = outputs.mean(1, keepdim=True) * float(self.centred)
-            self.input_input = inputs.new_zeros((groups, width, width), dtype=torch.float64)
-            self.output_input = inputs.new_zeros((groups, rows, width), dtype=torch.float64)
-            self.output_output = inputs.new_zeros((groups, rows), dtype=torch.float64)
-            self.input_sum = inputs.new_zeros((groups, width), dtype=torch.float64)
-            self.output_sum = inputs.new_zeros((groups, rows), dtype=torch.float64)
-        inputs, outputs = inputs - self._input_shift, outputs - self._output_shift
-        self.count += inputs.shape[1]
-        self._factor = None
-        self._add_gram(inputs)
-        self.output_input += torch.bmm(outputs.transpose(1, 2), inputs)
-        self.output_output += outputs.square().sum(1)
-        self.input_sum += inputs.sum(1)
-        self.output_sum += outputs.sum(1)
-
-    def _add_gram(self, inputs: Tensor) -> None:
-        """Add ``UᵀU``, which is symmetric: of wide inputs only the blocks above the diagonal are computed."""
-        width = inputs.shape[2]
-        step = max(_GRAM_BLOCK, -(-width // _GRAM_BLOCKS))
-        for start in range(0, width, step):
-            block = slice(start, start + step)
-            product = torch.bmm(inputs[:, :, block].transpose(1, 2), inputs[:, :, start:])
-            self.input_input[:, block, start:] += product
-            self.input_input[:, start + step :, block] += product[:, :, step:].transpose(1, 2)
+            self._output_input = inputs.new_zeros((groups, rows, inputs.shape[2]), dtype=torch.float64)
+            self._output_output = inputs.new_zeros((groups, rows), dtype=torch.float64)
+            self._output_sum = inputs.new_zeros((groups, rows), dtype=torch.float64)
+        self._known_ridge = None
+        inputs, outputs = self._add_inputs(inputs), outputs - self._output_shift
+        self._output_input += torch.bmm(outputs.transpose(1, 2), inputs)
+        self._output_output += outputs.square().sum(1)
+        self._output_sum += outputs.sum(1)
 
     def replace_outputs(self, batches: Iterable[tuple[Tensor, Tensor]], *, squares: bool = True) -> None:
         """Take other outputs for the same inputs.
@@ -88,17 +117,17 @@ class GroupedMoments:
         """
         assert self._input_shift is not None
         assert self._output_shift is not None
-        for sums in (self.output_input, self.output_output, self.output_sum):
+        for sums in (self._output_input, self._output_output, self._output_sum):
             sums.zero_()
         for inputs, outputs in batches:
             shifted = outputs.transpose(0, 1) - self._output_shift
             total = shifted.sum(1)
             # The inputs' shift is taken off the sums: shifting all inputs again would cost a copy of them.
-            self.output_input += torch.bmm(shifted.transpose(1, 2), inputs.transpose(0, 1))
-            self.output_input -= total.double().unsqueeze(2) * self._input_shift
-            self.output_sum += total
+            self._output_input += torch.bmm(shifted.transpose(1, 2), inputs.transpose(0, 1))
+            self._output_input -= total.double().unsqueeze(2) * self._input_shift
+            self._output_sum += total
             if squares:
-                self.output_output += shifted.square_().sum(1)
+                self._output_output += shifted.square_().sum(1)
 
     def fit(self, *, ridge: float, prior: Tensor | None = None) -> GroupedFit:
         """Solve the ridge regression of each group.
@@ -113,19 +142,18 @@ class GroupedMoments:
         """
         assert self._input_shift is not None, "no samples yet"
         assert self._output_shift is not None
-        input_mean, output_mean = self.input_sum / self.count, self.output_sum / self.count
-        cov_yu = self.output_input / self.count
-        var_y = self.output_output / self.count
+        input_mean, output_mean = self._input_sum / self.count, self._output_sum / self.count
+        cov_yu = self._output_input / self.count
+        var_y = self._output_output / self.count
         if self.centred:
             cov_yu -= output_mean.unsqueeze(2) * input_mean.unsqueeze(1)
             var_y -= output_mean.square()
-        factor, strength = self._factorise(ridge)
+        system = self._ridge(ridge)
         start = torch.zeros((), dtype=torch.float64) if prior is None else prior.double()
         # (Cov(u) + λI) V = Cov(u, y) + λP is the same, and spares the product with Cov(u).
-        target = cov_yu + strength * start
-        weight = torch.cholesky_solve(target.transpose(1, 2), factor).transpose(1, 2)
+        weight = system.solve(cov_yu + system.strength * start)
         # V Cov(u) Vᵀ = V (Cov(u, y) − λ(V − P)), so the error needs no product with Cov(u) either.
-        explained = (weight * (cov_yu + strength * (weight - start))).sum(2)
+        explained = (weight * (cov_yu + system.strength * (weight - start))).sum(2)
         error = (var_y - explained).clamp(min=0) / var_y.clamp(min=1e-12)
         if self.centred:
             input_mean = input_mean + self._input_shift.squeeze(1)
@@ -135,28 +163,72 @@ class GroupedMoments:
             bias = torch.zeros_like(output_mean)
         return GroupedFit(weight, bias, error)
 
-    def input_covariance(self, *, centred: bool = True) -> Tensor:
-        """Return ``Cov(u)`` of each group, shape (G, D, D); not centred, the second moment."""
-        covariance = self.input_input / self.count
-        if centred:
-            mean = self.input_sum / self.count
-            covariance -= mean.unsqueeze(2) * mean.unsqueeze(1)
-        return covariance
+    def _ridge(self, ridge: float) -> Ridge:
+        if self._known_ridge is None or self._known_ridge[0] != ridge:
+            self._known_ridge = ridge, Ridge(self.input_covariance(), ridge)
+        return self._known_ridge[1]
 
-    def _factorise(self, ridge: float) -> tuple[Tensor, Tensor]:
-        """Cholesky factor of ``Cov(u) + λI``, shape (G, D, D), and λ, shape (G, 1, 1)."""
-        if self._factor is None or self._factor[0] != ridge:
-            covariance = self.input_covariance(centred=self.centred)
-            diagonal = torch.diagonal(covariance, dim1=1, dim2=2)
-            # The tiny floor keeps a group of dead inputs solvable.
-            strength = (ridge * diagonal.mean(1) + 1e-12 * (1 + diagonal.amax(1))).unsqueeze(1)
-            diagonal.add_(strength)
+
+class Ridge:
+    """``Cov(u) + λI`` of each group, factorised.
+
+    Args:
+        covariance: ``Cov(u)``, shape (G, D, D), float64; overwritten.
+        ridge: λ as a multiple of the mean variance of a group's inputs.
+
+    Attributes:
+        strength: λ of each group, shape (G, 1, 1).
+    """
+
+    def __init__(self, covariance: Tensor, ridge: float) -> None:
+        diagonal = torch.diagonal(covariance, dim1=1, dim2=2)
+        # The tiny floor keeps a group of dead inputs solvable.
+        strength = (ridge * diagonal.mean(1) + 1e-12 * (1 + diagonal.amax(1))).unsqueeze(1)
+        diagonal.add_(strength)
+        factor, failed = torch.linalg.cholesky_ex(covariance)
+        while bool(failed.any()):
+            # Almost no ridge and fewer samples than inputs: rounding has made it indefinite.
+            more = 9 * strength.clamp(min=1e-9 * float(diagonal.amax()))
+            diagonal.add_(more)
+            strength = strength + more
             factor, failed = torch.linalg.cholesky_ex(covariance)
-            while bool(failed.any()):
-                # Almost no ridge and fewer samples than inputs: rounding has made it indefinite.
-                more = 9 * strength.clamp(min=1e-9 * float(diagonal.amax()))
-                diagonal.add_(more)
-                strength = strength + more
-                factor, failed = torch.linalg.cholesky_ex(covariance)
-            self._factor = ridge, factor, strength.unsqueeze(2)
-        return self._factor[1:]
+        self.strength = strength.unsqueeze(2)
+        self._factor = factor
+
+    def solve(self, cross: Tensor) -> Tensor:
+        """Return the maps ``Cov(y, u) (Cov(u) + λI)⁻¹`` from ``Cov(y, u)``, both of shape (G, rows, D)."""
+        return torch.cholesky_solve(cross.transpose(1, 2), self._factor).transpose(1, 2)
+
+
+def principal_maps(weight: Tensor, covariance: Tensor, rank: int) -> Tensor:
+    """Return the best rank-r map of each input group: which r numbers to compute from its inputs.
+
+    Of group g's share ``W_g u_g`` of the output, the projection on the first r eigenvectors U of
+    ``W_g Cov(u_g) W_gᵀ`` keeps the most, so the map is ``Uᵀ W_g``.
+
+    Args:
+        weight: shape (G, O, D), the share of the dense weight that reads each group.
+        covariance: of the inputs of each group, shape (G, D, D).
+        rank: r.
+
+    Returns:
+        Shape (G, r, D); zero rows where the rank exceeds D.
+    """
+    outputs, inputs = weight.shape[1:]
+    if outputs <= inputs:
+        _, vectors = torch.linalg.eigh(weight @ covariance @ weight.transpose(1, 2))
+        first: Tensor = vectors[:, :, -rank:].transpose(1, 2) @ weight
+        return first
+    # Few inputs (a depthwise conv): with Cov = L Lᵀ and W L = U S Vᵀ the map is Uᵀ W = S⁻¹ Vᵀ Lᵀ Wᵀ W,
+    # and V comes from the small Lᵀ Wᵀ W L.
+    values, vectors = torch.linalg.eigh(covariance)
+    root = vectors * values.clamp(min=0).sqrt().unsqueeze(1)  # (G, D, D), Cov = root rootᵀ
+    gram = weight.transpose(1, 2) @ weight
+    values, vectors = torch.linalg.eigh(root.transpose(1, 2) @ gram @ root)
+    kept = min(rank, inputs)
+    values, vectors = values[:, -kept:], vectors[:, :, -kept:]
+    scale = torch.rsqrt(values.clamp(min=1e-300)).where(values > 1e-14 * values[:, -1:], 0.0)
+    maps: Tensor = scale.unsqueeze(2) * (vectors.transpose(1, 2) @ root.transpose(1, 2) @ gram)
+    if kept < rank:
+        maps = torch.cat([maps.new_zeros(len(maps), rank - kept, inputs), maps], 1)
+    return maps

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,20 @@ class SiteSamples:
     outputs: list[Tensor] = field(default_factory=list)
     sums: list[Tensor] = field(default_factory=list)
     calls: int = 0
+
+    def permuted(self, inputs: Tensor | None, outputs: Tensor | None) -> SiteSamples:
+        """Return the samples of the layer with inputs and outputs in another order; None = as they are."""
+        return replace(
+            self,
+            patches=_ordered(self.patches, inputs),
+            patch_outputs=_ordered(self.patch_outputs, outputs),
+            outputs=_ordered(self.outputs, outputs),
+            sums=_ordered(self.sums, outputs),
+        )
+
+
+def _ordered(parts: list[Tensor], order: Tensor | None) -> list[Tensor]:
+    return parts if order is None else [part[:, order] for part in parts]
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from groupify.conversion.by_module import refresh_batch_norms
+from groupify.conversion.by_part import refresh_batch_norms
 from groupify.conversion.clustering import SiteScore, cluster
 from groupify.conversion.conversion import Calibration, convert
 from groupify.conversion.reconstruct import ReconstructionOptions

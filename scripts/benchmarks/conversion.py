@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from groupify.conversion.by_module import refresh_batch_norms
+from groupify.conversion.by_part import refresh_batch_norms
 from groupify.conversion.conversion import Calibration, convert
 from groupify.machine import describe_machine
 from groupify.models import load_model

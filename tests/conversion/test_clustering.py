@@ -13,7 +13,7 @@ from groupify.conversion.clustering import Clustering, SiteScore, cluster
 from groupify.graph.channels import Channels, channel_classes
 from groupify.graph.permute import apply_orders
 from groupify.graph.trace import trace
-from groupify.stats.scores import norm_score
+from groupify.stats.flow import norm_score
 from groupify.structures import GROUPED, SiteRecipe
 from tests.conversion.nets import SHAPE, Chain, Residual, images, make_block_diagonal, randomise
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from groupify.conversion.conversion import Calibration, convert
 from groupify.conversion.site_fit import FitOptions
 from groupify.errors import ConversionError, DataError, GroupifyWarning
+from groupify.stats.flow import fitted_error
 from groupify.stats.samples import SampleBudget, SiteSamples
-from groupify.stats.scores import fitted_error
 from tests.conversion.nets import (
     CalledTwice,
     Chain,

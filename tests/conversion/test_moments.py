@@ -57,7 +57,7 @@ def test_moments_of_wide_inputs(width: int) -> None:
     for batch in inputs.split(20):
         moments.update(batch, batch[:, :, :3])
     wanted = torch.einsum("ngi,ngj->gij", inputs.double(), inputs.double()) / 50
-    torch.testing.assert_close(moments.input_covariance(centred=False), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(moments.input_covariance(), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_the_order_of_the_batches_does_not_matter() -> None:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from groupify.conversion.layers import ShuffledConv2d, channel_shuffle, shuffle_order
-from groupify.conversion.surgery import block_diagonal, restructure, row_channels
+from groupify.conversion.surgery import ShuffledConv2d, block_diagonal, channel_shuffle, restructure
 from groupify.errors import ConversionError
+from groupify.graph.permute import row_channels, shuffle_order
 from groupify.structures import GROUPED, GROUPED_POINTWISE, SiteRecipe
 from tests.conversion.nets import CalledTwice, images, make_block_diagonal, randomise
 

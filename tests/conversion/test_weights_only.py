@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from groupify.conversion.by_module import refresh_batch_norms
+from groupify.conversion.by_part import refresh_batch_norms
 from groupify.conversion.conversion import convert
 from groupify.conversion.surgery import restructure
 from groupify.conversion.weights_only import _Channels, _through, correct_batch_norms

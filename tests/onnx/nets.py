@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from groupify.conversion.layers import ShuffledConv2d
+from groupify.conversion.surgery import ShuffledConv2d
 
 INPUT_SHAPE = (3, 12, 12)
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from groupify.conversion.layers import channel_shuffle
+from groupify.conversion.surgery import channel_shuffle
 from groupify.onnx.exporting import export_onnx
 from groupify.onnx.graph_edits import constant
 from groupify.onnx.lowering import optimise

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from groupify.conversion.principal import principal_maps
 from groupify.planning.layer_error import LayerMoments
 from groupify.stats.fisher import class_scores, observe_sites, score_directions
+from groupify.stats.flow import fitted_error
+from groupify.stats.moments import principal_maps
 from groupify.stats.samples import SiteSamples
-from groupify.stats.scores import fitted_error
 from groupify.structures import SiteRecipe
 
 
@@ -130,8 +130,8 @@ def test_moments_are_those_of_all_patches() -> None:
     patches = torch.nn.functional.unfold(model[:2](images).detach(), 3).transpose(1, 2).flatten(0, 1)
     covariance = torch.cov(patches.T.double(), correction=0)
     assert found["2"].importance is None
-    assert torch.allclose(found["2"].moments.covariance, covariance, atol=1e-5)
-    blocks = found["0"].moments.covariance
+    assert torch.allclose(found["2"].moments.input_covariance()[0], covariance, atol=1e-5)
+    blocks = found["0"].moments.input_covariance()
     first = torch.nn.functional.unfold(images, 3).transpose(1, 2).flatten(0, 1)
     expected = torch.cov(first.T.double(), correction=0)
     assert torch.allclose(blocks[1], expected[9:18, 9:18], atol=1e-5)

@@ -1,0 +1,51 @@
+"""How much flows between channels, and how well a grouped conv can do: what the clustering decides on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from groupify.graph.permute import row_channels
+from groupify.stats.moments import GroupedMoments, InputMoments
+from groupify.stats.samples import SiteSamples
+from groupify.structures import GROUPED, SiteRecipe
+
+
+def norm_score(conv: nn.Module) -> Tensor:
+    """Squared norm of the kernel from each input to each output, shape (O, I)."""
+    return conv.get_parameter("weight").detach().flatten(2).square().sum(2)
+
+
+def data_score(weight: Tensor, covariance: Tensor, variance: Tensor | None = None) -> Tensor:
+    """Share of each output's variance that comes through each input, shape (O, I).
+
+    Args:
+        weight: shape (O, I, taps).
+        covariance: of the taps of each input channel, shape (I, taps, taps).
+        variance: of each output, shape (O,); if None, what comes through all inputs, each for itself.
+    """
+    through = torch.einsum("oia,iab,oib->oi", weight, covariance.float(), weight)
+    whole = through.sum(1) if variance is None else variance
+    return through / whole.clamp(min=1e-12).unsqueeze(1)
+
+
+def sampled_score(conv: nn.Module, samples: SiteSamples) -> Tensor:
+    """Return the ``data_score`` of a conv from samples of it."""
+    moments = InputMoments()
+    for patches in samples.patches:
+        moments.add(patches)
+    outputs = torch.cat([part.float() for part in samples.patch_outputs])
+    weight = conv.get_parameter("weight").detach().flatten(2)
+    return data_score(weight, moments.input_covariance(), outputs.var(0, correction=0))
+
+
+def fitted_error(site: SiteRecipe, samples: SiteSamples) -> float:
+    """Return the mean relative error of the best grouped conv on the dense model's own inputs."""
+    moments = GroupedMoments()
+    for patches, outputs in zip(samples.patches, samples.patch_outputs, strict=True):
+        rows = row_channels(outputs.shape[1], site.groups, site.kind == GROUPED and site.shuffle)
+        count = len(patches)
+        moments.update(
+            patches.reshape(count, site.groups, -1), outputs[:, rows].reshape(count, site.groups, -1)
+        )
+    return float(moments.fit(ridge=0.01).error.mean())
