@@ -65,15 +65,19 @@ def main(
     test: Dataset[tuple[Tensor, Tensor]],
     epochs: int = 4,
     convert_after: int = 2,
+    images: int = 300,
     folder: Path = Path(),
     **options: Any,
 ) -> Classifier:
     """Train; return the module with its converted model."""
     lightning.seed_everything(0, verbose=False)
     module = Classifier()
-    images = groupify.calibration_images(train, 300, seed=0)
+    calibration = groupify.calibration_images(train, images, seed=0)
     trainer = lightning.Trainer(
-        max_epochs=epochs, callbacks=[ConvertAfter(convert_after, images)], default_root_dir=folder, **options
+        max_epochs=epochs,
+        callbacks=[ConvertAfter(convert_after, calibration)],
+        default_root_dir=folder,
+        **options,
     )
     trainer.fit(module, DataLoader(train, batch_size=64, shuffle=True), DataLoader(test, batch_size=256))
     print(f"accuracy {float(trainer.callback_metrics['accuracy']):.1%}")

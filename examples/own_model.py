@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import groupify
+from groupify.models.specs import ModelSpec, WeightsOrigin
+from groupify.structures import Plan
 
 INPUT_SHAPE = (3, 32, 32)
 
@@ -34,7 +36,7 @@ class Net(nn.Module):
         return logits
 
 
-def main(folder: Path = Path(), count: int = 200) -> groupify.Plan:
+def main(folder: Path = Path(), count: int = 200) -> Plan:
     """Convert ``Net``; return the plan."""
     torch.manual_seed(0)
     model = Net().eval()  # load your trained weights here
@@ -47,8 +49,8 @@ def main(folder: Path = Path(), count: int = 200) -> groupify.Plan:
 
     # The spec tells how to build the dense model again. A module:function is imported on request only
     # (trust=True); giving the model itself is the other way.
-    spec = groupify.ModelSpec("own_model:Net", {}, INPUT_SHAPE, preprocessing=None)
-    origin = groupify.WeightsOrigin("checkpoint", "my training run 42")
+    spec = ModelSpec("own_model:Net", {}, INPUT_SHAPE, preprocessing=None)
+    origin = WeightsOrigin("checkpoint", "my training run 42")
     groupify.save(folder / "own-g4", conversion.model, groupify.Recipe(spec, origin, plan.recipes))
     loaded = groupify.load(folder / "own-g4", model=Net())
     with torch.no_grad():

@@ -34,6 +34,7 @@ def main(
     epochs: int = 4,
     convert_after: int = 2,
     groups: int = 4,
+    images: int = 300,
 ) -> Sequence[float]:
     """Train; return the test accuracy after each epoch, and right after the conversion."""
     torch.manual_seed(0)
@@ -47,17 +48,17 @@ def main(
             # The dense model stays as the teacher. The grouped one has parameters of its own, so the
             # optimizer is made anew; a scheduler would be, too.
             teacher = model.eval()
-            model = converted(model, groupify.calibration_images(train, 300, seed=0), groups)
+            model = converted(model, groupify.calibration_images(train, images, seed=0), groups)
             optimizer = make_optimizer(model, 0.01)
             accuracies.append(groupify.evaluate(model, test).top1)
             print(f"converted: {accuracies[-1]:.1%}")
         model.train()
-        for images, labels in loader:
-            logits = model(images)
+        for batch, labels in loader:
+            logits = model(batch)
             loss = F.cross_entropy(logits, labels)
             if teacher is not None:
                 with torch.no_grad():
-                    wanted = teacher(images).softmax(1)
+                    wanted = teacher(batch).softmax(1)
                 loss = loss + F.cross_entropy(logits, wanted)
             optimizer.zero_grad()
             loss.backward()

@@ -6,13 +6,17 @@ import ast
 import importlib.util
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from torch import nn
+from torch.utils.data import Subset
 
 import groupify
+from groupify.data.splits import DataSplits
+from groupify.models.specs import ModelSpec
 from tests.cli_nets import part_of_the_demo
 from tests.conftest import ROOT
 
@@ -32,8 +36,10 @@ def example(name: str) -> ModuleType:
 def few_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Let ``groupify.load_data`` give the first images only; return the folder to write into."""
     splits = part_of_the_demo()
+    assert splits.train is not None
+    splits = replace(splits, train=Subset(splits.train, range(100)))  # type: ignore[arg-type]
 
-    def load_data(spec: str, model_spec: groupify.ModelSpec) -> groupify.DataSplits:
+    def load_data(spec: str, model_spec: ModelSpec) -> DataSplits:
         assert (spec, model_spec.name) == ("demo", "demo")
         return splits
 
@@ -42,6 +48,7 @@ def few_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_readme_s_python(few_images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     statements = ast.parse(code).body
@@ -54,8 +61,9 @@ def test_the_readme_s_python(few_images: Path, capsys: pytest.CaptureFixture[str
     assert sorted(path.name for path in few_images.iterdir()) == ["demo-tuned", "dense.onnx", "grouped.onnx"]
 
 
+@pytest.mark.slow
 def test_five_minute_tour(few_images: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    accuracy = example("five_minute_tour").main(few_images, images=200, epochs=0.5)
+    accuracy = example("five_minute_tour").main(few_images, images=100, epochs=1)
     assert list(accuracy) == ["dense", "converted", "tuned"]
     assert accuracy["dense"] > 0.9
     assert min(accuracy.values()) > 0.75
@@ -77,9 +85,12 @@ def test_own_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"wrote {tmp_path / 'own-g4.onnx'}" in out
 
 
+@pytest.mark.slow
 def test_plain_training_loop(capsys: pytest.CaptureFixture[str]) -> None:
     splits = part_of_the_demo()
-    accuracies = example("plain_training_loop").main(splits.train, splits.test, epochs=4, convert_after=3)
+    accuracies = example("plain_training_loop").main(
+        splits.train, splits.test, epochs=4, convert_after=3, images=100
+    )
     dense, converted, grouped = accuracies[-3:]
     assert len(accuracies) == 5
     assert dense > 0.4  # three epochs on 300 images
@@ -88,13 +99,14 @@ def test_plain_training_loop(capsys: pytest.CaptureFixture[str]) -> None:
     assert "converted: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_lightning_loop(tmp_path: Path) -> None:
     pytest.importorskip("lightning", reason="lightning is optional: pip install lightning")
     splits = part_of_the_demo()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's advice on workers and loggers
         module = example("lightning_loop").main(
-            splits.train, splits.test, epochs=2, convert_after=1, folder=tmp_path, logger=False,
+            splits.train, splits.test, epochs=2, convert_after=1, images=100, folder=tmp_path, logger=False,
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
             accelerator="cpu", limit_train_batches=3, limit_val_batches=1, num_sanity_val_steps=0,
         )  # fmt: skip

@@ -50,6 +50,7 @@ def test_timm(tmp_path: Path) -> None:
     whole_way("timm:create_model", arguments, SHAPE, tmp_path)
 
 
+@pytest.mark.slow
 def test_timm_on_the_command_line(run: Run, tmp_path: Path) -> None:
     pytest.importorskip("timm")
     arguments = json.dumps({"model_name": "test_resnet", "num_classes": 10})
@@ -76,6 +77,7 @@ def test_timm_on_the_command_line(run: Run, tmp_path: Path) -> None:
     assert "made by code of its own, which is not run unasked" in refused.err
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.* layers have fewer samples than inputs")
 def test_hugging_face(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
