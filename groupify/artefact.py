@@ -87,7 +87,7 @@ def read_recipe(folder: str | Path) -> Recipe:
         text = _read_file(path, MAX_RECIPE_BYTES).decode()
         recipe = Recipe.loads(text)
         if recipe.sha256 is None:
-            raise ArtefactError("weights.sha256 is null; expected 64 hexadecimal digits")
+            raise ArtefactError("recipe.sha256 is None; expected 64 hexadecimal digits")
     except UnicodeDecodeError as error:
         raise ArtefactError(f"{path}: it is not UTF-8 text: {error}") from error
     except ArtefactError as error:

@@ -1,52 +1,82 @@
-"""The base of every JSON file that groupify reads and writes: pydantic models, strict and frozen.
+"""The base of every JSON file that groupify reads and writes: frozen dataclasses, checked by pydantic.
 
 Importing this module imports pydantic, which takes longer than ``groupify --help`` may: modules of documents
-are imported where they are used.
+are imported where they are used. Their parts are ordinary frozen dataclasses, wherever those live; pydantic
+checks them as strictly as the document that holds them.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+)
 
-from groupify.errors import ArtefactError
+from groupify.errors import ArtefactError, SpecError
 from groupify.files import write_aside
-from groupify.strict_json import MAX_TEXT, is_text, parse, show
+from groupify.strict_json import MAX_TEXT, parse, show
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+_PREAMBLE = re.compile(r"^(Value error, |\w+ should (be |match |have )?)")
 
-def _printable(value: str) -> str:
-    # These texts end up on terminals, where escape sequences and half characters do harm.
-    if not value or not is_text(value):
-        raise ValueError(f"a text of 1 to {MAX_TEXT} printable characters")
-    return value
-
-
-Text = Annotated[str, AfterValidator(_printable)]
-
-
-class Part(BaseModel):
-    """A part of a document: every field is there, of its type, and there are no others."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+Text = Annotated[str, Field(min_length=1)]
+# A measured number that may be NaN or infinite, which JSON does not know: null in the file.
+Measured = Annotated[
+    float,
+    Field(allow_inf_nan=True),
+    BeforeValidator(lambda value: math.nan if value is None else value),
+    PlainSerializer(lambda value: value if math.isfinite(value) else None),
+    WithJsonSchema({"type": ["number", "null"]}),
+]
 
 
-class Document(Part):
-    """A whole JSON file, with its format and the version of its schema.
+def one_of(*choices: str) -> AfterValidator:
+    """Return a validator for ``Annotated``: a text that is one of the choices."""
+
+    def check(value: str) -> str:
+        if value not in choices:
+            raise ValueError(" or ".join(map(repr, choices)))
+        return value
+
+    return AfterValidator(check)
+
+
+class Document:
+    """A frozen dataclass that is a whole JSON file: every field is there, of its type, and no other.
+
+    A subclass has the fields ``format`` and ``schema_version``, each a ``Literal`` with its value as default
+    and ``kw_only``. In Python other fields may have defaults too; in the file all are there.
 
     Attributes:
         what: what to call it in messages.
         remedy: what to do about one that cannot be read.
+        plain_texts: whether texts are short and of one line; they end up on terminals in any case, where
+            control characters do harm.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
+        strict=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        json_schema_serialization_defaults_required=True,
+    )
     what: ClassVar[str]
     remedy: ClassVar[str]
-    format_name: ClassVar[str]
-    version: ClassVar[int]
+    plain_texts: ClassVar[bool] = True
 
     @classmethod
     def loads(cls, text: str) -> Self:
@@ -55,15 +85,36 @@ class Document(Part):
         Raises:
             ArtefactError: the text is not JSON, or anything in it is missing, unknown or out of range.
         """
-        cls._check_header(parse(text))
+        values = parse(text)
+        cls._check_header(values)
+        _check_texts(values, cls.what, plain=cls.plain_texts)
         try:
-            return cls.model_validate_json(text)
+            document: Self = _adapter(cls).validate_json(text)
         except ValidationError as error:
             raise ArtefactError(first_problem(error, cls.what)) from error
+        except SpecError as error:  # of a part that checks itself
+            raise ArtefactError(f"{cls.what}: {error}") from error
+        _check_complete(values, _adapter(cls).dump_python(document), cls.what)
+        return document
 
     def dumps(self) -> str:
-        """Return the JSON text; ``loads`` of it is this document."""
-        return self.model_dump_json(indent=2) + "\n"
+        """Return the JSON text; ``loads`` of it is this document.
+
+        Raises:
+            ArtefactError: a field holds something that cannot be read back.
+        """
+        try:
+            values = self.values()
+            text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ArtefactError(f"the {self.what} cannot be written as JSON: {error}") from error
+        self.loads(text)
+        return text
+
+    def values(self) -> dict[str, Any]:
+        """Return the document as plain values, as JSON has them but for tuples."""
+        values: dict[str, Any] = _adapter(type(self)).dump_python(self, warnings=False)
+        return values
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -91,30 +142,79 @@ class Document(Part):
             raise ArtefactError(f"cannot write {path}: {error}; choose another file") from error
 
     @classmethod
-    def _check_header(cls, document: object) -> None:
+    def schema(cls) -> dict[str, Any]:
+        """Return the JSON Schema (draft 2020-12) of the files."""
+        return _adapter(cls).json_schema(mode="serialization")
+
+    @classmethod
+    def _check_header(cls, values: object) -> None:
         """Refuse another format or version before its fields, which would be a list of riddles."""
-        header = document if isinstance(document, dict) else {}
-        if header.get("format") != cls.format_name:
-            raise ArtefactError(f'it is no {cls.what}: expected "format": "{cls.format_name}"')
-        version = header.get("schema_version")
-        if version != cls.version:
+        if not isinstance(values, dict):
+            raise ArtefactError(f"{cls.what} is {show(values)}; expected an object")
+        # Defaults of a dataclass are attributes of its class.
+        name, version = cls.format, cls.schema_version  # type: ignore[attr-defined]
+        if values.get("format") != name:
+            raise ArtefactError(f'it is no {cls.what}: expected "format": "{name}"')
+        found = values.get("schema_version")
+        if found != version or isinstance(found, (bool, float)):
             raise ArtefactError(
-                f"its schema version is {show(version)}, this groupify reads version {cls.version}: "
-                f"{cls.remedy}"
+                f"its schema version is {show(found)}, this groupify reads version {version}: {cls.remedy}"
             )
+
+
+_ADAPTERS: dict[type[Document], TypeAdapter[Any]] = {}
+
+
+def _adapter(cls: type[Document]) -> TypeAdapter[Any]:
+    # Made on first use, when all types that the fields name are there.
+    if cls not in _ADAPTERS:
+        _ADAPTERS[cls] = TypeAdapter(cls)
+    return _ADAPTERS[cls]
 
 
 def first_problem(error: ValidationError, what: str) -> str:
     """Return the first problem that pydantic found, in one line: where, what is there, what was expected."""
     problem = error.errors(include_url=False)[0]
-    where = what + "".join(_step(step) for step in problem["loc"])
-    if problem["type"] == "missing":
-        return f"{where.rpartition('.')[0]} has no {problem['loc'][-1]!r}"
-    if problem["type"] == "extra_forbidden":
-        return f"{where.rpartition('.')[0]} has an unknown key {problem['loc'][-1]!r}"
-    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return f"{where} is {show(problem['input'])}; expected {message}"
+    place = [what, *problem["loc"]]
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"{_name(place[:-1])} has no {place[-1]!r}"
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"{_name(place[:-1])} has an unknown key {show(place[-1])}"
+    message = _PREAMBLE.sub("", problem["msg"])
+    found = problem["input"]
+    shown = (
+        f"a list of {len(found)}" if isinstance(found, list) and "too_" in problem["type"] else show(found)
+    )
+    return f"{_name(place)} is {shown}; expected {message}"
 
 
-def _step(step: Any) -> str:
-    return f"[{step}]" if isinstance(step, int) else f".{step}"
+def _name(place: list[Any]) -> str:
+    return str(place[0]) + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place[1:])
+
+
+def _check_texts(value: object, where: str, *, plain: bool) -> None:
+    """Refuse texts, keys included, that harm a terminal; if ``plain`` also long ones and line breaks."""
+    if isinstance(value, str):
+        shown = value if plain else value.replace("\n", "").replace("\t", "")
+        if not shown.isprintable() or (plain and len(value) > MAX_TEXT):
+            length = f" of at most {MAX_TEXT} characters" if plain else ""
+            raise ArtefactError(f"{where} is {show(value)}; expected a printable text{length}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _check_texts(item, f"{where}[{index}]", plain=plain)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _check_texts(key, f"a key of {where}", plain=plain)
+            _check_texts(item, f"{where}.{key}", plain=plain)
+
+
+def _check_complete(found: Any, expected: Any, where: str) -> None:
+    """Refuse a file without a field that has a default in Python."""
+    if isinstance(expected, dict):
+        for key, value in expected.items():
+            if key not in found:
+                raise ArtefactError(f"{where} has no {key!r}")
+            _check_complete(found[key], value, f"{where}.{key}")
+    elif isinstance(expected, (list, tuple)):
+        for index, value in enumerate(expected):
+            _check_complete(found[index], value, f"{where}[{index}]")

@@ -71,7 +71,7 @@ def _parse_float(digits: str) -> float:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ArtefactError(f"{name} is not a number that a recipe may hold")
+    raise ArtefactError(f"{name} is not a number that JSON may hold")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def set_recipe(folder: Path, *path: str | int, value: Any) -> None:
 def set_weights(folder: Path, content: bytes) -> None:
     """Replace the weights, with a matching hash."""
     (folder / WEIGHTS_FILE).write_bytes(content)
-    set_recipe(folder, "weights", "sha256", value=hashlib.sha256(content).hexdigest())
+    set_recipe(folder, "sha256", value=hashlib.sha256(content).hexdigest())
 
 
 @pytest.fixture(scope="module")
@@ -293,15 +293,15 @@ def test_hostile_arguments_are_refused_quickly(saved: Path, name: str, arguments
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("plan", 0, "name"), "body.9"),
-        (("plan", 0, "name"), "head"),
-        (("plan", 0, "name"), ""),
-        (("plan", 0, "name"), "../../etc/passwd"),
-        (("plan", 0, "name"), "/etc/passwd"),
-        (("plan", 0, "groups"), 3),
-        (("plan", 0, "groups"), 65_536),
-        (("plan", 0, "groups"), 1),
-        (("plan", 0, "kind"), "grouped-pointwise"),
+        (("sites", 0, "name"), "body.9"),
+        (("sites", 0, "name"), "head"),
+        (("sites", 0, "name"), ""),
+        (("sites", 0, "name"), "../../etc/passwd"),
+        (("sites", 0, "name"), "/etc/passwd"),
+        (("sites", 0, "groups"), 3),
+        (("sites", 0, "groups"), 65_536),
+        (("sites", 0, "groups"), 1),
+        (("sites", 0, "kind"), "grouped-pointwise"),
     ],
 )
 def test_a_plan_for_another_model_is_refused(saved: Path, path: tuple[str | int, ...], value: Any) -> None:
@@ -458,8 +458,8 @@ def test_a_recipe_that_is_none_is_refused(saved: Path, content: bytes) -> None:
 
 
 def test_a_recipe_without_a_hash_is_refused(saved: Path) -> None:
-    set_recipe(saved, "weights", "sha256", value=None)
-    with pytest.raises(ArtefactError, match="sha256 is null"):
+    set_recipe(saved, "sha256", value=None)
+    with pytest.raises(ArtefactError, match="sha256 is None"):
         load(saved)
 
 
@@ -503,7 +503,7 @@ def test_bit_flips_and_truncations_are_noticed(
         if damaged:
             damaged[bit // 8] ^= 1 << bit % 8
     (folder / WEIGHTS_FILE).write_bytes(damaged)
-    set_recipe(folder, "weights", "sha256", value=hashlib.sha256(content).hexdigest())
+    set_recipe(folder, "sha256", value=hashlib.sha256(content).hexdigest())
     load_or_refuse(folder, tiny, damaged=bytes(damaged) != content)
 
 
@@ -551,7 +551,7 @@ def test_mutated_recipes_load_or_are_refused(
 ) -> None:
     folder, document = fuzzed_demo
     # Of what decides how the model is built.
-    places = [path for path in paths_of(document) if path[:1] in (("model",), ("plan",))]
+    places = [path for path in paths_of(document) if path[:1] in (("model",), ("sites",))]
     for path in data.draw(st.lists(st.sampled_from(places), min_size=1, max_size=2)):
         with contextlib.suppress(LookupError, TypeError):  # the one before took it away
             document = replaced(document, path, data.draw(HOSTILE))

@@ -25,6 +25,7 @@ from groupify.measure.folder import (
 from groupify.models import ModelSpec
 from groupify.onnx.exporting import export_onnx
 from groupify.onnx.quantisation import quantize_onnx
+from groupify.recipe import RECIPE_HASH
 from groupify.reporting.text import print_bench
 from groupify.structures import Change
 from tests.cli_nets import net
@@ -98,7 +99,7 @@ def with_int8(
     sha256 = recipe_sha256 or read_recipe(folder).sha256 or ""
     export_onnx(
         load(target, trust=True), target / "float.onnx", input_shape=SPEC.input_shape, static_batch=batch,
-        metadata={"groupify.recipe_sha256": sha256},
+        metadata={RECIPE_HASH: sha256},
     )  # fmt: skip
     images = torch.randn(8, *SPEC.input_shape, generator=torch.Generator().manual_seed(0))
     quantize_onnx(target / "float.onnx", target / "model.int8.onnx", images=images)

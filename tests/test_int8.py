@@ -16,6 +16,7 @@ from groupify.errors import GroupifyWarning
 from groupify.onnx.agreement import Agreement
 from groupify.onnx.exporting import ExportedModel
 from groupify.pipeline.latency import Timed, latency_notes
+from groupify.recipe import RECIPE_HASH
 from groupify.reporting.document import report_document
 from groupify.reporting.results import Int8File, LatencyChange
 from groupify.reporting.text import int8_line, print_report
@@ -64,7 +65,7 @@ def test_convert_and_finetune_and_export(run: Run, tmp_path: Path) -> None:
     assert math.isclose(int8["speed_up"] / int8["speed_up_over_float"], times["speed_up"], rel_tol=0.5)
     assert (int8["speed_up_over_float"] < 1) == any("int8 is slower" in note for note in document["notes"])
     metadata = {entry.key: entry.value for entry in onnx.load(str(file)).metadata_props}
-    assert metadata["groupify.recipe_sha256"]
+    assert metadata[RECIPE_HASH]
 
     tuned = run("finetune", "out", *DATA, "--epochs", 1, "--quantize", "--trust")
     assert tuned.code == 0, tuned.err
@@ -80,7 +81,7 @@ def test_convert_and_finetune_and_export(run: Run, tmp_path: Path) -> None:
     assert document["int8"]["speed_up"] is None  # no dense model was timed
     assert document["int8"]["milliseconds"] > 0
     float_file = onnx.load(str(tmp_path / "net.onnx"))
-    assert {entry.key: entry.value for entry in float_file.metadata_props}["groupify.recipe_sha256"]
+    assert {entry.key: entry.value for entry in float_file.metadata_props}[RECIPE_HASH]
     (tmp_path / "net.onnx").unlink()
     again = run(*command)
     assert (again.code, again.err) == (

@@ -26,6 +26,7 @@ from groupify.measure.memory import peak_memory
 from groupify.models import build_model
 from groupify.onnx.exporting import export_onnx
 from groupify.onnx.runtime import BlockedConvs, count_blocked_convs, open_session
+from groupify.recipe import RECIPE_HASH
 from groupify.scores.cost import measure_cost
 from groupify.structures import Change
 
@@ -33,7 +34,6 @@ ONNX, PYTORCH, TRAINING = "ONNX Runtime", "PyTorch eager", "PyTorch training ste
 
 
 INT8_FILE = "model.int8.onnx"
-RECIPE_HASH = "groupify.recipe_sha256"
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import AfterValidator, Field
 from torch import nn
 
+from groupify.documents import Text, one_of
 from groupify.errors import SpecError, near_names
 
 # Of each kind of weights, the type of its value.
@@ -18,18 +21,37 @@ _VALUES: dict[str, type] = {
     "factory": type(None),
     "random": int,
 }
+MAX_SIDE = 65_536
+MAX_INPUT_VALUES = 2**27
 UNTRAINED = ("factory", "random")
+
+
+def _few_values(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if math.prod(shape) > MAX_INPUT_VALUES:
+        raise ValueError(f"sides of 1 to {MAX_SIDE}, together at most {MAX_INPUT_VALUES}")
+    return shape
+
+
+def _equal_lengths(preprocessing: Preprocessing) -> Preprocessing:
+    if len(preprocessing.mean) != len(preprocessing.std):
+        raise ValueError("as many means as standard deviations")
+    return preprocessing
+
+
+Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
+Shape = Annotated[tuple[Side, ...], Field(min_length=1, max_length=5), AfterValidator(_few_values)]
+Channels = Field(min_length=1, max_length=MAX_SIDE)
 
 
 @dataclass(frozen=True)
 class Preprocessing:
     """How pixel values in [0, 1] become the model's input: ``(x - mean) / std``, one value per channel."""
 
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    resize: int | None
+    mean: Annotated[tuple[float, ...], Channels]
+    std: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Channels]
+    resize: Side | None
     """Shorter side before the centre crop, in pixels; None = no resize."""
-    interpolation: str
+    interpolation: Annotated[str, one_of("bilinear", "bicubic", "nearest")]
     """``"bilinear"``, ``"bicubic"`` or ``"nearest"``."""
 
 
@@ -37,13 +59,13 @@ class Preprocessing:
 class ModelSpec:
     """All that is needed to build the dense architecture again; holds JSON values only."""
 
-    name: str
+    name: Text
     """A torchvision name, ``demo``, or ``package.module:factory``."""
     arguments: Mapping[str, Any]
     """Keyword arguments of the factory."""
-    input_shape: tuple[int, ...]
+    input_shape: Shape
     """(C, H, W)."""
-    preprocessing: Preprocessing | None
+    preprocessing: Annotated[Preprocessing, AfterValidator(_equal_lengths)] | None
     """None where the model does not say."""
 
 

@@ -15,6 +15,7 @@ from groupify.models import ModelSpec
 from groupify.onnx.exporting import export_onnx
 from groupify.onnx.parity import check_parity
 from groupify.pipeline.int8 import int8_notes, int8_path, parity_images, write_int8
+from groupify.recipe import RECIPE_HASH
 from groupify.reporting.results import ExportResult
 
 
@@ -72,7 +73,7 @@ def run_export(
         input_shape=spec.input_shape,
         preprocessing=spec.preprocessing,
         static_batch=static_batch,
-        metadata={} if recipe_sha256 is None else {"groupify.recipe_sha256": recipe_sha256},
+        metadata={} if recipe_sha256 is None else {RECIPE_HASH: recipe_sha256},
         target=target,
     )
     images = parity_images(data)

@@ -22,7 +22,7 @@ from groupify.pipeline.int8 import int8_path, parity_images, write_int8
 from groupify.pipeline.latency import latency_notes, time_against_dense
 from groupify.pipeline.requests import OutputRequest
 from groupify.pipeline.write_report import PAGE_FILE, write_report
-from groupify.recipe import Recipe
+from groupify.recipe import RECIPE_HASH, Recipe
 from groupify.reporting.read import REPORT_FILE
 from groupify.reporting.results import AccuracyChange, CostChange, Report, UniformRun
 from groupify.scores.cost import measure_cost
@@ -87,7 +87,7 @@ def write_output(
         input_shape=shape,
         preprocessing=source.spec.preprocessing,
         static_batch=request.static_batch,
-        metadata={"groupify.recipe_sha256": recipe.sha256 or ""},
+        metadata={RECIPE_HASH: recipe.sha256 or ""},
         target=target,
     )
     parity = check_parity(model, exported.path, input_shape=shape, images=images, seed=seed)
