@@ -6,6 +6,7 @@ import base64
 import copy
 import io
 import json
+import math
 import os
 import re
 import subprocess
@@ -31,12 +32,11 @@ from groupify.onnx.agreement import Agreement
 from groupify.reporting.charts import Point, chart, place_labels
 from groupify.reporting.document import report_document
 from groupify.reporting.html import comparison_page, report_page
-from groupify.reporting.pixels import png_uri
 from groupify.reporting.read import Run, earlier_runs, read_report
-from groupify.reporting.results import Int8File, UniformRun
+from groupify.reporting.results import AccuracyChange, Int8File, LatencyChange, UniformRun
 from groupify.reporting.schema import check
-from groupify.reporting.tables import markdown, print_summary
-from groupify.reporting.verdict import verdict
+from groupify.reporting.summary import verdict
+from groupify.reporting.text import markdown, print_summary
 from groupify.structures import Change
 from groupify.training.validation import FinetuneRow
 from tests.chromium import Page, chromium, needs_chromium
@@ -67,8 +67,11 @@ FULL = replace(
 )
 
 
+BUSY = LatencyChange(Change(145.78, 47.17), 3.1, threads=2, batch_size=8, steady=False)
+
+
 def run_of(name: str = "out", **changes: Any) -> Run:
-    return Run(name, {**report_document(FULL), **changes})
+    return Run(name, replace(FULL, **changes))
 
 
 def validate(document: dict[str, Any]) -> None:
@@ -117,49 +120,29 @@ def test_schema_refuses_what_is_wrong(path: tuple[Any, ...], value: object) -> N
     ("changes", "sentence"),
     [
         ({}, "3.1× faster, 2.0× smaller, 1.1 points less accurate"),
-        ({"latency_ms": None}, "2.0× smaller, 1.1 points less accurate"),
-        ({"accuracy": {"dense": 0.9, "converted": 0.9, "recovered": None, "images": 9}}, "just as accurate"),
-        ({"accuracy": {"dense": 0.9, "converted": 0.9, "recovered": 0.91, "images": 9}}, "1.0 point more"),
-        ({"accuracy": {"dense": None, "converted": None, "recovered": None, "images": None}}, "not measured"),
-        ({"weights": {"kind": "random", "value": 0}}, "accuracy not measured"),
+        ({"latency": None}, "2.0× smaller, 1.1 points less accurate"),
+        ({"accuracy": AccuracyChange(0.9, 0.9, None, 9)}, "just as accurate"),
+        ({"accuracy": AccuracyChange(0.9, 0.9, 0.91, 9)}, "1.0 point more"),
+        ({"accuracy": AccuracyChange()}, "not measured"),
+        ({"weights": WeightsOrigin("random", 0)}, "accuracy not measured"),
     ],
 )
 def test_verdict(changes: dict[str, Any], sentence: str) -> None:
-    assert sentence in verdict(run_of(**changes).document)
+    assert sentence in verdict(run_of(**changes).report)
 
 
 def test_verdict_claims_no_speed_of_a_busy_machine() -> None:
-    run = run_of()
-    run.document["latency_ms"]["steady"] = False
-    assert verdict(run.document).startswith("speed uncertain, 2.0× smaller, ")
+    run = run_of(latency=BUSY)
+    assert verdict(run.report).startswith("speed uncertain, 2.0× smaller, ")
     page = report_page(run, [])
     assert "uncertain" in page
     assert "3.1× faster" not in page
 
 
 def test_verdict_says_slower_and_larger() -> None:
-    document = run_of(onnx_bytes={"dense": 10, "grouped": 20}).document
-    document["latency_ms"]["speed_up"] = 0.5
-    assert verdict(document).startswith("2.0× slower, 2.0× larger, ")
-
-
-def test_page_tells_where_shuffles_went_and_why() -> None:
-    shuffles = {
-        "places": [
-            {"name": "layer.conv", "readers": ["last"], "gain": 0.01, "cost": 0.02, "chosen": True},
-            {"name": "layer.other", "readers": ["last"], "gain": 0.001, "cost": 0.02, "chosen": False},
-        ],
-        "error_without": 0.125,
-        "error_with": 0.09375,
-        "milliseconds_without": 0.5,
-        "milliseconds_with": 0.5625,
-        "error_per_percent": 0.0015,
-    }
-    document = run_of(shuffles=shuffles).document
-    validate(document)
-    page = report_page(Run("out", document), [])
-    assert "at 1 of 2 places (layer.conv); mean fitted error 0.1250 without and 0.0938 with all" in page
-    assert "Shuffles" not in report_page(run_of(), [])
+    latency = LatencyChange(Change(10.0, 20.0), 0.5, threads=1, batch_size=1)
+    report = run_of(onnx_bytes=Change(10, 20), latency=latency).report
+    assert verdict(report).startswith("2.0× slower, 2.0× larger, ")
 
 
 # reading ---------------------------------------------------------------------------------------
@@ -199,19 +182,31 @@ def mutated(document: Any, data: st.DataObject) -> Any:
 
 
 @pytest.mark.parametrize(
-    "path", [("accuracy", "dense"), ("accuracy", "recovered"), ("pictures", 0, "kept_before")]
+    ("changes", "shown", "hidden"),
+    [
+        (
+            {"accuracy": replace(FULL.accuracy, dense=None)},
+            "accuracy not measured",
+            ("points", "<dt>dense</dt>", "<title>dense: "),
+        ),
+        ({"accuracy": replace(FULL.accuracy, recovered=None)}, "2.6 points less", ("<dt>recovered</dt>",)),
+        ({"pictures": (replace(FULL.pictures[0], kept_before=math.nan),)}, "50% in the blocks", ("25% in",)),
+        ({"fits": (replace(FULL.fits[0], error=math.nan),)}, "layer.conv", ("fitted error", "nan")),
+    ],
 )
-def test_what_was_not_measured_is_left_out(path: tuple[Any, ...]) -> None:
-    document = json.loads(json.dumps(report_document(FULL)))
-    part = document
-    for key in path[:-1]:
-        part = part[key]
-    part[path[-1]] = None
+def test_what_was_not_measured_is_left_out(
+    tmp_path: Path, changes: dict[str, Any], shown: str, hidden: tuple[str, ...]
+) -> None:
+    document = report_document(replace(FULL, **changes))
     validate(document)
-    run = Run("out", document)
-    report_page(run, [run_of("other")])
-    comparison_page([run, run_of("other")])
-    markdown([run])
+    page = report_page(read_report(written(tmp_path / "out", document)))
+    assert shown in page
+    assert [text for text in hidden if text in page.partition("<main>")[2].partition("<script>")[0]] == []
+
+
+def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
+    read = read_report(written(tmp_path / "out", report_document(FULL)))
+    assert read == Run("out", FULL)
 
 
 @settings(max_examples=120, deadline=None)
@@ -288,19 +283,20 @@ def test_earlier_runs_are_those_of_the_same_model_beside_it(tmp_path: Path) -> N
     written(tmp_path / ".hidden.partial", document)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "report.json").write_text("?")
-    assert [run.name for run in earlier_runs(own, document)] == ["second"]
+    assert [run.name for run in earlier_runs(own, FULL)] == ["second"]
 
 
 # parts -----------------------------------------------------------------------------------------
 
 
 def test_picture_holds_the_values_as_opacity() -> None:
-    values = bytes([0, 60, 120, 180, 240, 255])
-    picture = Image.open(io.BytesIO(base64.b64decode(png_uri(values, 3).partition(",")[2])))
-    assert picture.size == (3, 2)
-    assert picture.getchannel("A").tobytes() == values
-    with pytest.raises(ValueError, match="6 pixels do not make rows of 4"):
-        png_uri(values, 4)
+    uris = re.findall(r'src="data:image/png;base64,([^"]+)"', report_page(run_of()))
+    pictures = [Image.open(io.BytesIO(base64.b64decode(uri))) for uri in uris]
+    assert [picture.size for picture in pictures] == [(3, 2), (3, 2)]
+    assert [picture.getchannel("A").tobytes() for picture in pictures] == [
+        bytes(range(6)),
+        bytes(range(6, 12)),
+    ]
 
 
 def numbers(pattern: str, text: str) -> list[float]:
@@ -351,8 +347,8 @@ def test_labels_are_text_whatever_they_say() -> None:
 
 def test_names_from_outside_cannot_write_the_page() -> None:
     evil = "<script>alert(1)</script>"
-    run = run_of(evil, model=evil, command=evil, notes=[evil])
-    run.document["sites"][0] |= {"name": evil, "reason": evil}
+    sites = (replace(FULL.sites[0], name=evil, reason=evil), *FULL.sites[1:])
+    run = run_of(evil, model=evil, command=evil, notes=(evil,), sites=sites)
     for page in (report_page(run, [run]), comparison_page([run, run])):
         assert "<script>alert" not in page
         assert "&lt;script&gt;" in page
@@ -364,7 +360,7 @@ def test_names_from_outside_cannot_write_the_page() -> None:
     "report", [REPORT, replace(FULL, sites=(), fits=(), pictures=(), latency=None, machine=None)]
 )
 def test_page_of_a_report_with_little_in_it(report: Any) -> None:
-    page = report_page(Run("out", report_document(report)))
+    page = report_page(Run("out", report))
     assert "What clustering did" not in page
     assert "None" not in page
 
@@ -377,9 +373,7 @@ def test_page_has_the_int8_file() -> None:
 
 
 def test_notes_come_below_the_numbers_and_only_a_busy_machine_above() -> None:
-    run = run_of(notes=["planned for macs=40%"])
-    run.document["latency_ms"]["steady"] = False
-    page = report_page(run)
+    page = report_page(run_of(notes=("planned for macs=40%",), latency=BUSY))
     busy, tiles, note = (
         page.index(text) for text in ("was busy", '<dl class="tiles">', "Planned for macs=40%.")
     )
@@ -391,12 +385,9 @@ def test_plane_has_uniform_groups() -> None:
     assert "<title>uniform g=2, untrained: 80.00 ms, 93.00%</title>" in page
     assert ">uniform g=8</text>" in page
     assert "--uniform 2,4,8" not in page
-    alone = report_page(run_of(uniform=[]))
+    alone = report_page(run_of(uniform=()))
     assert "uniform g=" not in alone
     assert "convert with <code>--uniform 2,4,8</code>" in alone
-    document = run_of().document
-    del document["uniform"]  # as earlier versions wrote it
-    assert "uniform g=" not in report_page(Run("out", document))
 
 
 def test_markdown_for_a_pull_request() -> None:
@@ -519,7 +510,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 @needs_chromium
 @pytest.mark.parametrize("kind", ["report", "comparison"])
 def test_pages_open_without_errors_or_requests(page: Page, kind: str, tmp_path: Path) -> None:
-    runs = [run_of("a run"), run_of("another", latency_ms=None)]
+    runs = [run_of("a run"), run_of("another", latency=None)]
     file = tmp_path / "page.html"
     file.write_text(report_page(runs[0], runs[1:]) if kind == "report" else comparison_page(runs), "utf-8")
     for width, dark in ((1200, False), (1200, True), (390, False)):
@@ -547,9 +538,13 @@ PAPER = 688  # what A4 leaves between the margins, in CSS pixels
     ("width", "printed"), [(1200, False), (390, False), (PAPER, True)], ids=["wide", "narrow", "printed"]
 )
 def test_texts_in_charts_stay_apart_and_inside(page: Page, width: int, printed: bool, tmp_path: Path) -> None:
-    runs = [run_of(f"a run with {'a very ' * number}long name") for number in range(4)]
-    for number, run in enumerate(runs):
-        run.document["latency_ms"]["grouped"] *= 1 + 0.3 * number
+    runs = [
+        run_of(
+            f"a run with {'a very ' * number}long name",
+            latency=LatencyChange(Change(145.78, 47.17 * (1 + 0.3 * number)), 3.1, threads=2, batch_size=8),
+        )
+        for number in range(4)
+    ]
     file = tmp_path / "page.html"
     for text in (report_page(runs[0], runs[1:]), comparison_page(runs)):
         file.write_text(text, "utf-8")

@@ -16,17 +16,11 @@ from groupify.models import WeightsOrigin
 from groupify.onnx.parity import Parity
 from groupify.onnx.runtime import BlockedConvs
 from groupify.reporting.document import clean, report_document
+from groupify.reporting.formatting import count, ratio, shape, size
 from groupify.reporting.results import AccuracyChange, CostChange, LatencyChange, Report
-from groupify.reporting.text import (
-    count,
-    print_bench,
-    print_plan,
-    print_report,
-    ratio,
-    shape,
-    size,
-    stdout_console,
-)
+from groupify.reporting.sites import print_plan
+from groupify.reporting.tables import stdout_console
+from groupify.reporting.text import print_bench, print_report
 from groupify.scores.cost import ModelCost
 from groupify.structures import Change, Plan, SitePlan
 

@@ -42,7 +42,8 @@ def bench(folder: str, **options: Any) -> None:
     Or, a latency table: groupify bench resnet50 --table laptop.json
     """
     from groupify.measure.folder import bench_document, bench_folder
-    from groupify.reporting.text import print_bench, stdout_console
+    from groupify.reporting.tables import stdout_console
+    from groupify.reporting.text import print_bench
 
     if options["table"] is not None:
         if len(options["threads"]) > 1:

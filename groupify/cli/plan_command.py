@@ -51,7 +51,8 @@ def plan(model: str, **options: Any) -> None:
     """
     from groupify.planning.plan_file import PlanFile
     from groupify.reporting.document import change_document, site_document
-    from groupify.reporting.text import print_plan, stdout_console
+    from groupify.reporting.sites import print_plan
+    from groupify.reporting.tables import stdout_console
 
     request = plan_request(options)
     if request.search is not None:
@@ -85,9 +86,14 @@ def plan(model: str, **options: Any) -> None:
 def _plan_for_budget(model: str, options: dict[str, Any]) -> None:
     from groupify.pipeline.budget import find_frontier
     from groupify.planning.plan_file import PlanFile
-    from groupify.reporting.budget import budget_document, print_budget_plan, print_frontier
-    from groupify.reporting.frontier_plot import check_plot, plot_frontier
-    from groupify.reporting.text import stdout_console
+    from groupify.reporting.budget import (
+        budget_document,
+        check_plot,
+        plot_frontier,
+        print_budget_plan,
+        print_frontier,
+    )
+    from groupify.reporting.tables import stdout_console
 
     plot: Path | None = options["frontier_plot"]
     if plot is not None:

@@ -35,15 +35,16 @@ def report(folders: tuple[Path, ...], form: str, output: Path | None) -> None:
 
     Example: groupify report demo-g4 demo-g8 --format md
     """
+    from groupify.reporting.document import report_document
     from groupify.reporting.html import comparison_page, report_page
     from groupify.reporting.read import earlier_runs, read_report
-    from groupify.reporting.tables import markdown, print_summary
-    from groupify.reporting.text import stdout_console
+    from groupify.reporting.tables import stdout_console
+    from groupify.reporting.text import markdown, print_summary
 
     runs = [read_report(folder) for folder in folders]
     if form == "html":
         if len(runs) == 1:
-            page = report_page(runs[0], earlier_runs(folders[0], runs[0].document))
+            page = report_page(runs[0], earlier_runs(folders[0], runs[0].report))
         else:
             page = comparison_page(runs)
         target = output or (folders[0] / "report.html" if len(runs) == 1 else Path(COMPARISON))
@@ -60,7 +61,7 @@ def report(folders: tuple[Path, ...], form: str, output: Path | None) -> None:
     elif form == "md":
         click.echo(markdown(runs), nl=False)
     elif form == "json":
-        documents = [run.document for run in runs]
+        documents = [report_document(run.report) for run in runs]
         print_json(documents[0] if len(documents) == 1 else documents)
     else:
         print_summary(runs, stdout_console())

@@ -29,7 +29,8 @@ def print_report(report: Report | None, as_json: bool) -> None:
     if report is None:
         return
     from groupify.reporting.document import report_document
-    from groupify.reporting.text import print_report, stdout_console
+    from groupify.reporting.tables import stdout_console
+    from groupify.reporting.text import print_report
 
     if as_json:
         print_json(report_document(report))

@@ -24,5 +24,5 @@ def write_report(folder: Path, final_folder: Path, report: Report) -> None:
     document = report_document(report)
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
     (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
-    run = Run(final_folder.resolve().name, document)
-    (folder / PAGE_FILE).write_text(report_page(run, earlier_runs(final_folder, document)), encoding="utf-8")
+    run = Run(final_folder.resolve().name, report)
+    (folder / PAGE_FILE).write_text(report_page(run, earlier_runs(final_folder, report)), encoding="utf-8")

@@ -1,19 +1,25 @@
-"""Plans for a budget and frontiers as text and as JSON documents."""
+"""Plans for a budget, and frontiers: as text, as JSON documents and as a picture."""
 
 from __future__ import annotations
 
-from typing import Any
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from groupify.planning.budget import LATENCY, MACS
+from groupify.errors import GroupifyError, SpecError
+from groupify.files import write_aside
+from groupify.planning.budget import MACS
 from groupify.planning.costing import shown
-from groupify.planning.frontier import Frontier
+from groupify.planning.frontier import Frontier, FrontierPoint
 from groupify.planning.search import BudgetPlan, Contender
 from groupify.reporting.document import change_document, clean, site_document
-from groupify.reporting.text import print_plan
+from groupify.reporting.sites import print_plan
+from groupify.reporting.tables import Table, print_lines
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def race_lines(result: BudgetPlan) -> tuple[str, ...]:
@@ -41,34 +47,28 @@ def _of_contender(contender: Contender) -> str:
 def print_budget_plan(result: BudgetPlan, console: Console) -> None:
     """Print the plan, then what was asked for and what it won against."""
     print_plan(result.plan, console)
-    for line in race_lines(result):
-        console.print(Text(line), soft_wrap=True)
+    print_lines(race_lines(result), console)
 
 
 def print_frontier(frontier: Frontier, console: Console) -> None:
     """Print one row for each plan, the asked budget marked."""
-    table = Table(box=None, pad_edge=False)
-    for title in (
-        "plan",
-        "MACs" if frontier.quantity == MACS else "latency",
-        "predicted",
-        "measured",
-        "drop",
-    ):
-        table.add_column(title, justify="left" if title == "plan" else "right", no_wrap=True)
-    table.add_column("")
+    macs = frontier.quantity == MACS
+    header = ("plan", "MACs" if macs else "latency", "predicted", "measured", "drop", "")
+    rows = []
     for point in frontier.points:
+        amount = f"{point.cost / 1e6:.4g} M" if macs else f"{point.cost:.3g} ms"
         measured = point.measured
-        amount = f"{point.cost:.3g} ms" if frontier.quantity == LATENCY else f"{point.cost / 1e6:.4g} M"
-        table.add_row(
-            point.name,
-            f"{amount} ({100 * point.share:.1f}%)",
-            f"{point.loss:.3g}",
-            "" if measured is None else f"{measured.divergence:.3g}",
-            "" if measured is None else f"{measured.drop:.2f}",
-            "← asked budget" if point.asked else "",
+        rows.append(
+            (
+                point.name,
+                f"{amount} ({100 * point.share:.1f}%)",
+                f"{point.loss:.3g}",
+                "" if measured is None else f"{measured.divergence:.3g}",
+                "" if measured is None else f"{measured.drop:.2f}",
+                "← asked budget" if point.asked else "",
+            )
         )
-    console.print(table)
+    Table(header, tuple(rows), words=("plan", "")).print(console)
 
 
 def budget_document(result: BudgetPlan, frontier: Frontier | None = None) -> dict[str, Any]:
@@ -118,3 +118,66 @@ def _measured(measured: Any) -> dict[str, float | None]:
     if measured is None:
         return {"measured_divergence": None, "measured_drop": None}
     return {"measured_divergence": measured.divergence, "measured_drop": measured.drop}
+
+
+def check_plot(path: Path) -> None:
+    """Refuse what ``plot_frontier`` could not draw, before anything is measured for it.
+
+    Raises:
+        SpecError: matplotlib does not know the ending of the file.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix.removeprefix(".") not in known:
+        raise SpecError(
+            f"cannot draw {path}: its ending is {path.suffix!r}, expected one of {', '.join(known)}"
+        )
+
+
+def plot_frontier(frontier: Frontier, path: Path) -> None:
+    """Draw the frontier into a file, which is written aside and renamed.
+
+    Raises:
+        GroupifyError: the file cannot be written, or its name has an ending that matplotlib does not know.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    _draw(frontier, figure.subplots())
+    drawn = io.BytesIO()
+    try:
+        figure.savefig(drawn, format=path.suffix.removeprefix("."))
+        write_aside(path, drawn.getvalue())
+    except (OSError, ValueError) as error:
+        raise GroupifyError(f"cannot draw {path}: {error}; choose another file, for example x.png") from error
+
+
+def _draw(frontier: Frontier, axes: Axes) -> None:
+    """Divergence against cost, planned and uniform groups, with the asked budget."""
+    from matplotlib.ticker import LogFormatter
+
+    measured = all(point.measured is not None for point in frontier.points)
+    kinds = {False: ("planned", "o-", "#0072b2"), True: ("uniform", "s", "#d55e00")}
+    for uniform, (label, style, colour) in kinds.items():
+        points = [point for point in frontier.points if point.uniform == uniform]
+        if points:
+            values = [_height(point, measured) for point in points]
+            axes.plot([100 * point.share for point in points], values, style, color=colour, label=label)
+    for point in frontier.points:
+        if point.asked:
+            place: Any = (100 * point.share, _height(point, measured))
+            axes.plot(*place, "*", color="black", markersize=14, label="asked budget", zorder=3)
+    axes.set_xlabel(f"{'MACs' if frontier.quantity == MACS else 'latency'}, % of the dense model")
+    axes.set_ylabel(f"{'measured' if measured else 'predicted'} divergence, nats")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(LogFormatter())  # 20, not 2×10¹, and between the powers of ten as well
+    axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+
+
+def _height(point: FrontierPoint, measured: bool) -> float:
+    value = point.measured.divergence if measured and point.measured is not None else point.loss
+    return max(value, 1e-9)

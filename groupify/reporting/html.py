@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+import io
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jinja2
+from PIL import Image
 
+from groupify.conversion.pictures import BlockPicture
 from groupify.reporting.charts import Point, chart
-from groupify.reporting.pixels import png_uri
+from groupify.reporting.formatting import count, extras, milliseconds, percent, plural, points, ratio, size
 from groupify.reporting.read import Run
-from groupify.reporting.text import count, ratio, size
-from groupify.reporting.verdict import (
-    UNCERTAIN,
-    final_accuracy,
-    points_lost,
-    ratio_of,
-    steady_speed_up,
-    verdict,
-)
+from groupify.reporting.results import Report
+from groupify.reporting.summary import final_accuracy, points_lost, steady_speed_up, totals, verdict
+from groupify.structures import Change, SitePlan
 
 _LABELLED = 8  # more names in one chart would hide each other; hovering shows them
+_BLUE = (37, 99, 235)  # stands out on white and on black
 
 
 @dataclass(frozen=True)
@@ -45,37 +44,47 @@ class Bar:
     grouped: float
 
 
+@dataclass(frozen=True)
+class SiteRow:
+    """One conv in the table; what was not measured has no bar."""
+
+    site: SitePlan
+    params: Bar
+    macs: Bar
+    latency: Bar | None
+    error: Bar | None
+
+
 def report_page(run: Run, others: Sequence[Run] = ()) -> str:
     """Return the page of one report; ``others`` are drawn beside it in the accuracy–latency plane."""
-    document = run.document
-    sites = _site_rows(document)
+    report = run.report
+    sites = _site_rows(report)
     return _environment().get_template("report.html.j2").render(
         run=run,
-        document=document,
-        title=f"{document['model']} · {run.name}",
-        verdict=verdict(document),
-        tiles=_tiles(document),
-        plane=_plane(run, others),
-        curves=_curves(document),
-        accuracies=_accuracies(document),
+        report=report,
+        title=f"{report.model} · {run.name}",
+        verdict=verdict(report),
+        tiles=_tiles(report),
+        plane=_plane([*_points_of(report), *_points_of_runs(others, "other")], _steps(report)),
+        curves=_curves(report),
+        accuracies=_accuracies(report),
         sites=sites,
-        timed=any(row["latency"] is not None for row in sites),
-        fitted=any(row["error"] is not None for row in sites),
-        skipped=_skipped(document),
-        pictures=[_picture(picture) for picture in document["pictures"]],
+        timed=any(row.latency is not None for row in sites),
+        fitted=any(row.error is not None for row in sites),
+        skipped=_skipped(report),
+        pictures=[(picture, *map(_data_uri, _images(picture))) for picture in report.pictures],
     )  # fmt: skip
 
 
 def comparison_page(runs: Sequence[Run]) -> str:
     """Return the page that compares several reports."""
-    rows = [_run_row(run) for run in runs]
-    best = max(runs, key=lambda run: steady_speed_up(run.document) or 0)
+    best = max(runs, key=lambda run: steady_speed_up(run.report) or 0)
     return _environment().get_template("comparison.html.j2").render(
         title=f"{len(runs)} runs compared",
-        verdict=f"{len(runs)} runs: the fastest, {best.name}, is {verdict(best.document)}",
-        rows=rows,
-        plane=_plane(None, runs),
-        machines=sorted({_machine(run.document) for run in runs}),
+        verdict=f"{len(runs)} runs: the fastest, {best.name}, is {verdict(best.report)}",
+        rows=[_run_row(run) for run in runs],
+        plane=_plane([*_points_of_runs(runs, "recovered"), *_dense_of_first(runs)]),
+        machines=sorted({_machine(run.report) for run in runs}),
     )  # fmt: skip
 
 
@@ -87,227 +96,218 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=percent, size=size, count=count)
+    environment.filters.update(
+        percent=percent, size=size, count=count, milliseconds=milliseconds, extras=extras
+    )
+    environment.globals.update(plural=plural, isnan=math.isnan)
     return environment
 
 
-def percent(value: float | None) -> str:
-    """A fraction in percent; a dash where there is none."""
-    return "–" if value is None else f"{100 * value:.2f}%"
-
-
-def _tiles(document: dict[str, Any]) -> list[Tile]:
-    tiles = []
-    latency, accuracy = document["latency_ms"], document["accuracy"]
-    if latency is not None:
-        speed_up = steady_speed_up(document)
-        tiles.append(
-            Tile(
-                "latency",
-                UNCERTAIN if speed_up is None else ratio(speed_up),
-                f"{latency['dense']:.2f} → {latency['grouped']:.2f} ms",
-            )
-        )
-    for title, key, form in (
-        ("ONNX file", "onnx_bytes", size), ("params", "params", count), ("MACs", "macs", count)
-    ):  # fmt: skip
-        value = ratio_of(document[key])
-        if value is not None:
-            change = document[key]
-            tiles.append(Tile(title, ratio(value), f"{form(change['dense'])} → {form(change['grouped'])}"))
-    lost = points_lost(document)
+def _tiles(report: Report) -> list[Tile]:
+    found = totals(report)
+    tiles = [
+        Tile(name, found[name].change, f"{found[name].dense} → {found[name].grouped}")
+        for name in ("latency", "ONNX file", "params", "MACs")
+        if name in found
+    ]
+    lost = points_lost(report)
     if lost is not None:
-        points = "±0.0" if abs(lost) < 0.05 else f"{-lost:+.1f}".replace("-", "−")
-        detail = f"{percent(accuracy['dense'])} → {percent(final_accuracy(document))}"
-        tiles.append(Tile("top-1, points", points, detail))
+        value = "±0.0" if abs(lost) < 0.05 else points(-lost, 1)
+        top1 = found["top-1"]
+        tiles.append(Tile("top-1, points", value, f"{top1.dense} → {top1.grouped}"))
     return tiles
 
 
-def _accuracies(document: dict[str, Any]) -> list[tuple[str, str, float]]:
+def _measured(report: Report) -> list[tuple[str, float]]:
+    """The accuracies of the dense, the converted and the trained model, as far as there are such."""
+    accuracy = report.accuracy
+    steps = (("dense", accuracy.dense), ("converted", accuracy.converted), ("recovered", accuracy.recovered))
+    return [(title, value) for title, value in steps if value is not None]
+
+
+def _accuracies(report: Report) -> list[tuple[str, str, float]]:
     """Title, value and place on a scale of 0 to 100 of each measured accuracy."""
-    found = [
-        (title, document["accuracy"][title])
-        for title in ("dense", "converted", "recovered")
-        if document["accuracy"][title] is not None
+    found = _measured(report)
+    values = [value for _, value in found] or [0.0]
+    span = max(max(values) - min(values), 0.005)
+    return [
+        (title, percent(value), round(8 + 84 * (value - min(values)) / span, 1)) for title, value in found
     ]
-    if not found:
-        return []
-    low, high = min(value for _, value in found), max(value for _, value in found)
-    span = max(high - low, 0.005)
-    return [(title, percent(value), round(8 + 84 * (value - low) / span, 1)) for title, value in found]
 
 
-def _plane(run: Run | None, others: Sequence[Run]) -> tuple[str, str] | None:
+# Accuracy against latency -------------------------------------------------------------------------
+
+
+def _plane(marks: Sequence[Point], line: Sequence[Point] = ()) -> tuple[str, str] | None:
     """Accuracy against latency, name and SVG; None where nothing has both."""
-    points, line = [], []
-    if run is not None and run.document["latency_ms"] is not None:
-        latency, accuracy = run.document["latency_ms"], run.document["accuracy"]
-        trained = accuracy["recovered"] is not None and accuracy["recovered"] != accuracy["converted"]
-        for look, milliseconds in (
-            ("dense", latency["dense"]), ("converted", latency["grouped"]), ("recovered", latency["grouped"])
-        ):  # fmt: skip
-            if accuracy[look] is not None and (trained or look != "recovered"):
-                title = _title(look, milliseconds, accuracy[look])
-                points.append(Point(milliseconds, 100 * accuracy[look], look, title, look))
-        line = list(points)
-        int8 = run.document.get("int8")
-        if int8 and int8["milliseconds"] and int8["top1"] is not None:
-            title = _title("int8", int8["milliseconds"], int8["top1"])
-            points.append(Point(int8["milliseconds"], 100 * int8["top1"], "recovered", title, "int8"))
-        for uniform in run.document.get("uniform", ()):
-            if uniform["milliseconds"] is not None:
-                name = f"uniform g={uniform['groups']}"
-                title = _title(f"{name}, untrained", uniform["milliseconds"], uniform["top1"])
-                points.append(Point(uniform["milliseconds"], 100 * uniform["top1"], "uniform", title, name))
-    measured = [
-        (other, final_accuracy(other.document))
-        for other in others
-        if other.document["latency_ms"] is not None and final_accuracy(other.document) is not None
-    ]
-    for other, top1 in measured:
-        milliseconds = other.document["latency_ms"]["grouped"]
-        label = other.name if len(measured) <= _LABELLED else ""
-        look = "other" if run is not None else "recovered"
-        points.append(
-            Point(milliseconds, 100 * (top1 or 0), look, _title(other.name, milliseconds, top1), label)
-        )
-    if run is None and measured:
-        document = measured[0][0].document
-        milliseconds, top1 = document["latency_ms"]["dense"], document["accuracy"]["dense"]
-        if top1 is not None:
-            title = _title("dense", milliseconds, top1)
-            points.append(Point(milliseconds, 100 * top1, "dense", title, "dense"))
-    if not points:
+    if not marks:
         return None
     name = "Accuracy against latency"
-    return name, chart(
-        name, points, x_title="latency, ms", y_title="top-1, %", from_zero=True, lines=[("trace", line)]
-    )
+    lines = [("trace", line)]
+    return name, chart(name, marks, x_title="latency, ms", y_title="top-1, %", from_zero=True, lines=lines)
 
 
-def _title(name: str, milliseconds: float, top1: float | None) -> str:
-    return f"{name}: {milliseconds:.2f} ms, {percent(top1)}"
+def _mark(look: str, name: str, time: float, top1: float, label: str) -> Point:
+    return Point(time, 100 * top1, look, f"{name}: {milliseconds(time)}, {percent(top1)}", label)
 
 
-def _curves(document: dict[str, Any]) -> list[tuple[str, str]]:
+def _steps(report: Report) -> list[Point]:
+    """From the dense model to the converted and the trained one."""
+    if report.latency is None:
+        return []
+    times, accuracy = report.latency.milliseconds, report.accuracy
+    trained = accuracy.recovered != accuracy.converted
+    return [
+        _mark(look, look, times.dense if look == "dense" else times.grouped, top1, look)
+        for look, top1 in _measured(report)
+        if trained or look != "recovered"
+    ]
+
+
+def _points_of(report: Report) -> Iterator[Point]:
+    """The run itself, its int8 file, and other numbers of groups."""
+    if report.latency is None:
+        return
+    yield from _steps(report)
+    int8 = report.int8
+    if int8 is not None and int8.milliseconds and int8.top1 is not None:
+        yield _mark("recovered", "int8", int8.milliseconds, int8.top1, "int8")
+    for uniform in report.uniform:
+        if uniform.milliseconds is not None:
+            name = f"uniform g={uniform.groups}"
+            yield _mark("uniform", f"{name}, untrained", uniform.milliseconds, uniform.top1, name)
+
+
+def _points_of_runs(runs: Sequence[Run], look: str) -> list[Point]:
+    measured = [
+        (run.name, run.report.latency.milliseconds.grouped, top1)
+        for run in runs
+        if run.report.latency is not None and (top1 := final_accuracy(run.report)) is not None
+    ]
+    named = len(measured) <= _LABELLED
+    return [_mark(look, name, time, top1, name if named else "") for name, time, top1 in measured]
+
+
+def _dense_of_first(runs: Sequence[Run]) -> Iterator[Point]:
+    """The dense model, of the first run that has measured it all."""
+    for run in runs:
+        latency, top1 = run.report.latency, run.report.accuracy.dense
+        if latency is not None and final_accuracy(run.report) is not None:
+            if top1 is not None:
+                yield _mark("dense", "dense", latency.milliseconds.dense, top1, "dense")
+            return
+
+
+def _curves(report: Report) -> list[tuple[str, str]]:
     """Validation accuracy and training loss over the fine-tune, name and SVG; none without training."""
-    history = document["history"]
+    history = report.history
     if len(history) < 2:
         return []
-    kinds = (
-        ("Validation accuracy", "validation_top1", "top-1, %", 100.0),
-        ("Training loss", "loss", "loss", 1.0),
-    )
-    charts = []
-    for name, key, title, factor in kinds:
-        points = [
-            Point(
-                row["epoch"], factor * row[key], "small", f"epoch {row['epoch']:.2f}: {factor * row[key]:.3g}"
-            )
-            for row in history
-            if row[key] is not None
-        ]
-        if points:
-            lines = [("curve", points)]
-            drawn = chart(name, points, x_title="epoch", y_title=title, from_zero=True, lines=lines)
-            charts.append((name, drawn))
-    return charts
+    accuracies = [(row.epoch, 100 * row.validation_top1) for row in history]
+    losses = [(row.epoch, row.loss) for row in history if row.loss is not None]
+    curves = (("Validation accuracy", "top-1, %", accuracies), ("Training loss", "loss", losses))
+    return [(name, _curve(name, title, values)) for name, title, values in curves if values]
 
 
-def _site_rows(document: dict[str, Any]) -> list[dict[str, Any]]:
-    errors = {fit["name"]: fit["error"] for fit in document["fits"]}
-    times = document["site_milliseconds"]
-    sites = document["sites"]
-    most = {key: max((site[key]["dense"] for site in sites), default=0) or 1 for key in ("params", "macs")}
-    dense_total = sum(change["dense"] or 0 for change in times.values()) or 1.0
-    slowest = max(
-        (max(change["dense"] or 0, change["grouped"] or 0) for change in times.values()), default=0
-    ) or 1.0  # fmt: skip
-    worst = max((error for error in errors.values() if error is not None), default=0) or 1.0
-    rows = []
-    for site in sites:
-        time, error = times.get(site["name"]), errors.get(site["name"])
-        rows.append(
-            {
-                "site": site,
-                "converted": site["groups"] != site["groups_before"] or site["kind"] != "dense",
-                "params": _change_bar(site["params"], most["params"], count),
-                "macs": _change_bar(site["macs"], most["macs"], count),
-                "latency": None
-                if time is None or time["grouped"] is None
-                else Bar(
-                    time["grouped"],
-                    f"{time['grouped']:.3f}",
-                    f"dense {_milliseconds(time['dense'])}, {100 * (time['dense'] or 0) / dense_total:.0f}% "
-                    f"of all convs; now {time['grouped']:.3f} ms",
-                    100 * (time["dense"] or 0) / slowest,
-                    100 * time["grouped"] / slowest,
-                ),
-                "error": None
-                if error is None
-                else Bar(
-                    error,
-                    f"{error:.3f}",
-                    f"{100 * error:.1f}% of the variance is lost",
-                    0,
-                    100 * error / worst,
-                ),
-            }
+def _curve(name: str, title: str, values: Sequence[tuple[float, float]]) -> str:
+    marks = [Point(epoch, value, "small", f"epoch {epoch:.2f}: {value:.3g}") for epoch, value in values]
+    lines = [("curve", marks)]
+    return chart(name, marks, x_title="epoch", y_title=title, from_zero=True, lines=lines)
+
+
+# Convolution by convolution -----------------------------------------------------------------------
+
+
+def _site_rows(report: Report) -> list[SiteRow]:
+    sites, times = report.sites, report.site_milliseconds
+    errors = {fit.name: fit.error for fit in report.fits if not math.isnan(fit.error)}
+    params = _bars([site.params for site in sites], count)
+    macs = _bars([site.macs for site in sites], count)
+    return [
+        SiteRow(site, *bars, _time_bar(site.name, times), _error_bar(site.name, errors))
+        for site, bars in zip(sites, zip(params, macs, strict=True), strict=True)
+    ]
+
+
+def _bars(changes: Sequence[Change[int]], form: Callable[[float], str]) -> list[Bar]:
+    most = max((change.dense for change in changes), default=0) or 1
+    return [
+        Bar(
+            change.grouped,
+            form(change.grouped),
+            f"{form(change.dense)} → {form(change.grouped)}"
+            + (f", {ratio(change.ratio)} fewer" if change.dense and change.grouped else ""),
+            100 * change.dense / most,
+            100 * change.grouped / most,
         )
-    return rows
+        for change in changes
+    ]
 
 
-def _milliseconds(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.3f} ms"
+def _time_bar(name: str, times: Mapping[str, Change[float]]) -> Bar | None:
+    time = times.get(name)
+    if time is None or math.isnan(time.grouped):
+        return None
+    known = [value for change in times.values() for value in (change.dense, change.grouped) if value > 0]
+    total = sum(change.dense for change in times.values() if change.dense > 0) or 1.0
+    slowest = max(known, default=1.0)
+    dense = 0.0 if math.isnan(time.dense) else time.dense
+    before = "not measured" if math.isnan(time.dense) else f"{dense:.3f} ms"
+    title = f"dense {before}, {100 * dense / total:.0f}% of all convs; now {time.grouped:.3f} ms"
+    return Bar(
+        time.grouped, f"{time.grouped:.3f}", title, 100 * dense / slowest, 100 * time.grouped / slowest
+    )
 
 
-def _change_bar(change: dict[str, Any], most: float, form: Any) -> Bar:
-    dense, grouped = change["dense"], change["grouped"]
-    value = ratio_of(change)
-    title = f"{form(dense)} → {form(grouped)}" + ("" if value is None else f", {ratio(value)} fewer")
-    return Bar(grouped, form(grouped), title, 100 * dense / most, 100 * grouped / most)
+def _error_bar(name: str, errors: Mapping[str, float]) -> Bar | None:
+    if name not in errors:
+        return None
+    error, worst = errors[name], max(errors.values()) or 1.0
+    return Bar(error, f"{error:.3f}", f"{100 * error:.1f}% of the variance is lost", 0, 100 * error / worst)
 
 
-def _skipped(document: dict[str, Any]) -> list[tuple[str, list[str]]]:
+def _skipped(report: Report) -> list[tuple[str, list[str]]]:
     """Names of the convs left dense, by reason."""
     reasons: dict[str, list[str]] = {}
-    for site in document["sites"]:
-        if site["kind"] == "dense":
-            reasons.setdefault(site["reason"] or "not asked for", []).append(site["name"])
+    for site in report.sites:
+        if not site.converted:
+            reasons.setdefault(site.reason or "not asked for", []).append(site.name)
     return list(reasons.items())
 
 
-def _picture(picture: dict[str, Any]) -> dict[str, Any]:
-    uris = {
-        name: png_uri(base64.b64decode(picture[name]), picture["columns"]) for name in ("before", "after")
-    }
-    return {**picture, **uris}
+def _images(picture: BlockPicture) -> list[Image.Image]:
+    """How strong each connection is, before and after, as the opacity of a blue."""
+    images = []
+    for values in (picture.before, picture.after):
+        image = Image.new("RGBA", (picture.columns, picture.rows), _BLUE)
+        image.putalpha(Image.frombytes("L", image.size, values))
+        images.append(image)
+    return images
+
+
+def _data_uri(image: Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def _run_row(run: Run) -> dict[str, Any]:
-    document = run.document
-    latency = document["latency_ms"]
+    report = run.report
+    groups = sorted({site.groups for site in report.sites if site.groups > 1})
     return {
         "run": run,
-        "model": document["model"],
-        "groups": ", ".join(
-            map(str, sorted({site["groups"] for site in document["sites"] if site["groups"] > 1}))
-        ),
-        "speed_up": steady_speed_up(document),
-        "milliseconds": None if latency is None else latency["grouped"],
-        "params": document["params"]["grouped"],
-        "macs": document["macs"]["grouped"],
-        "bytes": document["onnx_bytes"]["grouped"],
-        "top1": final_accuracy(document),
-        "lost": points_lost(document),
-        "verdict": verdict(document),
+        "groups": ", ".join(map(str, groups)),
+        "speed_up": steady_speed_up(report),
+        "milliseconds": None if report.latency is None else report.latency.milliseconds.grouped,
+        "bytes": None if report.onnx_bytes is None else report.onnx_bytes.grouped,
+        "top1": final_accuracy(report),
+        "lost": points_lost(report),
+        "verdict": verdict(report),
     }
 
 
-def _machine(document: dict[str, Any]) -> str:
-    machine = document["machine"]
-    return (
-        "unknown machine"
-        if machine is None
-        else f"{machine['cpu']} ({machine['simd']}), onnxruntime {machine['onnxruntime']}"
-    )
+def _machine(report: Report) -> str:
+    machine = report.machine
+    if machine is None:
+        return "unknown machine"
+    return f"{machine.cpu} ({machine.simd}), onnxruntime {machine.onnxruntime}"

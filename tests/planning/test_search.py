@@ -36,7 +36,7 @@ from groupify.planning.rules import Rules
 from groupify.planning.search import BudgetPlan, Images, SearchOptions, plan_for_budget
 from groupify.planning.sensitivity import exact_sensitivity, measure_sensitivity
 from groupify.planning.uniform import plan
-from groupify.reporting.frontier_plot import plot_frontier
+from groupify.reporting.budget import plot_frontier
 from groupify.scores.cost import measure_cost
 from groupify.scores.divergence import Judge, Judgement
 from groupify.structures import Plan

@@ -1,0 +1,73 @@
+"""How numbers, changes and convs are written, wherever they are shown."""
+
+from __future__ import annotations
+
+import math
+
+from groupify.structures import Change, SitePlan
+
+# What a sentence or a table says of the speed where the machine was busy.
+UNCERTAIN = "uncertain"
+
+
+def count(number: float) -> str:
+    """``1814073344`` → ``1.81G``."""
+    for factor, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= factor:
+            return f"{number / factor:.3g}{suffix}"
+    return f"{number:g}"
+
+
+def size(number: float) -> str:
+    """``46796608`` → ``44.6 MiB``."""
+    for factor, suffix in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if number >= factor:
+            return f"{number / factor:.1f} {suffix}"
+    return f"{number:g} B"
+
+
+def ratio(value: float) -> str:
+    """``3.344`` → ``3.34×``; a dash where there is none."""
+    return "–" if math.isnan(value) else f"{value:.2f}×"
+
+
+def percent(value: float | None) -> str:
+    """A fraction in percent; a dash where there is none."""
+    return "–" if value is None else f"{100 * value:.2f}%"
+
+
+def milliseconds(value: float | None) -> str:
+    """``47.166`` → ``47.17 ms``; a dash where there is none."""
+    return "–" if value is None else f"{value:.2f} ms"
+
+
+def points(value: float, digits: int = 2) -> str:
+    """``-1.153`` → ``−1.15``."""
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def plural(number: int, word: str) -> str:
+    """``(2, "thread")`` → ``2 threads``."""
+    return f"{number} {word}{'' if number == 1 else 's'}"
+
+
+def counts(change: Change[int], changed: bool) -> str:
+    """``24.6k → 6.14k``, or one number where nothing has changed."""
+    return f"{count(change.dense)} → {count(change.grouped)}" if changed else count(change.grouped)
+
+
+def shape(site: SitePlan) -> str:
+    """``64 → 128, 3×3 / 2, 28×28``: channels, kernel, stride, output size."""
+    kernel = "×".join(map(str, site.kernel_size))
+    steps = set(site.stride)
+    stride = "×".join(map(str, steps if len(steps) == 1 else site.stride))
+    output = f", {'×'.join(map(str, site.output_size))}" if site.output_size else ""
+    return (
+        f"{site.in_channels} → {site.out_channels}, {kernel}{'' if steps <= {1} else f' / {stride}'}{output}"
+    )
+
+
+def extras(site: SitePlan) -> str:
+    """What stands behind the number of groups."""
+    pointwise = " + 1×1" if site.kind == "grouped-pointwise" else ""
+    return pointwise + (" + shuffle" if site.shuffle else "")
