@@ -4,7 +4,7 @@ The conversion, clustering included, is compared with one forward pass of the de
 same images in the same process, timed just before and just after; peak memory is that of a fresh
 process that does nothing else.
 
-    python -m scripts.benchmarks.conversion --json benchmarks/conversion.json
+    python -m scripts.benchmarks.conversion
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -25,63 +24,82 @@ from torch import Tensor, nn
 
 from groupify.conversion.by_part import refresh_batch_norms
 from groupify.conversion.conversion import Calibration, convert
-from groupify.machine import describe_machine
 from groupify.models import load_model
 from groupify.planning.rules import Rules
 from groupify.planning.uniform import plan
-from scripts.benchmarks.harness import write_results
+from scripts.benchmarks.harness import Parser, Results
 
 GROUPS = 4
 MIN_GROUP_WIDTH = 16
-GIBIBYTE = 2**30
+
+
+@dataclass(frozen=True)
+class Round:
+    """One conversion in a fresh process: durations in seconds, memory in bytes.
+
+    ``ratio`` is that of the conversion to one dense forward pass over the same images.
+    """
+
+    ratio: float
+    conversion_seconds: float
+    forward_seconds: Sequence[float]
+    breakdown_seconds: Mapping[str, float]
+    peak_memory_bytes: int
+    sites: int
+    kept_before: float | None
+    kept: float | None
+    mean_fitted_error: float
+    number: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"conversion ÷ dense forward pass {self.ratio:.2f}, {self.conversion_seconds:.1f} s, "
+            f"peak resident memory {self.peak_memory_bytes / 2**30:.2f} GiB"
+        )
 
 
 def main() -> None:
-    """Measure in fresh processes, print a table, store it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Measure in fresh processes."""
+    parser = Parser(__doc__, "conversion", "one round of ResNet-18, 32 images at 64×64")
     parser.add_argument("--model", default="resnet50", help="torchvision name (default: %(default)s)")
     parser.add_argument("--images", type=int, default=256, help="calibration images (default: %(default)s)")
     parser.add_argument("--size", type=int, default=224, help="pixels (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="fresh processes (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="one round of ResNet-18, 32 images at 64×64")
-    parser.add_argument("--json", type=Path, help="store the results in this file")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse()
     if options.quick:
         options.model, options.images, options.size, options.rounds = "resnet18", 32, 64, 1
     if options.measure:
-        print(json.dumps(measure(options.model, options.images, options.size)))
+        print(json.dumps(asdict(measure(options.model, options.images, options.size))))
         return
-    rounds = [run_fresh(options) for _ in range(options.rounds)]
-    result = {
+    setting = {
         "threads": torch.get_num_threads(),
         "model": options.model,
         "images": options.images,
         "size": options.size,
         "groups": GROUPS,
         "min_group_width": MIN_GROUP_WIDTH,
-        "rounds": sorted(rounds, key=lambda entry: entry["ratio"]),
     }
-    print(table(result))
-    if options.json:
-        write_results(options.json, result)
+    results = Results(Round, ("number",), options.json, setting, under="rounds", again=options.again)
+    for number in range(options.rounds):
+        if results.known(number) is None:
+            results.put(measured := replace(run_fresh(options), number=number))
+            print(measured, flush=True)
+    results.show("conversion")
 
 
-def run_fresh(options: argparse.Namespace) -> dict[str, Any]:
+def run_fresh(options: argparse.Namespace) -> Round:
     """Measure in a process of its own."""
     command = [
         sys.executable, "-m", "scripts.benchmarks.conversion", "--measure", "--model", options.model,
         "--images", str(options.images), "--size", str(options.size),
     ]  # fmt: skip
     finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    found: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
-    return found
+    return Round(**json.loads(finished.stdout.splitlines()[-1]))
 
 
-def measure(name: str, count: int, size: int) -> dict[str, Any]:
-    """Convert one model; durations in seconds, memory in bytes."""
+def measure(name: str, count: int, size: int) -> Round:
+    """Convert one model."""
     images = structured_noise(count, size, seed=0)
     model = load_model(name, weights="none").model
     # Random weights with untouched batch norms would let activations grow from block to block.
@@ -93,18 +111,17 @@ def measure(name: str, count: int, size: int) -> dict[str, Any]:
     conversion = convert(model, layers, images)
     seconds = time.perf_counter() - start
     after = forward_seconds(model, images, batch_size)
-    forward = (before + after) / 2
-    return {
-        "ratio": seconds / forward,
-        "conversion_seconds": seconds,
-        "forward_seconds": [before, after],
-        "breakdown_seconds": dict(conversion.seconds),
-        "peak_memory_bytes": peak_memory_bytes(),
-        "sites": len(conversion.sites),
-        "kept_before": conversion.kept_before,
-        "kept": conversion.kept,
-        "mean_fitted_error": sum(fit.error for fit in conversion.fits) / len(conversion.fits),
-    }
+    return Round(
+        ratio=2 * seconds / (before + after),
+        conversion_seconds=seconds,
+        forward_seconds=[before, after],
+        breakdown_seconds=dict(conversion.seconds),
+        peak_memory_bytes=peak_memory_bytes(),
+        sites=len(conversion.sites),
+        kept_before=conversion.kept_before,
+        kept=conversion.kept,
+        mean_fitted_error=sum(fit.error for fit in conversion.fits) / len(conversion.fits),
+    )
 
 
 @torch.no_grad()
@@ -139,32 +156,6 @@ def peak_memory_bytes() -> int:
     except OSError:
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return used if sys.platform == "darwin" else used * 1024
-
-
-def table(result: dict[str, Any]) -> str:
-    """Format the median round and the range over the rounds."""
-    rounds: Sequence[dict[str, Any]] = result["rounds"]
-    middle = rounds[len(rounds) // 2]
-    ratios = [entry["ratio"] for entry in rounds]
-    peak = max(entry["peak_memory_bytes"] for entry in rounds)
-    lines = [
-        f"{result['model']}, {result['images']} images of {result['size']}×{result['size']}, "
-        f"{result['groups']} groups, {middle['sites']} convs converted; {result['threads']} threads",
-        str(describe_machine()),
-        "",
-        f"conversion ÷ dense forward pass   {middle['ratio']:.2f}  ({min(ratios):.2f} to {max(ratios):.2f})",
-        f"peak resident memory              {peak / GIBIBYTE:.2f} GiB",
-        "",
-        "                          seconds   × forward",
-    ]
-    forward = sum(middle["forward_seconds"]) / 2
-    rows = {
-        "dense forward pass": forward,
-        "conversion": middle["conversion_seconds"],
-        **{f"  {name}": seconds for name, seconds in middle["breakdown_seconds"].items()},
-    }
-    lines += [f"{name:24s} {seconds:8.2f} {seconds / forward:11.2f}" for name, seconds in rows.items()]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

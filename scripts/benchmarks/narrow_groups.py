@@ -5,26 +5,25 @@ batch 1, interleaved. This is the measurement behind the constants of
 ``groupify/planning/slow_kernels.py``: no conv may be measured slower (speed-up below 1) where the plan
 expects it to be faster.
 
-    python -m scripts.benchmarks.narrow_groups [--quick] [--json FILE]
+    python -m scripts.benchmarks.narrow_groups [--quick]
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-from rich.console import Console
-from rich.table import Table
 
-from groupify.machine import blocked_width, describe_machine
+from groupify.machine import blocked_width
 from groupify.measure.benchmarks import benchmark_onnx, speed_up
 from groupify.planning.slow_kernels import relative_latency
 from groupify.structures import Change, SitePlan
-from scripts.benchmarks.harness import write_results
+from scripts.benchmarks.harness import Parser, Results
 
 WIDTHS = (1, 2, 4, 8, 16, 32)
 SIZES = (
@@ -33,44 +32,49 @@ SIZES = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Row:
+    """One conv: measured speed-up over the dense one, neighbours included, and that expected of it alone.
+
+    Both by group width.
+    """
+
+    kernel: int
+    channels: int
+    side: int
+    speed_up: Mapping[str, float]
+    expected: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def missed(self) -> list[str]:
+        """The widths that were measured slower than dense where they were expected to be faster."""
+        return [width for width, gain in self.speed_up.items() if gain < 1 <= self.expected[width]]
+
+
 def main() -> None:
-    """Parse the command line, measure, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="three sizes, shorter")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the result there as well")
-    arguments = parser.parse_args()
-    sizes = SIZES[:3] if arguments.quick else SIZES
-    seconds = 0.1 if arguments.quick else 0.5
-    rows = [
-        (kernel, channels, side, measure(kernel, channels, side, seconds))
+    """Parse and measure."""
+    parser = Parser(__doc__, "narrow_groups", "three sizes, shorter")
+    arguments = parser.parse()
+    sizes, seconds = (SIZES[:3], 0.1) if arguments.quick else (SIZES, 0.5)
+    convs = {
+        f"{channels}, {kernel}×{kernel}, {side}²": (kernel, channels, side)
         for kernel in (1, 3)
         for channels, side in sizes
         if kernel <= side
-    ]
-    table = Table(
-        "conv", *(f"width {width}" for width in WIDTHS), title="speed-up (expected for the conv alone)"
-    )
-    missed = []
-    for kernel, channels, side, gains in rows:
-        cells = []
-        for width in WIDTHS:
-            if width not in gains:
-                cells.append("")
-                continue
-            expected = 1 / relative_latency(site(kernel, channels, side, width), blocked_width())
-            if gains[width] < 1 <= expected:
-                missed.append((kernel, channels, side, width))
-            cells.append(f"{gains[width]:.2f} ({expected:.2f})")
-        table.add_row(f"{channels}, {kernel}×{kernel}, {side}²", *cells)
-    console = Console(width=140)
-    console.print(str(describe_machine()))
-    console.print(table)
-    console.print(f"slower where it was expected to be faster: {missed or 'none'}")
-    if arguments.json is not None:
-        keys = ("kernel", "channels", "side", "speed_up")
-        write_results(arguments.json, {"rows": [dict(zip(keys, row, strict=True)) for row in rows]})
+    }
+    results = Results(Row, ("kernel", "channels", "side"), arguments.json, again=arguments.again)
+    for name in parser.chosen(convs, arguments.only):
+        if results.known(*convs[name]) is None:
+            gains = measure(*convs[name], seconds)
+            expected = {width: expected_gain(*convs[name], int(width)) for width in gains}
+            results.put(row := Row(*convs[name], gains, expected))
+            print(f"{name}: slower where it was expected to be faster: {row.missed or 'none'}", flush=True)
+    results.show("narrow_groups")
+
+
+def expected_gain(kernel: int, channels: int, side: int, width: int) -> float:
+    """Return the speed-up that a plan expects of the conv on this CPU."""
+    return 1 / relative_latency(site(kernel, channels, side, width), blocked_width())
 
 
 def site(kernel: int, channels: int, side: int, width: int) -> SitePlan:
@@ -81,7 +85,7 @@ def site(kernel: int, channels: int, side: int, width: int) -> SitePlan:
     )  # fmt: skip
 
 
-def measure(kernel: int, channels: int, side: int, seconds: float) -> dict[int, float]:
+def measure(kernel: int, channels: int, side: int, seconds: float) -> dict[str, float]:
     """Return the speed-up over the dense conv, neighbours included, by group width."""
     widths = [channels, *(width for width in WIDTHS if channels % width == 0 and width < channels)]
     with tempfile.TemporaryDirectory() as folder:
@@ -90,7 +94,7 @@ def measure(kernel: int, channels: int, side: int, seconds: float) -> dict[int, 
             files[str(width)] = Path(folder) / f"{width}.onnx"
             onnx.save(chain(kernel, channels, side, channels // width), str(files[str(width)]))
         rows = benchmark_onnx(files, input_shape=(channels, side, side), seconds=seconds * len(files))
-    return {int(row.model): speed_up(rows[0], row) for row in rows[1:]}
+    return {row.model: speed_up(rows[0], row) for row in rows[1:]}
 
 
 def chain(kernel: int, channels: int, side: int, groups: int) -> onnx.ModelProto:

@@ -1,38 +1,30 @@
-#!/usr/bin/env python3
 """Planned against uniform groups at the same MACs and at the same latency, without any training.
 
     python -m scripts.benchmarks.planner --checkpoint resnet18.safetensors
-    python -m scripts.benchmarks.planner --model groupify.models.demo:fashion_vgg11_bn \
+    python -m scripts.benchmarks.planner --model groupify.models.demo:fashion_vgg11_bn \\
         --checkpoint vgg11.safetensors
-    python -m scripts.benchmarks.planner --model demo --data demo --seeds 1 --rows 'macs g=8' --images 300
+    python -m scripts.benchmarks.planner --model demo --data demo --seeds 1 --only 'macs g=8' --images 300
 
 Checkpoints come from scripts/train_dense.py (--model vgg11_bn --epochs 5 for the second). For each row,
 uniform groups set the budget: their MACs (any width of a group), or their measured latency on this machine
 (widths clamped to its blocked kernel). The planner gets exactly that, with 1,000 unlabelled training images
 to fit on and 500 others to compare plans on. Both models are then fitted on the 1,000 images and measured on
-all test images; for latency rows both are timed beside the dense model in ONNX Runtime. Results are merged,
-one entry for each row and seed, into the JSON file: entries that are there are not measured again. Every plan
-is converted and measured once for each seed; one seed of all rows of resnet18 takes about 15 conversions.
+all test images; for latency rows both are timed beside the dense model in ONNX Runtime. There is one entry
+for each row and seed. Every plan is converted and measured once for each seed; one seed of all rows of
+resnet18 takes about 15 conversions.
 """
 
 from __future__ import annotations
 
 import argparse
-import fnmatch
-import os
-import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from groupify.conversion.conversion import Calibration, convert
 from groupify.conversion.surgery import restructure
 from groupify.data.batches import Data, calibration_images
 from groupify.data.splits import DataSplits, load_data
@@ -43,14 +35,15 @@ from groupify.onnx.exporting import export_onnx
 from groupify.planning.budget import LATENCY, MACS, Budget, Limit
 from groupify.planning.candidates import candidates
 from groupify.planning.plan_timer import PlanTimer
-from groupify.planning.rules import Rules
+from groupify.planning.rules import AUTO, Rules
 from groupify.planning.search import Images, SearchOptions, make_costing, plan_for_budget
 from groupify.scores.accuracy import evaluate
-from groupify.structures import Plan, SiteRecipe
-from scripts.benchmarks.accuracy import shortcuts
-from scripts.benchmarks.harness import ResultFile
+from groupify.structures import GROUPED, Plan, SiteRecipe
+from scripts.benchmarks.contest import IMAGES, MODEL
+from scripts.benchmarks.harness import Parser, Results
+from scripts.benchmarks.methods import Setting, make, rules_for
 
-IMAGES, HELD_OUT = 1000, 500
+HELD_OUT = 500
 GROUPS = (2, 4, 8)
 KEYS = ("model", "row", "seed", "shuffle", "images")
 ROWS = tuple(f"{quantity} g={groups}" for quantity in (MACS, LATENCY) for groups in GROUPS)
@@ -58,8 +51,11 @@ SESSIONS, SECONDS = 5, 2.0
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One row and one seed; accuracies in percent, losses as predicted, divergences on held-out images."""
+class Row:
+    """One budget and one seed; accuracies in percent, losses as predicted, divergences on held-out images.
+
+    Costs are shares of the dense model's MACs or latency; speed-ups are measured beside the dense model.
+    """
 
     model: str
     row: str
@@ -67,55 +63,62 @@ class Entry:
     dense_accuracy: float
     uniform_accuracy: float
     planned_accuracy: float
-    uniform_cost: float  # share of the dense model's MACs or latency
+    uniform_cost: float
     planned_cost: float
     winner: str
     predicted: Mapping[str, float]
     divergence: Mapping[str, float | None]
-    speed_up: Mapping[str, float] | None  # measured beside the dense model
+    speed_up: Mapping[str, float] | None
     plan: Mapping[str, str]
     shuffle: str
     images: int
     seconds: float
 
+    def __str__(self) -> str:
+        return (
+            f"{self.model} {self.row} seed {self.seed}: dense {self.dense_accuracy:.2f}, "
+            f"uniform {self.uniform_accuracy:.2f}, planned {self.planned_accuracy:.2f} ({self.winner}; "
+            f"{100 * self.planned_cost:.1f}% of the cost against {100 * self.uniform_cost:.1f}%)"
+            + (f", speed-ups {dict(self.speed_up)}" if self.speed_up else "")
+        )
+
+
+def order(row: Row) -> tuple[str, int, int]:
+    """Model by model, as the rows are listed."""
+    return row.model, ROWS.index(row.row), row.seed
+
 
 def main() -> None:
-    """Parse, measure what is missing, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="groupify.models.demo:fashion_resnet18")
-    parser.add_argument("--checkpoint", type=Path, help="dense weights, from train_dense.py")
-    parser.add_argument("--data", default="fashion-mnist")
+    """Parse and measure."""
+    parser = Parser(__doc__, "planner", "one seed, 4 groups, 300 images")
+    parser.add_net(MODEL, checkpoint=False)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rows", default="*", metavar="GLOB", help=f"of {', '.join(ROWS)}")
     parser.add_argument("--shuffle", choices=("none", "all"), default="none", help="shuffles as candidates")
     parser.add_argument("--sensitivity", choices=("fisher", "exact"), default="fisher")
     parser.add_argument("--images", type=int, default=IMAGES, help="to fit on (default: %(default)s)")
-    parser.add_argument(
-        "--retime",
-        action="store_true",
-        help="only time the plans of the latency rows again, on a quiet machine",
-    )
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/planner.json"))
-    arguments = parser.parse_args()
-    rows = [row for row in ROWS if fnmatch.fnmatchcase(row, arguments.rows)]
-    if not rows:
-        parser.error(f"no row is called {arguments.rows!r}: there are {', '.join(ROWS)}")
+    parser.add_argument("--retime", action="store_true", help="only time the plans of the latency rows again")
+    arguments = parser.parse()
+    if arguments.quick:
+        arguments.seeds, arguments.images = 1, 300
+    rows = parser.chosen([row for row in ROWS if not arguments.quick or row.endswith("4")], arguments.only)
     source = load_model(arguments.model, checkpoint=arguments.checkpoint)
-    data = load_data(arguments.data, source.spec)
-    results = ResultFile(arguments.json, keys=KEYS)
+    results = Results(Row, KEYS, arguments.json, order=order, again=arguments.again)
     if arguments.retime:
-        for key, known in results.rows.items():
-            if key[0] == arguments.model and known["row"] in rows and known["speed_up"] is not None:
-                results.merge(asdict(retimed(Entry(**known), source, arguments)), order=in_order)
+        for known in results.rows.values():
+            if known.model == arguments.model and known.row in rows and known.speed_up is not None:
+                results.put(retimed(known, source))
     else:
+        data = load_data(arguments.data, source.spec)
         measure_missing(results, rows, source, data, arguments)
-    print_summary([Entry(**entry) for key, entry in results.rows.items() if key[0] == arguments.model])
+    results.show("planner")
 
 
 def measure_missing(
-    results: ResultFile, rows: Sequence[str], source: Source, data: DataSplits, arguments: argparse.Namespace
+    results: Results[Row],
+    rows: Sequence[str],
+    source: Source,
+    data: DataSplits,
+    arguments: argparse.Namespace,
 ) -> None:
     """Measure the rows that are not there yet, seed by seed."""
     assert data.train is not None
@@ -124,40 +127,43 @@ def measure_missing(
         missing = [
             row
             for row in rows
-            if (arguments.model, row, seed, arguments.shuffle, arguments.images) not in results.rows
+            if not results.known(arguments.model, row, seed, arguments.shuffle, arguments.images)
         ]
-        if not missing:
-            continue
-        images = calibration_images(data.train, arguments.images + HELD_OUT, seed=seed)
-        run = Run(source, images[: arguments.images], images[arguments.images :], arguments, seed, data.test)
-        for row in missing:
-            entry = run.measure(row)
-            print_entry(entry)
-            results.merge(asdict(entry), order=in_order)
+        if missing:
+            images = calibration_images(data.train, arguments.images + HELD_OUT, seed=seed)
+            setting = Setting(source.model, images[: arguments.images], seed)
+            run = Run(setting, images[arguments.images :], data.test, arguments)
+            for row in missing:
+                results.put(measured := run.measure(row))
+                print(measured, flush=True)
 
 
 @dataclass(frozen=True)
 class Run:
     """What the rows of one seed share; plans that several of them meet are converted and measured once."""
 
-    source: Source
-    images: Tensor
+    setting: Setting
     held_out: Tensor
-    arguments: argparse.Namespace
-    seed: int
     test: Data
+    arguments: argparse.Namespace
     _models: dict[tuple[SiteRecipe, ...], nn.Module] = field(default_factory=dict, init=False)
     _top1: dict[tuple[SiteRecipe, ...], float] = field(default_factory=dict, init=False)
 
-    def measure(self, row: str) -> Entry:
+    def measure(self, row: str) -> Row:
         """Plan at the cost of uniform groups, convert both, measure both."""
         start = time.perf_counter()
         quantity, _, groups = row.partition(" g=")
-        model, shape = self.source.model, self.source.spec.input_shape
-        rules, options = what_may_be_planned(model, quantity, self.arguments, self.seed)
-        images = Images(self.images, self.held_out)
+        model, shape = self.setting.dense, self.setting.shape
+        rules = budget_rules(model, quantity, self.arguments.shuffle)
+        options = SearchOptions(
+            sensitivity=self.arguments.sensitivity,
+            cache=cache_folder(),
+            seed=self.setting.seed,
+            progress=True,
+        )
+        images = Images(self.setting.images, self.held_out)
         costing = make_costing(model, shape, images, rules, options, latency=quantity == LATENCY)
-        uniform = costing.choices.uniform["grouped", int(groups), False]
+        uniform = costing.choices.uniform[GROUPED, int(groups), False]
         amount = costing.costs(uniform)[quantity]
         if costing.latencies is not None:
             timer = PlanTimer(model, costing.choices, costing.latencies.dense_ms, cache=options.cache)
@@ -167,30 +173,29 @@ class Run:
             model, shape, budget, images, rules=rules, options=options, convert_plan=self.convert
         )
         plans = {"uniform": costing.choices.plan(uniform), "planned": found.plan}
-        models = {name: self.convert(plan) for name, plan in plans.items()}
-        accuracy = {name: self.top1(plan) for name, plan in plans.items()}
         total = found.dense_costs[quantity]
-        contenders = {contender.name: contender for contender in found.contenders}
-        measured = {name: c.measured.divergence if c.measured else None for name, c in contenders.items()}
-        return Entry(
+        timed = None
+        if quantity == LATENCY:
+            timed = timed_beside(model, {name: self.convert(plan) for name, plan in plans.items()}, shape)
+        return Row(
             model=self.arguments.model,
             row=row,
-            seed=self.seed,
+            seed=self.setting.seed,
             dense_accuracy=self.top1(None),
-            uniform_accuracy=accuracy["uniform"],
-            planned_accuracy=accuracy["planned"],
+            uniform_accuracy=self.top1(plans["uniform"]),
+            planned_accuracy=self.top1(plans["planned"]),
             uniform_cost=amount / total,
             planned_cost=found.winner.costs[quantity] / total,
             winner=found.winner.name,
-            predicted={name: c.loss for name, c in contenders.items()} | {"row": costing.loss(uniform)},
-            divergence=measured,
-            speed_up=timed_beside(model, models, shape) if quantity == LATENCY else None,
+            predicted={c.name: c.loss for c in found.contenders} | {"row": costing.loss(uniform)},
+            divergence={c.name: c.measured.divergence if c.measured else None for c in found.contenders},
+            speed_up=timed,
             plan={
                 site.name: f"{site.kind} {site.groups}" + (" shuffle" if site.shuffle else "")
                 for site in found.plan.converted
             },
             shuffle=self.arguments.shuffle,
-            images=len(self.images),
+            images=len(self.setting.images),
             seconds=time.perf_counter() - start,
         )
 
@@ -198,54 +203,38 @@ class Run:
         """Fit on the calibration images."""
         key = plan.recipes
         if key not in self._models:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                calibration = Calibration(self.images)
-                self._models[key] = convert(self.source.model, plan, calibration, seed=self.seed).model
+            self._models[key] = make(lambda setting, _: setting.convert(plan), self.setting, 0)
         return self._models[key]
 
     def top1(self, plan: Plan | None) -> float:
         """Percent of the test images; None = of the dense model."""
         key = () if plan is None else plan.recipes
         if key not in self._top1:
-            model = self.source.model if plan is None else self.convert(plan)
-            self._top1[key] = 100 * evaluate(model, self.test, batch_size=500).top1
+            model = self.setting.dense if plan is None else self.convert(plan)
+            limit = 1000 if self.arguments.quick else None
+            self._top1[key] = 100 * evaluate(model, self.test, limit=limit, batch_size=500).top1
         return self._top1[key]
 
 
-def what_may_be_planned(
-    model: nn.Module, quantity: str, arguments: argparse.Namespace, seed: int
-) -> tuple[Rules, SearchOptions]:
-    """What the planner may do, and how it looks for it."""
-    rules = Rules(
-        exclude=shortcuts(model),
-        min_group_width="auto" if quantity == LATENCY else 1,
-        shuffle=arguments.shuffle,
-    )
-    return rules, SearchOptions(
-        sensitivity=arguments.sensitivity,
-        cache=cache_folder(),
-        seed=seed,
-        progress=True,
-    )
+def budget_rules(model: nn.Module, quantity: str, shuffle: str) -> Rules:
+    """What the planner may do: MACs do not care for the kernel."""
+    return rules_for(model, AUTO if quantity == LATENCY else 1, shuffle=shuffle)
 
 
-def retimed(entry: Entry, source: Source, arguments: argparse.Namespace) -> Entry:
+def retimed(row: Row, source: Source) -> Row:
     """Return a latency row with its two models timed again; the weights make no difference."""
-    quantity, _, groups = entry.row.partition(" g=")
+    quantity, _, groups = row.row.partition(" g=")
     model, shape = source.model, source.spec.input_shape
-    rules, _ = what_may_be_planned(model, quantity, arguments, entry.seed)
-    choices = candidates(model, shape, rules)
+    choices = candidates(model, shape, budget_rules(model, quantity, row.shuffle))
     planned = []
-    for name, site in entry.plan.items():
+    for name, site in row.plan.items():
         kind, count, *shuffle = site.split()
         planned.append(SiteRecipe(name, kind, int(count), bool(shuffle)))
-    uniform = choices.plan(choices.uniform["grouped", int(groups), False]).recipes
-    models = {
-        name: restructure(model, recipes) for name, recipes in (("uniform", uniform), ("planned", planned))
-    }
-    timed = replace(entry, speed_up=timed_beside(model, models, shape))
-    print(f"{entry.model} {entry.row} seed {entry.seed}: {entry.speed_up} → {timed.speed_up}", flush=True)
+    uniform = choices.plan(choices.uniform[GROUPED, int(groups), False]).recipes
+    recipes = {"uniform": uniform, "planned": planned}
+    models = {name: restructure(model, sites) for name, sites in recipes.items()}
+    timed = replace(row, speed_up=timed_beside(model, models, shape))
+    print(f"{row.model} {row.row} seed {row.seed}: {row.speed_up} → {timed.speed_up}", flush=True)
     return timed
 
 
@@ -261,41 +250,5 @@ def timed_beside(
         return speed_ups(files, "dense", input_shape=shape, sessions=SESSIONS, seconds=SECONDS)
 
 
-def print_entry(entry: Entry) -> None:
-    """Print one row and seed."""
-    print(
-        f"{entry.model} {entry.row} seed {entry.seed}: dense {entry.dense_accuracy:.2f}, "
-        f"uniform {entry.uniform_accuracy:.2f}, planned {entry.planned_accuracy:.2f} ({entry.winner}; "
-        f"{100 * entry.planned_cost:.1f}% of the cost against {100 * entry.uniform_cost:.1f}%)",
-        flush=True,
-    )
-
-
-def print_summary(entries: list[Entry]) -> None:
-    """Print the means over the seeds, and how much of uniform's drop the plan closes."""
-    for row in dict.fromkeys(entry.row for entry in entries):
-        same = [entry for entry in entries if entry.row == row]
-        dense, uniform, planned = (
-            statistics.fmean(getattr(entry, f"{name}_accuracy") for entry in same)
-            for name in ("dense", "uniform", "planned")
-        )
-        drop = dense - uniform
-        closed = f"{100 * (planned - uniform) / drop:.0f}%" if drop > 0 else "none to close"
-        speeds = ""
-        if all(entry.speed_up is not None for entry in same):
-            means = {n: statistics.fmean((e.speed_up or {})[n] for e in same) for n in ("uniform", "planned")}
-            speeds = f"; measured speed-up {means['uniform']:.2f} and {means['planned']:.2f}"
-        print(
-            f"{row:14s} drop of uniform {drop:.2f}, of planned {dense - planned:.2f}: closed {closed} "
-            f"({len(same)} seeds){speeds}"
-        )
-
-
-def in_order(row: dict[str, Any]) -> tuple[str, int, int]:
-    """Model by model, as the rows are listed."""
-    return row["model"], ROWS.index(row["row"]), row["seed"]
-
-
 if __name__ == "__main__":
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     main()

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Predicted against measured latency of whole models in ONNX Runtime, one thread, batch 1, 3×224×224.
 
     python -m scripts.benchmarks.prediction                 # four models: about 20 minutes
@@ -11,16 +10,13 @@ of all runs: the table takes minutes, in which the speed of a machine may change
 does not depend on them. Besides uniform groups there is a mixed plan, for half of the dense latency, which
 can only be timed behind. Where the dense model's two times differ by more than 5%, all is measured again, at
 most twice. Needs a quiet machine. How far the speed-up over the dense model was off, which a
-change of the machine's speed leaves as it is, is told beside the error in milliseconds. The rows go into
-benchmarks/prediction.json, in the place of those of the same model.
+change of the machine's speed leaves as it is, is told beside the error in milliseconds.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import fnmatch
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
@@ -39,10 +35,9 @@ from groupify.planning.search import uniform_name
 from groupify.planning.sensitivity import weight_sensitivity
 from groupify.scores.cost import measure_cost
 from groupify.structures import Plan
-from scripts.benchmarks.harness import BENCHMARKS, ResultFile
+from scripts.benchmarks.harness import Parser, Results
 
 MODELS = ("resnet18", "resnet50", "vgg16_bn", "densenet121")
-OUTPUT = BENCHMARKS / "prediction.json"
 ALLOWED = 0.10
 STEADY = 0.05  # how much the dense model's time in front of the table and behind it may differ
 MIXED = "planned for half of the latency"
@@ -54,9 +49,9 @@ UNIFORM = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Row:
-    """One model with one plan; milliseconds."""
+    """One model with one plan; milliseconds, and relative errors of the prediction and of its speed-up."""
 
     model: str
     plan: str
@@ -66,38 +61,44 @@ class Row:
     p90: float
     dense_predicted: float
     dense_measured: float
+    error: float = 0.0
+    speed_up_error: float = 0.0
 
-    @property
-    def error(self) -> float:
-        """Relative error of the prediction."""
-        return self.predicted / self.measured - 1
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "error", self.predicted / self.measured - 1)
+        predicted, measured = self.dense_predicted / self.predicted, self.dense_measured / self.measured
+        object.__setattr__(self, "speed_up_error", predicted / measured - 1)
 
-    @property
-    def speed_up_error(self) -> float:
-        """Relative error of the predicted speed-up over the dense model."""
-        return (self.dense_predicted / self.predicted) / (self.dense_measured / self.measured) - 1
+    def __str__(self) -> str:
+        return (
+            f"{self.model:12s} {self.plan:34s} predicted {self.predicted:7.2f} ms, "
+            f"measured {self.measured:7.2f} ms ({self.p10:.2f}–{self.p90:.2f}): {100 * self.error:+.1f}%, "
+            f"speed-up {100 * self.speed_up_error:+.1f}%"
+        )
 
 
 def main() -> None:
-    """Parse, measure, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", metavar="GLOB", default="*", help=f"of {', '.join(MODELS)}")
+    """Parse and measure."""
+    parser = Parser(__doc__, "prediction", "resnet18 on images of 64×64, a second of timing")
     parser.add_argument("--seconds", type=float, default=10.0, help="timing per model (default: %(default)s)")
     parser.add_argument("--size", type=int, default=224, help="side of the images (default: %(default)s)")
-    parser.add_argument("--json", type=Path, default=OUTPUT, help="where the rows go (default: %(default)s)")
-    arguments = parser.parse_args()
-    models = [model for model in MODELS if fnmatch.fnmatchcase(model, arguments.only)]
-    if not models:
-        parser.error(f"no model is called {arguments.only!r}: there are {', '.join(MODELS)}")
-    results = ResultFile(arguments.json, keys=("model", "plan"))
-    for name in models:
-        for row in measure(name, (3, arguments.size, arguments.size), arguments.seconds):
-            entry = {**dataclasses.asdict(row), "error": row.error, "speed_up_error": row.speed_up_error}
-            results.merge(entry, order=lambda row: MODELS.index(row["model"]))
+    arguments = parser.parse()
+    if arguments.quick:
+        arguments.size, arguments.seconds = 64, 1.0
+    results = Results(
+        Row,
+        ("model", "plan"),
+        arguments.json,
+        order=lambda row: MODELS.index(row.model),
+        again=arguments.again,
+    )
+    for name in parser.chosen(MODELS[:1] if arguments.quick else MODELS, arguments.only):
+        if results.known(name, "dense") is None:
+            for row in measure(name, (3, arguments.size, arguments.size), arguments.seconds):
+                results.put(row)
+    results.show("prediction")
     for quantity in ("error", "speed_up_error"):
-        within = [abs(row[quantity]) <= ALLOWED for row in results.rows.values()]
+        within = [abs(getattr(row, quantity)) <= ALLOWED for row in results.rows.values()]
         print(f"{quantity.replace('_', ' ')}: {sum(within)} of {len(within)} within {ALLOWED:.0%}")
 
 
@@ -143,12 +144,7 @@ def measure(name: str, shape: tuple[int, ...], seconds: float, attempts: int = 3
             dense_predicted=latencies.dense_ms,
             dense_measured=dense,
         )
-        print(
-            f"{name:12s} {plan:34s} predicted {row.predicted:7.2f} ms, measured {row.measured:7.2f} ms "
-            f"({row.p10:.2f}–{row.p90:.2f}): {100 * row.error:+.1f}%, "
-            f"speed-up {100 * row.speed_up_error:+.1f}%",
-            flush=True,
-        )
+        print(row, flush=True)
         rows.append(row)
     return rows
 

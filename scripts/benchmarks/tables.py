@@ -1,7 +1,11 @@
-"""Write the tables of README.md from benchmarks/*.json, so that no number in it is copied by hand.
+"""The result files of ``benchmarks/`` as Markdown tables, so that no number in a page is copied by hand.
 
-python -m scripts.benchmarks.tables            # write
-python -m scripts.benchmarks.tables --check    # fail if a table is not what the results say
+    python -m scripts.benchmarks.tables            # write the tables of README.md
+    python -m scripts.benchmarks.tables --check    # fail if one of them is not what the results say
+    python -m scripts.benchmarks.tables peers      # print one
+
+The documentation's tables come into being when it is built: this module is a hook of mkdocs, which puts them
+where a page says ``<!-- table: NAME -->``. A result file that is not there yet is named in its table's place.
 """
 
 from __future__ import annotations
@@ -9,22 +13,37 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from groupify.files import write_aside
-from scripts.benchmarks.harness import BENCHMARKS
 
-README = BENCHMARKS.parent / "README.md"
-_TABLE = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(?=<!-- end of results -->)", flags=re.DOTALL)
-LATENCY = ("resnet18 g=4", "resnet18 g=8", "resnet50 g=4", "resnet50 g=8")  # of more in docs/kernels.md
+ROOT = Path(__file__).resolve().parent.parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+README = ROOT / "README.md"
+README_LATENCY = ("resnet18 g=4", "resnet18 g=8", "resnet50 g=4", "resnet50 g=8")
+_IN_README = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(?=<!-- end of results -->)", flags=re.DOTALL)
+_IN_PAGE = re.compile(r"<!-- table: ([\w-]+) -->")
+
+Document = dict[str, Any]
+Table = list[tuple[str, ...]]  # the first row is the heading
 
 
 def main() -> None:
-    """Parse the arguments, write or compare."""
+    """Parse the arguments, then print, compare or write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"print: {', '.join(TABLES)}")
     parser.add_argument("--check", action="store_true", help="write nothing, fail if README.md would change")
     arguments = parser.parse_args()
+    if unknown := set(arguments.names) - set(TABLES):
+        parser.error(f"no table is called {', '.join(unknown)}: there are {', '.join(TABLES)}")
+    for name in arguments.names:
+        print(table(name))
+    if arguments.names:
+        return
     text = README.read_text("utf-8")
     filled = fill(text)
     if not arguments.check:
@@ -35,60 +54,292 @@ def main() -> None:
 
 def fill(text: str) -> str:
     """Return the README with its tables made anew."""
-    return _TABLE.sub(lambda found: found[1] + TABLES[found[2]](results(found[2])) + "\n", text)
+    return _IN_README.sub(
+        lambda found: found[1] + markdown(README_TABLES[found[2]](read(found[2]))) + "\n", text
+    )
 
 
-def peers(document: dict[str, Any]) -> str:
-    """Top-1 after each training, and the speed-up: a line per method, a column per MACs."""
-    rows = {(row["method"], row["groups"], row["epochs"]): row for row in document["rows"]}
-    groups = sorted({count for _, count, _ in rows})
-    trainings = sorted({epochs for *_, epochs in rows})
-    after = " / ".join(f"{count:g}" for count in trainings) + " epochs, and speed-up"
-    saved = (rows["groupify", count, 0.0]["macs_ratio"] for count in groups)
-    lines = [[f"top-1 after {after}", *(f"MACs ÷{ratio:.1f}" for ratio in saved)]]
-    for method in dict.fromkeys(name for name, *_ in rows):
-        cells = []
-        for count in groups:
-            found = [rows.get((method, count, epochs)) for epochs in trainings]
-            tops = " / ".join("–" if row is None else f"{row['accuracy_mean']:.1f}" for row in found)
-            speed = next((row["speed_up"] for row in found if row and row["speed_up"]), None)
-            cells.append(f"{tops}%" + ("" if speed is None else f", {speed:.2f}×"))
-        lines.append([f"**{method}**" if method.startswith("groupify") else method, *cells])
-    return markdown(lines)
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Fill in the tables of a page: what mkdocs calls.
+
+    Raises:
+        KeyError: a page asks for a table that nobody makes.
+    """
+    return _IN_PAGE.sub(lambda found: table(found[1]), markdown)
 
 
-def latency(document: dict[str, Any]) -> str:
-    """Milliseconds in ONNX Runtime, a line per model."""
-    rows = {row["name"]: row for row in document["rows"]}
-    lines = [["ONNX Runtime, 1 thread, batch 1", "dense → grouped", "speed-up", "MACs", "efficiency"]]
-    for name in LATENCY:
-        row = rows[name]
-        times = (row["latency_ms"][model]["median"] for model in ("dense", "grouped"))
-        lines.append(
-            [
-                name,
-                " → ".join(f"{milliseconds:.1f}" for milliseconds in times) + " ms",
-                f"**{row['speed_up']:.2f}×**",
-                f"÷{row['mac_ratio']:.2f}",
-                f"{row['efficiency']:.3f}",
-            ]
-        )
-    return markdown(lines)
+def table(name: str) -> str:
+    """Return one table as Markdown, with the command and the machine that it comes from."""
+    command, make = TABLES[name]
+    command = f"python -m scripts.benchmarks.{command}"
+    if not (BENCHMARKS / f"{name}.json").exists():
+        return f"*Not measured yet: `{command}` writes `benchmarks/{name}.json`.*"
+    document = read(name)
+    machine = document["machine"]
+    where = f"{machine['cpu']} ({machine['simd']}), torch {machine['torch']}"
+    where += f", onnxruntime {machine['onnxruntime']}"
+    return f"{markdown(make(document))}\n\n`{command}` → `benchmarks/{name}.json`, {where}"
 
 
-def markdown(rows: list[list[str]]) -> str:
-    """Format rows, the first one the heading, as a Markdown table."""
+def read(name: str) -> Document:
+    """Return a result file."""
+    found: Document = json.loads((BENCHMARKS / f"{name}.json").read_text("utf-8"))
+    return found
+
+
+def markdown(rows: Table) -> str:
+    """Format rows as a Markdown table."""
     heading, *others = (f"| {' | '.join(row)} |" for row in rows)
     return "\n".join([heading, "|---" * len(rows[0]) + "|", *others])
 
 
-def results(name: str) -> dict[str, Any]:
-    """Return a result file."""
-    found: dict[str, Any] = json.loads((BENCHMARKS / f"{name}.json").read_text("utf-8"))
+# what the tables share ------------------------------------------------------------------------------
+
+
+def times(ratio: float) -> str:
+    """How many times faster."""
+    return f"{ratio:.2f}×"
+
+
+def saved(ratio: float, digits: int = 2) -> str:
+    """How many times fewer MACs or parameters."""
+    return f"÷{ratio:.{digits}f}"
+
+
+def percent(value: float) -> str:
+    """An accuracy."""
+    return f"{value:.2f}%"
+
+
+def milliseconds(*values: float) -> str:
+    """Times before and after."""
+    return " → ".join(f"{value:.1f}" for value in values) + " ms"
+
+
+def grouped_by(rows: Iterable[Document], *names: str) -> dict[tuple[Any, ...], list[Document]]:
+    """Return the rows by the values of some fields, in the order in which those come."""
+    found: dict[tuple[Any, ...], list[Document]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in names), []).append(row)
     return found
 
 
-TABLES = {"peers": peers, "latency": latency}
+def by_training(rows: list[Document]) -> list[tuple[tuple[int, str], list[Document | None]]]:
+    """Return (groups, method) and the row after each training, None where there is none."""
+    trainings = trainings_of(rows)
+    lines = []
+    for key, same in grouped_by(rows, "groups", "method").items():
+        found = {row["epochs"]: row for row in same}
+        lines.append(((key[0], key[1]), [found.get(count) for count in trainings]))
+    return lines
+
+
+def trainings_of(rows: list[Document]) -> list[float]:
+    """All numbers of epochs."""
+    return sorted({row["epochs"] for row in rows})
+
+
+def threads_of(rows: list[Document]) -> list[str]:
+    """All numbers of threads that something was timed with."""
+    return sorted({count for row in rows for count in row["latency"] or {}})
+
+
+# the tables -----------------------------------------------------------------------------------------
+
+
+def accuracy(document: Document) -> Table:
+    """A line per method, a column per number of groups."""
+    groups = sorted({row["groups"] for row in document["rows"]})
+    rows: Table = [("top-1 (MACs)", *(f"g={count}" for count in groups))]
+    for (method,), same in grouped_by(document["rows"], "method").items():
+        cells = {
+            row["groups"]: f"{percent(row['accuracy_mean'])} ({saved(row['macs_ratio'], 1)})" for row in same
+        }
+        rows.append((method.strip(), *(cells.get(count, "–") for count in groups)))
+    return rows
+
+
+def conversion(document: Document) -> Table:
+    """A line per step: seconds of the median round, and how many dense forward passes that is."""
+    rounds = sorted(document["rounds"], key=lambda one: float(one["ratio"]))
+    middle = rounds[len(rounds) // 2]
+    forward = statistics.fmean(middle["forward_seconds"])
+    steps = {
+        f"conversion of {middle['sites']} convs": middle["conversion_seconds"],
+        **middle["breakdown_seconds"],
+    }
+    rows: Table = [
+        (f"{document['model']}, {document['images']} images of {document['size']}²", "seconds", "× forward"),
+        ("dense forward pass", f"{forward:.2f}", "1.00"),
+        *((name, f"{seconds:.2f}", f"{seconds / forward:.2f}") for name, seconds in steps.items()),
+    ]
+    ratios = [one["ratio"] for one in rounds]
+    peak = max(one["peak_memory_bytes"] for one in rounds) / 2**30
+    rows.append((f"over {len(rounds)} rounds", f"{peak:.2f} GiB", f"{ratios[0]:.2f} to {ratios[-1]:.2f}"))
+    return rows
+
+
+def latency(document: Document) -> Table:
+    """A line per model: times, speed-up, MAC ratio, efficiency."""
+    rows: Table = [("", "dense → grouped", "speed-up", "MACs", "efficiency", "convs in the blocked kernel")]
+    for row in document["rows"]:
+        medians = (row["latency_ms"][name]["median"] for name in ("dense", "grouped"))
+        blocked = row["blocked_convs"]["grouped"]
+        rows.append(
+            (
+                row["name"],
+                milliseconds(*medians),
+                times(row["speed_up"]),
+                saved(row["mac_ratio"]),
+                f"{row['efficiency']:.2f}",
+                f"{blocked['blocked']} of {blocked['total']}",
+            )
+        )
+    return rows
+
+
+def narrow_groups(document: Document) -> Table:
+    """A line per conv: measured and expected speed-up, a column per group width."""
+    widths = sorted({int(width) for row in document["rows"] for width in row["speed_up"]})
+    rows: Table = [("speed-up (expected)", *(f"width {width}" for width in widths))]
+    for row in document["rows"]:
+        gains, expected, kernel = row["speed_up"], row.get("expected") or {}, row["kernel"]
+        cells = (
+            f"{gains[width]:.2f} ({expected.get(width, float('nan')):.2f})" if width in gains else ""
+            for width in map(str, widths)
+        )
+        rows.append((f"{row['channels']}, {kernel}×{kernel}, {row['side']}²", *cells))
+    return rows
+
+
+def peers(document: Document) -> Table:
+    """A line per method and MACs: a column per training, and the speed-ups."""
+    threads = threads_of(document["rows"])
+    trainings = trainings_of(document["rows"])
+    head = [f"{count:g} epochs" for count in trainings] + [f"speed-up, {count} thr." for count in threads]
+    rows: Table = [("", "MACs", "params", *head)]
+    for (_, method), after in by_training(document["rows"]):
+        one = next(row for row in after if row)
+        tops = [percent(row["accuracy_mean"]) if row else "–" for row in after]
+        timed = one["latency"] or {}
+        speeds = [times(timed[count]["speed_up"]) if count in timed else "–" for count in threads]
+        rows.append((method, saved(one["macs_ratio"]), saved(one["params_ratio"]), *tops, *speeds))
+    return rows
+
+
+def peers_latency(document: Document) -> Table:
+    """A line per net, MACs and method."""
+    threads = threads_of(document["rows"])
+    speeds = [f"{what}, {count} thr." for count in threads for what in ("dense → own", "speed-up")]
+    rows: Table = [("", "top-1", "MACs", "params", *speeds)]
+    for row in document["rows"]:
+        cells = [f"{net_name(row['model'])}, {row['method']}", percent(row["top1"])]
+        cells += [saved(row[name]) for name in ("macs_ratio", "params_ratio")]
+        for count in threads:
+            timed = row["latency"].get(count)
+            cells += (
+                [milliseconds(timed["dense_ms"], timed["ms"]), times(timed["speed_up"])]
+                if timed
+                else ["–", "–"]
+            )
+        rows.append(tuple(cells))
+    return rows
+
+
+def recovery(document: Document) -> Table:
+    """A line per method and number of groups, a column per training."""
+    trainings = trainings_of(document["rows"])
+    rows: Table = [("top-1", "MACs", *(f"{count:g} epochs" for count in trainings))]
+    for (groups, method), after in by_training(document["rows"]):
+        cells = []
+        for row in after:
+            spread = "" if not row or len(row["accuracy"]) < 2 else f" ± {row['accuracy_spread'] / 2:.2f}"
+            cells.append("–" if row is None else f"{row['accuracy_mean']:.2f}{spread}%")
+        ratio = next(row["macs_ratio"] for row in after if row)
+        rows.append((f"{method}, g={groups}", saved(ratio), *cells))
+    return rows
+
+
+def planner(document: Document) -> Table:
+    """A line per model and budget: uniform groups and the plan at the same cost, means over the seeds."""
+    titles = ("seeds", "dense", "uniform", "planned", "of uniform's drop closed", "speed-ups of both")
+    rows: Table = [("", *titles)]
+    for (model, row), same in grouped_by(document["rows"], "model", "row").items():
+        dense, uniform, planned = (
+            statistics.fmean(one[f"{name}_accuracy"] for one in same)
+            for name in ("dense", "uniform", "planned")
+        )
+        closed = f"{100 * (planned - uniform) / (dense - uniform):.0f}%" if uniform < dense else "–"
+        timed = [one["speed_up"] for one in same if one["speed_up"]]
+        speeds = [times(statistics.fmean(one[p] for one in timed)) for p in ("uniform", "planned") if timed]
+        tops = map(percent, (dense, uniform, planned))
+        rows.append((f"{net_name(model)}, {row}", str(len(same)), *tops, closed, " → ".join(speeds) or "–"))
+    return rows
+
+
+def prediction(document: Document) -> Table:
+    """A line per model and plan: predicted and measured milliseconds."""
+    rows: Table = [("", "plan", "predicted", "measured", "error", "error of the speed-up")]
+    for row in document["rows"]:
+        both = (f"{row[name]:.2f} ms" for name in ("predicted", "measured"))
+        errors = (f"{100 * row[name]:+.1f}%" for name in ("error", "speed_up_error"))
+        rows.append((row["model"], row["plan"], *both, *errors))
+    return rows
+
+
+def readme_peers(document: Document) -> Table:
+    """Top-1 after each training, and the speed-up: a line per method, a column per MACs."""
+    rows = document["rows"]
+    after = " / ".join(f"{count:g}" for count in trainings_of(rows)) + " epochs, and speed-up"
+    ratios = {
+        row["groups"]: row["macs_ratio"] for row in rows if (row["method"], row["epochs"]) == ("groupify", 0)
+    }
+    lines: Table = [
+        (f"top-1 after {after}", *(f"MACs {saved(ratios[count], 1)}" for count in sorted(ratios)))
+    ]
+    cells: dict[str, list[str]] = {}
+    for (_, method), found in sorted(by_training(rows), key=lambda line: line[0][0]):
+        tops = " / ".join("–" if row is None else f"{row['accuracy_mean']:.1f}" for row in found)
+        speed = next((row["speed_up"] for row in found if row and row["speed_up"]), None)
+        cells.setdefault(method, []).append(f"{tops}%" + ("" if speed is None else f", {times(speed)}"))
+    for method in dict.fromkeys(row["method"] for row in rows):
+        lines.append((f"**{method}**" if method.startswith("groupify") else method, *cells[method]))
+    return lines
+
+
+def readme_latency(document: Document) -> Table:
+    """Milliseconds in ONNX Runtime, a line per model; docs/kernels.md has more of them."""
+    rows = {row["name"]: row for row in document["rows"]}
+    lines: Table = [("ONNX Runtime, 1 thread, batch 1", "dense → grouped", "speed-up", "MACs", "efficiency")]
+    for name in README_LATENCY:
+        row = rows[name]
+        medians = (row["latency_ms"][model]["median"] for model in ("dense", "grouped"))
+        speed, ratio = f"**{times(row['speed_up'])}**", saved(row["mac_ratio"])
+        lines.append((name, milliseconds(*medians), speed, ratio, f"{row['efficiency']:.3f}"))
+    return lines
+
+
+def net_name(spec: str) -> str:
+    """Return a model's name without its module."""
+    return spec.rpartition(":")[2]
+
+
+README_TABLES = {"peers": readme_peers, "latency": readme_latency}
+_VGG = "--model groupify.models.demo:fashion_vgg11_bn --checkpoint FILE"
+_SHUFFLE = "--only 'groupify g=*|groupify, shuffle*|groupify, grouped*' --groups 4 --epochs 0 --seeds 3"
+TABLES: dict[str, tuple[str, Callable[[Document], Table]]] = {  # name: (command, maker)
+    "accuracy": ("accuracy --checkpoint FILE", accuracy),
+    "conversion": ("conversion", conversion),
+    "latency": ("latency", latency),
+    "narrow_groups": ("narrow_groups", narrow_groups),
+    "peers": ("peers --checkpoint FILE --twin FILE", peers),
+    "peers_vgg11": (f"peers {_VGG} --json benchmarks/peers_vgg11.json", peers),
+    "peers_shuffle": (f"peers --checkpoint FILE {_SHUFFLE} --json benchmarks/peers_shuffle.json", peers),
+    "peers_latency": ("peers_latency --checkpoint FILE [--model MODEL]", peers_latency),
+    "recovery": ("recovery --checkpoint FILE --twin FILE", recovery),
+    "planner": ("planner --checkpoint FILE", planner),
+    "prediction": ("prediction", prediction),
+}
 
 
 if __name__ == "__main__":

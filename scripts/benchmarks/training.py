@@ -8,16 +8,18 @@ is therefore chosen on a smaller net, the twin, which ``scripts/train_dense.py -
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from groupify.data.batches import Data, calibration_images
 from groupify.data.images import ImageArrays
@@ -26,8 +28,8 @@ from groupify.machine import bfloat16_is_slow
 from groupify.models import load_model
 from groupify.training.finetuning import FinetuneResult, finetune
 from groupify.training.settings import FinetuneSettings
-from scripts.benchmarks.accuracy import Setting
-from scripts.benchmarks.harness import ResultFile
+from scripts.benchmarks.harness import Parser, Results
+from scripts.benchmarks.methods import Method, Setting, make, rules_for
 from scripts.train_dense import hold_out
 
 FAST = FinetuneSettings(amp=None if bfloat16_is_slow() else "bfloat16", channels_last=True)
@@ -80,7 +82,7 @@ class Twin:
         if not isinstance(data.train, ImageArrays):
             sys.exit(f"{data.spec}: the twin needs images that lie in memory whole, such as fashion-mnist")
         kept, held_out = hold_out(data.train)
-        setting = Setting(dense, calibration_images(kept, images, seed=0), 0)
+        setting = Setting(dense, calibration_images(kept, images, seed=0), 0, rules_for(dense))
         return cls(setting, RememberingTeacher(dense), replace(data, train=kept), held_out)
 
 
@@ -98,9 +100,31 @@ class Trainer:
 
     teacher: RememberingTeacher
     data: DataSplits
-    results: ResultFile
+    results: Results[Any]
     rates: tuple[float, ...]
     twin: Twin | None = None
+
+    @classmethod
+    def load(
+        cls, arguments: argparse.Namespace, dense: nn.Module, data: DataSplits, results: Results[Any],
+        images: int,
+    ) -> Trainer:  # fmt: skip
+        """Make a trainer as the options of ``add_training`` say; ``--quick`` has 2,000 images to train on.
+
+        Args:
+            arguments: the options.
+            dense: the net to distil from.
+            data: what to train on.
+            results: where the learning rates are kept.
+            images: calibration images for the twin.
+        """
+        twin = None if arguments.twin is None else Twin.load(arguments.twin, data, images)
+        rates = tuple(arguments.learning_rates)
+        if arguments.quick:
+            assert data.train is not None
+            data = replace(data, train=Subset(data.train, range(2000)))  # type: ignore[arg-type]
+            rates = rates if twin else rates[:1]
+        return cls(RememberingTeacher(dense), data, results, rates, twin)
 
     def train(
         self, model: nn.Module, epochs: float, rate: float, seed: int, *, labels: bool = True
@@ -109,7 +133,7 @@ class Trainer:
         settings = replace(FAST, epochs=epochs, learning_rate=rate, labels=labels, seed=seed)
         return _finetune(model, self.data, self.teacher, settings)
 
-    def learning_rate(self, name: str, make: Callable[[Setting], nn.Module]) -> float:
+    def learning_rate(self, name: str, method: Method, groups: int) -> float:
         """Return the rate that does best for a method after a tenth of an epoch.
 
         It is measured once for each ``name``, by the cross-entropy of the twin's held-out images.
@@ -118,24 +142,20 @@ class Trainer:
             return self.rates[0]
         known: dict[str, float] = self.results.read().get("learning_rates", {}).get(name, {})
         missing = [rate for rate in self.rates if f"{rate:g}" not in known]
-        if missing:
-            known = {**known, **self._losses(name, make, missing)}
-        return min(self.rates, key=lambda rate: known[f"{rate:g}"])
-
-    def _losses(
-        self, name: str, make: Callable[[Setting], nn.Module], rates: Sequence[float]
-    ) -> dict[str, float]:
-        if self.twin is None:
+        if missing and self.twin is None:
             sys.exit(
                 f"choosing among the learning rates {self.rates} needs a net to do it on: give --twin FILE"
             )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = make(self.twin.setting)
+        if missing and self.twin is not None:
+            model = make(method, self.twin.setting, groups)
+            known = {**known, **self._losses(name, model, self.twin, missing)}
+        return min(self.rates, key=lambda rate: known[f"{rate:g}"])
+
+    def _losses(self, name: str, model: nn.Module, twin: Twin, rates: Sequence[float]) -> dict[str, float]:
         losses: dict[str, float] = {}
         for rate in rates:
             settings = replace(FAST, epochs=CHOOSING_EPOCHS, learning_rate=rate)
-            tuned = _finetune(model, self.twin.data, self.twin.teacher, settings, self.twin.held_out)
+            tuned = _finetune(model, twin.data, twin.teacher, settings, twin.held_out)
             last = tuned.history[-1]
             losses[f"{rate:g}"] = last.validation_loss
             with self.results.changing() as document:
@@ -146,6 +166,12 @@ class Trainer:
                 flush=True,
             )
         return losses
+
+
+def add_training(parser: Parser) -> None:
+    """Add the options of the training."""
+    parser.add_argument("--twin", type=Path, help="weights of the net to choose learning rates on")
+    parser.add_numbers("--learning-rates", RATES, "to choose from for each method", float)
 
 
 def _finetune(

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, replace
+import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,15 +19,13 @@ from groupify.planning.uniform import plan
 from groupify.scores.cost import measure_cost
 from groupify.stats.positions import input_patches, pick, sample_positions
 from groupify.stats.samples import SiteSamples
-from scripts.benchmarks import accuracy as benchmark_accuracy
-from scripts.benchmarks import peers as benchmark_peers
-from scripts.benchmarks import peers_latency as benchmark_peers_latency
-from scripts.benchmarks.accuracy import Setting, truncation
-from scripts.benchmarks.harness import ResultFile
+from scripts.benchmarks import harness, peers_latency
+from scripts.benchmarks.contest import KEYS, Contest, Contestant, Net, Row, order_of
+from scripts.benchmarks.harness import Parser, Results, Timing
 from scripts.benchmarks.low_rank import STRUCTURES, Size, choose_ranks, factorise
-from scripts.benchmarks.peers import IN_RECOVERY, Bench, Row, in_order, table, take_over, take_rates
-from scripts.benchmarks.plot_peers import draw
-from scripts.benchmarks.recovery import Contestant, densified
+from scripts.benchmarks.methods import PEERS, Setting, densified, truncation
+from scripts.benchmarks.peers import IN_RECOVERY, take_over, take_rates
+from scripts.benchmarks.tables import BENCHMARKS
 from scripts.benchmarks.training import RememberingTeacher, Trainer, Twin
 from scripts.train_dense import hold_out
 from tests import cli_nets
@@ -35,7 +33,7 @@ from tests import cli_nets
 SHAPE = (8, 10, 9)
 
 
-class Net(nn.Module):
+class TwoConvs(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Conv2d(8, 24, 3, padding=1, bias=False)
@@ -50,9 +48,9 @@ class Net(nn.Module):
 
 
 @pytest.fixture
-def net() -> Net:
+def net() -> TwoConvs:
     torch.manual_seed(0)
-    return Net().eval()
+    return TwoConvs().eval()
 
 
 def make_low_rank(conv: nn.Conv2d, structure: str, rank: int) -> None:
@@ -96,7 +94,7 @@ def test_full_ranks_give_the_dense_conv(structure: str, stride: int, dilation: i
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_factorised_net_meets_its_macs_and_stays_close(structure: str, net: Net, images: Tensor) -> None:
+def test_factorised_net_meets_its_macs_and_stays_close(structure: str, net: TwoConvs, images: Tensor) -> None:
     for conv in (net.first, net.second):
         make_low_rank(conv, structure, 4)
     chosen = plan(net, SHAPE, groups=2, rules=Rules(min_group_width=1))
@@ -135,61 +133,108 @@ def test_ranks_go_where_the_energy_is() -> None:
     assert choose_ranks(factors, {"flat": 4, "steep": 10}, 5, 1) == {"steep": (1,)}
 
 
-def test_planned_meets_the_macs_of_uniform_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planned_meets_the_macs_of_uniform_groups() -> None:
     torch.manual_seed(0)
-    for module in (benchmark_accuracy, benchmark_peers):
-        monkeypatch.setattr(module, "SHAPE", (3, 9, 9))
-    monkeypatch.setattr(benchmark_accuracy, "SKIP", "0")
     parts = [nn.Conv2d(3 if not index else 32, 32, 3) for index in range(4)]
     dense = nn.Sequential(*parts, nn.Flatten(), nn.Linear(32, 5)).eval()
-    setting = Setting(dense, torch.randn(400, 3, 9, 9), 0)
+    setting = Setting(dense, torch.randn(400, 3, 9, 9), 0, Rules(exclude=("0",), min_group_width=1))
     before = {key: value.clone() for key, value in dense.state_dict().items()}
-    made = benchmark_peers.planned(setting, 2)
-    uniform = measure_cost(truncation(setting, 2), setting.images[:1]).macs
-    assert 0.8 * uniform <= measure_cost(made, setting.images[:1]).macs <= uniform
+    made = PEERS["groupify, planned"](setting, 2)
+    uniform = setting.macs(truncation(setting, 2))
+    assert 0.8 * uniform <= setting.macs(made) <= uniform
     assert all(torch.equal(before[key], value) for key, value in dense.state_dict().items())
 
 
-ROW = Row("groupify", 4, 0.0, 92.0, 0.0, 1.5, 3.7, 3.8, 1, None, 10.0)
+ROW = Row("groupify", 4, 92.0, 0.0, 1.5, 3.7, 3.8, 10.0, seeds=1)
+LATENCY = {"1": {"dense_ms": 2.0, "ms": 1.0, "speed_up": 2.0}}
 
 
-def result_file(path: Path, **setting: Any) -> ResultFile:
-    return ResultFile(path, setting, keys=("method", "groups", "epochs"))
+def result_file(path: Path, **setting: Any) -> Results[Row]:
+    return Results(Row, KEYS, path, setting, order_of(PEERS))
 
 
-def merge(results: ResultFile, row: Row) -> None:
-    results.merge(asdict(row), order=in_order)
-
-
-def bench(model: nn.Module, images: Tensor, results: ResultFile, *rates: float) -> Bench:
+def contest(
+    results: Results[Row], contestants: dict[str, Contestant], *rates: float, seeds: int = 1
+) -> Contest:
+    """A contest on a tiny net, which is its own twin."""
+    torch.manual_seed(0)
+    model = cli_nets.net()
     splits = load_data("tests.cli_nets:data", ModelSpec("net", {}, (3, 8, 8), None))
-    setting, teacher = Setting(model, images, 0), RememberingTeacher(model)
+    settings = [Setting(model, torch.randn(8, 3, 8, 8), seed) for seed in range(seeds)]
+    teacher = RememberingTeacher(model)
     assert splits.test is not None
-    trainer = Trainer(teacher, splits, results, rates, Twin(setting, teacher, splits, splits.test))
-    return Bench(trainer, [setting], 93.5, None, ())
+    trainer = Trainer(teacher, splits, results, rates, Twin(settings[0], teacher, splits, splits.test))
+    return Contest(Net(settings, splits), results, contestants, trainer, rate_groups=4)
 
 
-def test_rows_are_merged_and_resumed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, net: Net, images: Tensor
-) -> None:
+def same(setting: Setting, groups: int) -> nn.Module:
+    return setting.dense
+
+
+def refused(*_: object) -> nn.Module:
+    raise AssertionError("measured again")
+
+
+def test_rows_are_merged_and_resumed(tmp_path: Path) -> None:
     path = tmp_path / "peers.json"
     setting = {"dense_accuracy": 93.5, "calibration_images": 1000}
     results = result_file(path, **setting)
-    merge(results, ROW)
-    merge(results, replace(ROW, method="spatial SVD"))
+    results.put(replace(ROW, method="spatial SVD"))
+    results.put(ROW)
     again = result_file(path, **setting)
     assert [row["method"] for row in again.read()["rows"]] == ["groupify", "spatial SVD"]
-
-    def refused(*_: object) -> nn.Module:
-        raise AssertionError("measured again")
-
-    monkeypatch.setitem(benchmark_peers.METHODS, "groupify", refused)
-    resumed = bench(net, images, again, 0.02)
+    assert again.rows["groupify", 4, 0.0] == ROW
+    resumed = contest(again, {"groupify": Contestant(refused)}, 0.02)
     resumed.measure("groupify", 4, [0.0])
     with pytest.raises(AssertionError, match="measured again"):
         resumed.measure("groupify", 4, [0.0, 1.0])
+    with pytest.raises(AssertionError, match="measured again"):
+        replace(resumed, results=replace(again, again=True)).measure("groupify", 4, [0.0])
     with pytest.raises(SystemExit, match="do not mix"):
         result_file(path, **{**setting, "dense_accuracy": 90.0})
+
+
+def test_missing_seeds_are_measured(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def make(setting: Setting, groups: int) -> nn.Module:
+        made.append(setting.seed)
+        return setting.dense
+
+    contestants = {"groupify": Contestant(make), "truncation": Contestant(make, seeded=False)}
+    results = result_file(tmp_path / "peers.json")
+    results.put(replace(ROW, accuracy={"1": 50.0}))
+    contest(results, contestants, seeds=3).measure("groupify", 4, [0.0])
+    row = results.rows["groupify", 4, 0.0]
+    assert (made, row.seeds) == ([0, 2], 3)
+    top1 = row.accuracy["0"]  # all seeds have the same net here
+    assert row.accuracy == {"0": top1, "1": 50.0, "2": top1}
+    assert row.accuracy_mean == pytest.approx((2 * top1 + 50) / 3)
+    assert row.accuracy_spread == abs(top1 - 50)
+    # A row of an older file says how many seeds its mean is of, and not what they were.
+    results.put(ROW)
+    contest(results, contestants, seeds=3).measure("groupify", 4, [0.0])
+    assert results.rows["groupify", 4, 0.0].accuracy == dict.fromkeys(("0", "1", "2"), top1)
+    made.clear()
+    contest(results, contestants, seeds=3).measure("truncation", 4, [0.0])
+    assert made == [0]
+
+
+def test_a_quick_run_leaves_the_kept_rows_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = Parser(None, "peers", "less")
+    monkeypatch.setattr(sys, "argv", ["peers", "--quick", "--json", str(BENCHMARKS / "peers.json")])
+    with pytest.raises(SystemExit):
+        parser.parse()
+    assert "--quick needs a --json of its own" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["peers", "--quick"])
+    assert parser.parse().json is None
+    monkeypatch.setattr(sys, "argv", ["peers"])
+    assert parser.parse().json == BENCHMARKS / "peers.json"
+    with pytest.raises(SystemExit):
+        parser.chosen(["one", "two"], "three|four")
+    assert parser.chosen(["one", "two", "three"], "t*|x") == ["two", "three"]
 
 
 RECOVERY_ROW = {
@@ -202,8 +247,7 @@ RECOVERY_ROW = {
 def test_what_the_benchmark_of_the_recovery_measured_is_taken_over(tmp_path: Path) -> None:
     setting = {"dense_accuracy": 93.5, "training": {"batch_size": 64, "labels": True}}
     results = result_file(tmp_path / "peers.json", **setting)
-    latency = {"1": {"dense_ms": 2.0, "ms": 1.0, "speed_up": 2.0}}
-    merge(results, replace(ROW, method="Torch-Pruning, L2 norm", epochs=1, latency=latency, speed_up=2.0))
+    results.put(replace(ROW, method="Torch-Pruning, L2 norm", epochs=1.0).timed(LATENCY))
     rates = {f"{name} g=4": {"0.005": 0.3} for name in ("groupify", "Torch-Pruning, equal MACs")}
     other = {**RECOVERY_ROW, "method": "truncation"}
     recovery = {
@@ -213,97 +257,61 @@ def test_what_the_benchmark_of_the_recovery_measured_is_taken_over(tmp_path: Pat
         "rows": [RECOVERY_ROW, {**RECOVERY_ROW, "epochs": 0.0}, other],
     }
     take_over(results, recovery, [1])
-    (row,) = (Row(**values) for values in results.rows.values())
-    assert (row.method, row.accuracy_mean, row.seeds, row.amp) == (
-        "Torch-Pruning, L2 norm",
-        93.1,
-        2,
-        "bfloat16",
-    )
-    assert row.latency == latency
+    (row,) = results.rows.values()
+    assert (row.method, row.accuracy_mean, row.seeds) == ("Torch-Pruning, L2 norm", 93.1, 2)
+    assert (row.amp, row.latency, row.speed_up) == ("bfloat16", LATENCY, 2.0)
     assert set(results.read()["learning_rates"]) == set(IN_RECOVERY)
     with pytest.raises(SystemExit, match="have dense_accuracy 90"):
         take_over(results, {**recovery, "dense_accuracy": 90}, [1])
 
 
-def test_table_has_a_line_per_method_and_macs(tmp_path: Path) -> None:
-    results = result_file(tmp_path / "peers.json")
-    merge(results, replace(ROW, latency={"1": {"dense_ms": 2.0, "ms": 0.5, "speed_up": 4.0}}, speed_up=4.0))
-    merge(results, replace(ROW, epochs=0.1, accuracy_mean=93.25))
-    merge(results, replace(ROW, method="truncation", accuracy_mean=40.0))
-    lines = table(json.loads((tmp_path / "peers.json").read_text())).splitlines()
-    assert lines[0] == "| method | MACs | params | 0 epochs | 0.1 epochs | speed-up, 1 thread |"
-    assert lines[2:] == [
-        "| groupify | ÷3.70 | ÷3.80 | 92.00% | 93.25% | 4.00× |",
-        "| truncation | ÷3.70 | ÷3.80 | 40.00% | – | – |",
-    ]
-
-
-def test_picture_has_a_panel_per_training(tmp_path: Path) -> None:
-    results = result_file(tmp_path / "peers.json", dense_accuracy=93.5)
-    for groups, ratio in ((2, 1.9), (4, 3.7)):
-        for epochs in (0.0, 1.0):
-            merge(results, replace(ROW, groups=groups, macs_ratio=ratio, epochs=epochs))
-    merge(results, replace(ROW, method="truncation"))
-    draw(tmp_path / "peers.json", tmp_path / "peers.svg")
-    picture = (tmp_path / "peers.svg").read_text("utf-8")
-    for text in ("no training", "1 epoch", "groupify", "truncation", "dense 93.50%"):
-        assert picture.count(f">{text}<") == 1
-
-
-def test_picture_has_a_panel_per_net(tmp_path: Path) -> None:
-    row = benchmark_peers_latency.Row(
-        "nets:one", 112, "groupify", 4, 93.5, 92.0, 3.7, 3.8, {"1": {"speed_up": 3.4}}
-    )
-    results = ResultFile(tmp_path / "latency.json", keys=("model", "side", "method", "groups"))
-    for model, dense in (("nets:one", 93.5), ("nets:two", 91.5)):
-        for name in ("groupify", "truncation"):
-            one = replace(row, model=model, dense_top1=dense, method=name)
-            results.merge(asdict(one), order=benchmark_peers_latency.in_order)
-    draw(tmp_path / "latency.json", tmp_path / "latency.svg")
-    picture = (tmp_path / "latency.svg").read_text("utf-8")
-    for text in ("one, 112×112", "dense 93.50%", "dense 91.50%", "dense", "truncation"):
-        assert picture.count(f">{text}<") == 1
-
-
 def test_files_are_made_once_and_timed_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = cli_nets.net()
     made = []
 
     def make(setting: Setting, groups: int) -> nn.Module:
         made.append(groups)
         return setting.dense
 
-    monkeypatch.setitem(benchmark_peers.METHODS, "truncation", make)
-    splits = load_data("tests.cli_nets:data", ModelSpec("net", {}, (3, 8, 8), None))
-    results = ResultFile(tmp_path / "latency.json", keys=("model", "side", "method", "groups"))
-    setting = Setting(model, torch.randn(8, 3, 8, 8), 0)
-    making = benchmark_peers_latency.Bench("net", setting, splits.test, None, 16, [], tmp_path, results)
-    dense = making.export_dense()
-    making.measure("truncation", 4, dense)
+    monkeypatch.setitem(PEERS, "truncation", make)
+    results = Results(peers_latency.Row, peers_latency.KEYS, tmp_path / "latency.json")
+    net = contest(result_file(tmp_path / "peers.json"), {}).net
+    timing = Timing(net.dense, (3, 16, 16), [], tmp_path / "onnx")
+    making = peers_latency.Bench("net", net, timing, results)
+    making.measure("truncation", 4)
     (row,) = results.rows.values()
-    assert row["latency"] == {}
-    assert row["top1"] == row["dense_top1"]
-    monkeypatch.setattr(benchmark_peers, "SECONDS", 0.01)
-    timing = replace(making, threads=[1])
+    assert row.latency == {}
+    assert (row.top1, row.side) == (row.dense_top1, 16)
+    monkeypatch.setattr(harness, "SECONDS", 0.01)
     for _ in range(2):
-        timing.measure("truncation", 4, dense)
+        replace(making, timing=replace(timing, threads=[1])).measure("truncation", 4)
     assert made == [4]
     (row,) = results.rows.values()
-    assert row["latency"]["1"]["speed_up"] == pytest.approx(1, rel=0.8)
+    assert row.latency["1"]["speed_up"] == pytest.approx(1, rel=0.8)
 
 
-def test_training_gives_a_row_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    monkeypatch.setitem(benchmark_peers.METHODS, "truncation", lambda setting, groups: cli_nets.net())
-    results = result_file(tmp_path / "peers.json", dense_accuracy=50.0)
-    bench(cli_nets.net(), torch.randn(8, 3, 8, 8), results, 0.01, 0.1).measure("truncation", 4, [0.0, 0.5])
+def test_latency_goes_into_all_rows_of_a_net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = result_file(tmp_path / "peers.json")
+    monkeypatch.setattr(harness, "SECONDS", 0.01)
+    for epochs in (0.0, 1.0):
+        results.put(replace(ROW, epochs=epochs))
+    bench = contest(results, {"groupify": Contestant(same)})
+    timing = Timing(bench.net.dense, (3, 8, 8), [1], tmp_path / "onnx")
+    replace(bench, timing=timing).measure("groupify", 4, [0.0])
+    first, second = results.rows.values()
+    assert first.latency is not None
+    assert first.latency == second.latency
+    assert first.speed_up == first.latency["1"]["speed_up"]
+
+
+def test_training_gives_a_row_of_its_own(tmp_path: Path) -> None:
+    results = result_file(tmp_path / "peers.json")
+    contest(results, {"truncation": Contestant(same)}, 0.01, 0.1).run([4], [0.5, 0.0], "trunc*")
     rows = results.rows
-    assert sorted(rows) == [("truncation", 4, 0.0), ("truncation", 4, 0.5)]
-    assert all(row["macs_ratio"] == 1 and row["latency"] is None for row in rows.values())
+    assert list(rows) == [("truncation", 4, 0.0), ("truncation", 4, 0.5)]
+    assert all(row.macs_ratio == 1 and row.latency is None for row in rows.values())
     rates = results.read()["learning_rates"]["truncation"]
     assert sorted(rates) == ["0.01", "0.1"]
-    assert rates[f"{rows['truncation', 4, 0.5]['learning_rate']:g}"] == min(rates.values())
+    assert rates[f"{rows['truncation', 4, 0.5].learning_rate:g}"] == min(rates.values())
 
 
 def test_twin_leaves_out_the_same_tenth_as_its_training() -> None:
@@ -318,20 +326,20 @@ def test_twin_leaves_out_the_same_tenth_as_its_training() -> None:
     assert torch.equal(hold_out(whole)[1].labels, left_out.labels)
 
 
-def test_learning_rates_of_another_net_are_taken_over(tmp_path: Path, net: Net) -> None:
+def test_learning_rates_of_another_net_are_taken_over(tmp_path: Path) -> None:
     losses = {"0.01": 0.3, "0.1": 0.2}
     results = result_file(tmp_path / "vgg.json")
     take_rates(results, {"learning_rates": {"truncation": losses}})
-    splits = load_data("tests.cli_nets:data", ModelSpec("net", {}, (3, 8, 8), None))
-    trainer = Trainer(RememberingTeacher(net), splits, results, (0.01, 0.1))
-    assert trainer.learning_rate("truncation", lambda setting: setting.dense) == 0.1
+    trainer = contest(results, {}, 0.01, 0.1).trainer
+    assert trainer is not None
+    assert replace(trainer, twin=None).learning_rate("truncation", same, 4) == 0.1
 
 
-def test_learning_rates_are_not_chosen_without_a_twin(tmp_path: Path, net: Net) -> None:
-    splits = load_data("tests.cli_nets:data", ModelSpec("net", {}, (3, 8, 8), None))
-    trainer = Trainer(RememberingTeacher(net), splits, result_file(tmp_path / "peers.json"), (0.01, 0.1))
+def test_learning_rates_are_not_chosen_without_a_twin(tmp_path: Path) -> None:
+    trainer = contest(result_file(tmp_path / "peers.json"), {}, 0.01, 0.1).trainer
+    assert trainer is not None
     with pytest.raises(SystemExit, match="give --twin FILE"):
-        trainer.learning_rate("truncation g=4", lambda setting: setting.dense)
+        replace(trainer, twin=None).learning_rate("truncation g=4", same, 4)
 
 
 @pytest.mark.parametrize(("gradual", "steps"), [(True, [2, 4, 8]), (False, [8])])

@@ -1,0 +1,127 @@
+"""The tables of README and documentation come from the result files."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.benchmarks import (
+    conversion,
+    latency,
+    narrow_groups,
+    peers_latency,
+    planner,
+    prediction,
+    tables,
+)
+from scripts.benchmarks.contest import KEYS, Row
+from scripts.benchmarks.harness import Results
+from tests.conftest import ROOT
+
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_result_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = tables.README.read_text("utf-8")
+    assert tables.fill(text) == text
+    results = copy.deepcopy(tables.read("peers"))
+    row = next(row for row in results["rows"] if row["method"] == "groupify")
+    row["accuracy_mean"] = 12.3
+    monkeypatch.setattr(tables, "read", lambda name: results)
+    part = text[: text.index("<!-- results: latency -->")]
+    assert "12.3 / " in tables.fill(part)
+
+
+def test_tables_come_from_the_result_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {name for page in PAGES for name in re.findall(r"<!-- table: (\S+) -->", page.read_text("utf-8"))}
+    assert asked <= set(tables.TABLES)
+    for name in asked:
+        text = tables.table(name)
+        if not (ROOT / "benchmarks" / f"{name}.json").exists():
+            assert text.startswith("*Not measured yet")
+            continue
+        lines = text.splitlines()
+        rows = lines[: lines.index("")]
+        assert len(rows) > 2
+        assert len({line.count("|") for line in rows}) == 1
+        assert f"benchmarks/{name}.json" in lines[-1]
+    monkeypatch.setattr(tables, "BENCHMARKS", tmp_path)
+    assert tables.on_page_markdown("a <!-- table: peers --> b").startswith("a *Not measured yet")
+    with pytest.raises(KeyError):
+        tables.on_page_markdown("<!-- table: nothing -->")
+
+
+def test_table_of_the_recovery() -> None:
+    row = {
+        "method": "groupify", "groups": 4, "epochs": 0.0, "accuracy": {"0": 92.0}, "accuracy_mean": 92.0,
+        "accuracy_spread": 0.0, "macs_ratio": 3.7,
+    }  # fmt: skip
+    trained = {**row, "epochs": 1.0, "accuracy": {"0": 93.0, "1": 93.5}, "accuracy_spread": 0.5}
+    assert tables.recovery({"rows": [row, {**trained, "accuracy_mean": 93.25}]}) == [
+        ("top-1", "MACs", "0 epochs", "1 epochs"),
+        ("groupify, g=4", "÷3.70", "92.00%", "93.25 ± 0.25%"),
+    ]
+
+
+def test_table_of_the_planner() -> None:
+    row = {
+        "model": "groupify.models.demo:fashion_vgg11_bn", "row": "macs g=8", "dense_accuracy": 93.0,
+        "uniform_accuracy": 89.0, "planned_accuracy": 91.0, "speed_up": None,
+    }  # fmt: skip
+    rows = [row, {**row, "planned_accuracy": 92.0, "speed_up": {"uniform": 8.0, "planned": 8.5}}]
+    assert tables.planner({"rows": rows})[1:] == [
+        ("fashion_vgg11_bn, macs g=8", "2", "93.00%", "89.00%", "91.50%", "62%", "8.00× → 8.50×")
+    ]
+
+
+def test_table_of_the_peers_latency() -> None:
+    row = {
+        "model": "groupify.models.demo:fashion_vgg11_bn", "side": 112, "method": "truncation", "groups": 4,
+        "top1": 92.0, "dense_top1": 93.0, "macs_ratio": 3.7, "params_ratio": 3.8, "latency": {},
+    }  # fmt: skip
+    timed = {**row, "latency": {"1": {"dense_ms": 20.0, "ms": 5.0, "speed_up": 4.1}}}
+    assert tables.peers_latency({"rows": [row, timed]}) == [
+        ("", "top-1", "MACs", "params", "dense → own, 1 thr.", "speed-up, 1 thr."),
+        ("fashion_vgg11_bn, truncation", "92.00%", "÷3.70", "÷3.80", "–", "–"),
+        ("fashion_vgg11_bn, truncation", "92.00%", "÷3.70", "÷3.80", "20.0 → 5.0 ms", "4.10×"),
+    ]
+
+
+def test_table_of_the_peers() -> None:
+    row = {
+        "method": "groupify", "groups": 4, "epochs": 0.0, "accuracy_mean": 92.0, "macs_ratio": 3.7,
+        "params_ratio": 3.8, "latency": {"1": {"dense_ms": 2.0, "ms": 0.5, "speed_up": 4.0}},
+    }  # fmt: skip
+    trained = {**row, "epochs": 1.0, "accuracy_mean": 93.0}
+    assert tables.peers({"rows": [row, trained]}) == [
+        ("", "MACs", "params", "0 epochs", "1 epochs", "speed-up, 1 thr."),
+        ("groupify", "÷3.70", "÷3.80", "92.00%", "93.00%", "4.00×"),
+    ]
+
+
+FILES: dict[str, Results[Any]] = {
+    "conversion": Results(conversion.Round, ("number",), under="rounds"),
+    "latency": Results(latency.Row, ("name",)),
+    "narrow_groups": Results(narrow_groups.Row, ("kernel", "channels", "side")),
+    "peers_latency": Results(peers_latency.Row, peers_latency.KEYS),
+    "planner": Results(planner.Row, planner.KEYS),
+    "prediction": Results(prediction.Row, ("model", "plan")),
+}
+
+
+@pytest.mark.parametrize("path", sorted(tables.BENCHMARKS.glob("*.json")), ids=lambda path: path.stem)
+def test_every_result_file_is_read(path: Path) -> None:
+    """Whatever version of an experiment wrote it: a later run goes on with it."""
+    document = json.loads(path.read_text("utf-8"))
+    results: Results[Any] = replace(FILES.get(path.stem, Results(Row, KEYS)), path=path)
+    rows = results.rows
+    assert len(rows) == len(document[results.under]) > 0
+    for values, row in zip(document[results.under], rows.values(), strict=True):
+        written = asdict(row)
+        assert {name: written[name] for name in values} == values
