@@ -87,18 +87,12 @@ def chart(
         axes.set_ylim(_limits([point.y for point in every]))
         _draw_frame(axes, x_title, y_title)
         for look, line in lines:
-            colour, width, dashes = _LINES[look]
-            axes.plot(
-                [point.x for point in line], [point.y for point in line],
-                color=_COLOURS[colour], linewidth=width, linestyle=dashes, clip_on=False,
-            )  # fmt: skip
+            _draw_line(axes, look, line)
         places = [(x, HEIGHT - y) for x, y in axes.transData.transform([(one.x, one.y) for one in points])]
         labels = place_labels([point.label for point in points], places)
         # The first ones, drawn last, hide the others and not the reverse.
-        for number, (point, place, label) in reversed(
-            list(enumerate(zip(points, places, labels, strict=True)))
-        ):
-            _draw_mark(axes, f"mark-{number}", point.look, place, label)
+        for number in reversed(range(len(points))):
+            _draw_mark(axes, f"mark-{number}", points[number].look, places[number], labels[number])
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return _for_a_page(drawn.getvalue(), name, points, places, labels)
@@ -125,6 +119,12 @@ def _draw_frame(axes: Axes, x_title: str, y_title: str) -> None:
     axes.set_axisbelow(True)
     for x, y, align, text in ((_RIGHT, HEIGHT - 8, "right", x_title), (0, 12, "left", y_title)):
         _write(axes, x, y, text, "soft", align)
+
+
+def _draw_line(axes: Axes, look: str, line: Sequence[Point]) -> None:
+    colour, width, dashes = _LINES[look]
+    x, y = [point.x for point in line], [point.y for point in line]
+    axes.plot(x, y, color=_COLOURS[colour], linewidth=width, linestyle=dashes, clip_on=False)
 
 
 def _draw_mark(axes: Axes, name: str, look: str, place: tuple[float, float], label: Label | None) -> None:

@@ -62,32 +62,27 @@ class TrainingPart:
             DataError: bad data, a stream that starts with other images than in the first pass, or one
                 that ends within the batches to leave out.
         """
-        share = (ranks.rank, ranks.world)
-        read = self._indexed if is_map_style(self.data) else self._streamed
-        return read(settings, epoch, first, share, on_first or (lambda _: None))
+        on_first = on_first or (lambda _: None)
+        if is_map_style(self.data):
+            on_first(None)
+            yield from self._indexed(settings, epoch, first, ranks)
+            return
+        batches, checksum = self._streamed(settings, epoch, first)
+        on_first(checksum)
+        for images, labels in batches:
+            yield (images[ranks.rank :: ranks.world], labels[ranks.rank :: ranks.world]), len(images)
 
     def _indexed(
-        self,
-        settings: FinetuneSettings,
-        epoch: int,
-        first: int,
-        share: tuple[int, int],
-        on_first: Callable[[int | None], None],
+        self, settings: FinetuneSettings, epoch: int, first: int, ranks: Ranks
     ) -> Iterator[tuple[Batch, int]]:
         size, total, seed = settings.batch_size, len(cast(Any, self.data)), order_seed(settings, epoch)
+        share = (ranks.rank, ranks.world)
         batches = iterate_batches(self.data, size, shuffle_seed=seed, first_batch=first, share=share)
-        on_first(None)
         for number, batch in enumerate(batches, start=first):
             yield batch, min(size, total - number * size)
 
-    def _streamed(
-        self,
-        settings: FinetuneSettings,
-        epoch: int,
-        first: int,
-        share: tuple[int, int],
-        on_first: Callable[[int | None], None],
-    ) -> Iterator[tuple[Batch, int]]:
+    def _streamed(self, settings: FinetuneSettings, epoch: int, first: int) -> tuple[Iterator[Batch], int]:
+        """Return the batches behind the ``first`` ones, and the checksum of those."""
         _start_pass(self.data, settings, epoch)
         batches = iterate_batches(self.data, settings.batch_size)
         if self.skipped is not None:
@@ -97,9 +92,7 @@ class TrainingPart:
             checksum, left_out = checksum_of(labels, checksum), left_out + 1
         if left_out < first:
             raise DataError(f"the data gave {first} batches before and ends after {left_out} now")
-        on_first(checksum)
-        for images, labels in batches:
-            yield (images[share[0] :: share[1]], labels[share[0] :: share[1]]), len(images)
+        return batches, checksum
 
 
 def checksum_of(labels: Tensor, before: int = 0) -> int:
