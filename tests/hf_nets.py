@@ -20,7 +20,9 @@ def resnet(**settings: Any) -> nn.Module:
 def segformer() -> nn.Module:
     """A segmentation model whose head reads hidden states that hooks collect."""
     model: nn.Module = transformers.SegformerForSemanticSegmentation(
-        transformers.SegformerConfig(**{**_STAGES, "decoder_hidden_size": 64, "image_size": 64})
+        transformers.SegformerConfig(
+            **{**_STAGES, "num_attention_heads": [1, 1, 2, 2], "decoder_hidden_size": 64, "image_size": 64}
+        )
     )
     return model
 
