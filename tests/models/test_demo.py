@@ -17,8 +17,9 @@ from groupify.data.images import ImageArrays
 from groupify.data.splits import load_data
 from groupify.models import WeightsOrigin, build_model, demo, load_model
 from groupify.scores.accuracy import evaluate
+from tests.conftest import ROOT
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+SCRIPTS = ROOT / "scripts"
 
 
 def script(name: str) -> ModuleType:

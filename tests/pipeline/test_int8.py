@@ -23,7 +23,7 @@ from groupify.reporting.text import int8_line, print_report
 from groupify.structures import Change
 from tests.cli_nets import INPUT_SIZE
 from tests.conftest import Run
-from tests.test_reporting import REPORT
+from tests.reporting.test_reporting import REPORT
 
 NET = ("tests.cli_nets:net", "--input-size", INPUT_SIZE, "--model-args", '{"channels": 64}')
 DATA = ("--data", "tests.cli_nets:data")

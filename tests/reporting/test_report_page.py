@@ -42,8 +42,8 @@ from groupify.training.validation import FinetuneRow
 from tests.chromium import Page, chromium, needs_chromium
 from tests.conftest import ROOT
 from tests.conftest import Run as Command
+from tests.reporting.test_reporting import REPORT
 from tests.test_recipe import VALUES, paths_of
-from tests.test_reporting import REPORT
 
 SCHEMA = json.loads((ROOT / "groupify" / "reporting" / "report.schema.json").read_text("utf-8"))
 FULL = replace(
