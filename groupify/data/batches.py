@@ -42,7 +42,6 @@ def iterate_batches(
     *,
     shuffle_seed: int | None = None,
     limit: int | None = None,
-    num_classes: int | None = None,
     first_batch: int = 0,
     share: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
@@ -53,26 +52,25 @@ def iterate_batches(
         batch_size: images per batch; the last batch may be smaller.
         shuffle_seed: a map-style data set is read in the random order of this seed; None = in order.
         limit: stop after this many images.
-        num_classes: if given, labels outside 0 … ``num_classes`` - 1 are refused.
         first_batch: leave out so many batches; those of a map-style data set are not even read.
         share: (r, n): of each batch only every n-th image from the r-th on, for the r-th of n processes;
             a batch without such an image is left out. What a map-style data set has besides is not read.
 
     Raises:
-        DataError: no images, NaN or infinite images, labels out of range, images that are not
-            floating-point tensors, or images of different shapes in a batch.
+        DataError: no images, NaN or infinite images, images that are not floating-point tensors, or
+            images of different shapes in a batch.
     """
     if batch_size < 1 or (limit is not None and limit < 1):
         raise DataError(f"batch size {batch_size}, limit {limit}: expected at least 1")
     if is_map_style(data):
         dataset = cast(Dataset[Any], data)
         parts = _map_style_batches(dataset, batch_size, shuffle_seed, limit, first_batch, share)
-        return _checked(parts, limit, num_classes, whole=(first_batch, share) == (0, (0, 1)))
+        return _checked(parts, limit, whole=(first_batch, share) == (0, (0, 1)))
     if isinstance(data, IterableDataset):
         batches = _sample_stream(data, batch_size)
     else:
         batches = (_as_batch(item) for item in _iterate(data))
-    checked = itertools.islice(_checked(batches, limit, num_classes), first_batch, None)
+    checked = itertools.islice(_checked(batches, limit), first_batch, None)
     return checked if share == (0, 1) else _shared(checked, share)
 
 
@@ -304,9 +302,7 @@ def _as_labels(value: Any) -> Tensor:
     return labels.long()
 
 
-def _checked(
-    batches: Iterator[Batch], limit: int | None, num_classes: int | None, *, whole: bool = True
-) -> Iterator[Batch]:
+def _checked(batches: Iterator[Batch], limit: int | None, *, whole: bool = True) -> Iterator[Batch]:
     seen = 0
     for images, labels in batches:
         if limit is not None and seen + len(images) > limit:
@@ -314,8 +310,6 @@ def _checked(
         if not bool(images.isfinite().all()):
             bad = (~images.flatten(1).isfinite().all(1)).nonzero()[0].item()
             raise DataError(f"image {seen + int(bad)} holds NaN or infinite values: clean or drop it")
-        if num_classes is not None:
-            check_labels(labels, num_classes)
         if len(images):
             yield images, labels
         seen += len(images)

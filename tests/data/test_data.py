@@ -19,7 +19,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from groupify.data import files
-from groupify.data.batches import UNLABELLED, calibration_images, iterate_batches, split_validation
+from groupify.data.batches import (
+    UNLABELLED,
+    calibration_images,
+    check_labels,
+    iterate_batches,
+    split_validation,
+)
 from groupify.data.files import read_idx, write_idx
 from groupify.data.images import CropAndFlip, FlipAndShift, ImageArrays
 from groupify.data.splits import DataSplits, load_data
@@ -132,10 +138,10 @@ def test_image_that_is_not_finite(value: float, kind: str) -> None:
 
 @pytest.mark.parametrize("label", [-1, 5])
 def test_label_out_of_range(label: int) -> None:
-    data = TensorDataset(torch.zeros(3, 1, 4, 4), torch.tensor([0, label, 1]))
-    assert len(list(iterate_batches(data, 2))) == 2
+    labels = torch.tensor([0, label, 1])
+    assert len(list(iterate_batches(TensorDataset(torch.zeros(3, 1, 4, 4), labels), 2))) == 2
     with pytest.raises(DataError, match=rf"label {label} is out of range: the model has 5 classes") as error:
-        list(iterate_batches(data, 2, num_classes=5))
+        check_labels(labels, 5)
     one_line(error)
 
 
