@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from groupify.planning.search import BudgetPlan, SearchOptions, plan_for_budget
     from groupify.planning.uniform import plan
     from groupify.recipe import Recipe
-    from groupify.scores.accuracy import evaluate
+    from groupify.scores import evaluate
     from groupify.shuffles import ShuffleChoice, choose_shuffles
     from groupify.structures import Plan
     from groupify.training.finetuning import finetune
@@ -73,7 +73,7 @@ _HOMES = {
     "measure.benchmarks": ("benchmark_onnx",),
     "onnx.exporting": ("export_onnx",),
     "machine": ("blocked_width",),
-    "scores.accuracy": ("evaluate",),
+    "scores": ("evaluate",),
     "planning.uniform": ("plan",),
     "structures": ("Plan",),
     "planning.budget": ("Budget",),

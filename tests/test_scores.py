@@ -12,7 +12,7 @@ from groupify.data.splits import load_data
 from groupify.errors import DataError, GroupifyWarning
 from groupify.models import ModelSpec, load_model
 from groupify.pipeline.run import open_data
-from groupify.scores.accuracy import Accuracy, evaluate
+from groupify.scores import Accuracy, evaluate
 
 IMAGES = torch.eye(4).view(4, 4, 1, 1).repeat(5, 1, 1, 1)
 # The model says 0, 1, 2, 3 over and over: right on the first 12 images, wrong on the last 8.

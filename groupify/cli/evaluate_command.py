@@ -23,7 +23,7 @@ def evaluate(target: str, **options: Any) -> None:
     """
     from groupify.data.splits import load_data
     from groupify.errors import DataError
-    from groupify.scores.accuracy import evaluate as measure
+    from groupify.scores import evaluate as measure
 
     model, spec = open_target(target, options)
     data = load_data(options["data"], spec, seed=options["seed"])

@@ -13,14 +13,10 @@ from tqdm import tqdm
 
 from groupify.conversion.calibration import Calibration
 from groupify.conversion.clock import Clock
-from groupify.conversion.in_order import (
-    TracedConversion,
-    convert_from_weights,
-    convert_in_order,
-    same_outputs,
-)
+from groupify.conversion.in_order import TracedConversion, convert_from_weights, convert_in_order
 from groupify.conversion.site_fit import FitOptions, SiteFit, Target, fit_site
 from groupify.conversion.surgery import restructure
+from groupify.graph.forward import same_outputs
 from groupify.graph.operations import CONVS
 from groupify.graph.parts import Part, find_parts, given_up, part_inputs, shown_names
 from groupify.stats.samples import SampleBudget, SiteSampler

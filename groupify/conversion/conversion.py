@@ -15,16 +15,12 @@ from torch.nn.parameter import is_lazy
 from groupify.conversion.by_part import convert_by_part, convert_parts_from_weights
 from groupify.conversion.calibration import Calibration
 from groupify.conversion.clock import Clock
-from groupify.conversion.in_order import (
-    convert_from_weights,
-    convert_in_order,
-    equal_outputs,
-    same_outputs,
-)
+from groupify.conversion.in_order import convert_from_weights, convert_in_order
 from groupify.conversion.pictures import BlockPicture
 from groupify.conversion.site_fit import SiteFit
 from groupify.conversion.surgery import restructure
 from groupify.errors import ConversionError, GroupifyWarning
+from groupify.graph.forward import equal_outputs, same_outputs
 from groupify.graph.trace import example_input, trace
 from groupify.structures import Plan, SiteRecipe
 

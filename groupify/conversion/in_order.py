@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,6 +18,7 @@ from groupify.conversion.site_fit import SiteFit
 from groupify.conversion.surgery import restructure
 from groupify.conversion.weights_only import correct_batch_norms
 from groupify.graph.channels import Channels, channel_classes
+from groupify.graph.forward import same_outputs
 from groupify.graph.permute import apply_orders, layer_orders
 from groupify.graph.trace import on_same_graph
 from groupify.stats.flow import fitted_error, norm_score, sampled_score
@@ -161,34 +161,3 @@ def _permute_samples(
 ) -> None:
     for name in samples:  # one after the other: all at once would need the memory twice
         samples[name] = samples[name].permuted(*layer_orders(name, channels, orders))
-
-
-@torch.no_grad()
-def same_outputs(model: nn.Module, other: nn.Module, example: Tensor) -> bool:
-    """Whether two models give the same outputs up to rounding."""
-    return equal_outputs(model(example.clone()), other(example.clone()))
-
-
-def equal_outputs(one: Any, other: Any) -> bool:
-    """Whether the tensors in two outputs are the same up to rounding."""
-    ours, theirs = _leaves(one), _leaves(other)
-    if [value.shape for value in ours] != [value.shape for value in theirs]:
-        return False
-    for a, b in zip(ours, theirs, strict=True):
-        scale = float(torch.nan_to_num(a, nan=0.0, posinf=0.0, neginf=0.0).abs().max()) if a.numel() else 0.0
-        # An overflow, which is reported later, is no difference.
-        if not torch.allclose(a, b, rtol=1e-3, atol=1e-4 * max(1.0, scale), equal_nan=True):
-            return False
-    return True
-
-
-def _leaves(value: Any) -> list[Tensor]:
-    tensors: list[Tensor] = []
-    for leaf in torch.utils._pytree.tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            tensors.append(leaf)
-        elif isinstance(leaf, Mapping):  # a class of the user's own, which torch does not look into
-            tensors += _leaves(list(leaf.values()))
-        elif is_dataclass(leaf):
-            tensors += _leaves([getattr(leaf, field.name) for field in fields(leaf)])
-    return tensors

@@ -9,6 +9,8 @@ import torch
 from torch import fx, nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from groupify.graph.forward import evaluating
+
 
 @dataclass(frozen=True)
 class Traced:
@@ -29,18 +31,14 @@ def trace(model: nn.Module) -> Traced:
 
     The graph holds the very submodules of ``model``; ``model`` itself keeps its training mode.
     """
-    training = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        return Traced(_symbolic_trace(model), None)
+        with evaluating(model):
+            return Traced(_symbolic_trace(model), None)
     except Exception as error:  # any Python code may run here, so any exception may come out
         reason = str(error).strip().splitlines()
         return Traced(
             None, f"{type(error).__name__}: {reason[0].partition('. ')[0] if reason else 'no message'}"
         )
-    finally:
-        for module, was_training in training.items():
-            module.training = was_training
 
 
 def _symbolic_trace(model: nn.Module) -> fx.GraphModule:

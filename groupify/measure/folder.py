@@ -27,7 +27,7 @@ from groupify.models import build_model
 from groupify.onnx.exporting import export_onnx
 from groupify.onnx.runtime import BlockedConvs, count_blocked_convs, open_session
 from groupify.recipe import RECIPE_HASH
-from groupify.scores.cost import measure_cost
+from groupify.scores import measure_cost
 from groupify.structures import Change
 
 ONNX, PYTORCH, TRAINING = "ONNX Runtime", "PyTorch eager", "PyTorch training step"

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from groupify.onnx.exporting import evaluation_mode
+from groupify.graph.forward import evaluating
 
 Array = npt.NDArray[np.float32]
 
@@ -19,7 +19,7 @@ Array = npt.NDArray[np.float32]
 def reference_outputs(model: nn.Module, batch: Tensor) -> dict[str, Array]:
     """Run the model in evaluation mode; outputs by position, as float32 arrays."""
     parameter = next(model.parameters(), None)
-    with evaluation_mode(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         outputs = model(batch if parameter is None else batch.to(parameter.device))
     if isinstance(outputs, Tensor):
         outputs = (outputs,)

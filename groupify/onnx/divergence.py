@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from groupify.graph.forward import evaluating
 from groupify.onnx.comparison import Array, compare_outputs, reference_outputs, scale_of
-from groupify.onnx.exporting import evaluation_mode
 from groupify.onnx.runtime import PART, open_session, require
 
 
@@ -75,7 +75,7 @@ def _module_outputs(model: nn.Module, batch: Tensor) -> dict[str, list[Array]]:
             handles.append(module.register_forward_hook(record))
     parameter = next(model.parameters(), None)
     try:
-        with evaluation_mode(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             model(batch if parameter is None else batch.to(parameter.device))
     finally:
         for handle in handles:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from groupify.errors import ArtefactError, ConversionError, GroupifyError
+from groupify.graph.forward import evaluating
 from groupify.machine import blocked_width, package_version
 from groupify.onnx.runtime import require
 
@@ -80,7 +81,7 @@ def export_onnx(
     from groupify.onnx.lowering import optimise  # needs onnx_ir, so not at the top
 
     file = Path(path)
-    with evaluation_mode(model):
+    with evaluating(model):
         names = _output_names(model, input_shape)
         program = _trace(model, input_shape, names, static_batch)
     _name_nodes(program.model)
@@ -88,18 +89,6 @@ def export_onnx(
     program.model.metadata_props.update(_metadata(input_shape, preprocessing, metadata))
     size = _write(program, file, onnx)
     return ExportedModel(file, OPSET, size, INPUT_NAME, names, folding.found, folding.kept)
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluate for a while, then give every module its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _example(model: nn.Module, input_shape: tuple[int, ...], batch_size: int) -> Tensor:

@@ -12,7 +12,7 @@ from groupify.errors import SpecError
 from groupify.onnx.agreement import compare_files
 from groupify.onnx.quantisation import OnnxModule, quantize_onnx
 from groupify.reporting.results import Int8File
-from groupify.scores.accuracy import evaluate
+from groupify.scores import evaluate
 
 # Each is run through the float file with all its activations kept, so more would take memory and time.
 _CALIBRATION_IMAGES = 256

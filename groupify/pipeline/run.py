@@ -22,6 +22,7 @@ from groupify.data.ranks import Ranks, process_group
 from groupify.data.splits import DataSplits, load_data
 from groupify.errors import DataError, GroupifyWarning, SpecError
 from groupify.files import writing_folder
+from groupify.graph.forward import run_once
 from groupify.graph.trace import example_input
 from groupify.machine import find_cpu
 from groupify.models import Source, load_model
@@ -41,8 +42,7 @@ from groupify.planning.uniform import describe
 from groupify.recipe import Recipe
 from groupify.reporting.budget import race_lines
 from groupify.reporting.results import AccuracyChange, Report
-from groupify.scores.accuracy import class_logits, evaluate
-from groupify.scores.cost import run_once
+from groupify.scores import class_scores, evaluate
 from groupify.training.finetuning import FinetuneResult, finetune
 from groupify.training.state import Checkpointing
 
@@ -210,7 +210,7 @@ def open_data(spec: str, source: Source, seed: int) -> DataSplits:
 def class_count(source: Source) -> int | None:
     """Number of classes that a model tells apart; None when it is no classifier."""
     try:
-        return class_logits(
+        return class_scores(
             run_once(source.model, example_input(source.spec.input_shape, like=source.model))
         ).shape[1]
     except DataError:

@@ -12,8 +12,7 @@ from groupify.models import Source
 from groupify.onnx.exporting import export_onnx
 from groupify.pipeline.requests import ConversionRequest
 from groupify.reporting.results import UniformRun
-from groupify.scores.accuracy import evaluate
-from groupify.scores.cost import measure_cost
+from groupify.scores import evaluate, measure_cost
 from groupify.structures import Plan
 
 

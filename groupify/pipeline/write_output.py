@@ -25,7 +25,7 @@ from groupify.pipeline.write_report import PAGE_FILE, write_report
 from groupify.recipe import RECIPE_HASH, Recipe
 from groupify.reporting.read import REPORT_FILE
 from groupify.reporting.results import AccuracyChange, CostChange, Report, UniformRun
-from groupify.scores.cost import measure_cost
+from groupify.scores import measure_cost
 from groupify.shuffles import ShuffleChoice
 from groupify.structures import Change, Plan
 from groupify.training.finetuning import FinetuneResult

@@ -12,7 +12,7 @@ from groupify.planning.allocation import Option, allocate, least, nearest
 from groupify.planning.budget import BYTES, COSTS, LATENCY, MACS, PARAMS, Limit
 from groupify.planning.candidates import Candidate, Choices, Uniform
 from groupify.planning.sensitivity import Sensitivity
-from groupify.scores.cost import ModelCost
+from groupify.scores import ModelCost
 
 Chosen = tuple[int, ...]
 Costs = Mapping[str, float]  # quantity → MACs, parameters, bytes, milliseconds

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from groupify.planning.budget import LATENCY, MACS
 from groupify.planning.costing import Chosen
 from groupify.planning.search import BudgetPlan, uniform_name
-from groupify.scores.divergence import Judgement
+from groupify.scores import Judgement
 
 _POINTS = 10
 

@@ -12,9 +12,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
 from groupify.errors import ConversionError
+from groupify.graph.forward import evaluating, run_once
 from groupify.graph.parts import find_parts, given_up
 from groupify.graph.trace import trace
-from groupify.scores.cost import run_once
 
 _CONV_FUNCTIONS = ("conv1d", "conv2d", "conv3d")
 
@@ -30,13 +30,8 @@ def limits(model: nn.Module, sites: Sequence[str], example: Tensor) -> tuple[str
     notes = functional_convs(model, example)
     traced = trace(model)
     if traced.module is None:
-        training = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
+        with evaluating(model):
             parts = find_parts(model, sites, example)
-        finally:
-            for module, was_training in training.items():
-                module.training = was_training
         inside = sum(len(part.sites) for part in parts)
         names = [part.name for part in parts]
         notes = (*notes, given_up(traced.problem or "", names, len(sites) - inside))

@@ -27,8 +27,7 @@ from groupify.planning.sensitivity import (
     measure_sensitivity,
     weight_sensitivity,
 )
-from groupify.scores.cost import measure_cost
-from groupify.scores.divergence import Judge, Judgement
+from groupify.scores import Judge, Judgement, measure_cost
 from groupify.structures import Plan
 
 SENSITIVITIES = ("fisher", "exact")

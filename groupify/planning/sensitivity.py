@@ -27,7 +27,7 @@ from groupify.graph.trace import example_input, trace
 from groupify.machine import chunks
 from groupify.planning.candidates import Candidate, Choices
 from groupify.planning.layer_error import LayerMoments
-from groupify.scores.divergence import Judge
+from groupify.scores import Judge
 from groupify.stats.fisher import SiteStatistics, observe_sites
 from groupify.stats.flow import data_score
 

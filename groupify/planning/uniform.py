@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from groupify.errors import GroupifyWarning, PlanError
+from groupify.graph.forward import run_once
 from groupify.graph.operations import CONVS, Conv, conv_kind
 from groupify.graph.trace import example_input
 from groupify.planning.limits import check_ready, functional_convs, limits, removal_of_parametrization
 from groupify.planning.rules import Rules
 from groupify.planning.slow_kernels import latency_warning, leave_slow_sites_dense, with_latency_reasons
-from groupify.scores.cost import conv_params, run_once
+from groupify.scores import conv_params
 from groupify.structures import DENSE, GROUPED, GROUPED_POINTWISE, Change, Plan, SitePlan, SiteRecipe
 
 # A conv that reads fewer channels than this (the image itself, as a rule) has next to nothing to gain.

@@ -27,7 +27,7 @@ from groupify.reporting.results import (
     UniformRun,
 )
 from groupify.reporting.schema import check, report_schema
-from groupify.scores.cost import ModelCost
+from groupify.scores import ModelCost
 from groupify.strict_json import parse, refuse
 from groupify.structures import Change, SitePlan
 from groupify.training.validation import FinetuneRow

@@ -12,7 +12,7 @@ from groupify.models import WeightsOrigin
 from groupify.onnx.agreement import Agreement
 from groupify.onnx.exporting import ExportedModel
 from groupify.onnx.parity import Parity
-from groupify.scores.cost import ModelCost
+from groupify.scores import ModelCost
 from groupify.shuffles import ShuffleChoice
 from groupify.structures import Change, SitePlan
 from groupify.training.validation import FinetuneRow

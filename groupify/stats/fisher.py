@@ -10,7 +10,7 @@ the one with a class drawn from p, which nearly always draws the class that teac
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from groupify.errors import ConversionError, DataError
+from groupify.errors import ConversionError
 from groupify.graph.operations import CONVS, Conv
+from groupify.scores import class_scores
 from groupify.stats.moments import InputMoments
 from groupify.stats.positions import input_patches, sample_positions
 
@@ -117,7 +118,7 @@ class _Pass:
         else:
             # A leaf that needs gradients makes all that depends on it have one; the weights need none.
             with torch.enable_grad():
-                scores = class_scores(self._model(batch.requires_grad_()))
+                scores = class_scores(self._model(batch.requires_grad_()), per_pixel=True)
                 scores.backward(score_directions(scores.detach(), self._generator))
         self.seen += len(batch)
 
@@ -149,24 +150,6 @@ class _Pass:
         flat = gradient.transpose(0, 1).flatten(1)  # (O, N·H·W)
         product = (flat @ flat.T).double()
         self.importance[name] = self.importance[name] + product if name in self.importance else product
-
-
-def class_scores(output: Any) -> Tensor:
-    """Return the scores among a model's outputs, classes in dimension 1: logits (N, K) or (N, K, H, W).
-
-    Raises:
-        DataError: outputs of another form, such as those of a detector.
-    """
-    if isinstance(output, Mapping):
-        output = next((output[name] for name in ("logits", "out") if name in output), output)
-    for name in ("logits", "out"):
-        output = getattr(output, name, output)
-    if isinstance(output, (tuple, list)) and output:
-        output = output[0]
-    if isinstance(output, Tensor) and output.dim() >= 2 and output.shape[1] > 1:
-        return output
-    found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"type {type(output).__name__}"
-    raise DataError(f"the model's output has {found}: the planner needs class scores (N, classes, ...)")
 
 
 def score_directions(scores: Tensor, generator: torch.Generator) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from groupify.errors import SpecError
-from groupify.scores.accuracy import class_logits, evaluating
+from groupify.graph.forward import evaluating
+from groupify.scores import class_scores
 from groupify.training.settings import FinetuneSettings
 
 
@@ -49,7 +50,7 @@ class Objective:
             features(self.student, self.layers) as ours,
         ):
             teacher_logits = self._teacher_logits(images, labels)
-            logits = class_logits(model(images))
+            logits = class_scores(model(images))
             loss = recovery_loss(logits, labels, teacher_logits, self.settings)
             if self.layers:
                 attention = attention_loss(
@@ -68,7 +69,7 @@ class Objective:
         if self.teacher is None or not needed:
             return None
         with torch.no_grad():
-            return class_logits(self.teacher(as_input(images, self.teacher))).to(images.device)
+            return class_scores(self.teacher(as_input(images, self.teacher))).to(images.device)
 
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from groupify.data.batches import UNLABELLED, Data, check_labels, iterate_batches
 from groupify.data.ranks import ALONE, Ranks
 from groupify.errors import SpecError
-from groupify.scores.accuracy import class_logits
+from groupify.scores import class_scores
 from groupify.training.objective import as_input, autocast
 from groupify.training.settings import FinetuneSettings
 
@@ -118,12 +118,12 @@ def validate(
     for images, labels in iterate_batches(data, settings.batch_size, share=(ranks.rank, ranks.world)):
         inputs = as_input(images, model, settings)
         with autocast(inputs.device, settings):
-            logits = class_logits(model(inputs)).float()
+            logits = class_scores(model(inputs)).float()
             classes = logits.shape[1]
             if settings.labels:
                 targets = _checked(labels, classes).to(logits.device)
             elif teacher is not None:
-                targets = class_logits(teacher(as_input(images, teacher))).argmax(1).to(logits.device)
+                targets = class_scores(teacher(as_input(images, teacher))).argmax(1).to(logits.device)
         correct += int((logits.argmax(1) == targets).sum())
         loss += float(F.cross_entropy(logits, targets, reduction="sum"))
         total += len(images)

@@ -32,7 +32,7 @@ from groupify.onnx.parity import check_parity
 from groupify.onnx.runtime import count_blocked_convs
 from groupify.planning.rules import Rules
 from groupify.planning.uniform import plan
-from groupify.scores.cost import measure_cost
+from groupify.scores import measure_cost
 from scripts.benchmarks.harness import Parser, Results
 
 INPUT_SHAPE = (3, 224, 224)

@@ -30,7 +30,7 @@ from groupify.planning.budget import MACS, Budget, Limit
 from groupify.planning.rules import AUTO, Rules
 from groupify.planning.search import SearchOptions, plan_for_budget
 from groupify.planning.uniform import plan
-from groupify.scores.cost import measure_cost
+from groupify.scores import measure_cost
 from groupify.structures import GROUPED, GROUPED_POINTWISE, Plan
 from scripts.benchmarks.low_rank import factorise
 

@@ -37,7 +37,7 @@ from groupify.planning.candidates import candidates
 from groupify.planning.plan_timer import PlanTimer
 from groupify.planning.rules import AUTO, Rules
 from groupify.planning.search import Images, SearchOptions, make_costing, plan_for_budget
-from groupify.scores.accuracy import evaluate
+from groupify.scores import evaluate
 from groupify.structures import GROUPED, Plan, SiteRecipe
 from scripts.benchmarks.contest import IMAGES, MODEL
 from scripts.benchmarks.harness import Parser, Results

@@ -33,7 +33,7 @@ from groupify.planning.candidates import candidates
 from groupify.planning.costing import Costing
 from groupify.planning.search import uniform_name
 from groupify.planning.sensitivity import weight_sensitivity
-from groupify.scores.cost import measure_cost
+from groupify.scores import measure_cost
 from groupify.structures import Plan
 from scripts.benchmarks.harness import Parser, Results
 

@@ -18,9 +18,9 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import groupify
 from groupify.conversion.conversion import Calibration
-from groupify.conversion.in_order import equal_outputs
 from groupify.conversion.site_fit import FitOptions
 from groupify.errors import ConversionError, DataError, PlanError
+from groupify.graph.forward import equal_outputs
 from groupify.stats.samples import SampleBudget
 from tests.conversion.nets import SHAPE, Residual, images, make_block_diagonal, randomise, relative_error
 

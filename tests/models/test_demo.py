@@ -16,7 +16,7 @@ from groupify.data.files import read_fashion_mnist, write_idx
 from groupify.data.images import ImageArrays
 from groupify.data.splits import load_data
 from groupify.models import WeightsOrigin, build_model, demo, load_model
-from groupify.scores.accuracy import evaluate
+from groupify.scores import evaluate
 from tests.conftest import ROOT
 
 SCRIPTS = ROOT / "scripts"

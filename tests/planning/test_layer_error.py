@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from groupify.planning.layer_error import LayerMoments
-from groupify.stats.fisher import class_scores, observe_sites, score_directions
+from groupify.scores import class_scores
+from groupify.stats.fisher import observe_sites, score_directions
 from groupify.stats.flow import fitted_error
 from groupify.stats.moments import principal_maps
 from groupify.stats.samples import SiteSamples

@@ -37,8 +37,7 @@ from groupify.planning.search import BudgetPlan, Images, SearchOptions, plan_for
 from groupify.planning.sensitivity import exact_sensitivity, measure_sensitivity
 from groupify.planning.uniform import plan
 from groupify.reporting.budget import plot_frontier
-from groupify.scores.cost import measure_cost
-from groupify.scores.divergence import Judge, Judgement
+from groupify.scores import Judge, Judgement, measure_cost
 from groupify.structures import Plan
 
 SHAPE = (3, 12, 12)

@@ -21,7 +21,7 @@ from groupify.reporting.results import AccuracyChange, CostChange, LatencyChange
 from groupify.reporting.sites import print_plan
 from groupify.reporting.tables import stdout_console
 from groupify.reporting.text import print_bench, print_report
-from groupify.scores.cost import ModelCost
+from groupify.scores import ModelCost
 from groupify.structures import Change, Plan, SitePlan
 
 MACHINE = Machine("Abacus 3", "avx2", 1, "Linux x86_64", "3.11", "2.6", "1.20", "1.17")

@@ -16,7 +16,7 @@ from groupify.models import ModelSpec
 from groupify.models.demo import fashion_resnet18
 from groupify.planning.rules import Rules
 from groupify.planning.uniform import plan
-from groupify.scores.cost import measure_cost
+from groupify.scores import measure_cost
 from groupify.stats.positions import input_patches, pick, sample_positions
 from groupify.stats.samples import SiteSamples
 from scripts.benchmarks import harness, peers_latency

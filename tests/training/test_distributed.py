@@ -21,7 +21,7 @@ from torch.utils.data import TensorDataset
 
 from groupify.conversion.surgery import restructure
 from groupify.data.ranks import Ranks, process_group
-from groupify.scores.accuracy import evaluate
+from groupify.scores import evaluate
 from groupify.structures import SiteRecipe
 from groupify.training.finetuning import FinetuneResult, finetune
 from groupify.training.holdout import hold_out

@@ -1,0 +1,276 @@
+"""A model on data: its accuracy, how far its outputs are from another's, and what it costs to run.
+
+Costs are parameters, multiply-accumulates (MACs), weight and activation bytes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from groupify.data.batches import UNLABELLED, Data, check_labels, is_map_style, iterate_batches
+from groupify.data.ranks import ALONE, Ranks
+from groupify.errors import DataError
+from groupify.graph.forward import evaluating, run_once
+
+_OUTPUT_NAMES = ("logits", "out")
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Top-1 accuracy, a fraction, and the number of images it was measured on."""
+
+    top1: float
+    images: int
+
+
+def evaluate(
+    model: nn.Module,
+    data: Data,
+    *,
+    batch_size: int = 256,
+    limit: int | None = None,
+    progress: bool = False,
+    ranks: Ranks = ALONE,
+) -> Accuracy:
+    """Return the top-1 accuracy of a classifier.
+
+    The model runs in eval mode on its own device, and every module gets its training mode back.
+
+    Args:
+        model: maps images (N, C, H, W) to logits (N, classes), or to a dict or named tuple with the
+            entry ``logits`` or ``out``.
+        data: labelled images.
+        batch_size: images per batch.
+        limit: measure on the first images only.
+        progress: show a bar on stderr.
+        ranks: the processes that divide the images among themselves; each gets the accuracy of all.
+
+    Example:
+        >>> labels = torch.tensor([0, 1, 2, 2])
+        >>> images = torch.nn.functional.one_hot(labels, 3).float()[:, :, None, None]
+        >>> data = torch.utils.data.TensorDataset(images, torch.tensor([0, 1, 2, 0]))
+        >>> groupify.evaluate(torch.nn.Flatten(), data)
+        Accuracy(top1=0.75, images=4)
+
+    Raises:
+        DataError: data without labels, labels out of range, NaN, no images; or outputs that are no logits.
+    """
+    parameter = next(model.parameters(), torch.empty(0))
+    correct = images_seen = 0
+    total = len(cast(Any, data)) if is_map_style(data) else None
+    if total is not None and limit is not None:
+        total = min(total, limit)
+    batches = iterate_batches(data, batch_size, limit=limit, share=(ranks.rank, ranks.world))
+    with (
+        evaluating(model),
+        torch.inference_mode(),
+        tqdm(total=total, desc="evaluate", unit="images", disable=None if progress else True) as bar,
+    ):
+        for images, labels in batches:
+            if bool((labels == UNLABELLED).any()):
+                raise DataError("the images have no labels: accuracy needs a labelled data set")
+            logits = class_scores(model(images.to(parameter.device)))
+            check_labels(labels, logits.shape[1])
+            correct += int((logits.argmax(1).cpu() == labels).sum())
+            images_seen += len(labels)
+            bar.update(ranks.world * len(labels))
+    correct, images_seen = (int(value) for value in ranks.sums(correct, images_seen))
+    return Accuracy(correct / images_seen, images_seen)
+
+
+def class_scores(output: Any, *, per_pixel: bool = False) -> Tensor:
+    """Return the class scores among a model's outputs, shape (N, classes).
+
+    Args:
+        output: a tensor, or a dict or tuple with the entry ``logits`` or ``out``, or with them in front.
+        per_pixel: whether scores of shape (N, classes, ...), such as those of a segmentation, will do.
+
+    Raises:
+        DataError: outputs of another form, such as those of a detector.
+    """
+    if isinstance(output, Mapping):
+        named = [output[name] for name in _OUTPUT_NAMES if name in output]
+    else:
+        named = [getattr(output, name) for name in _OUTPUT_NAMES if hasattr(output, name)]
+    if named:
+        output = named[0]
+    elif isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    dims = output.dim() if isinstance(output, Tensor) else 0
+    if (dims == 2 or (per_pixel and dims > 2)) and output.shape[1] > 1:
+        return cast(Tensor, output)
+    found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"type {type(output).__name__}"
+    expected = "(N, classes, ...)" if per_pixel else "(N, classes)"
+    raise DataError(f"the model's output has {found}, expected class scores of shape {expected}")
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What was measured.
+
+    Attributes:
+        divergence: KL divergence of the converted model's class probabilities from the dense model's,
+            nats, mean over the images.
+        drop: percentage points of accuracy lost; without labels the share of images whose class is
+            another one, which is never less.
+    """
+
+    divergence: float
+    drop: float
+
+
+class Judge:
+    """The dense model's answers on held-out images.
+
+    Args:
+        dense: the dense model; left untouched.
+        images: shape (N, C, H, W).
+        labels: class numbers, shape (N,); None = unlabelled.
+        batch_size: images per step.
+
+    Raises:
+        DataError: the model's outputs are no class scores.
+    """
+
+    def __init__(
+        self, dense: nn.Module, images: Tensor, labels: Tensor | None = None, *, batch_size: int = 64
+    ) -> None:
+        self._images = images
+        self._batch_size = batch_size
+        self._log_chances = self._run(dense)
+        self._classes = self._log_chances.argmax(1)
+        self._labels = labels if labels is not None and self._log_chances.dim() == 2 else None
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the drop is one of accuracy."""
+        return self._labels is not None
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def judge(self, model: nn.Module) -> Judgement:
+        """Measure one converted model."""
+        log_chances = self._run(model)
+        divergence = F.kl_div(log_chances, self._log_chances, reduction="none", log_target=True).sum(1).mean()
+        classes = log_chances.argmax(1)
+        if self._labels is None:
+            lost = (classes != self._classes).float().mean()
+        else:
+            lost = (self._classes == self._labels).float().mean() - (classes == self._labels).float().mean()
+        return Judgement(float(divergence), 100 * float(lost))
+
+    def _run(self, model: nn.Module) -> Tensor:
+        parameter = next(model.parameters(), torch.empty(0))
+        with evaluating(model), torch.no_grad():
+            scores = [
+                class_scores(model(batch.to(parameter)), per_pixel=True).float().log_softmax(1).cpu()
+                for batch in self._images.split(self._batch_size)
+            ]
+        return torch.cat(scores)
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """Cost of one forward pass over one image.
+
+    Attributes:
+        params: number of parameters.
+        macs: multiply-accumulates of convs, linears and matrix products.
+        weight_bytes: bytes of parameters and buffers.
+        activation_bytes: largest sum of tensors alive at the same time during the pass, weights
+            excluded, as eager PyTorch runs it in inference.
+    """
+
+    params: int
+    macs: int
+    weight_bytes: int
+    activation_bytes: int
+
+
+def conv_params(
+    in_channels: int, out_channels: int, kernel_size: tuple[int, ...], groups: int, bias: bool
+) -> int:
+    """Count the parameters of a conv: in/groups × out × kernel, and a bias each.
+
+    >>> conv_params(8, 6, (1, 1), groups=2, bias=True)
+    30
+    """
+    area = 1
+    for size in kernel_size:
+        area *= size
+    return in_channels // groups * out_channels * area + (out_channels if bias else 0)
+
+
+def measure_cost(model: nn.Module, example: Tensor) -> ModelCost:
+    """Count what one forward pass costs.
+
+    Args:
+        model: any module; run once in inference mode, then put back into its training mode.
+        example: input, shape (1, C, H, W).
+
+    Raises:
+        ConversionError: the model does not run on an input of that shape.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    peak = _PeakActivations(example, ignored=tensors)
+    counter = FlopCounterMode(display=False)
+    with counter, peak:
+        run_once(model, example)
+    return ModelCost(
+        params=sum(parameter.numel() for parameter in model.parameters()),
+        macs=counter.get_total_flops() // 2,
+        weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        activation_bytes=peak.peak_bytes,
+    )
+
+
+class _PeakActivations(TorchDispatchMode):
+    """Follows which tensors are alive, by storage, and keeps the largest sum."""
+
+    def __init__(self, example: Tensor, ignored: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._ignored = {tensor.untyped_storage().data_ptr() for tensor in ignored}  # views of weights
+        self._alive: dict[int, list[int]] = {}  # storage address → [bytes, number of tensors]
+        self._bytes = 0
+        self.peak_bytes = 0
+        self._follow(example)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._follow(tensor)
+        self.peak_bytes = max(self.peak_bytes, self._bytes)
+        return result
+
+    def _follow(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+        if address in self._ignored:
+            return
+        entry = self._alive.get(address)
+        if entry is None:
+            entry = self._alive[address] = [storage.nbytes(), 0]
+            self._bytes += entry[0]
+        entry[1] += 1
+        weakref.finalize(tensor, self._forget, address)
+
+    def _forget(self, address: int) -> None:
+        entry = self._alive.get(address)
+        if entry is None:
+            return
+        entry[1] -= 1
+        if entry[1] == 0:
+            self._bytes -= entry[0]
+            del self._alive[address]

@@ -1,1 +1,0 @@
-"""A model on data: accuracy, divergence from the dense model, cost."""
