@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from groupify.onnx.exporting import export_onnx as export
     from groupify.planning.budget import Budget
     from groupify.planning.plan_file import PlanFile
+    from groupify.planning.race import BudgetPlan
     from groupify.planning.rules import Rules
-    from groupify.planning.search import BudgetPlan, SearchOptions, plan_for_budget
+    from groupify.planning.search import SearchOptions, plan_for_budget
     from groupify.planning.uniform import plan
     from groupify.recipe import Recipe
     from groupify.scores import evaluate
@@ -79,7 +80,8 @@ _HOMES = {
     "planning.budget": ("Budget",),
     "planning.plan_file": ("PlanFile",),
     "planning.rules": ("Rules",),
-    "planning.search": ("BudgetPlan", "SearchOptions", "plan_for_budget"),
+    "planning.race": ("BudgetPlan",),
+    "planning.search": ("SearchOptions", "plan_for_budget"),
     "recipe": ("Recipe",),
     "training.finetuning": ("finetune",),
     "training.settings": ("FinetuneSettings",),

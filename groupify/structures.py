@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, NamedTuple, TypeVar
+
+from groupify.errors import PlanError
 
 DENSE = "dense"
 GROUPED = "grouped"
@@ -86,6 +88,18 @@ class SitePlan:
         """Channels per group after the conversion: the smaller of in/groups and out/groups."""
         return min(self.in_channels, self.out_channels) // self.groups
 
+    def left_dense(self, reason: str | None) -> SitePlan:
+        """Return the plan that leaves the conv as it is."""
+        return replace(
+            self,
+            kind=DENSE,
+            groups=self.groups_before,
+            shuffle=False,
+            reason=reason,
+            params=Change(self.params.dense, self.params.dense),
+            macs=Change(self.macs.dense, self.macs.dense),
+        )
+
     @property
     def recipe(self) -> SiteRecipe:
         """What surgery needs to know of a converted site."""
@@ -129,6 +143,104 @@ class Plan:
     def recipes(self) -> tuple[SiteRecipe, ...]:
         """What surgery needs to know."""
         return tuple(site.recipe for site in self.converted)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What one forward pass shows of a conv.
+
+    Attributes:
+        input_size, output_size: spatial sizes at its last call, pixels.
+        calls: how often it runs in one forward pass.
+    """
+
+    input_size: tuple[int, ...]
+    output_size: tuple[int, ...]
+    calls: int
+
+
+class Uniform(NamedTuple):
+    """The same kind and number of groups everywhere: what a plan can be compared with."""
+
+    kind: str
+    groups: int
+    shuffle: bool = False
+
+    def __str__(self) -> str:
+        return f"uniform {self.kind}, {self.groups} groups" + (", shuffled" if self.shuffle else "")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One thing that may become of one conv.
+
+    Attributes:
+        site: the plan of the conv, if it is chosen.
+        weight_bytes: bytes of its weights and biases.
+        activation_bytes: largest sum of its inputs and outputs that are alive together, for one image.
+    """
+
+    site: SitePlan
+    weight_bytes: int
+    activation_bytes: int
+
+    @property
+    def key(self) -> str:
+        """A name for it, unique in the model."""
+        return f"{self.site.name}:{self.label}"
+
+    @property
+    def label(self) -> str:
+        """The kind and the number of groups, in one word."""
+        if not self.site.converted:
+            return DENSE
+        return f"{self.site.kind}-{self.site.groups}" + ("-shuffle" if self.site.shuffle else "")
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The possibilities of every conv of a model, in the order in which they run.
+
+    Attributes:
+        sites: for each conv its candidates; the first leaves it as it is.
+        uniform: plans with one number of groups everywhere, as the index of each conv's candidate.
+        observed: what a forward pass showed of each conv, by name.
+        input_shape: (C, H, W) that the costs are for.
+        cpu: the processor that they are for.
+    """
+
+    sites: tuple[tuple[Candidate, ...], ...]
+    uniform: Mapping[Uniform, tuple[int, ...]]
+    observed: Mapping[str, Observed]
+    input_shape: tuple[int, ...]
+    cpu: str
+
+    @property
+    def open_sites(self) -> list[tuple[Candidate, ...]]:
+        """The candidates of each conv that has a choice."""
+        return [options for options in self.sites if len(options) > 1]
+
+    def plan(self, chosen: Sequence[int]) -> Plan:
+        """Return the plan that takes the candidate of each given index."""
+        sites = tuple(options[index].site for options, index in zip(self.sites, chosen, strict=True))
+        groups = max((site.groups for site in sites if site.converted), default=1)
+        return Plan(sites, self.input_shape, groups, self.cpu)
+
+    def indices(self, plan: Plan) -> tuple[int, ...]:
+        """Return the index of each conv's candidate in a plan that is made of them.
+
+        Raises:
+            PlanError: the plan does something that is no candidate.
+        """
+        wanted = {site.name: site.recipe for site in plan.sites}
+        found = []
+        for options in self.sites:
+            recipes = [option.site.recipe for option in options]
+            name = recipes[0].name
+            if wanted.get(name) not in recipes:
+                raise PlanError(f"{name!r}: the plan holds no candidate of it; plan with the same options")
+            found.append(recipes.index(wanted[name]))
+        return tuple(found)
 
 
 def _total(changes: Sequence[Change[int]]) -> Change[int]:

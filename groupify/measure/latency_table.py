@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,12 +21,10 @@ from groupify.machine import describe_machine
 from groupify.measure.conv_timing import ConvShape, time_convs
 from groupify.measure.site_times import NetworkTime, mean_time, time_network
 from groupify.onnx.exporting import export_onnx
-from groupify.planning.candidates import Candidate, Choices
 from groupify.planning.json_file import read_json_file, take_header, write_json_file
-from groupify.planning.uniform import Observed
 from groupify.stats.positions import padding_amounts
 from groupify.strict_json import JsonObject, is_finite, is_text, parse, refuse
-from groupify.structures import GROUPED_POINTWISE
+from groupify.structures import GROUPED_POINTWISE, Candidate, Choices, Observed
 
 FORMAT = "groupify latency table"
 SCHEMA_VERSION = 2
@@ -135,9 +136,41 @@ def conv_shape(candidate: Candidate, conv: Conv, run: Observed) -> ConvShape:
     )
 
 
+class Stopwatch:
+    """Times the convs of a model and the whole of it in ONNX Runtime on this machine.
+
+    Args:
+        model: the dense model; latency does not depend on its weights.
+        input_shape: (C, H, W) of one image.
+        threads: intra-op threads.
+        progress: show a bar on stderr.
+    """
+
+    def __init__(
+        self, model: nn.Module, input_shape: tuple[int, ...], *, threads: int = 1, progress: bool = False
+    ) -> None:
+        self._model, self._shape = model, input_shape
+        self._threads, self._progress = threads, progress
+
+    def convs(self, shapes: Sequence[ConvShape], *, warm: bool) -> Mapping[ConvShape, float]:
+        """Return the milliseconds of convs, with their weights in the caches or not."""
+        return time_convs(shapes, threads=self._threads, warm=warm, progress=self._progress)
+
+    def network(self, sites: Sequence[str]) -> NetworkTime:
+        """Return how long the dense model runs, and its sites in it."""
+        return time_network(self._file, sites, threads=self._threads, input_shape=self._shape)
+
+    @functools.cached_property
+    def _file(self) -> Path:
+        """The exported dense model, which goes when the stopwatch does."""
+        folder = tempfile.mkdtemp(prefix="groupify-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return export_onnx(self._model, Path(folder, "dense.onnx"), input_shape=self._shape).path
+
+
 def measure_table(
     model: nn.Module, choices: Choices, known: LatencyTable | None = None, *, threads: int = 1,
-    warm: bool = False, progress: bool = False,
+    warm: bool = False, progress: bool = False, stopwatch: Stopwatch | None = None,
 ) -> LatencyTable:  # fmt: skip
     """Time all that a table lacks of a model: its convs, their candidates, and the whole of it.
 
@@ -148,37 +181,30 @@ def measure_table(
         threads: intra-op threads.
         warm: time the convs with their weights in the caches as well.
         progress: show a bar on stderr.
+        stopwatch: what takes the times; None = ONNX Runtime on this machine.
     """
+    if stopwatch is None:
+        stopwatch = Stopwatch(model, choices.input_shape, threads=threads, progress=progress)
     known = LatencyTable(str(describe_machine()), threads) if known is None else known
     rows = _shapes(model, choices)
     shapes = [shape for row in rows for shape in row if shape is not None]
-    missing = [shape for shape in shapes if str(shape) not in known.convs]
-    missing_warm = [shape for shape in shapes if warm and str(shape) not in known.warm_convs]
     name = network_fingerprint(model, choices)
-    networks = dict(known.networks)
-    convs: dict[str, float] = {}
-
-    def timed(shapes: Sequence[ConvShape], *, warm: bool) -> dict[str, float]:
-        times = time_convs(shapes, threads=threads, warm=warm, progress=progress) if shapes else {}
-        return {str(shape): time for shape, time in times.items()}
-
+    convs, networks = dict(known.convs), dict(known.networks)
+    missing = [shape for shape in shapes if str(shape) not in convs]
     if name not in networks or missing:
         sites = [options[0].site.name for options, row in zip(choices.sites, rows, strict=True) if row[0]]
-        with tempfile.TemporaryDirectory(prefix="groupify-") as folder:
-            file = export_onnx(model, Path(folder, "dense.onnx"), input_shape=choices.input_shape).path
-            shape = choices.input_shape
-            # In front and behind: the convs take minutes, in which the speed of a machine may change.
-            before = time_network(file, sites, threads=threads, input_shape=shape)
-            convs = timed(missing, warm=False)
-            after = time_network(file, sites, threads=threads, input_shape=shape)
-        networks[name] = mean_time(before, after)
-    return LatencyTable(
-        known.machine,
-        threads,
-        convs={**known.convs, **convs},
-        warm_convs={**known.warm_convs, **timed(missing_warm, warm=True)},
-        networks=networks,
-    )
+        # In front and behind: the convs take minutes, in which the speed of a machine may change.
+        before = stopwatch.network(sites)
+        convs |= _timed(stopwatch, missing, warm=False)
+        networks[name] = mean_time(before, stopwatch.network(sites))
+    missing_warm = [shape for shape in shapes if warm and str(shape) not in known.warm_convs]
+    warm_convs = {**known.warm_convs, **_timed(stopwatch, missing_warm, warm=True)}
+    return LatencyTable(known.machine, threads, convs, warm_convs, networks)
+
+
+def _timed(stopwatch: Stopwatch, shapes: Sequence[ConvShape], *, warm: bool) -> dict[str, float]:
+    times = stopwatch.convs(shapes, warm=warm) if shapes else {}
+    return {str(shape): time for shape, time in times.items()}
 
 
 def cached_table(
@@ -189,6 +215,7 @@ def cached_table(
     cache: Path | None = None,
     warm: bool = False,
     progress: bool = False,
+    stopwatch: Stopwatch | None = None,
 ) -> LatencyTable:
     """Return a table of this machine that knows all of a model; what is missing is measured and kept.
 
@@ -199,7 +226,9 @@ def cached_table(
         known: LatencyTable | None = LatencyTable.read(path)
     except ArtefactError:
         known = None  # none yet, or a damaged one: it can be measured again
-    table = measure_table(model, choices, known, threads=threads, warm=warm, progress=progress)
+    table = measure_table(
+        model, choices, known, threads=threads, warm=warm, progress=progress, stopwatch=stopwatch
+    )
     if table != known:
         table.write(path)
     return table

@@ -19,8 +19,9 @@ from groupify.pipeline.requests import ModelRequest, PlanRequest, SearchRequest
 from groupify.planning.budget import Budget
 from groupify.planning.candidates import candidates
 from groupify.planning.frontier import Frontier, trace_frontier
+from groupify.planning.race import BudgetPlan
 from groupify.planning.rules import Rules
-from groupify.planning.search import BudgetPlan, Images, SearchOptions, measurer, plan_for_budget
+from groupify.planning.search import HeldOut, Images, SearchOptions, plan_for_budget
 
 _HELD_OUT = 500
 # A share of right answers is known less well than a divergence.
@@ -98,7 +99,7 @@ def find_frontier(
     if frontier == "measured":
         if images is None:
             raise SpecError("a measured frontier needs images; give --data")
-        _, measure = measurer(source.model, found.costing, images, options)
+        measure = HeldOut(source.model, images, options)
     return found, trace_frontier(found, measure=measure)
 
 

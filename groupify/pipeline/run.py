@@ -37,8 +37,8 @@ from groupify.pipeline.requests import (
 from groupify.pipeline.uniform import convert_uniform, uniform_plans
 from groupify.pipeline.write_output import write_output
 from groupify.planning.plan_file import PlanFile
-from groupify.planning.search import BudgetPlan
-from groupify.planning.uniform import describe
+from groupify.planning.race import BudgetPlan
+from groupify.planning.sites import describe
 from groupify.recipe import Recipe
 from groupify.reporting.budget import race_lines
 from groupify.reporting.results import AccuracyChange, Report
@@ -145,7 +145,7 @@ def run_finetune(request: FinetuneRequest, *, progress: bool = False) -> Report 
             folder,
             request.output,
             source,
-            describe(source.model, recipe.sites, source.spec.input_shape, find_cpu()),
+            describe(source.model, recipe.sites, source.spec.input_shape, recipe.cpu or find_cpu()),
             tuned.model,
             conversion=None,
             tuned=tuned,

@@ -2,92 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
 from groupify.errors import PlanError
-from groupify.graph.operations import CONVS, Conv
+from groupify.graph.operations import Conv
 from groupify.graph.trace import example_input
 from groupify.planning.rules import Rules
-from groupify.planning.uniform import Observed, observe, plan_observed
-from groupify.structures import DENSE, GROUPED, GROUPED_POINTWISE, Change, Plan, SitePlan
+from groupify.planning.sites import find_convs, observe
+from groupify.planning.uniform import plan_observed
+from groupify.structures import (
+    GROUPED,
+    GROUPED_POINTWISE,
+    Candidate,
+    Change,
+    Choices,
+    Observed,
+    Plan,
+    SitePlan,
+    SiteRecipe,
+    Uniform,
+)
 
 GROUP_COUNTS = (2, 4, 8, 16, 32, 64)
-# What a plan can be compared with: the same number of groups, of one kind, everywhere.
-Uniform = tuple[str, int, bool]  # kind, groups, shuffle
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One thing that may become of one conv.
-
-    Attributes:
-        site: the plan of the conv, if it is chosen.
-        weight_bytes: bytes of its weights and biases.
-        activation_bytes: largest sum of its inputs and outputs that are alive together, for one image.
-    """
-
-    site: SitePlan
-    weight_bytes: int
-    activation_bytes: int
-
-    @property
-    def key(self) -> str:
-        """A name for it, unique in the model."""
-        return f"{self.site.name}:{self.label}"
-
-    @property
-    def label(self) -> str:
-        """The kind and the number of groups, in one word."""
-        if not self.site.converted:
-            return DENSE
-        return f"{self.site.kind}-{self.site.groups}" + ("-shuffle" if self.site.shuffle else "")
-
-
-@dataclass(frozen=True)
-class Choices:
-    """The possibilities of every conv of a model, in the order in which they run.
-
-    Attributes:
-        sites: for each conv its candidates; the first leaves it as it is.
-        uniform: plans with one number of groups everywhere, as the index of each conv's candidate.
-        observed: what a forward pass showed of each conv, by name.
-        input_shape: (C, H, W) that the costs are for.
-        cpu: the processor that they are for.
-    """
-
-    sites: tuple[tuple[Candidate, ...], ...]
-    uniform: dict[Uniform, tuple[int, ...]]
-    observed: dict[str, Observed]
-    input_shape: tuple[int, ...]
-    cpu: str
-
-    def plan(self, chosen: Sequence[int]) -> Plan:
-        """Return the plan that takes the candidate of each given index."""
-        sites = tuple(options[index].site for options, index in zip(self.sites, chosen, strict=True))
-        groups = max((site.groups for site in sites if site.converted), default=1)
-        return Plan(sites, self.input_shape, groups, self.cpu)
-
-    def indices(self, plan: Plan) -> tuple[int, ...]:
-        """Return the index of each conv's candidate in a plan that is made of them.
-
-        Raises:
-            PlanError: the plan does something that is no candidate.
-        """
-        wanted = {site.name: (site.kind, site.groups, site.shuffle) for site in plan.sites}
-        found = []
-        for options in self.sites:
-            name = options[0].site.name
-            for index, option in enumerate(options):
-                if (option.site.kind, option.site.groups, option.site.shuffle) == wanted.get(name):
-                    found.append(index)
-                    break
-            else:
-                raise PlanError(f"{name!r}: the plan holds no candidate of it; plan with the same options")
-        return tuple(found)
 
 
 def candidates(
@@ -112,60 +53,56 @@ def candidates(
         ConversionError: the model does not run on that input shape.
     """
     observed = observe(model, example_input(input_shape, like=model))
-    wanted: list[Uniform] = [
-        (kind, count, shuffled)
-        for kind in rules.kinds
-        for count in group_counts
-        for shuffled in ((False, True) if kind == GROUPED and rules.shuffle == "all" else (False,))
-    ]
+    plans = _uniform_plans(model, observed, input_shape, rules, group_counts)
+    convs = find_convs(model)
+    sites = []
+    for every in zip(*(made.sites for made in plans.values()), strict=True):
+        name = every[0].name
+        options = _options(every, convs[name], rules)
+        sites.append(tuple(_priced(site, convs[name], observed.get(name)) for site in options))
+    choices = Choices(tuple(sites), {}, observed, tuple(input_shape), rules.resolved().cpu)
+    return replace(choices, uniform={key: choices.indices(made) for key, made in plans.items()})
+
+
+def _uniform_plans(
+    model: nn.Module,
+    observed: Mapping[str, Observed],
+    input_shape: tuple[int, ...],
+    rules: Rules,
+    group_counts: Sequence[int],
+) -> dict[Uniform, Plan]:
+    """Return the plans with one number of groups, as far as the rules allow them."""
     plans: dict[Uniform, Plan] = {}
     problem: PlanError | None = None
-    for kind, count, shuffled in wanted:
-        try:
-            own = replace(rules, structures=(kind,), shuffle="all" if shuffled else "none")
-            plans[kind, count, shuffled] = plan_observed(
-                model, observed, input_shape, groups=count, rules=own
-            )
-        except PlanError as error:
-            problem = error
+    for kind in rules.kinds:
+        shuffles = ("none", "all") if kind == GROUPED and rules.shuffle == "all" else ("none",)
+        for groups, shuffle in itertools.product(group_counts, shuffles):
+            own = replace(rules, structures=(kind,), shuffle=shuffle)
+            try:
+                made = plan_observed(model, observed, input_shape, groups=groups, rules=own)
+            except PlanError as error:
+                problem = error
+            else:
+                plans[Uniform(kind, groups, shuffle == "all")] = made
     if not plans:
         assert problem is not None, "no kinds or no numbers of groups"
         raise problem
-    convs = {name: module for name, module in model.named_modules() if isinstance(module, CONVS)}
-    names = [site.name for site in next(iter(plans.values())).sites]
-    sites: list[tuple[Candidate, ...]] = []
-    for number, name in enumerate(names):
-        every = [made.sites[number] for made in plans.values()]
-        options = [_dense(every)]
-        options += [site for site in every if site.converted]
-        narrow = GROUPED_POINTWISE in rules.kinds and rules.narrowest <= rules.block
-        if narrow and any(site.converted for site in every):
-            block = rules.block if len(convs[name].kernel_size) == 2 else 1
-            options += _depthwise(every[0], convs[name], block)
-        ordered: dict[Uniform, SitePlan] = {}
-        for site in options:
-            ordered.setdefault((site.kind, site.groups, site.shuffle), site)
-        sites.append(tuple(_priced(site, convs[name], observed.get(name)) for site in ordered.values()))
-    choices = Choices(tuple(sites), {}, observed, tuple(input_shape), rules.resolved().cpu)
-    uniform = {key: choices.indices(made) for key, made in plans.items()}
-    return replace(choices, uniform=uniform)
+    return plans
 
 
-def _dense(every: Sequence[SitePlan]) -> SitePlan:
-    """Return the plan of a conv that is left as it is."""
-    for site in every:
-        if not site.converted:
-            return site if not any(s.converted for s in every) else replace(site, reason=None)
-    site = every[0]
-    return replace(
-        site,
-        kind=DENSE,
-        groups=site.groups_before,
-        shuffle=False,
-        reason=None,
-        params=Change(site.params.dense, site.params.dense),
-        macs=Change(site.macs.dense, site.macs.dense),
-    )
+def _options(every: Sequence[SitePlan], conv: Conv, rules: Rules) -> list[SitePlan]:
+    """Return what may become of one conv, each once; dense first."""
+    grouped = [site for site in every if site.converted]
+    if not grouped:
+        return [every[0]]
+    options = [every[0].left_dense(None), *grouped]
+    # With a limit on the width that is no block of the kernel, one channel per group is too narrow.
+    if GROUPED_POINTWISE in rules.kinds and rules.narrowest <= rules.block:
+        options += _depthwise(every[0], conv, rules.block if len(conv.kernel_size) == 2 else 1)
+    distinct: dict[SiteRecipe, SitePlan] = {}
+    for site in options:
+        distinct.setdefault(site.recipe, site)
+    return list(distinct.values())
 
 
 def _depthwise(site: SitePlan, conv: Conv, block: int) -> list[SitePlan]:

@@ -10,9 +10,9 @@ from groupify.errors import PlanError
 from groupify.measure.latency_table import Latencies
 from groupify.planning.allocation import Option, allocate, least, nearest
 from groupify.planning.budget import BYTES, COSTS, LATENCY, MACS, PARAMS, Limit
-from groupify.planning.candidates import Candidate, Choices, Uniform
 from groupify.planning.sensitivity import Sensitivity
 from groupify.scores import ModelCost
+from groupify.structures import Candidate, Choices, Uniform
 
 Chosen = tuple[int, ...]
 Costs = Mapping[str, float]  # quantity → MACs, parameters, bytes, milliseconds

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 from groupify.planning.budget import LATENCY, MACS
 from groupify.planning.costing import Chosen
-from groupify.planning.search import BudgetPlan, uniform_name
+from groupify.planning.race import BudgetPlan
 from groupify.scores import Judgement
+from groupify.structures import Plan
 
 _POINTS = 10
 
-Measure = Callable[[Chosen], Judgement]
+Measure = Callable[[Plan], Judgement]
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def trace_frontier(result: BudgetPlan, *, points: int = _POINTS, measure: Measur
         if chosen is not None:
             rows.setdefault(chosen, ("planned", False, False))
     for key, chosen in costing.choices.uniform.items():
-        rows.setdefault(chosen, (uniform_name(key), True, False))
+        rows.setdefault(chosen, (str(key), True, False))
     winner = result.winner
     rows[winner.chosen] = (winner.name, winner.uniform, True)
     found = [
@@ -80,7 +81,7 @@ def trace_frontier(result: BudgetPlan, *, points: int = _POINTS, measure: Measur
             share=costing.costs(chosen)[quantity] / dense,
             cost=costing.costs(chosen)[quantity],
             loss=costing.loss(chosen),
-            measured=None if measure is None else measure(chosen),
+            measured=None if measure is None else measure(costing.choices.plan(chosen)),
         )
         for chosen, (name, uniform, asked) in rows.items()
     ]  # fmt: skip

@@ -14,7 +14,7 @@ from groupify.errors import ArtefactError, PlanError
 from groupify.graph.operations import CONVS
 from groupify.machine import KNOWN_CPUS
 from groupify.planning.json_file import read_json_file, take_header, write_json_file
-from groupify.planning.uniform import describe
+from groupify.planning.sites import describe
 from groupify.strict_json import JsonObject, json_list, parse
 from groupify.structures import DENSE, KINDS, Plan, SiteRecipe
 

@@ -25,13 +25,13 @@ from groupify.graph.channels import channel_classes
 from groupify.graph.permute import layer_orders
 from groupify.graph.trace import example_input, trace
 from groupify.machine import chunks
-from groupify.planning.candidates import Candidate, Choices
 from groupify.planning.layer_error import LayerMoments
 from groupify.scores import Judge
 from groupify.stats.fisher import SiteStatistics, observe_sites
 from groupify.stats.flow import data_score
+from groupify.structures import Candidate, Choices
 
-_MEMORY = 2**31  # bytes of moments held at the same time; more convs take another pass
+_MEMORY = 2**31
 _VERSION = "1"  # of what is measured: another one makes the cached numbers void
 
 Orders = Mapping[str, tuple[Tensor | None, Tensor | None]]  # candidate → its input and output order
@@ -62,12 +62,13 @@ def measure_sensitivity(
     seed: int = 0,
     cache: Path | None = None,
     progress: bool = False,
+    memory: int = _MEMORY,
 ) -> Sensitivity:
     """Measure the loss of every candidate from one pass over unlabelled images.
 
     The pass gives the moments of what every conv reads and the Fisher information of what it computes;
     all numbers of groups follow from these by least squares in float64. Models whose moments take more
-    than 2 GiB are read in several passes. What is finished is kept, so that an interrupted run goes on.
+    than ``memory`` are read in several passes. What is finished is kept, so that an interrupted run goes on.
 
     Args:
         model: the dense model; left untouched.
@@ -76,6 +77,7 @@ def measure_sensitivity(
         seed: seed of the sampled positions and directions.
         cache: folder to keep the numbers in; None = nowhere.
         progress: show a bar on stderr.
+        memory: bytes of moments held at the same time.
 
     Raises:
         DataError: no images.
@@ -86,13 +88,13 @@ def measure_sensitivity(
     """
     if len(images) == 0:
         raise DataError("no images to measure the sensitivity on; expected at least one")
-    convs = [options for options in choices.sites if len(options) > 1]
+    convs = choices.open_sites
     store = NumberCache(None if cache is None else cache / f"sensitivity-{_key(model, images, seed)}.json")
     dense = copy.deepcopy(model).float().eval().requires_grad_(False)
     work = _Measurement(dense, choices, images.float(), seed, progress)
     missing = [options for options in convs if any(c.key not in store.numbers for c in options[1:])]
     with torch.random.fork_rng(devices=[]):
-        for chunk in chunks(missing, lambda options: _moment_bytes(dense, options), _MEMORY):
+        for chunk in chunks(missing, lambda options: _moment_bytes(dense, options), memory):
             work.observe([options[0].site.name for options in missing], chunk)
             for options in tqdm(chunk, desc="errors", disable=None if progress else True, leave=False):
                 store.add(work.losses(options))
@@ -110,7 +112,7 @@ def weight_sensitivity(
     All inputs count as alike and independent, and all convs as equally important.
     """
     dense = copy.deepcopy(model).float().eval()
-    convs = [options for options in choices.sites if len(options) > 1]
+    convs = choices.open_sites
     names = [options[0].site.name for options in convs]
     weights = {n: dense.get_submodule(n).get_parameter("weight").detach().flatten(2) for n in names}
     scores = {name: weight.square().sum(2) for name, weight in weights.items()}
@@ -195,7 +197,7 @@ class _Measurement:
         """Take the statistics of one chunk of convs; in the first pass, the channel orders of all."""
         whole = [options[0].site.name for options in chunk]
         first = self._orders is None
-        every = [options[0].site.name for options in self._choices.sites if len(options) > 1]
+        every = [options[0].site.name for options in self._choices.open_sites]
         try:
             self._statistics = self._pass(every if first else whole, whole, backward=True)
         except DataError as problem:

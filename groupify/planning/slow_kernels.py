@@ -11,7 +11,7 @@ import dataclasses
 import math
 
 from groupify.errors import PlanError
-from groupify.structures import DENSE, GROUPED_POINTWISE, Change, Plan, SitePlan
+from groupify.structures import GROUPED_POINTWISE, Plan, SitePlan
 
 # All in MACs of the blocked kernel at its peak, about 55 per nanosecond and core where they were measured
 # (AVX-512). With narrower vectors a MAC takes longer and the rest weighs less: these err on the careful side.
@@ -71,10 +71,12 @@ def leave_slow_sites_dense(plan: Plan, block: int) -> Plan:
     Raises:
         PlanError: none is left to convert.
     """
-    sites = tuple(
-        _left_dense(site, block) if _is_slow(_without_shuffle(site), block) else site for site in plan.sites
-    )
-    result = dataclasses.replace(plan, sites=sites)
+    sites = []
+    for site in plan.sites:
+        grouped = _without_shuffle(site)
+        slow = _is_slow(grouped, block)
+        sites.append(site.left_dense(f"grouped it would be {_why(grouped, block)}") if slow else site)
+    result = dataclasses.replace(plan, sites=tuple(sites))
     if not result.converted:
         first = _without_shuffle(plan.converted[0])
         raise PlanError(
@@ -133,15 +135,3 @@ def _why(site: SitePlan, block: int) -> str:
         return share + (" with the shuffle" if site.shuffle else "")
     widths = f"{site.in_channels // site.groups} → {site.out_channels // site.groups}"
     return f"{share}: groups of {widths} channels are no multiples of {block}"
-
-
-def _left_dense(site: SitePlan, block: int) -> SitePlan:
-    return dataclasses.replace(
-        site,
-        kind=DENSE,
-        groups=site.groups_before,
-        shuffle=False,
-        reason=f"grouped it would be {_why(_without_shuffle(site), block)}",
-        params=Change(site.params.dense, site.params.dense),
-        macs=Change(site.macs.dense, site.macs.dense),
-    )

@@ -5,22 +5,20 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from groupify.errors import GroupifyWarning, PlanError
-from groupify.graph.forward import run_once
 from groupify.graph.operations import CONVS, Conv, conv_kind
 from groupify.graph.trace import example_input
-from groupify.planning.limits import check_ready, functional_convs, limits, removal_of_parametrization
+from groupify.planning.limits import functional_convs, limits, removal_of_parametrization
 from groupify.planning.rules import Rules
+from groupify.planning.sites import conv_macs, find_convs, in_order, observe, site_plan
 from groupify.planning.slow_kernels import latency_warning, leave_slow_sites_dense, with_latency_reasons
-from groupify.scores import conv_params
-from groupify.structures import DENSE, GROUPED, GROUPED_POINTWISE, Change, Plan, SitePlan, SiteRecipe
+from groupify.structures import DENSE, GROUPED, GROUPED_POINTWISE, Observed, Plan, SiteRecipe
 
 # A conv that reads fewer channels than this (the image itself, as a rule) has next to nothing to gain.
 _MIN_IN_CHANNELS = 8
@@ -29,20 +27,6 @@ _MIN_IN_CHANNELS = 8
 # its MACs, costs 1.6 points of accuracy.
 _SHORTCUT_SHARE = 0.01
 _EXCLUDED, _NOT_INCLUDED = "excluded", "not included"
-
-
-@dataclass(frozen=True)
-class Observed:
-    """What one forward pass shows of a conv.
-
-    Attributes:
-        input_size, output_size: spatial sizes at its last call, pixels.
-        calls: how often it runs in one forward pass.
-    """
-
-    input_size: tuple[int, ...]
-    output_size: tuple[int, ...]
-    calls: int
 
 
 @dataclass(frozen=True)
@@ -106,62 +90,25 @@ def plan_observed(
 ) -> Plan:
     """Do what ``plan`` does, from a forward pass that ``observe`` has watched; without notes and warnings."""
     _check_groups(groups)
-    kind = rules.kind
-    convs = {name: module for name, module in model.named_modules() if isinstance(module, CONVS)}
+    convs = find_convs(model)
     if not convs:
-        example = example_input(input_shape, like=model)
-        functional = "; ".join(("", *functional_convs(model, example)))
+        functional = "; ".join(("", *functional_convs(model, example_input(input_shape, like=model))))
         raise PlanError(f"the model has no conv layer, so there is no convolution worth grouping{functional}")
     rules.check_patterns(convs)
-    order = [*observed, *(name for name in convs if name not in observed)]
     first = next(iter(observed), None)
-    total = sum(_macs(convs[name], conv_run) for name, conv_run in observed.items())
+    total = sum(conv_macs(convs[name], run) for name, run in observed.items())
     sites = []
-    for name in order:
-        conv = convs[name]
-        reason = _why_not(name, conv, observed.get(name), name == first, rules)
-        if reason is None and not rules.include and _is_cheap_shortcut(conv, observed[name], total):
-            reason = (
-                f"shortcut with under {_SHORTCUT_SHARE:.0%} of the MACs: lets the groups mix; see --include"
-            )
-        if reason is None:
-            # ONNX Runtime's blocked kernel is for two dimensions; elsewhere no width is special.
-            own_block = rules.block if isinstance(conv, nn.Conv2d) else 1
-            choice = _choose(conv, groups, kind, rules.narrowest, own_block)
-        else:
-            choice = _Choice(DENSE, conv.groups, reason)
-        sites.append(_site(name, conv, choice, observed.get(name), rules.shuffle))
+    for name, conv in in_order(convs, observed).items():
+        run = observed.get(name)
+        reason = _why_not(name, conv, run, name == first, rules) or _why_shortcut(conv, run, total, rules)
+        choice = _Choice(DENSE, conv.groups, reason) if reason is not None else _choose(conv, groups, rules)
+        shuffle = choice.kind == GROUPED and rules.shuffle == "all"
+        recipe = SiteRecipe(name, choice.kind, choice.groups, shuffle)
+        sites.append(site_plan(conv, recipe, run, choice.reason))
     result = Plan(tuple(sites), tuple(input_shape), groups, rules.resolved().cpu)
     if not result.converted:
         raise PlanError(_nothing_fits(result, groups, rules.narrowest))
     return leave_slow_sites_dense(result, rules.block) if rules.block > 1 else result
-
-
-def describe(model: nn.Module, recipes: Sequence[SiteRecipe], input_shape: tuple[int, ...], cpu: str) -> Plan:
-    """Return the plan that given replacements of a dense model amount to.
-
-    Args:
-        model: the dense model; left untouched (one forward pass is run).
-        recipes: what is replaced.
-        input_shape: (C, H, W) of one image.
-        cpu: the processor that they were planned for.
-
-    Raises:
-        ConversionError: the model does not run on that input shape.
-    """
-    observed = observe(model, example_input(input_shape, like=model))
-    replaced = {recipe.name: recipe for recipe in recipes}
-    sites = []
-    convs = {name: module for name, module in model.named_modules() if isinstance(module, CONVS)}
-    for name in (*observed, *(name for name in convs if name not in observed)):
-        recipe = replaced.get(name)
-        if recipe is None:
-            choice, shuffle = _Choice(DENSE, convs[name].groups, "left alone by the recipe"), "none"
-        else:
-            choice, shuffle = _Choice(recipe.kind, recipe.groups), "all" if recipe.shuffle else "none"
-        sites.append(_site(name, convs[name], choice, observed.get(name), shuffle))
-    groups = max((recipe.groups for recipe in recipes), default=1)
-    return Plan(tuple(sites), tuple(input_shape), groups, cpu)
 
 
 def _check_groups(groups: int) -> None:
@@ -170,37 +117,11 @@ def _check_groups(groups: int) -> None:
         raise PlanError(f"groups is {groups}{dense}; expected at least 2, for example 4")
 
 
-def observe(model: nn.Module, example: Tensor) -> dict[str, Observed]:
-    """Run the model once; the convs in the order in which they run.
-
-    Raises:
-        ConversionError: the model is not ready to run, or not on that input shape.
-    """
-    check_ready(model)
-    observed: dict[str, Observed] = {}
-    handles = []
-
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, named: dict[str, Any], output: Tensor) -> None:
-            source = inputs[0] if inputs else named["input"]
-            calls = observed[name].calls if name in observed else 0
-            observed[name] = Observed(tuple(source.shape[2:]), tuple(output.shape[2:]), calls + 1)
-
-        return hook
-
-    for name, module in model.named_modules():
-        if isinstance(module, CONVS):
-            handles.append(module.register_forward_hook(watch(name), with_kwargs=True))
-    try:
-        run_once(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return observed
-
-
-def _choose(conv: Conv, groups: int, kind: str, min_group_width: int, block: int) -> _Choice:
+def _choose(conv: Conv, groups: int, rules: Rules) -> _Choice:
     """Choose the number of groups of a dense conv that nothing else forbids to convert."""
+    kind, narrowest = rules.kind, rules.narrowest
+    # ONNX Runtime's blocked kernel is for two dimensions; elsewhere no width is special.
+    block = rules.block if isinstance(conv, nn.Conv2d) else 1
     if kind == GROUPED_POINTWISE and max(conv.kernel_size) == 1:
         return _Choice(DENSE, 1, "a 1×1 conv costs less than a grouped conv and a pointwise conv")
     sizes = (conv.in_channels, conv.out_channels)
@@ -209,10 +130,10 @@ def _choose(conv: Conv, groups: int, kind: str, min_group_width: int, block: int
     dividing = [count for count in range(2, min(groups, common) + 1) if common % count == 0]
     if not dividing:
         return _Choice(DENSE, 1, f"no number of groups from 2 to {groups} divides {channels}")
-    wide = [count for count in dividing if min(sizes) // count >= min_group_width]
+    wide = [count for count in dividing if min(sizes) // count >= narrowest]
     if not wide:
         return _Choice(
-            DENSE, 1, f"groups narrower than {min_group_width} channels are slower; {channels} are too few"
+            DENSE, 1, f"groups narrower than {narrowest} channels are slower; {channels} are too few"
         )
     whole = [count for count in wide if all(size // count % block == 0 for size in sizes)]
     chosen = max(whole or wide)
@@ -222,7 +143,7 @@ def _choose(conv: Conv, groups: int, kind: str, min_group_width: int, block: int
     if chosen < max(wide):
         reasons.append(f"clamped: only widths that are multiples of {block} run in the fast kernel")
     elif chosen < max(dividing):
-        reasons.append(f"clamped: groups narrower than {min_group_width} channels are slower")
+        reasons.append(f"clamped: groups narrower than {narrowest} channels are slower")
     elif chosen < groups:
         reasons.append(f"clamped: {groups} groups do not divide {channels}")
     if not whole:
@@ -262,17 +183,13 @@ def _why_not(
     return None
 
 
-def _macs(conv: Conv, observed: Observed) -> int:
-    return (
-        conv_params(conv.in_channels, conv.out_channels, conv.kernel_size, conv.groups, bias=False)
-        * math.prod(observed.output_size)
-        * observed.calls
-    )
-
-
-def _is_cheap_shortcut(conv: Conv, observed: Observed, total_macs: int) -> bool:
-    strided = max(conv.kernel_size) == 1 and max(conv.stride) > 1
-    return strided and _macs(conv, observed) < _SHORTCUT_SHARE * total_macs
+def _why_shortcut(conv: Conv, observed: Observed | None, total_macs: int, rules: Rules) -> str | None:
+    """Say why a shortcut that nothing else keeps dense had better stay so."""
+    if rules.include or observed is None or max(conv.kernel_size) > 1 or max(conv.stride) == 1:
+        return None
+    if conv_macs(conv, observed) >= _SHORTCUT_SHARE * total_macs:
+        return None
+    return f"shortcut with under {_SHORTCUT_SHARE:.0%} of the MACs: lets the groups mix; see --include"
 
 
 def _pointwise_is_smaller(conv: Conv, groups: int) -> bool:
@@ -280,39 +197,13 @@ def _pointwise_is_smaller(conv: Conv, groups: int) -> bool:
     return dense // groups + conv.out_channels**2 < dense
 
 
-def _site(name: str, conv: Conv, choice: _Choice, observed: Observed | None, shuffle: str) -> SitePlan:
-    has_bias = conv.bias is not None
-    sizes = (conv.in_channels, conv.out_channels, conv.kernel_size)
-    before = conv_params(*sizes, conv.groups, has_bias)
-    after = conv_params(*sizes, choice.groups, has_bias)
-    if choice.kind == GROUPED_POINTWISE:
-        after += conv.out_channels**2
-    biases = conv.out_channels if has_bias else 0
-    outputs = math.prod(observed.output_size) * observed.calls if observed else 0
-    return SitePlan(
-        name=name,
-        kind=choice.kind,
-        groups_before=conv.groups,
-        groups=choice.groups,
-        shuffle=choice.kind == GROUPED and shuffle == "all",
-        reason=choice.reason,
-        in_channels=conv.in_channels,
-        out_channels=conv.out_channels,
-        kernel_size=tuple(conv.kernel_size),
-        stride=tuple(conv.stride),
-        output_size=observed.output_size if observed else (),
-        params=Change(before, after),
-        macs=Change((before - biases) * outputs, (after - biases) * outputs),
-    )
-
-
-def _nothing_fits(result: Plan, groups: int, min_group_width: int) -> str:
+def _nothing_fits(result: Plan, groups: int, narrowest: int) -> str:
     reasons = Counter(site.reason or "" for site in result.sites)
     # What the user left out by a pattern explains nothing, unless there is nothing else.
     telling = {reason: count for reason, count in reasons.items() if reason not in (_EXCLUDED, _NOT_INCLUDED)}
     common, count = max((telling or reasons).items(), key=lambda item: item[1])
     return (
-        f"no convolution worth grouping: {groups} groups of at least {min_group_width} channels fit none of "
+        f"no convolution worth grouping: {groups} groups of at least {narrowest} channels fit none of "
         f"the {len(result.sites)} convs; "
         f"most common reason ({count}×): {common}; try fewer groups or a smaller --min-group-width"
     )

@@ -13,7 +13,7 @@ from groupify.files import write_aside
 from groupify.planning.budget import MACS
 from groupify.planning.costing import shown
 from groupify.planning.frontier import Frontier, FrontierPoint
-from groupify.planning.search import BudgetPlan, Contender
+from groupify.planning.race import BudgetPlan, Contender
 from groupify.reporting.document import change_document, clean, site_document
 from groupify.reporting.sites import print_plan
 from groupify.reporting.tables import Table, print_lines

@@ -30,15 +30,15 @@ from groupify.data.batches import Data, calibration_images
 from groupify.data.splits import DataSplits, load_data
 from groupify.files import cache_folder
 from groupify.measure.benchmarks import speed_ups
+from groupify.measure.plan_timer import PlanTimer
 from groupify.models import Source, load_model
 from groupify.onnx.exporting import export_onnx
 from groupify.planning.budget import LATENCY, MACS, Budget, Limit
 from groupify.planning.candidates import candidates
-from groupify.planning.plan_timer import PlanTimer
 from groupify.planning.rules import AUTO, Rules
 from groupify.planning.search import Images, SearchOptions, make_costing, plan_for_budget
 from groupify.scores import evaluate
-from groupify.structures import GROUPED, Plan, SiteRecipe
+from groupify.structures import GROUPED, Plan, SiteRecipe, Uniform
 from scripts.benchmarks.contest import IMAGES, MODEL
 from scripts.benchmarks.harness import Parser, Results
 from scripts.benchmarks.methods import Setting, make, rules_for
@@ -163,7 +163,7 @@ class Run:
         )
         images = Images(self.setting.images, self.held_out)
         costing = make_costing(model, shape, images, rules, options, latency=quantity == LATENCY)
-        uniform = costing.choices.uniform[GROUPED, int(groups), False]
+        uniform = costing.choices.uniform[Uniform(GROUPED, int(groups))]
         amount = costing.costs(uniform)[quantity]
         if costing.latencies is not None:
             timer = PlanTimer(model, costing.choices, costing.latencies.dense_ms, cache=options.cache)
@@ -230,7 +230,7 @@ def retimed(row: Row, source: Source) -> Row:
     for name, site in row.plan.items():
         kind, count, *shuffle = site.split()
         planned.append(SiteRecipe(name, kind, int(count), bool(shuffle)))
-    uniform = choices.plan(choices.uniform[GROUPED, int(groups), False]).recipes
+    uniform = choices.plan(choices.uniform[Uniform(GROUPED, int(groups))]).recipes
     recipes = {"uniform": uniform, "planned": planned}
     models = {name: restructure(model, sites) for name, sites in recipes.items()}
     timed = replace(row, speed_up=timed_beside(model, models, shape))

@@ -31,10 +31,9 @@ from groupify.onnx.exporting import export_onnx
 from groupify.planning.budget import LATENCY
 from groupify.planning.candidates import candidates
 from groupify.planning.costing import Costing
-from groupify.planning.search import uniform_name
 from groupify.planning.sensitivity import weight_sensitivity
 from groupify.scores import measure_cost
-from groupify.structures import Plan
+from groupify.structures import Plan, Uniform
 from scripts.benchmarks.harness import Parser, Results
 
 MODELS = ("resnet18", "resnet50", "vgg16_bn", "densenet121")
@@ -42,10 +41,10 @@ ALLOWED = 0.10
 STEADY = 0.05  # how much the dense model's time in front of the table and behind it may differ
 MIXED = "planned for half of the latency"
 UNIFORM = (
-    ("grouped", 2, False),
-    ("grouped", 4, False),
-    ("grouped", 8, False),
-    ("grouped-pointwise", 8, False),
+    Uniform("grouped", 2),
+    Uniform("grouped", 4),
+    Uniform("grouped", 8),
+    Uniform("grouped-pointwise", 8),
 )
 
 
@@ -107,7 +106,7 @@ def measure(name: str, shape: tuple[int, ...], seconds: float, attempts: int = 3
     model = load_model(name, weights="none", input_shape=shape).model
     choices = candidates(model, shape)
     chosen = {"dense": (0,) * len(choices.sites)}
-    chosen |= {uniform_name(key): choices.uniform[key] for key in UNIFORM if key in choices.uniform}
+    chosen |= {str(key): choices.uniform[key] for key in UNIFORM if key in choices.uniform}
     with tempfile.TemporaryDirectory() as folder:
         files = {
             plan: export(model, choices.plan(indices), Path(folder, f"{number}.onnx"))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from groupify.graph.operations import Conv
-from groupify.planning.uniform import describe
+from groupify.planning.sites import describe
 from groupify.structures import Plan, SiteRecipe
 
 SHAPE = (3, 8, 8)

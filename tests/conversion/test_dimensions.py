@@ -14,7 +14,7 @@ from groupify.conversion.conversion import Calibration, convert
 from groupify.conversion.site_fit import FitOptions
 from groupify.onnx.exporting import export_onnx
 from groupify.onnx.parity import check_parity
-from groupify.planning.uniform import describe
+from groupify.planning.sites import describe
 from groupify.structures import SiteRecipe
 from tests.conversion.nets import images, make_block_diagonal, randomise, relative_error
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from groupify.conversion.conversion import Calibration, Conversion, convert
 from groupify.conversion.site_fit import FitOptions, Target, _Limit, fit_site
 from groupify.conversion.surgery import restructure
-from groupify.planning.uniform import describe
+from groupify.planning.sites import describe
 from groupify.stats.samples import SampleBudget
 from groupify.structures import GROUPED, GROUPED_POINTWISE, SiteRecipe
 from tests.conversion.nets import SHAPE, Chain, Residual, images, plan_of, randomise, relative_error

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,19 +9,29 @@ from typing import Any
 import pytest
 
 from groupify.errors import ArtefactError, PlanError
-from groupify.measure import latency_table
 from groupify.measure.conv_timing import ConvShape, time_convs
-from groupify.measure.latency_table import LatencyTable, cached_table, look_up, measure_table
+from groupify.measure.latency_table import LatencyTable, Stopwatch, cached_table, look_up, measure_table
 from groupify.measure.site_times import NetworkTime
-from groupify.onnx.exporting import ExportedModel
 from groupify.planning.candidates import candidates
 from groupify.planning.rules import Rules
 from tests.cli_nets import net
 
 SHAPE = (3, 8, 8)
 GROUPED = Rules(min_group_width=1, structures="grouped")
-NO_FILE = ExportedModel(Path(), 18, 0, "", (), 0, 0)
 CONV = ConvShape(32, 32, (3, 3), (1, 1), (1, 1), (1, 1, 1, 1), (28, 28))
+
+
+class Fake(Stopwatch):
+    """Times that are known beforehand."""
+
+    def __init__(self, time: Callable[[ConvShape, bool], float], network: NetworkTime) -> None:
+        self._time, self._network = time, network
+
+    def convs(self, shapes: Sequence[ConvShape], *, warm: bool) -> dict[ConvShape, float]:
+        return {shape: self._time(shape, warm) for shape in shapes}
+
+    def network(self, sites: Sequence[str]) -> NetworkTime:
+        return self._network
 
 
 def test_groups_and_what_follows_them_are_timed() -> None:
@@ -42,7 +53,7 @@ def test_convs_of_other_dimensions_strides_and_paddings_are_timed() -> None:
     assert all(time > 0 for time in time_convs([line, odd], rounds=3).values())
 
 
-def test_a_table_knows_its_model_and_all_candidates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_knows_its_model_and_all_candidates(tmp_path: Path) -> None:
     choices = candidates(net(), SHAPE, GROUPED, group_counts=(4,))
     table = cached_table(net(), choices, cache=tmp_path)
     latencies = look_up(table, net(), choices)
@@ -53,27 +64,23 @@ def test_a_table_knows_its_model_and_all_candidates(tmp_path: Path, monkeypatch:
     assert network.convs_ms.keys() == {options[0].site.name for options in choices.sites if len(options) > 1}
     assert LatencyTable.loads(table.dumps()) == table
 
-    def fail(*_: Any, **__: Any) -> None:
-        raise AssertionError("measured again")
+    class Broken(Stopwatch):
+        def network(self, sites: Sequence[str]) -> NetworkTime:
+            raise AssertionError("measured again")
 
-    monkeypatch.setattr(latency_table, "time_network", fail)
-    assert cached_table(net(), choices, cache=tmp_path) == table
+    broken = Broken(net(), SHAPE)
+    assert cached_table(net(), choices, cache=tmp_path, stopwatch=broken) == table
     (file,) = tmp_path.glob("latency-*.json")
     file.write_text("{")
     with pytest.raises(AssertionError, match="measured again"):
-        cached_table(net(), choices, cache=tmp_path)
+        cached_table(net(), choices, cache=tmp_path, stopwatch=broken)
 
 
-def test_convs_with_warm_weights_have_times_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def timed(shapes: list[ConvShape], warm: bool = False, **_: Any) -> dict[ConvShape, float]:
-        return {shape: (1.0 if warm else 3.0) / shape.groups for shape in shapes}
-
-    monkeypatch.setattr(latency_table, "time_convs", timed)
+def test_convs_with_warm_weights_have_times_of_their_own(tmp_path: Path) -> None:
+    fake = Fake(lambda shape, warm: (1.0 if warm else 3.0) / shape.groups, NetworkTime(100.0, {}))
     choices = candidates(net(), SHAPE, GROUPED, group_counts=(4,))
-    cold = cached_table(net(), choices, cache=tmp_path)
-    table = cached_table(net(), choices, cache=tmp_path, warm=True)
+    cold = cached_table(net(), choices, cache=tmp_path, stopwatch=fake)
+    table = cached_table(net(), choices, cache=tmp_path, warm=True, stopwatch=fake)
     assert table.networks == cold.networks
     assert table.convs == cold.convs
     assert table.warm_convs.keys() == cold.convs.keys()
@@ -92,24 +99,21 @@ def test_convs_with_warm_weights_have_times_of_their_own(
     ids=["faster in the network", "slower in the network", "not told apart in the network"],
 )
 def test_convs_take_what_the_dense_ones_take_in_the_network(
-    inside: float | None, expected: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+    inside: float | None, expected: tuple[float, float]
 ) -> None:
     choices = candidates(net(), SHAPE, GROUPED, group_counts=(4,))
     number, site = next((n, o[0].site.name) for n, o in enumerate(choices.sites) if len(o) > 1)
     network = NetworkTime(100.0, {} if inside is None else {site: inside})
-    monkeypatch.setattr(latency_table, "time_network", lambda *_, **__: network)
-    monkeypatch.setattr(latency_table, "export_onnx", lambda *_, **__: NO_FILE)
-    monkeypatch.setattr(latency_table, "time_convs", lambda s, **_: {shape: 4 / shape.groups for shape in s})
-    latencies = look_up(measure_table(net(), choices), net(), choices)
+    fake = Fake(lambda shape, _: 4 / shape.groups, network)
+    latencies = look_up(measure_table(net(), choices, stopwatch=fake), net(), choices)
     assert latencies.convs_ms[number] == expected
     assert latencies.dense_ms == pytest.approx(100)
 
 
-def test_a_table_of_another_model_or_of_other_options_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency_table, "time_network", lambda *_, **__: NetworkTime(1.0, {}))
-    monkeypatch.setattr(latency_table, "export_onnx", lambda *_, **__: NO_FILE)
+def test_a_table_of_another_model_or_of_other_options_is_refused() -> None:
+    fake = Fake(lambda *_: 1.0, NetworkTime(1.0, {}))
     few = candidates(net(), SHAPE, GROUPED, group_counts=(2,))
-    table = measure_table(net(), few)
+    table = measure_table(net(), few, stopwatch=fake)
     with pytest.raises(PlanError, match="does not know this model"):
         look_up(table, net(64), candidates(net(64), SHAPE, GROUPED))
     with pytest.raises(PlanError, match=r"has no conv .* groups 4"):

@@ -2,10 +2,9 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,31 +16,35 @@ from groupify.conversion.surgery import restructure
 from groupify.data.splits import DataSplits
 from groupify.errors import GroupifyError, GroupifyWarning, PlanError, SpecError
 from groupify.graph.trace import example_input
-from groupify.measure import benchmarks as benchmark_module
-from groupify.measure import latency_table
+from groupify.measure import benchmarks
 from groupify.measure.benchmarks import Latency, speed_ups
 from groupify.measure.conv_timing import ConvShape
-from groupify.measure.latency_table import LatencyTable, cached_table
+from groupify.measure.latency_table import Stopwatch, look_up, measure_table
+from groupify.measure.plan_timer import PlanTimer
 from groupify.measure.site_times import NetworkTime
 from groupify.measure.timing import Timing
-from groupify.onnx.exporting import ExportedModel
 from groupify.pipeline.budget import planning_images
-from groupify.planning import plan_timer, search
 from groupify.planning import sensitivity as sensitivity_module
 from groupify.planning.budget import Budget
 from groupify.planning.candidates import candidates
+from groupify.planning.costing import Costing
+from groupify.planning.finder import Finder
 from groupify.planning.frontier import trace_frontier
-from groupify.planning.plan_timer import PlanTimer
+from groupify.planning.race import BudgetPlan, Race
 from groupify.planning.rules import Rules
-from groupify.planning.search import BudgetPlan, Images, SearchOptions, plan_for_budget
-from groupify.planning.sensitivity import exact_sensitivity, measure_sensitivity
+from groupify.planning.search import HeldOut, Images, SearchOptions, make_costing, plan_for_budget
+from groupify.planning.sensitivity import (
+    Sensitivity,
+    exact_sensitivity,
+    measure_sensitivity,
+    weight_sensitivity,
+)
 from groupify.planning.uniform import plan
 from groupify.reporting.budget import plot_frontier
-from groupify.scores import Judge, Judgement, measure_cost
-from groupify.structures import Plan
+from groupify.scores import Judgement, measure_cost
+from groupify.structures import Plan, Uniform
 
 SHAPE = (3, 12, 12)
-NO_FILE = ExportedModel(Path(), 18, 0, "", (), 0, 0)
 
 
 def net() -> nn.Module:
@@ -188,11 +191,12 @@ def test_an_interrupted_measurement_goes_on(tmp_path: Path, monkeypatch: pytest.
     assert len(calls) == 8
 
 
-def test_models_in_several_passes_lose_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_in_several_passes_lose_about_the_same() -> None:
     choices = candidates(net(), SHAPE, ANY, group_counts=(4,))
     whole = measure_sensitivity(net(), choices, images())
-    monkeypatch.setattr(sensitivity_module, "_MEMORY", 1)
-    assert measure_sensitivity(net(), choices, images()).losses.keys() == whole.losses.keys()
+    assert measure_sensitivity(net(), choices, images(), memory=1).losses == pytest.approx(
+        whole.losses, rel=0.1
+    )
 
 
 # ---- the search
@@ -217,17 +221,14 @@ def test_the_plan_holds_its_budget_and_is_no_worse_than_uniform_groups() -> None
     assert macs["second.3"] < macs["first.3"]  # the branch that the output hardly needs
 
 
-def test_uniform_wins_where_the_plan_is_measured_to_be_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uniform_wins_where_the_plan_is_measured_to_be_worse() -> None:
     """Losses that are all wrong: what costs the least is said to lose nothing."""
-    original = sensitivity_module._Measurement.losses
-
-    def wrong(self: Any, options: Any) -> dict[str, float]:
-        found = original(self, options)
-        second = options[0].site.name.startswith("second")
-        return dict.fromkeys(found, 1e-09 + (1.0 if second else 0.0))
-
-    monkeypatch.setattr(sensitivity_module._Measurement, "losses", wrong)
-    found = planned("macs=55%", GROUPED)
+    options = SearchOptions()
+    given = Images.split(images())
+    costing = make_costing(net(), SHAPE, given, GROUPED, options, latency=False)
+    losses = {key: 1e-9 + key.startswith("second") for key in costing.sensitivity.losses}
+    wrong = replace(costing, sensitivity=Sensitivity(losses, "wrong"))
+    found = Race(Finder(Budget.parse("macs=55%"), wrong), HeldOut(net(), given, options)).run()
     assert found.winner.uniform
     assert [site.groups for site in found.plan.sites] == [1, 2, 2, 2, 2]
 
@@ -239,104 +240,114 @@ def test_a_budget_without_images_is_planned_from_the_weights_alone() -> None:
     assert found.method == "from the weights alone"
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+class Clock(Stopwatch):
     """A machine on which time is the number of weights, and half of the network is something else."""
 
-    def time_convs(shapes: Iterable[ConvShape], **_: Any) -> dict[ConvShape, float]:
+    def __init__(self) -> None:
+        pass
+
+    def convs(self, shapes: Sequence[ConvShape], *, warm: bool) -> dict[ConvShape, float]:
         return {shape: shape.weights / 1000 for shape in shapes}
 
-    monkeypatch.setattr(latency_table, "time_convs", time_convs)
-    monkeypatch.setattr(latency_table, "time_network", lambda *_, **__: NetworkTime(8 * 9.216, {}))
-    monkeypatch.setattr(latency_table, "export_onnx", lambda *_, **__: NO_FILE)
+    def network(self, sites: Sequence[str]) -> NetworkTime:
+        return NetworkTime(DENSE_MS, {})
 
 
-@pytest.fixture
-def timed(monkeypatch: pytest.MonkeyPatch, clock: None) -> Callable[[Callable[[float], float]], list[float]]:
-    """Let whole models take other times than are predicted for them."""
+DENSE_MS = 8 * 9.216
 
-    def use(measured: Callable[[float], float]) -> list[float]:
+
+def timed_costing(model: nn.Module) -> Costing:
+    """What is known of a model on such a machine, before whole plans are timed."""
+    choices = candidates(model, SHAPE, GROUPED)
+    latencies = look_up(measure_table(model, choices, stopwatch=Clock()), model, choices)
+    dense = measure_cost(model, example_input(SHAPE))
+    return Costing(choices, weight_sensitivity(model, choices), dense, latencies)
+
+
+def predicted_ms(costing: Costing, given: Plan) -> float:
+    return costing.costs(costing.choices.indices(given))["latency"]
+
+
+def test_a_latency_limit_is_held_by_the_measured_one() -> None:
+    """Whole models take other times than are predicted for them."""
+    costing, losses, asked = timed_costing(net()), [], 0.8 * DENSE_MS
+    for factor in (1.1, 1.0, 0.8):
         seen: list[float] = []
 
-        def time_plan(self: PlanTimer, given: Plan) -> float:
-            weights = sum(site.params.grouped for site in given.sites)
-            seen.append(measured((8 * 9.216 - 36.864) + weights / 1000))
+        def timer(given: Plan, factor: float = factor, seen: list[float] = seen) -> float:
+            seen.append(factor * predicted_ms(costing, given))
             return seen[-1]
 
-        monkeypatch.setattr(PlanTimer, "__call__", time_plan)
-        return seen
-
-    return use
-
-
-def test_a_latency_limit_is_held_by_the_measured_one(timed: Any, tmp_path: Path) -> None:
-    options = SearchOptions(cache=tmp_path)
-    losses, asked = [], 0.8 * 8 * 9.216
-    for factor in (1.1, 1.0, 0.8):
-        seen = timed(lambda predicted, factor=factor: factor * predicted)
-        winner = plan_for_budget(net(), SHAPE, "latency=80%", rules=GROUPED, options=options).winner
+        winner = Race(Finder(Budget.parse("latency=80%"), costing, timer)).run().winner
         assert winner.costs["latency"] <= 1.01 * asked
         assert winner.costs["latency"] in seen
         losses.append(winner.loss)
     assert losses[0] > losses[1] > losses[2]
 
 
-def test_a_latency_limit_is_approached_from_both_sides(
-    clock: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_latency_limit_is_approached_from_both_sides() -> None:
     """Plans just below the limit are faster than predicted, plans above it slower."""
     convs = [nn.Conv2d(32, 32, 3, padding=1) for _ in range(6)]
     deep = nn.Sequential(nn.Conv2d(3, 32, 1), *(layer for conv in convs for layer in (conv, nn.ReLU())))
-    dense = 8 * 9.216
-    seen: dict[int, float] = {}
+    costing = timed_costing(deep)
 
-    def time_plan(self: PlanTimer, given: Plan) -> float:
-        weights = sum(site.params.grouped for site in given.sites if site.kernel_size == (3, 3))
-        predicted = dense - 6 * 9.216 + (weights - 6 * 32) / 1000
-        seen[weights] = predicted * (0.8 if predicted < 0.65 * dense else 1.1)
-        return seen[weights]
+    def timer(given: Plan) -> float:
+        predicted = predicted_ms(costing, given)
+        return predicted * (0.8 if predicted < 0.65 * DENSE_MS else 1.1)
 
-    monkeypatch.setattr(PlanTimer, "__call__", time_plan)
-    options = SearchOptions(cache=tmp_path)
-    winner = plan_for_budget(deep, SHAPE, "latency=60%", rules=GROUPED, options=options).winner
-    assert 0.5 * dense < winner.costs["latency"] <= 0.6 * dense
+    winner = Race(Finder(Budget.parse("latency=60%"), costing, timer)).run().winner
+    assert 0.5 * DENSE_MS < winner.costs["latency"] <= 0.6 * DENSE_MS
 
 
 @pytest.mark.parametrize(("factor", "is_warm"), [(0.9, False), (0.7, True)])
 def test_convs_are_timed_warm_where_plans_are_much_faster_than_predicted(
-    factor: float, is_warm: bool, timed: Any, tmp_path: Path
+    factor: float, is_warm: bool
 ) -> None:
-    timed(lambda predicted: factor * predicted)
-    plan_for_budget(net(), SHAPE, "latency=60%", rules=GROUPED, options=SearchOptions(cache=tmp_path))
-    (table,) = tmp_path.glob("latency-*.json")
-    assert bool(LatencyTable.read(table).warm_convs) == is_warm
+    costing = timed_costing(net())
+    asked: list[str] = []
+
+    def warm() -> Costing:
+        asked.append("warm")
+        return costing
+
+    def timer(given: Plan) -> float:
+        return factor * predicted_ms(costing, given)
+
+    Race(Finder(Budget.parse("latency=60%"), costing, timer, warm)).run()
+    assert bool(asked) == is_warm
 
 
-def test_a_latency_limit_that_no_measured_plan_holds_is_refused(timed: Any, tmp_path: Path) -> None:
-    options = SearchOptions(cache=tmp_path)
-    timed(lambda predicted: 2 * predicted)
+def test_a_latency_limit_that_no_measured_plan_holds_is_refused() -> None:
+    costing, budget = timed_costing(net()), Budget.parse("latency=80%")
+    twice = Finder(budget, costing, lambda given: 2 * predicted_ms(costing, given))
     with pytest.raises(PlanError, match=r"latency=80% cannot be held: the fastest plan .* measured latency"):
-        plan_for_budget(net(), SHAPE, "latency=80%", rules=GROUPED, options=options)
-    table = cached_table(net(), candidates(net(), SHAPE, GROUPED), cache=tmp_path)
-    for trusting in (replace(options, verify=False), replace(options, table=table)):
-        found = plan_for_budget(net(), SHAPE, "latency=80%", rules=GROUPED, options=trusting)
-        assert found.winner.costs["latency"] > 0
+        Race(twice).run()
+    assert 0 < Race(Finder(budget, costing)).run().winner.costs["latency"] <= 0.8 * DENSE_MS
 
 
-def test_plans_are_timed_beside_the_dense_model_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_timer, "speed_ups", functools.partial(speed_ups, seconds=0.07))
+@pytest.mark.parametrize("given", [True, False])
+def test_whole_plans_are_timed_unless_a_table_is_given_or_nothing_is_to_be_verified(given: bool) -> None:
+    choices = candidates(net(), SHAPE, GROUPED)
+    table = measure_table(net(), choices, stopwatch=Clock())
+    options = SearchOptions(table=table, verify=given)
+    winner = plan_for_budget(net(), SHAPE, "latency=80%", rules=GROUPED, options=options).winner
+    assert winner.costs["latency"] == pytest.approx(look_up(table, net(), choices).total(winner.chosen))
+
+
+def test_plans_are_timed_beside_the_dense_model_once(tmp_path: Path) -> None:
     choices = candidates(net(), SHAPE, ANY)
-    grouped = choices.plan(choices.uniform["grouped", 4, False])
-    milliseconds = PlanTimer(net(), choices, 8.0, cache=tmp_path)(grouped)
+    grouped = choices.plan(choices.uniform[Uniform("grouped", 4)])
+    briefly = functools.partial(speed_ups, seconds=0.07)
+    milliseconds = PlanTimer(net(), choices, 8.0, cache=tmp_path, time_files=briefly)(grouped)
     assert 0.8 < milliseconds < 80
 
-    def fail(*_: Any, **__: Any) -> None:
+    def fail(*_: Any, **__: Any) -> dict[str, float]:
         raise AssertionError("timed again")
 
-    monkeypatch.setattr(plan_timer, "speed_ups", fail)
-    assert PlanTimer(net(), choices, 4.0, cache=tmp_path)(grouped) == pytest.approx(milliseconds / 2)
+    again = PlanTimer(net(), choices, 4.0, cache=tmp_path, time_files=fail)
+    assert again(grouped) == pytest.approx(milliseconds / 2)
     with pytest.raises(AssertionError, match="timed again"):
-        PlanTimer(net(), choices, 4.0, cache=tmp_path, threads=2)(grouped)
+        PlanTimer(net(), choices, 4.0, cache=tmp_path, threads=2, time_files=fail)(grouped)
 
 
 def test_the_time_of_a_plan_is_the_median_over_sessions(
@@ -348,56 +359,73 @@ def test_the_time_of_a_plan_is_the_median_over_sessions(
         milliseconds = {"dense": 8.0, "planned": next(times)}
         return [Latency(name, 1, 1, Timing((time,), (time,))) for name, time in milliseconds.items()]
 
-    monkeypatch.setattr(benchmark_module, "benchmark_onnx", benchmark)
+    monkeypatch.setattr(benchmarks, "benchmark_onnx", benchmark)
     choices = candidates(net(), SHAPE, ANY)
-    grouped = choices.plan(choices.uniform["grouped", 4, False])
+    grouped = choices.plan(choices.uniform[Uniform("grouped", 4)])
     assert PlanTimer(net(), choices, 8.0, cache=tmp_path)(grouped) == 2.0
 
 
-@pytest.mark.usefixtures("clock")
-def test_a_latency_budget_counts_what_no_plan_changes(tmp_path: Path) -> None:
-    options = SearchOptions(cache=tmp_path, verify=False)
-    found = plan_for_budget(net(), SHAPE, "latency=75%", rules=GROUPED, options=options)
-    assert found.dense_costs["latency"] == pytest.approx(8 * 9.216)
+def test_a_latency_budget_counts_what_no_plan_changes() -> None:
+    costing = timed_costing(net())
+    found = Race(Finder(Budget.parse("latency=75%"), costing)).run()
+    assert found.dense_costs["latency"] == pytest.approx(DENSE_MS)
     assert 4 * 9.216 < found.winner.costs["latency"] <= 6 * 9.216
-    assert list(tmp_path.glob("latency-*.json"))
     with pytest.raises(PlanError, match=r"latency=40% cannot be held: the least .* latency .* \(51\.6%\)"):
-        plan_for_budget(net(), SHAPE, "latency=40%", rules=GROUPED, options=options)
+        Race(Finder(Budget.parse("latency=40%"), costing)).run()
 
 
-def test_a_plan_that_loses_too_much_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Judge, "judge", lambda *_: Judgement(0.1, 3.0))
-    monkeypatch.setattr(search, "convert", lambda *_, **__: SimpleNamespace(model=None))
+@dataclass(frozen=True)
+class Verdict:
+    """Judges plans without converting them."""
+
+    judge: Callable[[Plan], Judgement]
+    labelled: bool = False
+
+    def __call__(self, given: Plan) -> Judgement:
+        return self.judge(given)
+
+    def __str__(self) -> str:
+        return "15 held-out unlabelled images"
+
+
+def judged(budget: str, judge: Callable[[Plan], Judgement], rules: Rules = ANY) -> BudgetPlan:
+    choices = candidates(net(), SHAPE, rules)
+    sensitivity = weight_sensitivity(net(), choices)
+    costing = Costing(choices, sensitivity, measure_cost(net(), example_input(SHAPE)))
+    return Race(Finder(Budget.parse(budget), costing), Verdict(judge), bisections=3).run()
+
+
+def test_a_plan_that_loses_too_much_is_refused() -> None:
+    def bad(_: Plan) -> Judgement:
+        return Judgement(0.1, 3.0)
+
     with pytest.raises(PlanError, match=r"the drop came to 3\.00 points on 15 held-out unlabelled images"):
-        planned("macs=20%,drop=1")
+        judged("macs=20%,drop=1", bad)
     with pytest.raises(
         PlanError, match=r"drop=1 cannot be held: the mildest plan that was tried.* lost 3.00"
     ):
-        planned("drop=1", GROUPED)
+        judged("drop=1", bad, GROUPED)
 
 
-def test_the_drop_decides_before_the_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_drop_decides_before_the_divergence() -> None:
     """The plan diverges less, the uniform one alone holds the drop."""
 
-    def judged(costing: Any) -> Any:
-        uniform = set(costing.choices.uniform.values())
-        return lambda chosen: Judgement(0.2, 0.5) if chosen in uniform else Judgement(0.1, 3.0)
+    def judge(given: Plan) -> Judgement:
+        kinds = {site.recipe.kind + str(site.groups) for site in given.converted}
+        is_uniform = len(given.converted) == 4 and len(kinds) == 1
+        return Judgement(0.2, 0.5) if is_uniform else Judgement(0.1, 3.0)
 
-    judge = Judge(net(), images(8))
-    monkeypatch.setattr(search, "measurer", lambda _, costing, *rest: (judge, judged(costing)))
-    assert not planned("macs=40%").winner.uniform
-    assert planned("macs=40%,drop=1").winner.uniform
-    monkeypatch.setattr(search, "_BISECTIONS", 3)
-    found = planned("drop=1")
+    assert not judged("macs=40%", judge).winner.uniform
+    assert judged("macs=40%,drop=1", judge).winner.uniform
+    found = judged("drop=1", judge)
     assert found.winner.uniform
     assert found.winner.costs["macs"] < 0.5 * found.dense_costs["macs"]
 
 
-def test_a_drop_is_searched_by_conversion_and_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "_BISECTIONS", 3)
-    labels = net()(images(80)).argmax(1)
-    given = Images.split(images(80), labels)
-    found = plan_for_budget(net(), SHAPE, "drop=10", given, rules=GROUPED)
+def test_a_drop_is_searched_by_conversion_and_measurement() -> None:
+    given = Images.split(images(80), net()(images(80)).argmax(1))
+    costing = make_costing(net(), SHAPE, given, GROUPED, SearchOptions(), latency=False)
+    found = Race(Finder(Budget.parse("drop=10"), costing), HeldOut(net(), given), bisections=3).run()
     measured = found.winner.measured
     assert found.labelled
     assert measured is not None

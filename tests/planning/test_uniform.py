@@ -15,7 +15,8 @@ from groupify.conversion.surgery import restructure
 from groupify.errors import ConversionError, PlanError
 from groupify.graph.trace import example_input
 from groupify.planning.rules import Rules
-from groupify.planning.uniform import describe, observe, plan, plan_observed
+from groupify.planning.sites import describe, observe
+from groupify.planning.uniform import plan, plan_observed
 from groupify.scores import conv_params, measure_cost
 from groupify.structures import KINDS, Change, Plan, SitePlan, SiteRecipe
 

@@ -10,6 +10,7 @@ import functools
 import shutil
 import tempfile
 import weakref
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import nn
@@ -19,8 +20,9 @@ from groupify.files import NumberCache, cache_folder, fingerprint
 from groupify.measure.benchmarks import SESSIONS, speed_ups
 from groupify.measure.latency_table import machine_fingerprint, network_fingerprint
 from groupify.onnx.exporting import export_onnx
-from groupify.planning.candidates import Choices
-from groupify.structures import Plan
+from groupify.structures import Choices, Plan
+
+TimeFiles = Callable[..., Mapping[str, float]]
 
 
 class PlanTimer:
@@ -35,6 +37,7 @@ class PlanTimer:
         threads: intra-op threads.
         cache: folder; None = the user's.
         progress: show a bar on stderr.
+        time_files: returns by how much files are faster than one of them.
     """
 
     def __init__(
@@ -46,7 +49,9 @@ class PlanTimer:
         threads: int = 1,
         cache: Path | None = None,
         progress: bool = False,
+        time_files: TimeFiles = speed_ups,
     ) -> None:
+        self._time_files = time_files
         self._model, self._shape = model, choices.input_shape
         self._dense_ms = dense_ms
         self._threads = threads
@@ -71,7 +76,7 @@ class PlanTimer:
         model = restructure(self._model, plan.recipes)
         with tempfile.TemporaryDirectory(prefix="groupify-") as folder:
             own = export_onnx(model, Path(folder, "planned.onnx"), input_shape=self._shape).path
-            found = speed_ups(
+            found = self._time_files(
                 {"dense": self._dense_file, "planned": own}, "dense", input_shape=self._shape,
                 threads=self._threads, progress=self._progress,
             )  # fmt: skip

@@ -1,0 +1,204 @@
+"""Plans for one budget compete: predicted ones and the best uniform one, converted and measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from tqdm import tqdm
+
+from groupify.errors import PlanError
+from groupify.planning.budget import LATENCY, MACS, Budget
+from groupify.planning.costing import Chosen, Costing
+from groupify.planning.finder import Finder, Limits
+from groupify.scores import Judgement
+from groupify.structures import Plan
+
+# Losses to these powers; without a race there is nothing to tell the plans apart by, and the first is taken.
+_POWERS = (1.0, 0.5)
+_BISECTIONS = 6
+_CLOSE = 0.01  # relative to the cost: a nearer bisection would only resolve noise
+
+
+class PlanJudge(Protocol):
+    """Measures plans on held-out images; its text says on how many, and whether they have labels."""
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the drop is one of accuracy, and not of agreement."""
+
+    def __call__(self, plan: Plan, /) -> Judgement:
+        """Return how far a plan is from the dense model."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One plan in the race.
+
+    Attributes:
+        name: ``"planned"``, or which uniform plan it is.
+        uniform: whether it has the same number of groups everywhere.
+        chosen: index of each conv's candidate.
+        loss: predicted divergence.
+        costs: MACs, parameters, bytes and, where asked for, milliseconds of the whole model: measured ones,
+            unless they come from a table of another device.
+        measured: by converting it; None where that was not done.
+    """
+
+    name: str
+    uniform: bool
+    chosen: Chosen
+    loss: float
+    costs: Mapping[str, float]
+    measured: Judgement | None = None
+
+    @property
+    def drop(self) -> float:
+        """The measured drop in percentage points; infinite where it was not measured."""
+        return math.inf if self.measured is None else self.measured.drop
+
+
+@dataclass(frozen=True)
+class BudgetPlan:
+    """The plan for a budget, and what it won against.
+
+    Attributes:
+        plan: the winner's.
+        budget: what was asked for.
+        contenders: the winner first, then the others from best to worst.
+        dense_costs: MACs, parameters, bytes and milliseconds of the dense model.
+        costing: choices, sensitivities and costs that it was made from.
+        method: one line on how the losses were predicted.
+        labelled: whether the measured drop is one of accuracy, and not of agreement.
+    """
+
+    plan: Plan
+    budget: Budget
+    contenders: tuple[Contender, ...]
+    dense_costs: Mapping[str, float]
+    costing: Costing
+    method: str
+    labelled: bool
+
+    @property
+    def winner(self) -> Contender:
+        """The contender whose plan it is."""
+        return self.contenders[0]
+
+
+@dataclass(frozen=True)
+class Race:
+    """Finds the best plan for a budget.
+
+    Attributes:
+        finder: finds plans within limits, for the budget.
+        judge: measures plans; None = predicted losses decide.
+        bisections: races for a limit on the drop.
+        progress: show bars on stderr.
+    """
+
+    finder: Finder
+    judge: PlanJudge | None = None
+    bisections: int = _BISECTIONS
+    progress: bool = False
+
+    def run(self) -> BudgetPlan:
+        """Return the winner, and what it won against.
+
+        Raises:
+            PlanError: the budget cannot be held; says by how much.
+        """
+        costs, drop = self._budget.costs, self._budget.drop
+        if costs:
+            contenders = self._within_costs()
+        else:
+            assert drop is not None
+            contenders = self._within_drop(drop)
+        return BudgetPlan(
+            plan=self._costing.choices.plan(contenders[0].chosen),
+            budget=self._budget,
+            contenders=tuple(contenders),
+            dense_costs=self._costing.dense_costs,
+            costing=self._costing,
+            method=self._costing.sensitivity.method,
+            labelled=self.judge is not None and self.judge.labelled,
+        )
+
+    @property
+    def _costing(self) -> Costing:
+        return self.finder.costing
+
+    @property
+    def _budget(self) -> Budget:
+        return self.finder.budget
+
+    def _within_costs(self) -> list[Contender]:
+        """All contenders within the costs, the best first, which holds the drop if one is asked."""
+        costs, drop, dense = self._budget.costs, self._budget.drop, self._costing.dense_costs
+        contenders = self._race({limit.quantity: limit.at_most(dense[limit.quantity]) for limit in costs})
+        best = contenders[0].measured
+        if drop is not None and best is not None and best.drop > drop:
+            raise PlanError(
+                f"{self._budget} cannot be held together: within {' and '.join(map(str, costs))} the "
+                f"drop came to {best.drop:.2f} points on {self.judge}; allow more of one of them"
+            )
+        return contenders
+
+    def _within_drop(self, drop: float) -> list[Contender]:
+        """The cheapest plan whose measured drop is within the limit, and what else was measured."""
+        quantity = LATENCY if self._costing.latencies is not None else MACS
+        dense, least = self._costing.dense_costs[quantity], self._costing.least(quantity)
+        low, high = math.log(least), math.log(dense)  # of what holds nothing; of what holds
+        seen: list[Contender] = []
+        steps = range(self.bisections)
+        for _ in tqdm(steps, desc="bisection", disable=None if self.progress else True, leave=False):
+            if high - low < _CLOSE:
+                break
+            middle = (low + high) / 2
+            raced = self._race({quantity: math.exp(middle)})
+            seen += raced
+            if raced[0].drop <= drop:
+                high = min(middle, math.log(raced[0].costs[quantity]))
+            else:
+                low = middle
+        holding = [contender for contender in seen if contender.drop <= drop]
+        if not holding:
+            best = min(seen, key=lambda contender: contender.drop)
+            raise PlanError(
+                f"drop={drop:g} cannot be held: the mildest plan that was tried, with "
+                f"{100 * best.costs[quantity] / dense:.0f}% of the {quantity}, lost {best.drop:.2f} "
+                f"points on {self.judge}; allow a larger drop"
+            )
+        best = min(holding, key=lambda c: (c.costs[quantity], self._rank(c)))
+        return [best, *sorted((c for c in seen if c is not best), key=lambda c: c.costs[quantity])]
+
+    def _race(self, limits: Limits) -> list[Contender]:
+        """All contenders within the limits, the best first."""
+        dense = self._costing.dense_costs
+        if all(dense[quantity] <= limit for quantity, limit in limits.items()):
+            raise PlanError(f"{self._budget} allows all that the dense model costs; ask for less of it")
+        contenders: list[Contender] = []
+        for power in _POWERS if self.judge is not None else _POWERS[:1]:
+            chosen = self.finder.best(limits, power)
+            if all(chosen != other.chosen for other in contenders):
+                name = "planned" if power == 1 else f"planned (losses to the power {power:g})"
+                contenders.append(self._contender(name, chosen))
+        for key, chosen in self._costing.uniform_within(self.finder.loosened(limits)):
+            if self.finder.holds(chosen, limits):
+                contenders.append(self._contender(str(key), chosen, uniform=True))
+                break
+        return sorted(contenders, key=self._rank)
+
+    def _contender(self, name: str, chosen: Chosen, *, uniform: bool = False) -> Contender:
+        measured = None if self.judge is None else self.judge(self._costing.choices.plan(chosen))
+        loss, costs = self._costing.loss(chosen), self.finder.costs(chosen)
+        return Contender(name, uniform, chosen, loss, costs, measured)
+
+    def _rank(self, contender: Contender) -> tuple[float, float, float, bool]:
+        """What exceeds the drop, measured divergence, predicted one; where all are equal, uniform first."""
+        measured, drop = contender.measured, self._budget.drop
+        excess = 0.0 if measured is None or drop is None else max(0.0, measured.drop - drop)
+        divergence = 0.0 if measured is None else measured.divergence
+        return excess, divergence, contender.loss, not contender.uniform
