@@ -84,7 +84,7 @@ def blocked_width(cpu: str = "auto") -> int:
         cpu: "auto" (the CPU at hand), "avx512", "avx2", "arm64", or "any" (safe everywhere).
 
     Example:
-        >>> groupify.blocked_width("avx2"), groupify.blocked_width("avx512")
+        >>> blocked_width("avx2"), blocked_width("avx512")
         (8, 16)
 
     Raises:

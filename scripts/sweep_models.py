@@ -37,6 +37,7 @@ from groupify.conversion.by_part import refresh_batch_norms
 from groupify.conversion.conversion import Calibration, convert
 from groupify.errors import GroupifyError, PlanError
 from groupify.files import write_aside
+from groupify.models.specs import Source
 from groupify.onnx.exporting import export_onnx
 from groupify.onnx.parity import check_parity
 from groupify.stats.samples import SampleBudget
@@ -248,7 +249,7 @@ def check_alive(one: list[Tensor], other: list[Tensor]) -> None:
     raise GroupifyError("the outputs hardly depend on the input, so that comparing them proves nothing")
 
 
-def smallest(name: str, arguments: dict[str, Any]) -> tuple[groupify.Source, tuple[int, ...]]:
+def smallest(name: str, arguments: dict[str, Any]) -> tuple[Source, tuple[int, ...]]:
     """Build the model and find the smallest square input that it, and the backbone of a detector, takes.
 
     Some detectors rescale their input to a size of their own, which the backbone alone does not.

@@ -63,7 +63,7 @@ class Limit:
 class Budget:
     """Limits that all hold at the same time.
 
-    >>> print(groupify.Budget.parse("macs=40%", "latency=2x"))
+    >>> print(Budget.parse("macs=40%", "latency=2x"))
     macs=40%,latency=50%
     """
 

@@ -22,16 +22,18 @@ from groupify import machine
 from groupify.data import batches
 from groupify.data.batches import iterate_batches
 from groupify.errors import DataError, GroupifyError
+from groupify.machine import blocked_width
+from groupify.models.specs import ModelSpec, WeightsOrigin
 from tests.conftest import ROOT, Run
 from tests.conversion.nets import SHAPE, Residual, images, randomise
 
 ANY_WIDTH = groupify.Rules(min_group_width=1)
-SPEC = groupify.ModelSpec("tests.conversion.nets:Residual", {}, SHAPE, None)
+SPEC = ModelSpec("tests.conversion.nets:Residual", {}, SHAPE, None)
 
 
 def artefact(net: nn.Module) -> groupify.Recipe:
     plan = groupify.plan(net, SHAPE, groups=4, rules=ANY_WIDTH)
-    return groupify.Recipe(SPEC, groupify.WeightsOrigin("factory"), plan.recipes)
+    return groupify.Recipe(SPEC, WeightsOrigin("factory"), plan.recipes)
 
 
 def converted(seed: int) -> tuple[nn.Module, groupify.Recipe]:
@@ -215,7 +217,7 @@ def test_a_cpu_without_avx_512(
     monkeypatch.setattr(machine, "_cpu_flags", lambda: frozenset(flags))
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     assert machine.describe_machine().simd == simd
-    assert groupify.blocked_width() == width
+    assert blocked_width() == width
 
 
 def test_onnx_runtime_missing_leaves_the_earlier_output(

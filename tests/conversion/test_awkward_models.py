@@ -17,11 +17,13 @@ from torchvision.models import detection
 from torchvision.ops import FrozenBatchNorm2d
 
 import groupify
-from groupify.conversion.conversion import Calibration
+from groupify.conversion.conversion import Calibration, Conversion
 from groupify.conversion.site_fit import FitOptions
 from groupify.errors import ConversionError, DataError, PlanError
 from groupify.graph.forward import equal_outputs
+from groupify.models.specs import ModelSpec, WeightsOrigin
 from groupify.stats.samples import SampleBudget
+from groupify.structures import Plan
 from tests.conversion.nets import SHAPE, Residual, images, make_block_diagonal, randomise, relative_error
 
 ANY_WIDTH = groupify.Rules(min_group_width=1)
@@ -30,7 +32,7 @@ EXACT = FitOptions(ridge=1e-9, refit_ridge=1e-9)
 
 def converted(
     net: nn.Module, *, groups: int = 4, fit: FitOptions = EXACT, shape: tuple[int, ...] = SHAPE
-) -> tuple[groupify.Plan, groupify.Conversion]:
+) -> tuple[Plan, Conversion]:
     found = groupify.plan(net, shape, groups=groups, rules=ANY_WIDTH)
     return found, groupify.convert(net, found, Calibration(images(64, shape), fit=fit))
 
@@ -204,8 +206,8 @@ def test_half_precision_and_channels_last(
     found, result = converted(net)
     conv = result.model.get_submodule("conv1")
     assert conv.weight.dtype == dtype
-    spec = groupify.ModelSpec("tests.conversion.nets:Residual", {}, SHAPE, None)
-    recipe = groupify.Recipe(spec, groupify.WeightsOrigin("random", 0), found.recipes)
+    spec = ModelSpec("tests.conversion.nets:Residual", {}, SHAPE, None)
+    recipe = groupify.Recipe(spec, WeightsOrigin("random", 0), found.recipes)
     groupify.save(tmp_path / "out", result.model, recipe)
     again: Any = groupify.load(tmp_path / "out", model=net)
     assert again.get_submodule("conv1").weight.dtype == dtype

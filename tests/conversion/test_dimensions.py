@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import groupify
 from groupify.conversion.conversion import Calibration, convert
 from groupify.conversion.site_fit import FitOptions
+from groupify.models.specs import ModelSpec, WeightsOrigin
 from groupify.onnx.exporting import export_onnx
 from groupify.onnx.parity import check_parity
 from groupify.planning.sites import describe
@@ -59,8 +60,8 @@ def test_plan_convert_save_load_export(dims: int, kind: str, shuffle: bool, tmp_
     result = convert(net, found, images(64, shape))
     truncated = convert(net, found)
     assert relative_error(result.model, net, x) < 0.5 * relative_error(truncated.model, net, x)
-    spec = groupify.ModelSpec("tests.conversion.test_dimensions:Net", {"dims": dims}, shape, None)
-    recipe = groupify.Recipe(spec, groupify.WeightsOrigin("random", 0), found.recipes)
+    spec = ModelSpec("tests.conversion.test_dimensions:Net", {"dims": dims}, shape, None)
+    recipe = groupify.Recipe(spec, WeightsOrigin("random", 0), found.recipes)
     groupify.save(tmp_path / "folder", result.model, recipe)
     again = groupify.load(tmp_path / "folder", trust=True)
     with torch.no_grad():

@@ -17,6 +17,7 @@ from torch import nn
 import groupify
 from groupify.conversion.surgery import restructure
 from groupify.errors import ArtefactError, SpecError
+from groupify.models.specs import ModelSpec, WeightsOrigin
 from groupify.onnx import standalone
 from groupify.onnx.python_file import python_file, write_python_file
 from groupify.structures import SiteRecipe
@@ -111,8 +112,8 @@ def test_safetensors_of_every_type(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 def recipe_of(name: str, **changes: Any) -> groupify.Recipe:
-    spec = groupify.ModelSpec(name, {}, (3, 8, 8), None)
-    origin = groupify.WeightsOrigin("factory")
+    spec = ModelSpec(name, {}, (3, 8, 8), None)
+    origin = WeightsOrigin("factory")
     return dataclasses.replace(groupify.Recipe(spec, origin, (SiteRecipe("a", "grouped", 2),)), **changes)
 
 
