@@ -11,7 +11,6 @@ from groupify.cli.options import (
     common_options,
     model_options,
     quantize_option,
-    target_option,
     threads_option,
 )
 from groupify.cli.shared import CONTEXT, open_target, print_json
@@ -31,7 +30,6 @@ from groupify.files import folder_exists
 @click.option("--trust", is_flag=True, help="Let the folder's recipe import the code that it names.")
 @click.option("--data", metavar="SPEC", help="Real images for the check, and the calibration of --quantize.")
 @quantize_option
-@target_option
 @threads_option
 @model_options
 @common_options
@@ -63,7 +61,6 @@ def export(name: str, **options: Any) -> None:
         quantize=options["quantize"],
         static_batch=options["static_batch"],
         recipe_sha256=read_recipe(name).sha256 if folder_exists(name) else None,
-        target=options["target"],
         threads=options["threads"],
         seed=options["seed"],
         progress=not options["quiet"],

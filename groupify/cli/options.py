@@ -138,13 +138,6 @@ model_options = _options(
     ),
     click.option("--input-size", "input_shape", callback=input_shape, help="C,H,W of one image."),
 )
-target_option = click.option(
-    "--target",
-    type=click.Choice(["auto", "avx2", "avx512", "arm64", "any"]),
-    default="auto",
-    show_default=True,
-    help="The processor that will run the model; auto: this one.",
-)
 threads_option = click.option(
     "--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads when timing."
 )

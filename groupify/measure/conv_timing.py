@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from groupify.machine import blocked_width, chunks
+from groupify.machine import chunks
 from groupify.measure.profiling import kernel_times
 from groupify.measure.timing import UNDISTURBED, percentile
 from groupify.onnx.exporting import OPSET
@@ -230,7 +230,7 @@ class _Graph:
         from groupify.onnx.lowering import optimise
 
         inferred = ir.from_proto(self._onnx.shape_inference.infer_shapes(model))
-        optimise(inferred.graph, block=blocked_width())
+        optimise(inferred.graph)
         return bytes(ir.to_proto(inferred).SerializeToString())
 
     def _shuffle_step(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from groupify.graph.forward import evaluating
 from groupify.onnx.comparison import Array, compare_outputs, reference_outputs, scale_of
-from groupify.onnx.runtime import PART, open_session, require
+from groupify.onnx.runtime import open_session, require
 
 
 def first_divergence(model: nn.Module, path: Path, batch: Tensor, *, tolerance: float) -> str:
@@ -31,12 +31,12 @@ def first_divergence(model: nn.Module, path: Path, batch: Tensor, *, tolerance: 
     expected = _module_outputs(model, batch)
     graph = require("onnx").load(str(path)).graph
     calls = _layer_calls(graph, {name: len(outputs) for name, outputs in expected.items()})
-    values, outputs = _run_exposed(path, batch, [name for call in calls for name in call.outputs])
+    values, outputs = _run_exposed(path, batch, [call.output for call in calls])
     last_good = None
     for call in calls:
         reference = expected[call.module][call.index]
-        value = _whole(reference, [values[name] for name in call.outputs])
-        if value is None:
+        value = values[call.output]
+        if value.size != reference.size:  # it is not that output after all
             continue
         if not _equal_up_to_channels(reference, value, tolerance):
             return f"first diverging node {call.node!r}" + (
@@ -55,7 +55,7 @@ class _LayerCall:
     module: str
     index: int  # of the call
     node: str  # the last one
-    outputs: tuple[str, ...]  # one per part of a split node
+    output: str
     weights: str | None
     position: int
 
@@ -85,14 +85,11 @@ def _module_outputs(model: nn.Module, batch: Tensor) -> dict[str, list[Array]]:
 
 def _layer_calls(graph: Any, call_counts: dict[str, int]) -> list[_LayerCall]:
     """Return the calls of leaf modules that the graph's node names let us find, in graph order."""
-    whole: dict[str, list[tuple[int, Any]]] = defaultdict(list)
-    for position, node in enumerate(graph.node):
-        whole[node.name.partition(PART)[0]].append((position, node))
     nodes = defaultdict(list)
-    for name, parts in whole.items():
-        module, slash, _ = name.rpartition("/")
+    for position, node in enumerate(graph.node):
+        module, slash, _ = node.name.rpartition("/")
         if slash:
-            nodes[module].append((name, parts))
+            nodes[module].append((position, node))
     calls = []
     for module, members in nodes.items():
         count = call_counts.get(module, 0)
@@ -101,11 +98,10 @@ def _layer_calls(graph: Any, call_counts: dict[str, int]) -> list[_LayerCall]:
         step = len(members) // count
         for index in range(count):
             chunk = members[index * step : (index + 1) * step]
-            inputs = [source for _, parts in chunk for _, node in parts for source in node.input]
+            inputs = [source for _, node in chunk for source in node.input]
             weights = next((source for source in inputs if ".weight" in source), None)
-            name, last = chunk[-1]
-            outputs = tuple(node.output[0] for _, node in last)
-            calls.append(_LayerCall(module, index, name, outputs, weights, position=last[-1][0]))
+            position, last = chunk[-1]
+            calls.append(_LayerCall(module, index, last.name, last.output[0], weights, position))
     return sorted(calls, key=lambda call: call.position)
 
 
@@ -123,12 +119,6 @@ def _run_exposed(path: Path, batch: Tensor, names: list[str]) -> tuple[dict[str,
         session = open_session(draft, optimise=False)
     results = session.run(own + names, {session.get_inputs()[0].name: batch.numpy()})
     return dict(zip(names, results[len(own) :], strict=True)), results[: len(own)]
-
-
-def _whole(reference: Array, values: list[Array]) -> Array | None:
-    """Join the parts of a layer's output; None where they are not that output after all."""
-    joined = values[0] if len(values) == 1 else np.concatenate(values, 1)
-    return joined if joined.size == reference.size else None
 
 
 def _equal_up_to_channels(reference: Array, value: Array, tolerance: float) -> bool:

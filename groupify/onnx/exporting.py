@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from groupify.errors import ArtefactError, ConversionError, GroupifyError
 from groupify.graph.forward import evaluating
-from groupify.machine import blocked_width, package_version
+from groupify.machine import package_version
 from groupify.onnx.runtime import require
 
 if TYPE_CHECKING:
@@ -53,7 +53,6 @@ def export_onnx(
     preprocessing: Preprocessing | None = None,
     static_batch: int | None = None,
     metadata: Mapping[str, str] | None = None,
-    target: str = "auto",
 ) -> ExportedModel:
     """Export a model to ONNX, in evaluation mode, with its batch norms and channel shuffles folded.
 
@@ -68,12 +67,10 @@ def export_onnx(
         preprocessing: what the inputs went through, recorded in the metadata.
         static_batch: a fixed batch size; None leaves it dynamic.
         metadata: more entries for the file's metadata.
-        target: the CPU to lower remaining shuffles for, as in :func:`blocked_width`; every CPU can run it.
 
     Raises:
         ConversionError: the model does not run on the input shape, or cannot be traced.
         ArtefactError: the file cannot be written.
-        SpecError: the target is unknown.
         GroupifyError: onnx or onnxscript is missing.
     """
     onnx = require("onnx")
@@ -85,7 +82,7 @@ def export_onnx(
         names = _output_names(model, input_shape)
         program = _trace(model, input_shape, names, static_batch)
     _name_nodes(program.model)
-    folding = optimise(program.model.graph, block=blocked_width(target))
+    folding = optimise(program.model.graph)
     program.model.metadata_props.update(_metadata(input_shape, preprocessing, metadata))
     size = _write(program, file, onnx)
     return ExportedModel(file, OPSET, size, INPUT_NAME, names, folding.found, folding.kept)

@@ -15,26 +15,16 @@ from groupify.onnx.graph_edits import (
     static_shape,
 )
 from groupify.onnx.permutations import PermutationFolding, fold_permutations
-from groupify.onnx.splitting import MIN_BYTES, interleave_parts, split_streams
 
 
-def optimise(graph: ir.Graph, *, block: int, min_split_bytes: int = MIN_BYTES) -> PermutationFolding:
-    """Run all passes on an exported graph; one with branches or loops is left as it is.
-
-    Args:
-        graph: changed in place.
-        block: channels per block of the target's convolution kernel.
-        min_split_bytes: shuffled tensors below it keep their gathers.
-    """
+def optimise(graph: ir.Graph) -> PermutationFolding:
+    """Run all passes on an exported graph, in place; one with branches or loops is left as it is."""
     if any(isinstance(entry.value, ir.Graph) for node in graph for entry in node.attributes.values()):
         # A branch or loop may read any value of this graph without saying so.
         return PermutationFolding(0, 0)
     folding = fold_permutations(graph)
     fold_batch_norms(graph)
     pool_means(graph)
-    if split_streams(graph, block=block, min_bytes=min_split_bytes):
-        folding = PermutationFolding(folding.found, fold_permutations(graph).kept)
-        interleave_parts(graph)
     return folding
 
 

@@ -11,7 +11,6 @@ from typing import Any
 from groupify.errors import GroupifyError
 
 BLOCKED_DOMAIN = "com.microsoft.nchwc"
-PART = ".part"  # in the name of a node that computes some of the channels of the node named before it
 _ERRORS_ONLY = 3
 
 

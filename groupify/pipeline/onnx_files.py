@@ -43,7 +43,6 @@ def run_export(
     quantize: bool = False,
     static_batch: int | None = None,
     recipe_sha256: str | None = None,
-    target: str = "auto",
     threads: int = 1,
     seed: int = 0,
     progress: bool = False,
@@ -58,7 +57,6 @@ def run_export(
         quantize: write an int8 variant as well; needs ``data``.
         static_batch: fixed batch size; None = dynamic.
         recipe_sha256: the hash of the recipe that the model was loaded with, for the file's metadata.
-        target: the processor that will run the file; see ``blocked_width``.
         threads: intra-op threads of the timing.
         seed: of the check's inputs and the choice of images.
         progress: show bars on stderr.
@@ -74,7 +72,6 @@ def run_export(
         preprocessing=spec.preprocessing,
         static_batch=static_batch,
         metadata={} if recipe_sha256 is None else {RECIPE_HASH: recipe_sha256},
-        target=target,
     )
     images = parity_images(data)
     parity = check_parity(model, exported.path, input_shape=spec.input_shape, images=images, seed=seed)

@@ -111,7 +111,6 @@ def run_conversion(request: ConversionRequest, *, progress: bool = False) -> Rep
             data=data,
             seed=request.seed,
             progress=progress,
-            target=request.plan.rules.cpu,
             uniform=uniform,
         )
     _forget_state(checkpointing)

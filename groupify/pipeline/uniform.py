@@ -60,7 +60,6 @@ def convert_uniform(
             folder / f"uniform-{groups}.onnx",
             input_shape=shape,
             static_batch=request.output.static_batch,
-            target=request.plan.rules.cpu,
         )
         cost = measure_cost(model, example_input(shape, like=source.model))
         top1 = evaluate(model, test, progress=progress).top1

@@ -26,7 +26,6 @@ from groupify.recipe import RECIPE_HASH, Recipe
 from groupify.reporting.read import REPORT_FILE
 from groupify.reporting.results import AccuracyChange, CostChange, Report, UniformRun
 from groupify.scores import measure_cost
-from groupify.shuffles import ShuffleChoice
 from groupify.structures import Change, Plan
 from groupify.training.finetuning import FinetuneResult
 
@@ -47,8 +46,6 @@ def write_output(
     data: DataSplits | None,
     seed: int,
     progress: bool,
-    target: str = "auto",
-    shuffles: ShuffleChoice | None = None,
     uniform: Mapping[Path, UniformRun] | None = None,
 ) -> Report:
     """Write recipe, weights, ONNX file and report into ``folder``, measuring on the way.
@@ -65,8 +62,6 @@ def write_output(
         data: gives real images for the parity check, and the ranges for int8.
         seed: seed of the parity check's inputs and of the choice of images for int8.
         progress: show bars on stderr.
-        target: the processor that will run the ONNX file; see ``blocked_width``.
-        shuffles: how the shuffles were chosen; None where they were not measured.
         uniform: other numbers of groups by their ONNX files, which are timed beside this one's.
     """
     uniform = uniform or {}
@@ -88,7 +83,6 @@ def write_output(
         preprocessing=source.spec.preprocessing,
         static_batch=request.static_batch,
         metadata={RECIPE_HASH: recipe.sha256 or ""},
-        target=target,
     )
     parity = check_parity(model, exported.path, input_shape=shape, images=images, seed=seed)
     int8 = None
@@ -122,7 +116,6 @@ def write_output(
         parity=parity,
         latency=timed.latency,
         int8=timed.int8,
-        shuffles=shuffles,
         uniform=tuple(
             dataclasses.replace(run, milliseconds=timed.other_milliseconds[path])
             for path, run in uniform.items()

@@ -9,7 +9,6 @@ from typing import Any
 
 from groupify.conversion.pictures import BlockPicture
 from groupify.reporting.results import ExportResult, Report
-from groupify.shuffles import ShuffleChoice
 from groupify.structures import Change, SitePlan
 
 # Of the document, as report.schema.json has it; readers check them first.
@@ -51,7 +50,6 @@ def report_document(report: Report) -> dict[str, Any]:
                 "batch_size": latency.batch_size,
                 "steady": latency.steady,
             },
-            "shuffles": None if report.shuffles is None else _shuffles_document(report.shuffles),
             "uniform": [dataclasses.asdict(run) for run in report.uniform],
             "int8": None if report.int8 is None else dataclasses.asdict(report.int8),
             "accuracy": dataclasses.asdict(report.accuracy),
@@ -72,17 +70,6 @@ def report_document(report: Report) -> dict[str, Any]:
 def _picture_document(picture: BlockPicture) -> dict[str, Any]:
     pixels = {name: base64.b64encode(getattr(picture, name)).decode("ascii") for name in ("before", "after")}
     return {**dataclasses.asdict(picture), **pixels}
-
-
-def _shuffles_document(choice: ShuffleChoice) -> dict[str, Any]:
-    """Everything but the plan, whose sites the report holds."""
-    return {
-        item.name: [dataclasses.asdict(place) for place in choice.places]
-        if item.name == "places"
-        else getattr(choice, item.name)
-        for item in dataclasses.fields(choice)
-        if item.name != "plan"
-    }
 
 
 def export_document(result: ExportResult) -> dict[str, Any]:

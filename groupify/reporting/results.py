@@ -13,7 +13,6 @@ from groupify.onnx.agreement import Agreement
 from groupify.onnx.exporting import ExportedModel
 from groupify.onnx.parity import Parity
 from groupify.scores import ModelCost
-from groupify.shuffles import ShuffleChoice
 from groupify.structures import Change, SitePlan
 from groupify.training.validation import FinetuneRow
 
@@ -135,7 +134,6 @@ class Report:
         parity: ONNX Runtime against PyTorch.
         latency: dense against grouped; None where not timed.
         int8: the quantised variant of the ONNX file; None where none was asked for.
-        shuffles: how the shuffles were chosen; None where they were not measured.
         uniform: other numbers of groups, measured for comparison.
         machine: where it ran.
         seed: seed of everything random.
@@ -160,7 +158,6 @@ class Report:
     parity: Parity | None = None
     latency: LatencyChange | None = None
     int8: Int8File | None = None
-    shuffles: ShuffleChoice | None = None
     uniform: tuple[UniformRun, ...] = ()
     machine: Machine | None = None
     seed: int = 0

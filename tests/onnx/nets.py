@@ -73,29 +73,3 @@ def shuffled(channels: int, outputs: int, kernel: int = 3, groups: int = 4) -> n
     return ShuffledConv2d(
         channels, outputs, kernel, padding=kernel // 2, groups=groups, bias=False, shuffle_groups=groups
     )
-
-
-class Stream(nn.Module):
-    """Residual blocks of shuffled grouped 1×1 convs in two stages, wide enough to split."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 32, 3, padding=1)
-        self.up = shuffled(32, 256, 1)
-        self.downs = nn.ModuleList(nn.Conv2d(256, 64, 1, groups=4) for _ in range(2))
-        self.ups = nn.ModuleList(shuffled(64, 256, 1) for _ in range(2))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(256) for _ in range(2))
-        self.project = shuffled(256, 512, 1)
-        self.down, self.last = nn.Conv2d(256, 64, 1, groups=4), shuffled(64, 512, 1)
-        self.reader = nn.Conv2d(512, 64, 1, groups=4)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(512 + 64, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.up(self.stem(x).relu()).relu()
-        for down, up, norm in zip(self.downs, self.ups, self.norms, strict=True):
-            x = (norm(up(down(x).relu())) + x).relu()
-        x = (self.project(x) + self.last(self.down(x).relu())).relu()
-        y = torch.cat([self.pool(x).flatten(1), self.pool(self.reader(x)).flatten(1)], 1)
-        result: Tensor = self.fc(y)
-        return result
