@@ -1,4 +1,8 @@
-"""Balanced assignment: items to cells of fixed capacity, with the largest total value."""
+"""Balanced assignment: items to cells of fixed capacity, with the largest total value.
+
+Our own, for speed: scipy's solver takes an assignment to places, each cell repeated to its capacity, and at
+512 items and 4 cells it is 500 times slower. The clustering solves thousands of these.
+"""
 
 from __future__ import annotations
 

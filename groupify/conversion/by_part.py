@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -150,26 +150,7 @@ def fit_by_module(
         keep: batch norms of the student that are not refreshed.
     """
     sampler = SiteSampler({name: site.groups for name, site in sites.items()}, budget, batches, seed)
-    handles = []
-
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            assert isinstance(module, CONVS)
-            if output.numel():
-                sampler.sample(name, module, inputs[0], output)
-
-        return hook
-
-    for name in sites:
-        handles.append(dense.get_submodule(name).register_forward_hook(watch(name)))
-    try:
-        with torch.no_grad():
-            for batch in tqdm(batches, desc="dense model", disable=None if progress else True, leave=False):
-                sampler.start_batch()
-                dense(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    _sample_by_hooks(dense, batches, sites, sampler, progress)
     fits = []
     with torch.no_grad():
         for name, site in sites.items():
@@ -184,6 +165,30 @@ def fit_by_module(
         if options.refresh_batch_norm:
             refresh_batch_norms(student, batches, keep=keep)
     return tuple(fits)
+
+
+def _sample_by_hooks(
+    dense: nn.Module, batches: Sequence[Tensor], names: Iterable[str], sampler: SiteSampler, progress: bool
+) -> None:
+    """Run the dense model over all batches and sample the convs that are reached."""
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            assert isinstance(module, CONVS)
+            if output.numel():
+                sampler.sample(name, module, inputs[0], output)
+
+        return hook
+
+    handles = [dense.get_submodule(name).register_forward_hook(watch(name)) for name in names]
+    try:
+        with torch.no_grad():
+            for batch in tqdm(batches, desc="dense model", disable=None if progress else True, leave=False):
+                sampler.start_batch()
+                dense(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def refresh_batch_norms(
