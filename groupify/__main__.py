@@ -1,5 +1,5 @@
 """``python -m groupify``, also under torchrun."""
 
-from groupify.cli import main
+from groupify.cli.main import main
 
 main()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from groupify.cli import main
+from groupify.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 

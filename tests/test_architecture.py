@@ -39,9 +39,7 @@ WAITING: set[str] = {
     "upward: groupify.measure.latency_table",
     "circles_of_packages: measure",
     "circles_of_packages: planning",
-    "full_packages: groupify.cli",
     "full_packages: groupify.models",
-    "full_packages: groupify.pipeline",
 }
 
 HEAVY = ("torch", "pydantic", "rich", "matplotlib", "onnxruntime")

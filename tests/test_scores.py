@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from groupify.data.splits import load_data
 from groupify.errors import DataError, GroupifyWarning
 from groupify.models import ModelSpec, load_model
-from groupify.pipeline.run import open_data
+from groupify.pipeline.prepare import open_data
 from groupify.scores import Accuracy, evaluate
 
 IMAGES = torch.eye(4).view(4, 4, 1, 1).repeat(5, 1, 1, 1)

@@ -7,32 +7,35 @@ from typing import Any
 
 import click
 
-from groupify.cli.options import common_options, input_shape, model_arguments, output_file, whole_numbers
-from groupify.cli.shared import CONTEXT, print_json
+from groupify.cli.options import (
+    command,
+    common_options,
+    factory_options,
+    output_file,
+    section,
+    trust_option,
+    whole_numbers,
+)
+from groupify.cli.shared import model_request, print_json
 from groupify.errors import ArtefactError, SpecError
 from groupify.files import folder_exists
 
+_timing = section("Timing")
 
-@click.command(context_settings=CONTEXT, short_help="Time the converted model against the dense one.")
+
+@command(short_help="Time the converted model against the dense one.")
 @click.argument("folder", metavar="FOLDER|MODEL")
-@click.option(
-    "--table",
-    type=click.Path(path_type=Path),
-    callback=output_file,
+@trust_option
+@factory_options
+@_timing(
+    "--table", type=click.Path(path_type=Path), callback=output_file,
     help="Time every conv of FOLDER|MODEL and what could replace it, and write a latency table for "
     "--latency-table here; an existing one of this machine is completed.",
-)
-@click.option("--threads", default="1", show_default=True, callback=whole_numbers, help="Like 1,2.")
-@click.option(
-    "--batch-sizes", default="1", show_default=True, callback=whole_numbers, help="A list, like 1,8."
-)
-@click.option("--seconds", type=click.FloatRange(0.1), default=4.0, show_default=True, help="Per setting.")
-@click.option("--pytorch", is_flag=True, help="Time PyTorch eager and a training step as well.")
-@click.option("--trust", is_flag=True, help="Let the folder's recipe import the code that it names.")
-@click.option(
-    "--model-args", "arguments", callback=model_arguments, help="Of a MODEL: its factory's arguments, JSON."
-)
-@click.option("--input-size", "input_shape", callback=input_shape, help="Of a MODEL: C,H,W of one image.")
+)  # fmt: skip
+@_timing("--threads", default="1", show_default=True, callback=whole_numbers, help="Like 1,2.")
+@_timing("--batch-sizes", default="1", show_default=True, callback=whole_numbers, help="A list, like 1,8.")
+@_timing("--seconds", type=click.FloatRange(0.1), default=4.0, show_default=True, help="Per setting.")
+@_timing("--pytorch", is_flag=True, help="Time PyTorch eager and a training step as well.")
 @common_options
 def bench(folder: str, **options: Any) -> None:
     """Time the converted model in FOLDER against the dense one, interleaved in one run.
@@ -46,8 +49,6 @@ def bench(folder: str, **options: Any) -> None:
     from groupify.reporting.text import print_bench
 
     if options["table"] is not None:
-        if len(options["threads"]) > 1:
-            raise SpecError("--table is for one number of threads: give --threads N, and a file for each")
         _write_table(folder, options)
         return
     if not folder_exists(folder):
@@ -72,22 +73,16 @@ def bench(folder: str, **options: Any) -> None:
 
 
 def _write_table(target: str, options: dict[str, Any]) -> None:
-    from groupify.artefact import read_recipe
-    from groupify.models import build_model
-    from groupify.pipeline.budget import make_table
-    from groupify.pipeline.requests import ModelRequest
+    from groupify.pipeline.targets import run_table
 
-    if folder_exists(target):
-        spec = read_recipe(target).model
-        model, shape = build_model(spec, trust=options["trust"]), spec.input_shape
-    else:
-        request = ModelRequest(
-            target, weights="none", arguments=options["arguments"], input_shape=options["input_shape"]
-        )
-        source = request.load(options["seed"])
-        model, shape = source.model, source.spec.input_shape
-    table = make_table(
-        model, shape, options["table"], threads=options["threads"][0], progress=not options["quiet"]
+    if len(options["threads"]) > 1:
+        raise SpecError("--table is for one number of threads: give --threads N, and a file for each")
+    table = run_table(
+        model_request(target, options),
+        options["table"],
+        threads=options["threads"][0],
+        seed=options["seed"],
+        progress=not options["quiet"],
     )
     if options["as_json"]:
         print_json({"table": str(options["table"]), "machine": table.machine, "convs": len(table.convs)})

@@ -13,13 +13,11 @@ from typing import Any, NoReturn
 import click
 
 from groupify.cli.bench_command import bench
-from groupify.cli.convert_command import convert
-from groupify.cli.evaluate_command import evaluate
-from groupify.cli.export_command import export
-from groupify.cli.finetune_command import finetune
+from groupify.cli.options import CONTEXT
 from groupify.cli.plan_command import plan
 from groupify.cli.report_command import report
-from groupify.cli.shared import CONTEXT
+from groupify.cli.run_commands import convert, finetune
+from groupify.cli.target_commands import evaluate, export
 from groupify.errors import GroupifyError, GroupifyWarning
 
 # Everything heavy (torch first of all) is imported inside the commands: --help answers at once.

@@ -1,27 +1,75 @@
-"""Options that several commands share, and the requests that they amount to."""
+"""The options of all commands, in the sections that ``--help`` shows, and what parses their values."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
-from click.core import ParameterSource
 
-from groupify.errors import SpecError, near_names
-
-if TYPE_CHECKING:
-    from groupify.pipeline import ModelRequest, OutputRequest, PlanRequest, SearchRequest
-    from groupify.planning.rules import Rules
+from groupify.errors import SpecError
 
 # Everything heavy (torch first of all) is imported inside the functions: --help answers at once.
 
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+GENERAL = "General"
+
 Command = TypeVar("Command", bound=Callable[..., Any])
+Decorator = Callable[[Command], Command]
+Value = TypeVar("Value")
+
+
+class _Option(click.Option):
+    """An option that belongs to a section of the help."""
+
+    def __init__(self, *arguments: Any, section: str, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.section = section
+
+
+class SectionedCommand(click.Command):
+    """A command whose help shows its options by section."""
+
+    def sections(self, context: click.Context) -> dict[str, list[tuple[str, str]]]:
+        """Return the lines of the help by section, in the order of their first options."""
+        lines: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(context):
+            line = parameter.get_help_record(context)
+            if isinstance(parameter, click.Option) and line is not None:
+                lines.setdefault(getattr(parameter, "section", GENERAL), []).append(line)
+        return lines
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the sections; called by click."""
+        for title, lines in self.sections(context).items():
+            with formatter.section(title):
+                formatter.write_dl(lines)
+
+
+command = functools.partial(click.command, cls=SectionedCommand, context_settings=CONTEXT)
+
+
+def section(title: str) -> Callable[..., Decorator[Any]]:
+    """Return ``click.option`` for options of one section."""
+    return functools.partial(click.option, cls=_Option, section=title)
+
+
+def together(*options: Decorator[Any]) -> Decorator[Any]:
+    """Return one decorator that adds several options, shown in this order."""
+
+    def decorate(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+# ---- values
 
 
 def input_shape(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...] | None:
@@ -79,12 +127,14 @@ def output_file(_: click.Context, parameter: click.Parameter, value: Path | None
     raise SpecError(f"{parameter.opts[0]}: cannot write {value}: {problem}; choose another file")
 
 
-def number_or(word: str, what: str) -> Callable[[click.Context, click.Parameter, str], int | None]:
-    """Parse a whole number from 1, or a word that stands for None."""
+def number_or(
+    word: str, meaning: Value, what: str
+) -> Callable[[click.Context, click.Parameter, str], int | Value]:
+    """Return what parses a whole number from 1, or a word."""
 
-    def parse(_: click.Context, parameter: click.Parameter, value: str) -> int | None:
+    def parse(_: click.Context, parameter: click.Parameter, value: str) -> int | Value:
         if value == word:
-            return None
+            return meaning
         try:
             number = int(value)
         except ValueError:
@@ -96,206 +146,156 @@ def number_or(word: str, what: str) -> Callable[[click.Context, click.Parameter,
     return parse
 
 
-PROCESSORS = ("auto", "avx2", "avx512", "arm64", "any")
-
-
-def _targets(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    """Tell the processor from the targets of a budget, which have a ``=``."""
-    processors = [value for value in values if "=" not in value]
-    for value in processors:
-        if value not in PROCESSORS:
-            raise SpecError(
-                f"--target {value!r}: expected a processor ({', '.join(PROCESSORS)}) or a budget "
-                f"like macs=40%{near_names(value, PROCESSORS)}"
-            )
-    if len(set(processors)) > 1:
-        raise SpecError(f"--target names two processors, {' and '.join(processors)}; expected one")
-    return (processors or ["auto"])[0], tuple(value for value in values if "=" in value)
-
-
-def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    def decorate(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-model_options = _options(
-    click.option(
-        "--weights",
-        default="auto",
-        show_default=True,
-        help="auto: torchvision's default weights, or random ones where they cannot be had. "
-        "DEFAULT or a name of torchvision: those or an error. none: random.",
-    ),
-    click.option(
-        "--checkpoint", type=click.Path(path_type=Path), help="Your own weights: safetensors or torch."
-    ),
-    click.option(
-        "--model-args", "arguments", callback=model_arguments, help="Arguments of the model's factory, JSON."
-    ),
-    click.option("--input-size", "input_shape", callback=input_shape, help="C,H,W of one image."),
-)
-threads_option = click.option(
-    "--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads when timing."
-)
-plan_options = _options(
-    click.option("--groups", "-g", type=int, default=4, show_default=True, help="Groups to aim at."),
-    click.option(
-        "--kind",
-        default="grouped",
-        show_default=True,
-        help="grouped, or grouped-pointwise: a grouped conv and a dense 1×1 conv.",
-    ),
-    click.option("--include", multiple=True, metavar="GLOB", help="Convert only these sites. Repeatable."),
-    click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these sites alone. Repeatable."),
-    click.option(
-        "--min-group-width",
-        default="auto",
-        show_default=True,
-        callback=number_or("auto", "channels"),
-        help="Fewest channels per group. auto: the block of ONNX Runtime's fast kernel; 1 switches it off.",
-    ),
-    click.option(
-        "--target",
-        "targets",
-        multiple=True,
-        callback=_targets,
-        metavar="CPU|BUDGET",
-        help="The processor that will run the model: auto (this one), avx2, avx512, arm64 or any. And a "
-        "budget, to plan for instead of --groups: macs=40%, params=8M, bytes=8MB, latency=2x, drop=0.5. "
-        "Repeatable; all hold.",
-    ),
-    click.option(
-        "--shuffle",
-        is_flag=False,
-        flag_value="all",
-        default="none",
-        show_default=True,
-        help="none; all: a channel shuffle behind every converted conv. With a budget: all tries both.",
-    ),
-    click.option(
-        "--plan", "plan_file", type=click.Path(path_type=Path), help="Take the plan from this file."
-    ),
-    click.option(
-        "--save-plan", type=click.Path(path_type=Path), callback=output_file,
-        help="Write the plan to this file.",
-    ),
-    click.option(
-        "--latency-table", type=click.Path(path_type=Path),
-        help="Latencies measured where the model will run, by groupify bench MODEL --table FILE.",
-    ),
-    click.option(
-        "--sensitivity", type=click.Choice(["fisher", "exact"]), default="fisher", show_default=True,
-        help="With a budget: predict what each conv loses, or convert each alone and measure it (slow).",
-    ),
-    click.option(
-        "--no-verify", is_flag=True,
-        help="With a budget: neither convert the plan to compare it with uniform, nor time it as a whole.",
-    ),
-)  # fmt: skip
-data_option = click.option(
-    "--data",
-    metavar="SPEC",
-    help="demo, fashion-mnist[:ROOT], cifar10:ROOT, imagefolder:ROOT, module:function.",
-)
-calibrate_option = click.option(
-    "--calibrate",
-    default="1000",
-    show_default=True,
-    metavar="N|none",
-    callback=number_or("none", "images"),
-    help="Unlabelled training images for the fit. none: from the weights alone.",
-)
-quantize_option = click.option(
-    "--quantize",
-    is_flag=True,
-    help="Write an int8 variant of the ONNX file beside it, calibrated on the data.",
-)
-common_options = _options(
-    click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
-    click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
-    click.option("--quiet", "-q", is_flag=True, help="No progress bars."),
-)
-output_options = _options(
-    click.option("--output", "-o", type=click.Path(path_type=Path), help="Folder to write."),
-    click.option("--force", is_flag=True, help="Replace an earlier output folder."),
-    click.option("--static-batch", type=click.IntRange(1), help="Fixed batch size of the ONNX file."),
-    threads_option,
-    quantize_option,
-)
-
-
-def plan_request(options: dict[str, Any]) -> PlanRequest:
-    """Return how the convs are to be replaced."""
-    from groupify.pipeline import PlanRequest
-
-    return PlanRequest(
-        groups=options["groups"],
-        rules=_rules(options),
-        file=options["plan_file"],
-        search=_search_request(options),
-    )
-
-
-def _rules(options: dict[str, Any]) -> Rules:
-    """Return which convs may be converted and into what."""
-    from groupify.planning.rules import Rules
-
-    # The default of --kind is for plans without a budget; only a kind that was asked for narrows the choice.
-    source = click.get_current_context().get_parameter_source("kind")
-    asked = source not in (None, ParameterSource.DEFAULT)
-    return Rules(
-        include=options["include"],
-        exclude=options["exclude"],
-        min_group_width=options["min_group_width"] or "auto",
-        cpu=options["targets"][0],
-        shuffle=options["shuffle"],
-        structures=(options["kind"],) if asked else None,
-    )
-
-
-def _search_request(options: dict[str, Any]) -> SearchRequest | None:
-    """Return the budget to plan for, if one is given."""
-    if not options["targets"][1]:
+def budget(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> Any:
+    """Parse the limits of a budget, all of them together; None where none is given."""
+    if not values:
         return None
-    if options["plan_file"] is not None:
-        raise SpecError("--plan and a budget: a plan file leaves nothing to plan; give one of the two")
-    from groupify.pipeline import SearchRequest
     from groupify.planning.budget import Budget
 
-    return SearchRequest(
-        Budget.parse(*options["targets"][1]),
-        sensitivity=options["sensitivity"],
-        verify=not options["no_verify"],
-        latency_table=options["latency_table"],
-    )
+    return Budget.parse(*values)
 
 
-def model_request(name: str, options: dict[str, Any]) -> ModelRequest:
-    """Return which dense model is meant."""
-    from groupify.pipeline import ModelRequest
+# ---- sections
 
-    return ModelRequest(
-        name,
-        weights=options["weights"],
-        checkpoint=options["checkpoint"],
-        arguments=options["arguments"],
-        input_shape=options["input_shape"],
-    )
+_PATH = click.Path(path_type=Path)
+_model = section("Model")
+_plan = section("What to convert")
+_fit = section("How to fit")
+_training = section("Training")
+_run = section("Training run")
+output = section("Output")
+_general = section(GENERAL)
+
+trust_option = _model("--trust", is_flag=True, help="Let the folder's recipe import the code that it names.")
+teacher_option = _model("--checkpoint", type=_PATH, help="The dense weights, where the recipe names a file.")
+factory_options = together(
+    _model("--model-args", "arguments", callback=model_arguments,
+           help="Arguments of the model's factory, JSON."),
+    _model("--input-size", "input_shape", callback=input_shape, help="C,H,W of one image."),
+)  # fmt: skip
+model_options = together(
+    _model("--weights", default="auto", show_default=True,
+           help="auto: torchvision's default weights, or random ones where they cannot be had. "
+           "DEFAULT or a name of torchvision: those or an error. none: random."),
+    _model("--checkpoint", type=_PATH, help="Your own weights: safetensors or torch."),
+    factory_options,
+)  # fmt: skip
+
+_CPU_HELP = "Processor that will run the model: avx2, avx512, arm64, any, or auto: this one."
+plan_options = together(
+    _plan("--groups", "-g", type=int, default=4, show_default=True, help="Groups to aim at."),
+    _plan("--budget", multiple=True, callback=budget, metavar="LIMITS",
+          help="Plan for a budget instead of --groups: macs=40%, params=8M, bytes=8MB, latency=2x, drop=0.5, "
+          "or several with commas between. Repeatable; all hold."),
+    _plan("--kind", help="grouped, or grouped-pointwise: a grouped conv and a dense 1×1 conv. "
+          "Default: grouped; with a budget, whatever loses least."),
+    _plan("--include", multiple=True, metavar="GLOB", help="Convert only these sites. Repeatable."),
+    _plan("--exclude", multiple=True, metavar="GLOB", help="Leave these sites alone. Repeatable."),
+    _plan("--cpu", default="auto", show_default=True, help=_CPU_HELP),
+    _plan("--min-group-width", default="auto", show_default=True,
+          callback=number_or("auto", "auto", "channels"),
+          help="Fewest channels per group. auto: the block of ONNX Runtime's fast kernel on --cpu; "
+          "1 switches it off."),
+    _plan("--shuffle", is_flag=False, flag_value="all", default="none", show_default=True,
+          metavar="none|all",
+          help="all: a channel shuffle behind every conv that is grouped; with a budget, both are tried."),
+    _plan("--latency-table", type=_PATH,
+          help="Latencies measured where the model will run, by groupify bench MODEL --table FILE."),
+    _plan("--sensitivity", type=click.Choice(["fisher", "exact"]), default="fisher", show_default=True,
+          help="With a budget: predict what each conv loses, or convert each alone and measure it (slow)."),
+    _plan("--no-verify", is_flag=True,
+          help="With a budget: neither convert the plan to compare it with uniform, nor time it as a whole."),
+    _plan("--plan", "plan_file", type=_PATH, help="Take the plan from this file."),
+    _plan("--save-plan", type=_PATH, callback=output_file, help="Write the plan to this file."),
+)  # fmt: skip
+frontier_options = together(
+    _plan("--frontier", type=click.Choice(["predicted", "measured"]), is_flag=False, flag_value="predicted",
+          help="With a budget: show what more and less of it would give. measured: convert every point."),
+    _plan("--frontier-plot", type=_PATH, callback=output_file, help="Draw it here, for example x.svg."),
+)  # fmt: skip
+
+fit_options = together(
+    _fit("--data", metavar="SPEC",
+         help="demo, fashion-mnist[:ROOT], cifar10:ROOT, imagefolder:ROOT, module:function."),
+    _fit("--calibrate", default="1000", show_default=True, metavar="N|none",
+         callback=number_or("none", 0, "images"),
+         help="Unlabelled training images for the fit. none: from the weights alone."),
+)  # fmt: skip
+reconstruct_option = _fit(
+    "--reconstruct", type=click.IntRange(0), default=0, show_default=True, metavar="STEPS",
+    help="Steps per block on the dense model's activations, after the fit; no labels.",
+)  # fmt: skip
 
 
-def output_request(options: dict[str, Any], default: Path) -> OutputRequest:
-    """Return what to write; into ``default`` where no folder is named."""
-    from groupify.pipeline import OutputRequest
+def data_option(what: str, *, required: bool = False) -> Decorator[Any]:
+    """Return ``--data`` for a command that fits nothing."""
+    return section("Data")("--data", required=required, metavar="SPEC", help=what)
 
-    return OutputRequest(
-        options["output"] or default,
-        force=options["force"],
-        static_batch=options["static_batch"],
-        threads=options["threads"],
-        command=shlex.join(["groupify", *sys.argv[1:]]),
-        quantize=options["quantize"],
-    )
+
+def training_options(epochs: float) -> Decorator[Any]:
+    """Return the options of a fine-tune; ``epochs`` is the default of the first."""
+    return together(
+        _training("--epochs", type=float, default=epochs, show_default=True, help="Of fine-tuning."),
+        _training("--batch-size", type=click.IntRange(1), help="Images per step, of all processes."),
+        _training("--optimizer", type=click.Choice(["sgd", "adamw"]), help="Default: sgd."),
+        _training("--learning-rate", type=float, help="Peak learning rate."),
+        _training("--learning-rate-schedule", "schedule", type=click.Choice(["cosine", "one-cycle"]),
+                  help="Default: cosine."),
+        _training("--warmup", "warmup_fraction", type=float, metavar="SHARE",
+                  help="Share of the steps in which the learning rate rises, 0 to 1."),
+        _training("--weight-decay", type=float, help="Of the weights; norms and biases have none."),
+        _training("--labels", type=click.Choice(["auto", "none"]), default="auto", show_default=True,
+                  help="none: learn from the dense model alone."),
+        _training("--distill", type=click.Choice(["logits", "attention", "none"]),
+                  help="What to learn from the dense model; attention: the logits and where layers look."),
+        _training("--distillation-weight", type=float, help="Share of the logits' loss, 0 to 1."),
+        _training("--temperature", type=float, help="Of the distillation."),
+        _training("--label-smoothing", type=float, help="Of the cross-entropy, 0 to 1."),
+        _training("--ema", "ema_decay", type=float, metavar="DECAY", help="Average the weights, like 0.99."),
+        _training("--augment", is_flag=True, default=None, help="Use the data set's standard augmentation."),
+        _training("--freeze-batch-norms", is_flag=True, default=None,
+                  help="Keep the statistics of the batch norms."),
+        _training("--images-per-epoch", type=click.IntRange(1), help="For a stream of unknown length."),
+        _run("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+                  help="Where to train; auto: on a GPU if there is one."),
+        _run("--amp", type=click.Choice(["bf16", "none"]), default="none", show_default=True,
+                  help="Mixed precision."),
+        _run("--channels-last", is_flag=True, default=None,
+                  help="Train in the channels-last memory format."),
+        _run("--accumulate", type=click.IntRange(1), metavar="N",
+                  help="Put a batch through the model in N parts, to need less memory."),
+        _run("--save-every", type=click.IntRange(1), metavar="STEPS",
+                  help="Save the state of the training beside the output folder, as FOLDER.state."),
+        _run("--resume", is_flag=True, help="Go on from the state of an interrupted run, if any."),
+        _run("--log-file", type=_PATH, metavar="FILE", callback=output_file,
+                  help="Write JSON lines with loss, accuracy, learning rate and images per second."),
+        _run("--log-every", type=click.IntRange(1), default=50, show_default=True, metavar="STEPS"),
+        _run("--tensorboard", type=_PATH, metavar="FOLDER",
+                  help="Log for TensorBoard, where it is installed."),
+    )  # fmt: skip
+
+
+threads_option = output(
+    "--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads when timing."
+)
+export_options = together(
+    output("--static-batch", type=click.IntRange(1), help="Fixed batch size of the ONNX file."),
+    output("--quantize", is_flag=True,
+           help="Write an int8 variant of the ONNX file beside it, calibrated on the data."),
+    threads_option,
+)  # fmt: skip
+output_options = together(
+    output("--output", "-o", type=_PATH, help="Folder to write."),
+    output("--force", is_flag=True, help="Replace an earlier output folder."),
+    export_options,
+)  # fmt: skip
+uniform_option = output(
+    "--uniform", callback=whole_numbers, metavar="LIST",
+    help="Numbers of groups to convert with as well, like 2,4,8, for comparison in the report: untrained, "
+    "the same everywhere. Each takes about as long as the conversion.",
+)  # fmt: skip
+common_options = together(
+    _general("--seed", type=click.IntRange(0), default=0, show_default=True),
+    _general("--json", "as_json", is_flag=True, help="Print one JSON document."),
+    _general("--quiet", "-q", is_flag=True, help="No progress bars."),
+)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from groupify.cli.shared import CONTEXT, print_json
+from groupify.cli.options import command, output
+from groupify.cli.shared import print_json
 from groupify.errors import ArtefactError, SpecError
 from groupify.files import write_aside
 
@@ -14,9 +15,9 @@ FORMATS = ("html", "md", "json", "text")
 COMPARISON = "comparison.html"
 
 
-@click.command(context_settings=CONTEXT, short_help="Make a page or a table of one or several runs.")
+@command(short_help="Make a page or a table of one or several runs.")
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FOLDER...")
-@click.option(
+@output(
     "--format",
     "form",
     type=click.Choice(FORMATS),
@@ -24,13 +25,14 @@ COMPARISON = "comparison.html"
     show_default=True,
     help="html writes a file; md (for a pull request), json and text go to standard output.",
 )
-@click.option(
+@output(
     "-o",
     "--output",
+    "path",
     type=click.Path(path_type=Path, dir_okay=False),
     help=f"File to write (default for html: FOLDER/report.html; for several folders: {COMPARISON}).",
 )
-def report(folders: tuple[Path, ...], form: str, output: Path | None) -> None:
+def report(folders: tuple[Path, ...], form: str, path: Path | None) -> None:
     """Show what the runs in FOLDER... measured; several are compared.
 
     Example: groupify report demo-g4 demo-g8 --format md
@@ -47,17 +49,17 @@ def report(folders: tuple[Path, ...], form: str, output: Path | None) -> None:
             page = report_page(runs[0], earlier_runs(folders[0], runs[0].report))
         else:
             page = comparison_page(runs)
-        target = output or (folders[0] / "report.html" if len(runs) == 1 else Path(COMPARISON))
+        target = path or (folders[0] / "report.html" if len(runs) == 1 else Path(COMPARISON))
         _write(target, page)
         click.echo(f"wrote {target}")
         return
-    if output is not None:
+    if path is not None:
         if form != "md":
             raise SpecError(
                 f"--output writes html or md, not {form}; leave it out and redirect standard output"
             )
-        _write(output, markdown(runs))
-        click.echo(f"wrote {output}")
+        _write(path, markdown(runs))
+        click.echo(f"wrote {path}")
     elif form == "md":
         click.echo(markdown(runs), nl=False)
     elif form == "json":

@@ -1,22 +1,29 @@
-"""What several commands do: open their target, print their result."""
+"""From options to requests, and from results to the terminal."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
-import os
+import shlex
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from groupify.cli.options import model_request
-from groupify.errors import ArtefactError, SpecError
-from groupify.files import folder_exists
+from groupify.errors import SpecError
 
 if TYPE_CHECKING:
+    from groupify.pipeline.requests import (
+        ExportOptions,
+        ModelRequest,
+        OutputRequest,
+        PlanRequest,
+        TrainingRequest,
+    )
     from groupify.reporting.results import Report
-
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 def print_json(document: Any) -> None:
@@ -38,21 +45,114 @@ def print_report(report: Report | None, as_json: bool) -> None:
         print_report(report, stdout_console())
 
 
-def open_target(target: str, options: dict[str, Any]) -> tuple[Any, Any]:
-    """Return the model and the spec of an output folder or of a dense model."""
-    from groupify.artefact import load, read_recipe
+def model_request(name: str, options: dict[str, Any]) -> ModelRequest:
+    """Return which model or output folder is meant."""
+    from groupify.pipeline.requests import ModelRequest
 
-    if folder_exists(target):
-        return load(target, trust=options["trust"]), read_recipe(target).model
-    if os.sep in target:
-        raise ArtefactError(
-            f"no folder {target!r}; expected an output folder of 'groupify convert', or a model"
-        )
+    known = ("weights", "checkpoint", "arguments", "input_shape", "trust")
+    return ModelRequest(name, **{key: options[key] for key in known if key in options})
+
+
+def plan_request(options: dict[str, Any]) -> PlanRequest:
+    """Return how the convs are to be replaced."""
+    from groupify.files import cache_folder
+    from groupify.pipeline.requests import PlanRequest
+    from groupify.planning.rules import Rules
+    from groupify.planning.search import SearchOptions
+
+    if options["budget"] is not None and options["plan_file"] is not None:
+        raise SpecError("--plan and a budget: a plan file leaves nothing to plan; give one of the two")
+    rules = Rules(
+        include=options["include"],
+        exclude=options["exclude"],
+        min_group_width=options["min_group_width"],
+        cpu=options["cpu"],
+        shuffle=options["shuffle"],
+        structures=None if options["kind"] is None else (options["kind"],),
+    )
+    search = SearchOptions(
+        sensitivity=options["sensitivity"],
+        verify=not options["no_verify"],
+        threads=options["threads"],
+        cache=cache_folder(),
+        seed=options["seed"],
+        progress=not options["quiet"],
+    )
+    return PlanRequest(
+        options["groups"],
+        rules,
+        file=options["plan_file"],
+        budget=options["budget"],
+        search=search,
+        latency_table=options["latency_table"],
+        save=options["save_plan"],
+    )
+
+
+def export_options(options: dict[str, Any]) -> ExportOptions:
+    """Return how the ONNX file is to be made."""
+    from groupify.pipeline.requests import ExportOptions
+
+    names = {field.name for field in dataclasses.fields(ExportOptions)}
+    return ExportOptions(**{name: options[name] for name in names & options.keys()})
+
+
+def output_request(options: dict[str, Any], default: Path) -> OutputRequest:
+    """Return what to write; into ``default`` where no folder is named."""
+    from groupify.pipeline.requests import OutputRequest
+
+    return OutputRequest(
+        options["output"] or default,
+        export_options(options),
+        force=options["force"],
+        command=shlex.join(["groupify", *sys.argv[1:]]),
+    )
+
+
+def training_request(options: dict[str, Any]) -> TrainingRequest | None:
+    """Return how to train and what to keep on the way; None = not at all.
+
+    Raises:
+        SpecError: an option that says something about a training that is not asked for.
+    """
+    from groupify.pipeline.requests import TrainingRequest
+    from groupify.training.logs import LogSettings
+    from groupify.training.settings import FinetuneSettings
+
+    if not options["epochs"]:
+        for name in ("save_every", "resume", "log_file", "tensorboard"):
+            if options[name]:
+                option = name.replace("_", "-")
+                raise SpecError(f"--{option} is about training, and there is none; give --epochs N")
+        return None
+    # The options bear the names of the settings; what is not given keeps the setting's default.
+    given = {field.name: options.get(field.name) for field in dataclasses.fields(FinetuneSettings)}
+    given["labels"] = options["labels"] != "none"
+    given["amp"] = "bfloat16" if options["amp"] == "bf16" else None
+    settings = FinetuneSettings(**{name: value for name, value in given.items() if value is not None})
+    log = None
+    if options["log_file"] is not None or options["tensorboard"] is not None:
+        log = LogSettings(options["log_file"], options["tensorboard"], options["log_every"])
+    return TrainingRequest(
+        settings,
+        save_every=options["save_every"],
+        resume=options["resume"],
+        log=log,
+        device=options["device"],
+    )
+
+
+@contextlib.contextmanager
+def telling_how_to_resume(training: TrainingRequest | None, output: OutputRequest) -> Iterator[None]:
+    """Put into a ``KeyboardInterrupt`` what it leaves: the state of the training, if there is one."""
     try:
-        source = model_request(target, options).load(options["seed"])
-    except SpecError as error:
-        raise SpecError(f"no folder {target!r}, and as a model: {error}") from error
-    return source.model, source.spec
+        yield
+    except KeyboardInterrupt as interrupt:
+        if training is not None and training.keeps_state and (file := output.state_file).exists():
+            interrupt.args = (
+                f"the state of the training is in {file}: the same command with --resume goes on from it",
+            )
+        raise
 
 
 def beside(folder: Path, suffix: str) -> Path:

@@ -1,4 +1,4 @@
-"""What the command line asks for, as dataclasses."""
+"""What is asked of a run, as dataclasses."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from typing import Any
 from groupify.errors import SpecError
 from groupify.models import Source, load_model
 from groupify.planning.budget import Budget
-from groupify.planning.plan_file import PlanFile
 from groupify.planning.rules import Rules
-from groupify.planning.uniform import plan
-from groupify.structures import Plan
+from groupify.planning.search import SearchOptions
 from groupify.training.logs import LogSettings
 from groupify.training.settings import FinetuneSettings
 from groupify.training.state import Checkpointing
@@ -24,16 +22,22 @@ SAVE_EVERY = 200
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """Which dense model; see ``load_model`` for the fields."""
+    """Which dense model, or, where that is allowed, which output folder.
+
+    Attributes:
+        name, weights, checkpoint, arguments, input_shape: as for ``load_model``.
+        trust: let a folder's recipe import the code that it names.
+    """
 
     name: str
     weights: str = "auto"
     checkpoint: Path | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     input_shape: tuple[int, ...] | None = None
+    trust: bool = False
 
     def load(self, seed: int) -> Source:
-        """Load it."""
+        """Load the dense model."""
         return load_model(
             self.name,
             weights=self.weights,
@@ -45,62 +49,86 @@ class ModelRequest:
 
 
 @dataclass(frozen=True)
-class SearchRequest:
-    """A budget to plan for; see ``SearchOptions`` for the fields not said here.
-
-    Attributes:
-        budget: what the model may cost and lose.
-        latency_table: file of a table measured on the device; None = measure here.
-    """
-
-    budget: Budget
-    sensitivity: str = "fisher"
-    verify: bool = True
-    latency_table: Path | None = None
-
-
-@dataclass(frozen=True)
 class PlanRequest:
     """How the convs are to be replaced.
 
     Attributes:
         groups: number of groups to aim at.
-        rules: which convs may be converted and into what.
+        rules: which convs may be converted, and into what.
         file: a plan file to take instead.
-        search: a budget to plan for instead of ``groups``; see ``pipeline.budget``.
+        budget: a budget to plan for instead of ``groups``.
+        search: how to look for the plan for the budget.
+        latency_table: file of a table measured on the device, for ``search``; None = measure here.
+        frontier: what else to find out for the budget: None, ``"predicted"``, or ``"measured"`` to convert
+            every point.
+        save: file to write the plan to.
     """
 
-    groups: int
+    groups: int = 4
     rules: Rules = Rules()
     file: Path | None = None
-    search: SearchRequest | None = None
+    budget: Budget | None = None
+    search: SearchOptions = SearchOptions()
+    latency_table: Path | None = None
+    frontier: str | None = None
+    save: Path | None = None
 
-    def make(self, source: Source) -> Plan:
-        """Make the plan for a model, or read it."""
-        if self.file is not None:
-            return PlanFile.read(self.file).apply(source.model, source.spec.input_shape)
-        return plan(source.model, source.spec.input_shape, groups=self.groups, rules=self.rules)
+    @property
+    def is_uniform(self) -> bool:
+        """Whether it is a plan with the same number of groups everywhere."""
+        return self.file is None and self.budget is None
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How the ONNX file is made and measured.
+
+    Attributes:
+        static_batch: fixed batch size; None = dynamic.
+        quantize: write an int8 variant beside it; needs data.
+        threads: intra-op threads of the timing.
+    """
+
+    static_batch: int | None = None
+    quantize: bool = False
+    threads: int = 1
+
+    @property
+    def batch_size(self) -> int:
+        """Images per batch of the timing."""
+        return self.static_batch or 1
+
+    def check(self, data: str | None) -> None:
+        """Refuse int8 without data, before any work.
+
+        Raises:
+            SpecError: there is nothing to calibrate with.
+        """
+        if self.quantize and data is None:
+            raise SpecError("--quantize needs --data to calibrate with, for example --data demo")
 
 
 @dataclass(frozen=True)
 class OutputRequest:
-    """The folder to write and what is measured on the way.
+    """The folder to write.
 
     Attributes:
         folder: where; it appears whole or not at all.
+        export: how its ONNX file is made; the processor is that of the plan.
         force: replace an earlier output folder.
-        static_batch: fixed batch size of the ONNX file; None = dynamic.
-        threads: intra-op threads of the timing.
         command: the command line, for the report; None = the API was called.
-        quantize: write an int8 variant of the ONNX file beside it; needs data.
     """
 
     folder: Path
+    export: ExportOptions = ExportOptions()
     force: bool = False
-    static_batch: int | None = None
-    threads: int = 1
     command: str | None = None
-    quantize: bool = False
+
+    @property
+    def state_file(self) -> Path:
+        """Where the state of a training is kept: beside the folder, which is there only at the end."""
+        folder = self.folder.expanduser().absolute()
+        return folder.with_name(f"{folder.name}.state")
 
 
 @dataclass(frozen=True)
@@ -121,27 +149,24 @@ class TrainingRequest:
     log: LogSettings | None = None
     device: str = "auto"
 
+    @property
+    def keeps_state(self) -> bool:
+        """Whether an interrupted run can be resumed."""
+        return self.resume or self.save_every is not None
+
     def checkpointing(self, output: OutputRequest) -> Checkpointing | None:
-        """Return where the state goes: beside the output folder, which is there only at the end.
+        """Return where the state goes.
 
         Raises:
             SpecError: an interrupted run has left a state, and nothing is said about it.
         """
-        file = self.state_file(output)
+        file = output.state_file
         if not self.resume and not output.force and file.exists():
             raise SpecError(
                 f"{file} is the state of an interrupted run: go on from it with --resume, "
                 "or begin anew with --force"
             )
-        if self.save_every is None and not self.resume:
-            return None
-        return Checkpointing(file, self.save_every or SAVE_EVERY, self.resume)
-
-    @staticmethod
-    def state_file(output: OutputRequest) -> Path:
-        """Return the name of the state, that of the output folder with ``.state`` behind it."""
-        folder = output.folder.expanduser().absolute()
-        return folder.with_name(f"{folder.name}.state")
+        return Checkpointing(file, self.save_every or SAVE_EVERY, self.resume) if self.keeps_state else None
 
 
 @dataclass(frozen=True)
@@ -156,7 +181,6 @@ class ConversionRequest:
         reconstruct_steps: steps of block reconstruction after the fit; 0 = none.
         training: the fine-tune; None = none.
         seed: seed of everything random.
-        save_plan: file to write the plan to.
         uniform: numbers of groups to convert with as well, untrained, for comparison; needs labelled data.
     """
 
@@ -168,8 +192,21 @@ class ConversionRequest:
     reconstruct_steps: int = 0
     training: TrainingRequest | None = None
     seed: int = 0
-    save_plan: Path | None = None
     uniform: Sequence[int] = ()
+
+    def check(self) -> None:
+        """Refuse what cannot be done without data, before any work.
+
+        Raises:
+            SpecError: says what needs data.
+        """
+        self.output.export.check(self.data)
+        if self.data is None and self.training is not None:
+            raise SpecError(
+                f"--epochs {self.training.settings.epochs:g} needs --data, for example --data demo"
+            )
+        if self.data is None and self.reconstruct_steps:
+            raise SpecError(f"--reconstruct {self.reconstruct_steps} needs --data, for example --data demo")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from groupify.planning.budget import MACS
 from groupify.planning.costing import shown
 from groupify.planning.frontier import Frontier, FrontierPoint
 from groupify.planning.race import BudgetPlan, Contender
-from groupify.reporting.document import change_document, clean, site_document
+from groupify.reporting.document import clean, plan_document
 from groupify.reporting.sites import print_plan
 from groupify.reporting.tables import Table, print_lines
 
@@ -77,10 +77,7 @@ def budget_document(result: BudgetPlan, frontier: Frontier | None = None) -> dic
         "budget": [str(limit) for limit in result.budget.limits],
         "method": result.method,
         "labelled": result.labelled,
-        "input_shape": list(result.plan.input_shape),
-        "sites": [site_document(site) for site in result.plan.sites],
-        "params": change_document(result.plan.params),
-        "macs": change_document(result.plan.macs),
+        **plan_document(result.plan),
         "dense_costs": dict(result.dense_costs),
         "contenders": [
             {
@@ -92,7 +89,6 @@ def budget_document(result: BudgetPlan, frontier: Frontier | None = None) -> dic
             }
             for contender in result.contenders
         ],
-        "notes": list(result.plan.notes),
     }
     if frontier is not None:
         document["frontier"] = {

@@ -9,7 +9,7 @@ from typing import Any
 
 from groupify.conversion.pictures import BlockPicture
 from groupify.reporting.results import ExportResult, Report
-from groupify.structures import Change, SitePlan
+from groupify.structures import Change, Plan, SitePlan
 
 # Of the document, as report.schema.json has it; readers check them first.
 FORMAT = "groupify-report"
@@ -85,6 +85,19 @@ def export_document(result: ExportResult) -> dict[str, Any]:
         }
     )
     return document
+
+
+def plan_document(plan: Plan) -> dict[str, Any]:
+    """Return a plan as plain JSON values."""
+    return {
+        "input_shape": list(plan.input_shape),
+        "groups": plan.groups,
+        "cpu": plan.cpu,
+        "sites": [site_document(site) for site in plan.sites],
+        "params": change_document(plan.params),
+        "macs": change_document(plan.macs),
+        "notes": list(plan.notes),
+    }
 
 
 def site_document(site: SitePlan) -> dict[str, Any]:

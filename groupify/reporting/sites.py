@@ -20,7 +20,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         (title, count(change.dense), count(change.grouped), ratio(change.ratio)) for title, change in totals
     ]
     Table(("convs", "dense", "grouped", "ratio"), tuple(rows), words=("convs",)).print(console)
-    console.print(f"{len(plan.converted)} of {len(plan.sites)} convs are converted")
+    console.print(f"{len(plan.converted)} of {len(plan.sites)} convs are converted, planned for {plan.cpu}")
     print_lines(plan.notes, console)
 
 

@@ -5,20 +5,24 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
+import click
 import onnx
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import groupify
-from groupify.cli import cli
+from groupify.cli.main import cli
+from groupify.cli.options import SectionedCommand
 from groupify.errors import SpecError
 from groupify.measure.latency_table import LatencyTable
 from groupify.models import sources as zoo_load
-from groupify.pipeline import write_output
+from groupify.pipeline import exporting
+from groupify.pipeline import run as pipeline_run
 from tests.cli_nets import INPUT_SIZE, net
 from tests.conftest import Run
 
@@ -57,14 +61,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 BAD_INPUT = [
     # budgets
-    ("plan demo --target macs=0%", "target 'macs=0%': expected a value above 0"),
-    ("plan demo --target mac=40%", "did you mean 'macs'"),
-    ("plan demo --target avx2 --target avx512", "--target names two processors, avx2 and avx512"),
-    ("plan demo --target macs=40% --plan plan.json", "--plan and a budget"),
-    ("plan demo --target drop=1", "needs images; give --data"),
+    ("plan demo --budget macs=0%", "target 'macs=0%': expected a value above 0"),
+    ("plan demo --budget mac=40%", "did you mean 'macs'"),
+    ("plan demo --budget macs=40% --budget macs=50%", "two targets for 'macs'"),
+    ("plan demo --budget macs=40% --plan plan.json", "--plan and a budget"),
+    ("plan demo --budget drop=1", "needs images; give --data"),
     ("plan demo --frontier", "--frontier needs a budget"),
     ("plan demo --plan missing.json", "cannot read plan 'missing.json'"),
-    ("plan demo --target latency=2x --latency-table missing.json", "cannot read latency table"),
+    ("plan demo --budget latency=2x --latency-table missing.json", "cannot read latency table"),
     ("bench missing", "no folder 'missing'"),
     # models
     ("convert resnett18", "unknown model 'resnett18'", "did you mean 'resnet18'"),
@@ -118,7 +122,7 @@ BAD_INPUT = [
     ("export demo -o file/demo.onnx", "demo.onnx"),
     ("convert demo --save-plan there", "--save-plan: cannot write there: it is a folder"),
     ("convert demo --epochs 1 --log-file file/log", "--log-file: cannot write file/log", "is no folder"),
-    ("plan demo --target macs=40% --frontier-plot file/a.png", "--frontier-plot: cannot write file/a.png"),
+    ("plan demo --budget macs=40% --frontier-plot file/a.png", "--frontier-plot: cannot write file/a.png"),
     ("bench demo --table there", "--table: cannot write there: it is a folder"),
     # options
     ("plan demo --min-group-width 0", "--min-group-width '0': expected auto or a number"),
@@ -136,7 +140,7 @@ BAD_INPUT = [
     ("plan demo --shuffle some", "unknown shuffle 'some'"),
     ("plan demo --shuffle auto", "unknown shuffle 'auto', expected one of none, all"),
     ("plan demo --kind grouped-pointwise --shuffle all", "the pointwise conv mixes the groups already"),
-    ("plan demo --target sparc", "--target 'sparc': expected a processor"),
+    ("plan demo --cpu sparc", "unknown CPU 'sparc': expected one of avx2, avx512"),
     ("plan demo --seed -1", "Invalid value for '--seed'"),
     ("convert demo --epochs 1", "--epochs 1 needs --data"),
     ("convert demo --quantize", "--quantize needs --data to calibrate with"),
@@ -199,7 +203,7 @@ def test_a_bug_is_one_line_too(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_pa
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("by zero\nagain")
 
-    monkeypatch.setattr(write_output, "check_parity", fail)
+    monkeypatch.setattr(exporting, "check_parity", fail)
     outcome = run("convert", *TINY, "-o", "out")
     assert outcome.code == 1
     assert outcome.err.splitlines()[-1].startswith(
@@ -221,7 +225,7 @@ def test_an_interrupt_leaves_nothing(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(write_output, "check_parity", interrupt)
+    monkeypatch.setattr(exporting, "check_parity", interrupt)
     outcome = run("convert", *TINY, "-o", "out", *(["--force"] if force else []))
     assert outcome == type(outcome)(130, "", "groupify: error: interrupted; nothing was written\n")
     assert tree(tmp_path) == before
@@ -231,7 +235,7 @@ def test_full_disk(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     def full(*_: object, **__: object) -> None:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(write_output, "write_artefact", full)
+    monkeypatch.setattr(pipeline_run, "write_artefact", full)
     outcome = run("convert", *TINY, "-o", "out")
     assert outcome.code == 2
     assert outcome.err.count("\n") == 1
@@ -281,6 +285,31 @@ def test_help_has_an_example(verb: str, run: Run) -> None:
     assert (f"Example: groupify {verb} " in outcome.out) == bool(verb)
 
 
+SECTIONS = ["Model", "What to convert", "How to fit", "Training", "Training run", "Output", "General"]
+
+
+def test_help_is_in_sections(run: Run) -> None:
+    convert = cli.commands["convert"]
+    assert isinstance(convert, SectionedCommand)
+    context = click.Context(convert)
+    sections = convert.sections(context)
+    assert list(sections) == SECTIONS
+    places = {
+        name: title
+        for title, lines in sections.items()
+        for line in lines
+        for name in re.split("[ ,]+", line[0])
+    }
+    options = [option for option in convert.get_params(context) if isinstance(option, click.Option)]
+    assert len(options) > 50
+    assert all(option.opts[-1] in places for option in options)
+    # What every command has, and nothing else.
+    general = {name for name, title in places.items() if title == "General" and name.startswith("--")}
+    assert general == {"--seed", "--json", "--quiet", "--help"}
+    shown = [line.removesuffix(":") for line in run("convert", "-h").out.splitlines()]
+    assert [line for line in shown if line in SECTIONS] == SECTIONS
+
+
 def test_verbs(run: Run) -> None:
     assert sorted(cli.commands) == ["bench", "convert", "evaluate", "export", "finetune", "plan", "report"]
     nothing = run()
@@ -290,7 +319,7 @@ def test_verbs(run: Run) -> None:
 
 
 def test_plan_writes_nothing(run: Run, tmp_path: Path) -> None:
-    outcome = run("plan", "demo", "--groups", 8, "--exclude", "layer3.*", "--target", "avx512")
+    outcome = run("plan", "demo", "--groups", 8, "--exclude", "layer3.*", "--cpu", "avx512")
     assert (outcome.code, outcome.err) == (0, "")
     assert tree(tmp_path) == {}
     lines = outcome.out.splitlines()
@@ -302,7 +331,7 @@ def test_plan_writes_nothing(run: Run, tmp_path: Path) -> None:
     assert rows["layer1.0.conv1"].endswith("clamped: groups narrower than 16 channels are slower")
     assert "1 → 8" in rows["layer2.1.conv1"]
     assert rows["layer3.0.conv1"].endswith("excluded")
-    assert lines[-1] == "8 of 15 convs are converted"
+    assert lines[-1] == "8 of 15 convs are converted, planned for avx512"
     assert not any(line.endswith(" ") for line in lines)
 
 
@@ -392,7 +421,7 @@ def test_from_the_weights_alone(run: Run, tmp_path: Path) -> None:
 def test_a_budget_is_planned_saved_and_converted(run: Run, tmp_path: Path, cache: Path) -> None:
     path = tmp_path / "plan.json"
     outcome = run(
-        "plan", *TINY, "--target", "macs=60%", "--target", "any", "--data", "tests.cli_nets:data",
+        "plan", *TINY, "--budget", "macs=60%", "--cpu", "any", "--data", "tests.cli_nets:data",
         "--calibrate", 48, "--save-plan", path, "--frontier", "--frontier-plot", tmp_path / "f.png", "-q",
     )  # fmt: skip
     assert outcome.code == 0
@@ -414,7 +443,7 @@ def test_a_budget_is_planned_saved_and_converted(run: Run, tmp_path: Path, cache
 
 def test_convert_takes_a_budget_and_says_what_it_won_against(run: Run, tmp_path: Path, cache: Path) -> None:
     outcome = run(
-        "convert", *TINY, "--target", "macs=60%,params=90%", "--data", "tests.cli_nets:data",
+        "convert", *TINY, "--budget", "macs=60%,params=90%", "--data", "tests.cli_nets:data",
         "--calibrate", 48, "-o", tmp_path / "out", "-q", "--json", "--save-plan", tmp_path / "plan.json",
     )  # fmt: skip
     assert outcome.code == 0
@@ -425,7 +454,7 @@ def test_convert_takes_a_budget_and_says_what_it_won_against(run: Run, tmp_path:
 
 
 def test_a_plan_for_a_budget_as_json(run: Run, cache: Path) -> None:
-    outcome = run("plan", *TINY, "--target", "macs=60%", "--frontier", "-q", "--json")
+    outcome = run("plan", *TINY, "--budget", "macs=60%", "--frontier", "-q", "--json")
     assert outcome.code == 0
     document = json.loads(outcome.out)
     assert document["budget"] == ["macs=60%"]
@@ -438,7 +467,7 @@ def test_a_latency_table_made_by_bench_serves_a_plan(run: Run, tmp_path: Path, c
     outcome = run("bench", *TINY, "--table", path, "-q")
     assert outcome.code == 0
     assert f"wrote {path}" in outcome.out
-    outcome = run("plan", *TINY, "--target", "latency=99%", "--latency-table", path, "-q", "--json")
+    outcome = run("plan", *TINY, "--budget", "latency=99%", "--latency-table", path, "-q", "--json")
     # Within noise no plan may be faster for so small a net; either way the table was enough.
     assert outcome.code == 0 or "latency=99% cannot be held" in outcome.err
     assert not list(cache.glob("latency-*.json"))
@@ -448,13 +477,13 @@ def test_a_table_of_other_threads_is_refused(run: Run, tmp_path: Path, cache: Pa
     assert run("bench", *TINY, "--table", tmp_path / "table.json", "--threads", "1,2").code == 2
     table = LatencyTable("a device", threads=4)
     table.write(tmp_path / "table.json")
-    outcome = run("plan", *TINY, "--target", "latency=50%", "--latency-table", tmp_path / "table.json")
+    outcome = run("plan", *TINY, "--budget", "latency=50%", "--latency-table", tmp_path / "table.json")
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
     assert "was measured with 4 threads, not 1: give --threads 4" in outcome.err
 
 
 @pytest.mark.parametrize(("plot", "says"), [("f.xyz", "'.xyz'"), ("f", "''")])
 def test_a_plot_that_cannot_be_drawn_is_refused_at_once(run: Run, plot: str, says: str) -> None:
-    refused = run("plan", "no such model", "--target", "macs=60%", "--frontier-plot", plot)
+    refused = run("plan", "no such model", "--budget", "macs=60%", "--frontier-plot", plot)
     assert (refused.code, refused.err.count("\n")) == (2, 1)
     assert f"{plot}: its ending is {says}, expected one of" in refused.err

@@ -25,7 +25,7 @@ from tests.conftest import ROOT, Run
 START = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from groupify.cli import main
+from groupify.cli.main import main
 main()
 """
 
@@ -226,5 +226,5 @@ def test_a_reader_that_leaves(tmp_path: Path) -> None:
 
 
 def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
-    code = "import sys, groupify.cli; assert not {'torch', 'numpy', 'onnxruntime'} & set(sys.modules)"
+    code = "import sys, groupify.cli.main; assert not {'torch', 'numpy', 'onnxruntime'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), check=True)

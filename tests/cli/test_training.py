@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from groupify.cli.training import finetune_settings, training_request
+from groupify.cli.run_commands import finetune
+from groupify.cli.shared import training_request
 from groupify.errors import SpecError
 from groupify.training.settings import FinetuneSettings
 from tests.cli_nets import INPUT_SIZE
@@ -71,7 +72,7 @@ def test_streams_in_every_verb(run: Run, tmp_path: Path) -> None:
     tuned = run("finetune", "out", *options, "--labels", "none", "--trust", "--json")
     assert tuned.code == 0, tuned.err
     assert json.loads(tuned.out)["accuracy"]["images"] == 40
-    planned = run("plan", *TINY, *STREAM[:2], "--target", "macs=60%", "--calibrate", 64, "--json")
+    planned = run("plan", *TINY, *STREAM[:2], "--budget", "macs=60%", "--calibrate", 64, "--json")
     assert json.loads(planned.out)["contenders"][0]["measured_divergence"] is not None
     exported = run("export", "out", *STREAM[:2], "--trust", "--quantize", "--json")
     assert exported.code == 0, exported.err
@@ -159,20 +160,10 @@ def test_the_last_weights_are_written_where_they_are_others(run: Run, tmp_path: 
 
 
 def test_settings_without_options_are_the_defaults() -> None:
-    names = [
-        "batch_size", "accumulate", "optimizer", "learning_rate", "learning_rate_schedule", "weight_decay",
-        "distill", "distillation_weight", "temperature", "label_smoothing", "ema", "images_per_epoch",
-        "warmup",
-    ]  # fmt: skip
-    options: dict[str, Any] = dict.fromkeys(names)
-    options |= dict.fromkeys(("augment", "channels_last", "freeze_batch_norms"), False)
-    options |= {"epochs": 1.0, "labels": "auto", "amp": "none", "seed": 0}
-    assert finetune_settings(options) == FinetuneSettings()
-    request = training_request(
-        {**options, "log_file": None, "tensorboard": None, "log_every": 50, "save_every": None,
-         "resume": False, "device": "auto"}
-    )  # fmt: skip
+    context = finetune.make_context("finetune", ["folder", "--data", "demo"])
+    request = training_request({key: value for key, value in context.params.items() if key != "folder"})
     assert request is not None
+    assert request.settings == FinetuneSettings()
     assert request.log is None
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from groupify import Recipe, WeightsOrigin, plan, save
+from groupify import Recipe, plan, save
 from groupify.artefact import load, read_recipe
 from groupify.conversion.surgery import restructure
 from groupify.errors import ArtefactError, GroupifyError, GroupifyWarning, SpecError
@@ -23,6 +23,7 @@ from groupify.measure.folder import (
     bench_folder,
 )
 from groupify.models import ModelSpec
+from groupify.models.specs import WeightsOrigin
 from groupify.onnx.exporting import export_onnx
 from groupify.onnx.quantisation import quantize_onnx
 from groupify.recipe import RECIPE_HASH

@@ -15,7 +15,7 @@ from rich.console import Console
 from groupify.errors import GroupifyWarning
 from groupify.onnx.agreement import Agreement
 from groupify.onnx.exporting import ExportedModel
-from groupify.pipeline.latency import Timed, latency_notes
+from groupify.pipeline.exporting import Timed, latency_notes
 from groupify.recipe import RECIPE_HASH
 from groupify.reporting.document import report_document
 from groupify.reporting.results import Int8File, LatencyChange

@@ -23,7 +23,7 @@ from groupify.measure.latency_table import Stopwatch, look_up, measure_table
 from groupify.measure.plan_timer import PlanTimer
 from groupify.measure.site_times import NetworkTime
 from groupify.measure.timing import Timing
-from groupify.pipeline.budget import planning_images
+from groupify.pipeline.planning import planning_images
 from groupify.planning import sensitivity as sensitivity_module
 from groupify.planning.budget import Budget
 from groupify.planning.candidates import candidates

@@ -488,7 +488,7 @@ def test_no_color_is_respected(run: Command, tmp_path: Path, monkeypatch: pytest
 
 def test_shell_completion() -> None:
     environment = {"_GROUPIFY_COMPLETE": "bash_complete", "COMP_WORDS": "groupify re", "COMP_CWORD": "1"}
-    code = "import sys; sys.argv = ['groupify']; from groupify.cli import main; main()"
+    code = "import sys; sys.argv = ['groupify']; from groupify.cli.main import main; main()"
     completed = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},

@@ -1,8 +1,9 @@
-"""Plan for a budget: draw the images, read the latency table, search."""
+"""Make a plan as asked for: uniform groups, a plan file, or a budget with the images and table it needs."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,17 +12,19 @@ from torch import nn
 from groupify.data.batches import UNLABELLED, iterate_batches
 from groupify.data.splits import DataSplits, load_data
 from groupify.errors import ArtefactError, SpecError
-from groupify.files import cache_folder
 from groupify.machine import CPUS, blocked_width, describe_machine
 from groupify.measure.latency_table import LatencyTable, measure_table
 from groupify.models import Source
-from groupify.pipeline.requests import ModelRequest, PlanRequest, SearchRequest
+from groupify.pipeline.requests import ModelRequest, PlanRequest
 from groupify.planning.budget import Budget
 from groupify.planning.candidates import candidates
 from groupify.planning.frontier import Frontier, trace_frontier
+from groupify.planning.plan_file import PlanFile
 from groupify.planning.race import BudgetPlan
 from groupify.planning.rules import Rules
 from groupify.planning.search import HeldOut, Images, SearchOptions, plan_for_budget
+from groupify.planning.uniform import plan
+from groupify.structures import Plan
 
 _HELD_OUT = 500
 # A share of right answers is known less well than a divergence.
@@ -29,97 +32,89 @@ _HELD_OUT_FOR_DROP = 2000
 _HELD_OUT_BYTES = 2**30
 
 
-def find_plan(
-    request: PlanRequest,
-    search: SearchRequest,
-    source: Source,
-    data: DataSplits | None,
-    *,
-    calibration_images: int,
-    threads: int = 1,
-    seed: int = 0,
-    progress: bool = False,
-) -> BudgetPlan:
-    """Return the plan for the budget of a request.
+@dataclass(frozen=True)
+class Planned:
+    """A plan, and where it is one for a budget, how it was found.
+
+    Attributes:
+        plan: what is to be replaced.
+        found: the race that it won; None where there was none.
+        frontier: what other budgets would give, where that was asked for.
+    """
+
+    plan: Plan
+    found: BudgetPlan | None = None
+    frontier: Frontier | None = None
+
+
+def make_plan(
+    request: PlanRequest, source: Source, data: DataSplits | None, *, calibration_images: int, seed: int
+) -> Planned:
+    """Make a plan, or read it.
 
     Args:
         request: what may be replaced, and how.
-        search: the budget.
         source: the dense model.
         data: gives calibration images, and others to compare plans on; None = from the weights alone.
         calibration_images: number of images to fit on; 0 = from the weights alone.
-        threads: intra-op threads of ONNX Runtime that a latency is for.
-        seed: seed of everything random.
-        progress: show bars on stderr.
+        seed: chooses the images.
+
+    Raises:
+        GroupifyError: the plan cannot be made, or the file cannot be read.
     """
-    images = _images(data, calibration_images, search, seed)
-    options = search_options(search, threads=threads, seed=seed, progress=progress)
-    return plan_for_budget(
-        source.model, source.spec.input_shape, search.budget, images, rules=request.rules, options=options
-    )
-
-
-def _images(data: DataSplits | None, count: int, search: SearchRequest, seed: int) -> Images | None:
-    if data is None or count == 0:
-        return None
-    return planning_images(data, count, search.budget, seed=seed)
-
-
-def find_frontier(
-    model: ModelRequest,
-    request: PlanRequest,
-    *,
-    data: str | None,
-    calibration_images: int,
-    frontier: str | None,
-    threads: int,
-    seed: int,
-    progress: bool,
-) -> tuple[BudgetPlan, Frontier | None]:
-    """Load a model and its data, plan for a budget and, where asked for, trace the frontier around it.
-
-    Args:
-        model, request: the dense model, and the budget in ``request.search``.
-        data: data spec; None = from the weights alone.
-        frontier: None, ``"predicted"``, or ``"measured"`` to convert every point.
-        calibration_images, threads, seed, progress: as for ``find_plan``.
-    """
-    search = request.search
-    assert search is not None
-    source = model.load(seed)
-    splits = None if data is None else load_data(data, source.spec, seed=seed)
-    images = _images(splits, calibration_images, search, seed)
-    options = search_options(search, threads=threads, seed=seed, progress=progress)
-    found = plan_for_budget(
-        source.model, source.spec.input_shape, search.budget, images, rules=request.rules, options=options
-    )
-    if frontier is None:
-        return found, None
+    model, shape = source.model, source.spec.input_shape
+    if request.file is not None:
+        return Planned(PlanFile.read(request.file).apply(model, shape))
+    if request.budget is None:
+        return Planned(plan(model, shape, groups=request.groups, rules=request.rules))
+    images = None
+    if data is not None and calibration_images:
+        images = planning_images(data, calibration_images, request.budget, seed=seed)
+    options = _with_table(request.search, request.latency_table)
+    found = plan_for_budget(model, shape, request.budget, images, rules=request.rules, options=options)
+    if request.frontier is None:
+        return Planned(found.plan, found)
     measure = None
-    if frontier == "measured":
+    if request.frontier == "measured":
         if images is None:
             raise SpecError("a measured frontier needs images; give --data")
-        measure = HeldOut(source.model, images, options)
-    return found, trace_frontier(found, measure=measure)
+        measure = HeldOut(model, images, options)
+    return Planned(found.plan, found, trace_frontier(found, measure=measure))
 
 
-def search_options(search: SearchRequest, *, threads: int, seed: int, progress: bool) -> SearchOptions:
-    """Return how to look for a plan."""
-    table = None if search.latency_table is None else LatencyTable.read(search.latency_table)
-    if table is not None and table.threads != threads:
+def run_plan(
+    model: ModelRequest, request: PlanRequest, *, data: str | None, calibration_images: int, seed: int
+) -> Planned:
+    """Do what ``groupify plan`` does: load a model and its data, plan, and save the plan if asked for.
+
+    Args:
+        model: the dense model.
+        data: data spec for a budget; None = from the weights alone.
+        request, calibration_images, seed: as for ``make_plan``.
+    """
+    # Without a budget a plan depends on shapes alone: weights not at hand are no reason to warn or to wait.
+    if request.budget is None and model.weights == "auto":
+        model = replace(model, weights="none")
+    source = model.load(seed)
+    splits = None
+    if data is not None and request.budget is not None:
+        splits = load_data(data, source.spec, seed=seed)
+    planned = make_plan(request, source, splits, calibration_images=calibration_images, seed=seed)
+    if request.save is not None:
+        PlanFile.of(model.name, planned.plan).write(request.save)
+    return planned
+
+
+def _with_table(options: SearchOptions, path: Path | None) -> SearchOptions:
+    if path is None:
+        return options
+    table = LatencyTable.read(path)
+    if table.threads != options.threads:
         raise SpecError(
-            f"the latency table {search.latency_table} was measured with {table.threads} threads, "
-            f"not {threads}: give --threads {table.threads}, or another table"
+            f"the latency table {path} was measured with {table.threads} threads, "
+            f"not {options.threads}: give --threads {table.threads}, or another table"
         )
-    return SearchOptions(
-        sensitivity=search.sensitivity,
-        verify=search.verify,
-        table=table,
-        threads=threads,
-        cache=cache_folder(),
-        seed=seed,
-        progress=progress,
-    )
+    return replace(options, table=table)
 
 
 def planning_images(data: DataSplits, count: int, budget: Budget, *, seed: int) -> Images:
@@ -164,9 +159,11 @@ def make_table(
             f"{path} is a table of {table.machine}, {table.threads} threads; this is {machine}, {threads} "
             "threads: choose another file"
         )
-    any_width = Rules(min_group_width=1, shuffle="all")
     one_of_each_block = {blocked_width(cpu): cpu for cpu in CPUS}.values()
-    for rules in (any_width, *(Rules(cpu=cpu, shuffle="all") for cpu in one_of_each_block)):
+    for rules in (
+        Rules(min_group_width=1, shuffle="all"),
+        *(Rules(cpu=cpu, shuffle="all") for cpu in one_of_each_block),
+    ):
         choices = candidates(model, input_shape, rules)
         table = measure_table(model, choices, table, threads=threads, progress=progress)
     table.write(path)

@@ -1,0 +1,161 @@
+"""The first stage: the dense model, the data, and what is to be replaced."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from groupify.artefact import read_recipe
+from groupify.data.ranks import Ranks
+from groupify.data.splits import DataSplits, load_data
+from groupify.errors import DataError, GroupifyWarning, SpecError
+from groupify.graph.forward import run_once
+from groupify.graph.trace import example_input
+from groupify.machine import find_cpu
+from groupify.models import Source, load_model
+from groupify.pipeline.planning import Planned, make_plan
+from groupify.pipeline.requests import ConversionRequest, FinetuneRequest
+from groupify.planning.plan_file import PlanFile
+from groupify.planning.sites import describe
+from groupify.planning.uniform import plan as plan_uniform
+from groupify.recipe import Recipe
+from groupify.reporting.budget import race_lines
+from groupify.scores import class_scores
+from groupify.structures import Plan
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the stages work on.
+
+    Attributes:
+        source: the dense model.
+        data: None = no data.
+        plan: what is replaced.
+        uniform: other plans by their number of groups, to convert with for comparison.
+        notes: how the plan was found.
+    """
+
+    source: Source
+    data: DataSplits | None
+    plan: Plan
+    uniform: dict[int, Plan] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def prepare_conversion(request: ConversionRequest, ranks: Ranks) -> Prepared:
+    """Load the dense model and the data, and plan.
+
+    Raises:
+        GroupifyError: anything that cannot be done as asked.
+    """
+    if ranks.world > 1:
+        _refuse_what_one_process_measures(request)
+    source = request.model.load(request.seed)
+    data = None if request.data is None else open_data(request.data, source, request.seed)
+    if request.uniform and (data is None or not data.labelled or data.test is None):
+        raise SpecError("--uniform compares accuracies: give --data with labels and a test part")
+    planned = make_plan(
+        request.plan, source, data, calibration_images=request.calibration_images, seed=request.seed
+    )
+    if request.plan.save is not None and ranks.first:
+        PlanFile.of(source.spec.name, planned.plan).write(request.plan.save)
+    notes = () if planned.found is None else race_lines(planned.found)
+    return Prepared(source, data, planned.plan, _uniform_plans(request, source, planned), notes)
+
+
+def _refuse_what_one_process_measures(request: ConversionRequest) -> None:
+    if request.uniform:
+        raise SpecError("--uniform is measured in one process: leave it out under torchrun")
+    if request.plan.budget is not None and request.plan.file is None:
+        raise SpecError(
+            "a budget is planned in one process: write the plan with 'groupify plan --save-plan FILE', "
+            "then give --plan FILE under torchrun"
+        )
+
+
+def _uniform_plans(request: ConversionRequest, source: Source, planned: Planned) -> dict[int, Plan]:
+    """Return a plan for each number of groups in ``request.uniform``, each other than all before."""
+    seen = [planned.plan.recipes]
+    plans = {}
+    for groups in request.uniform:
+        made = plan_uniform(source.model, source.spec.input_shape, groups=groups, rules=request.plan.rules)
+        if made.recipes not in seen:
+            seen.append(made.recipes)
+            plans[groups] = made
+    return plans
+
+
+def prepare_finetune(request: FinetuneRequest) -> Prepared:
+    """Load the dense model that an output folder was made from, and the data.
+
+    Raises:
+        GroupifyError: anything that cannot be done as asked.
+    """
+    recipe = read_recipe(request.folder)
+    source = dense_source(recipe, request.checkpoint, trust=request.trust)
+    data = open_data(request.data, source, request.seed)
+    # A recipe that was not made by a run need not say which processor it was planned for.
+    plan = describe(source.model, recipe.sites, source.spec.input_shape, recipe.cpu or find_cpu())
+    return Prepared(source, data, plan)
+
+
+def dense_source(recipe: Recipe, checkpoint: Path | None, *, trust: bool) -> Source:
+    """Load the dense model that a recipe was made from, weights included.
+
+    Raises:
+        SpecError: the recipe does not say where its weights can be had; name the file.
+    """
+    spec, origin = recipe.model, recipe.weights
+    if ":" in spec.name and not trust and not spec.name.startswith("groupify.models.demo:"):
+        raise SpecError(f"the recipe's model {spec.name!r} is code of its own; give --trust if you trust it")
+    if checkpoint is None and origin.kind == "checkpoint":
+        raise SpecError(
+            f"the dense weights are needed as a teacher and came from {origin.sentence!r}; "
+            "give --checkpoint FILE"
+        )
+    weights = {"torchvision": origin.value, "demo": "auto"}.get(origin.kind, "none")
+    source = load_model(
+        spec.name,
+        weights=str(weights),
+        checkpoint=checkpoint,
+        arguments=spec.arguments,
+        input_shape=spec.input_shape,
+        seed=origin.value if isinstance(origin.value, int) else 0,
+    )
+    return Source(source.model, spec, recipe.weights)
+
+
+def open_data(spec: str, source: Source, seed: int) -> DataSplits:
+    """Load a data set for a model, checking its labels against the model's classes.
+
+    Raises:
+        ConversionError: the model does not run on its input shape.
+        GroupifyError: the data cannot be had, or do not fit the model.
+
+    Warns:
+        GroupifyWarning: the model is no classifier, so the labels are not used.
+    """
+    classes = _class_count(source)
+    data = load_data(spec, source.spec, num_classes=classes, seed=seed)
+    if classes is None and data.labelled:
+        warnings.warn(
+            f"{source.spec.name} gives no logits of shape (N, classes), so the labels of {spec} are not used "
+            "and no accuracy is measured",
+            GroupifyWarning,
+            stacklevel=2,
+        )
+        data = dataclasses.replace(data, labelled=False)
+    return data
+
+
+def _class_count(source: Source) -> int | None:
+    """Number of classes that a model tells apart; None when it is no classifier."""
+    try:
+        return class_scores(
+            run_once(source.model, example_input(source.spec.input_shape, like=source.model))
+        ).shape[1]
+    except DataError:
+        return None

@@ -1,0 +1,146 @@
+"""What is done with an output folder or a dense model: evaluate it, export it, time its convs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from groupify.artefact import WEIGHTS_FILE, load, read_recipe
+from groupify.data.splits import load_data
+from groupify.errors import ArtefactError, DataError, SpecError
+from groupify.files import folder_exists
+from groupify.measure.latency_table import LatencyTable
+from groupify.models import ModelSpec, build_model
+from groupify.onnx.python_file import write_python_file
+from groupify.pipeline.exporting import export_and_check, int8_notes, int8_path, time_int8
+from groupify.pipeline.planning import make_table
+from groupify.pipeline.requests import ExportOptions, ModelRequest
+from groupify.reporting.results import ExportResult
+from groupify.scores import Accuracy, evaluate
+
+
+def open_target(target: ModelRequest, seed: int) -> tuple[nn.Module, ModelSpec, str | None]:
+    """Load an output folder or a dense model.
+
+    Returns:
+        The model, its spec, and the hash of its recipe; None where it has none.
+
+    Raises:
+        GroupifyError: it is neither.
+    """
+    if folder_exists(target.name):
+        recipe = read_recipe(target.name)
+        return load(target.name, trust=target.trust), recipe.model, recipe.sha256
+    if os.sep in target.name:
+        raise ArtefactError(
+            f"no folder {target.name!r}; expected an output folder of 'groupify convert', or a model"
+        )
+    try:
+        source = target.load(seed)
+    except SpecError as error:
+        raise SpecError(f"no folder {target.name!r}, and as a model: {error}") from error
+    return source.model, source.spec, None
+
+
+def run_evaluation(target: ModelRequest, data: str, *, seed: int = 0, progress: bool = False) -> Accuracy:
+    """Measure the accuracy of an output folder or a dense model on the test part of a data set.
+
+    Raises:
+        DataError: there is no labelled test part.
+        GroupifyError: the model or the data cannot be had.
+    """
+    model, spec, _ = open_target(target, seed)
+    splits = load_data(data, spec, seed=seed)
+    if not splits.labelled or splits.test is None:
+        raise DataError(f"data {data!r} has no labelled test part to measure accuracy on")
+    return evaluate(model, splits.test, progress=progress)
+
+
+def run_export(
+    target: ModelRequest,
+    path: Path,
+    options: ExportOptions,
+    *,
+    data: str | None = None,
+    force: bool = False,
+    seed: int = 0,
+    progress: bool = False,
+) -> ExportResult:
+    """Export an output folder or a dense model, check the file, and quantise it if asked for.
+
+    Args:
+        target: the folder or model.
+        path: the float file; the int8 file goes beside it.
+        options: how.
+        data: data spec with real images for the check and for int8.
+        force: replace existing files.
+        seed: of the check's inputs and the choice of images.
+        progress: show bars on stderr.
+
+    Raises:
+        ParityError: the file computes something else than the model.
+        GroupifyError: anything that cannot be done as asked.
+    """
+    options.check(data)
+    check_paths(path, *((int8_path(path),) if options.quantize else ()), force=force)
+    model, spec, recipe_sha256 = open_target(target, seed)
+    splits = None if data is None else load_data(data, spec, seed=seed)
+    exported = export_and_check(
+        model, spec, path, options, splits, recipe_sha256=recipe_sha256, seed=seed, progress=progress
+    )
+    exported = time_int8(exported, spec, options, progress=progress)
+    files = {"onnx": str(path)}
+    if exported.int8 is not None:
+        files["onnx_int8"] = str(int8_path(path))
+    return ExportResult(exported.file, exported.parity, files, exported.int8, int8_notes(exported.int8))
+
+
+def export_python(folder: str, path: Path, *, force: bool = False, trust: bool = False) -> Path:
+    """Write a Python file that rebuilds a folder's model with torch and torchvision alone.
+
+    Returns:
+        The file of the weights that belong to it.
+
+    Raises:
+        GroupifyError: there is no such folder, or the file cannot be written.
+    """
+    check_paths(path, force=force, option="--python")
+    if not folder_exists(folder):
+        raise ArtefactError(f"--python needs an output folder of 'groupify convert', not {folder!r}")
+    write_python_file(read_recipe(folder), path, trust=trust)
+    return Path(folder) / WEIGHTS_FILE
+
+
+def run_table(
+    target: ModelRequest, path: Path, *, threads: int = 1, seed: int = 0, progress: bool = False
+) -> LatencyTable:
+    """Write a latency table for the plans of an output folder's model or a dense model.
+
+    Raises:
+        GroupifyError: the model cannot be had, or the file holds something else.
+    """
+    if folder_exists(target.name):
+        spec = read_recipe(target.name).model
+        model = build_model(spec, trust=target.trust)
+    else:
+        source = replace(target, weights="none").load(seed)
+        model, spec = source.model, source.spec
+    return make_table(model, spec.input_shape, path, threads=threads, progress=progress)
+
+
+def check_paths(*paths: Path, force: bool, option: str = "-o") -> None:
+    """Refuse files that cannot be written, before any work.
+
+    Raises:
+        ArtefactError: a file exists and ``force`` is not given, or its folder does not.
+    """
+    for file in paths:
+        if os.path.lexists(file) and not force:
+            raise ArtefactError(f"{file} exists; give --force to replace it, or another file with {option}")
+        if os.path.isdir(file) or not os.path.isdir(file.parent):
+            raise ArtefactError(
+                f"cannot write {file}: expected a file in an existing folder; choose it with {option}"
+            )
