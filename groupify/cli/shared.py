@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from groupify.errors import SpecError
 
@@ -62,6 +63,8 @@ def plan_request(options: dict[str, Any]) -> PlanRequest:
 
     if options["budget"] is not None and options["plan_file"] is not None:
         raise SpecError("--plan and a budget: a plan file leaves nothing to plan; give one of the two")
+    if options["plan_file"] is not None:
+        _refuse_rules_beside_a_plan_file()
     rules = Rules(
         include=options["include"],
         exclude=options["exclude"],
@@ -87,6 +90,20 @@ def plan_request(options: dict[str, Any]) -> PlanRequest:
         latency_table=options["latency_table"],
         save=options["save_plan"],
     )
+
+
+# Options that say what a plan may do, and would be ignored where the plan is read from a file.
+_RULES = ("groups", "kind", "include", "exclude", "cpu", "min_group_width", "shuffle")
+
+
+def _refuse_rules_beside_a_plan_file() -> None:
+    context = click.get_current_context()
+    asked = (name for name in _RULES if context.get_parameter_source(name) is ParameterSource.COMMANDLINE)
+    for name in asked:
+        raise SpecError(
+            f"--plan and --{name.replace('_', '-')}: the file says what becomes of each conv; leave out "
+            "one of the two, or change the file"
+        )
 
 
 def export_options(options: dict[str, Any]) -> ExportOptions:

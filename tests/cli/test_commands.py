@@ -65,6 +65,8 @@ BAD_INPUT = [
     ("plan demo --budget mac=40%", "did you mean 'macs'"),
     ("plan demo --budget macs=40% --budget macs=50%", "two targets for 'macs'"),
     ("plan demo --budget macs=40% --plan plan.json", "--plan and a budget"),
+    ("plan demo --groups 4 --plan plan.json", "--plan and --groups: the file says"),
+    ("convert demo --plan plan.json --min-group-width 8", "--plan and --min-group-width"),
     ("plan demo --budget drop=1", "needs images; give --data"),
     ("plan demo --frontier", "--frontier needs a budget"),
     ("plan demo --plan missing.json", "cannot read plan 'missing.json'"),
