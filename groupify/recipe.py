@@ -44,9 +44,17 @@ def _check_site(site: SiteRecipe) -> SiteRecipe:
     return site
 
 
-def _check_names(sites: tuple[SiteRecipe, ...]) -> tuple[SiteRecipe, ...]:
-    if len({site.name for site in sites}) < len(sites):
-        raise ValueError("each site once")
+def each_once(sites: tuple[SiteRecipe, ...]) -> tuple[SiteRecipe, ...]:
+    """Return the sites of a document; a validator for ``Annotated``.
+
+    Raises:
+        ValueError: one is named twice.
+    """
+    names: set[str] = set()
+    for site in sites:
+        if site.name in names:
+            raise ValueError(f"each site once, and {site.name!r} occurs twice")
+        names.add(site.name)
     return sites
 
 
@@ -80,7 +88,7 @@ class Recipe(Document):
     sites: Annotated[
         tuple[Annotated[SiteRecipe, AfterValidator(_check_site)], ...],
         Field(max_length=MAX_SITES),
-        AfterValidator(_check_names),
+        AfterValidator(each_once),
     ]
     calibration: Mapping[str, Any] | None = None
     recovery: Mapping[str, Any] | None = None

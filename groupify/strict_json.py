@@ -1,4 +1,4 @@
-"""Strict JSON: a parser without JSON's loopholes, and typed access to what it parsed.
+"""Strict JSON: a parser without JSON's loopholes, and what messages about its values share.
 
 Everything that is wrong is one ``ArtefactError`` that names the place and the value.
 """
@@ -9,7 +9,6 @@ import json
 import math
 import re
 import reprlib
-from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from groupify.errors import ArtefactError
@@ -88,17 +87,6 @@ def show(value: object) -> str:
     return reprlib.repr(value)
 
 
-def is_text(value: object) -> bool:
-    """Whether ``value`` is a text of at most ``MAX_TEXT`` printable characters."""
-    # Printable: recipe texts end up on terminals, where escape sequences and half characters do harm.
-    return isinstance(value, str) and len(value) <= MAX_TEXT and value.isprintable()
-
-
-def is_integer(value: object, low: int, high: int) -> bool:
-    """Whether ``value`` is an integer of ``low`` to ``high``; booleans are none."""
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
 def is_finite(value: object) -> bool:
     """Whether ``value`` is a finite number; booleans are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -107,83 +95,3 @@ def is_finite(value: object) -> bool:
 def refuse(where: str, value: object, expected: str) -> NoReturn:
     """Raise the ``ArtefactError`` for a bad value."""
     raise ArtefactError(f"{where} is {show(value)}; expected {expected}")
-
-
-class JsonObject:
-    """A JSON object whose fields are taken one by one; a field that nobody took is unknown."""
-
-    def __init__(self, value: object, where: str) -> None:
-        if not isinstance(value, dict):
-            refuse(where, value, "an object")
-        self._fields = dict(value)
-        self._where = where
-
-    def take(self, key: str) -> Any:
-        """Return the value of a key that must be there."""
-        if key not in self._fields:
-            raise ArtefactError(f"{self._where} has no {key!r}")
-        return self._fields.pop(key)
-
-    def text(self, key: str, *, shortest: int = 1) -> str:
-        """Return a text of printable characters."""
-        value: str = self.take(key)
-        if not is_text(value) or len(value) < shortest:
-            refuse(f"{self._where}.{key}", value, f"a text of {shortest} to {MAX_TEXT} printable characters")
-        return value
-
-    def integer(self, key: str, low: int, high: int) -> int:
-        """Return an integer of ``low`` to ``high``."""
-        value = self.take(key)
-        if not is_integer(value, low, high):
-            refuse(f"{self._where}.{key}", value, f"an integer from {low} to {high}")
-        return int(value)
-
-    def flag(self, key: str) -> bool:
-        """Return a boolean."""
-        value = self.take(key)
-        if not isinstance(value, bool):
-            refuse(f"{self._where}.{key}", value, "true or false")
-        return value
-
-    def choice(self, key: str, choices: Sequence[str]) -> str:
-        """Return one of the given texts."""
-        value = self.take(key)
-        if not isinstance(value, str) or value not in choices:
-            refuse(f"{self._where}.{key}", value, " or ".join(repr(choice) for choice in choices))
-        return value
-
-    def finish(self) -> None:
-        """Refuse the keys that nobody took."""
-        for key in self._fields:
-            raise ArtefactError(f"{self._where} has an unknown key {show(key)}")
-
-
-def json_list(value: object, where: str, low: int, high: int) -> list[Any]:
-    """Return a list of ``low`` to ``high`` items."""
-    if not isinstance(value, list) or not low <= len(value) <= high:
-        found = f"a list of {len(value)}" if isinstance(value, list) else show(value)
-        raise ArtefactError(f"{where} is {found}; expected a list of {low} to {high}")
-    return value
-
-
-def plain_object(value: object, where: str) -> dict[str, Any]:
-    """Return free-form JSON: an object of texts, finite numbers, booleans, nulls, lists and objects."""
-    if not isinstance(value, dict):
-        refuse(where, value, "an object")
-    pending: list[tuple[object, int]] = [(value, 0)]
-    while pending:
-        item, depth = pending.pop()
-        if depth > MAX_NESTING:
-            raise ArtefactError(f"{where} is nested more than {MAX_NESTING} levels deep")
-        if isinstance(item, dict):
-            if not all(is_text(key) for key in item):
-                raise ArtefactError(f"{where} has a key of more than {MAX_TEXT} or unprintable characters")
-            pending.extend((child, depth + 1) for child in item.values())
-        elif isinstance(item, list):
-            pending.extend((child, depth + 1) for child in item)
-        elif isinstance(item, str):
-            if not is_text(item):
-                refuse(where, item, f"texts of at most {MAX_TEXT} printable characters")
-        elif item is not None and not isinstance(item, bool) and not is_finite(item):
-            refuse(where, item, "JSON values: texts, finite numbers, booleans, null, lists, objects")
-    return value

@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 import functools
-import json
 import shutil
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, ClassVar, Literal
 
+from pydantic import Field
 from torch import nn
 
+from groupify.documents import Document, Text
 from groupify.errors import ArtefactError, PlanError
 from groupify.files import cache_folder, fingerprint
 from groupify.graph.operations import CONVS, Conv
 from groupify.machine import describe_machine
 from groupify.measure.conv_timing import ConvShape, time_convs
-from groupify.measure.site_times import NetworkTime, mean_time, time_network
+from groupify.measure.site_times import Milliseconds, NetworkTime, mean_time, time_network
 from groupify.onnx.exporting import export_onnx
-from groupify.planning.json_file import read_json_file, take_header, write_json_file
 from groupify.stats.positions import padding_amounts
-from groupify.strict_json import JsonObject, is_finite, is_text, parse, refuse
 from groupify.structures import GROUPED_POINTWISE, Candidate, Choices, Observed
 
-FORMAT = "groupify latency table"
-SCHEMA_VERSION = 2
-_MAX_ENTRIES = 100_000
-_MAX_MS = 1e7
+Times = Annotated[Mapping[str, Milliseconds], Field(max_length=100_000)]
 
 
 @dataclass(frozen=True)
-class LatencyTable:
+class LatencyTable(Document):
     """Milliseconds for one image.
 
     Attributes:
@@ -44,56 +40,16 @@ class LatencyTable:
         networks: fingerprint of a dense network → time of all of it, and of each of its convs in it.
     """
 
-    machine: str
-    threads: int = 1
-    convs: Mapping[str, float] = field(default_factory=dict)
-    warm_convs: Mapping[str, float] = field(default_factory=dict)
+    what: ClassVar[str] = "latency table"
+    remedy: ClassVar[str] = "make one with groupify bench MODEL --table FILE"
+
+    format: Literal["groupify latency table"] = field(default="groupify latency table", kw_only=True)
+    schema_version: Literal[3] = field(default=3, kw_only=True)
+    machine: Text
+    threads: Annotated[int, Field(ge=1, le=65_536)] = 1
+    convs: Times = field(default_factory=dict)
+    warm_convs: Times = field(default_factory=dict)
     networks: Mapping[str, NetworkTime] = field(default_factory=dict)
-
-    def dumps(self) -> str:
-        """Return the table as a JSON text; ``loads`` of it is this table."""
-        document = {"format": FORMAT, "schema_version": SCHEMA_VERSION, **asdict(self)}
-        return json.dumps(document, indent=1, allow_nan=False) + "\n"
-
-    @classmethod
-    def loads(cls, text: str) -> LatencyTable:
-        """Return the table of a JSON text.
-
-        Raises:
-            ArtefactError: the text is not JSON, or not a latency table.
-        """
-        top = JsonObject(parse(text), "table")
-        take_header(
-            top,
-            "latency table",
-            FORMAT,
-            SCHEMA_VERSION,
-            "make it anew with groupify bench MODEL --table FILE",
-        )
-        table = cls(
-            machine=top.text("machine"),
-            threads=top.integer("threads", 1, 65_536),
-            convs=_times(top.take("convs"), "table.convs"),
-            warm_convs=_times(top.take("warm_convs"), "table.warm_convs"),
-            networks=_networks(top.take("networks")),
-        )
-        top.finish()
-        return table
-
-    @classmethod
-    def read(cls, path: Path) -> LatencyTable:
-        """Read a file.
-
-        Raises:
-            ArtefactError: it cannot be read, or is no latency table.
-        """
-        return read_json_file(
-            path, "latency table", cls.loads, "make one with groupify bench MODEL --table FILE"
-        )
-
-    def write(self, path: Path) -> None:
-        """Write a file aside, then rename it."""
-        write_json_file(path, self.dumps())
 
 
 @dataclass(frozen=True)
@@ -308,33 +264,3 @@ def network_fingerprint(model: nn.Module, choices: Choices) -> str:
     ]
     params = sum(parameter.numel() for parameter in model.parameters())
     return fingerprint((repr(shapes), repr(choices.input_shape), str(params)))
-
-
-def _networks(value: object) -> dict[str, NetworkTime]:
-    networks = {}
-    for name, network in _named(value, "table.networks").items():
-        where = f"table.networks[{name!r}]"
-        entry = JsonObject(network, where)
-        total = _time(entry.take("total_ms"), f"{where}.total_ms")
-        networks[name] = NetworkTime(total, _times(entry.take("convs_ms"), f"{where}.convs_ms"))
-        entry.finish()
-    return networks
-
-
-def _times(value: object, where: str) -> dict[str, float]:
-    return {name: _time(time, f"{where}[{name!r}]") for name, time in _named(value, where).items()}
-
-
-def _named(value: object, where: str) -> dict[str, object]:
-    if not isinstance(value, dict) or len(value) > _MAX_ENTRIES:
-        refuse(where, value, f"an object of at most {_MAX_ENTRIES} entries")
-    for name in value:
-        if not is_text(name):
-            refuse(f"a name in {where}", name, "printable text")
-    return value
-
-
-def _time(value: Any, where: str) -> float:
-    if not is_finite(value) or not 0 <= value <= _MAX_MS:
-        refuse(where, value, f"milliseconds from 0 to {_MAX_MS:g}")
-    return float(value)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from groupify.measure.benchmarks import benchmark_onnx
 from groupify.measure.profiling import kernel_times, node_times
@@ -17,6 +19,8 @@ _FUSED = ("Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid", "Add", 
 _BLOCKED = "_nchwc"
 _SECONDS = 2.0
 
+Milliseconds = Annotated[float, Field(ge=0, le=1e7)]
+
 
 @dataclass(frozen=True)
 class NetworkTime:
@@ -27,8 +31,8 @@ class NetworkTime:
         convs_ms: its sites, as far as they can be told from the profile.
     """
 
-    total_ms: float
-    convs_ms: Mapping[str, float]
+    total_ms: Milliseconds
+    convs_ms: Mapping[str, Milliseconds]
 
 
 def time_network(
