@@ -118,7 +118,7 @@ def test_a_conv_that_never_runs_or_has_one_dimension_is_no_obstacle() -> None:
 
 
 def test_command_line(run: Run) -> None:
-    command = ("plan", "tests.cli_nets:net", "--input-size", "3,8,8", "--target", "avx512", "-g", 4)
+    command = ("plan", "tests.cli_nets:net", "--input-size", "3,8,8", "--cpu", "avx512", "-g", 4)
     loose = run(*command, "--min-group-width", 1)
     assert loose.code == 0
     assert loose.err.startswith("groupify: warning: ")
