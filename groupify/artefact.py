@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from groupify.conversion.surgery import restructure
 from groupify.errors import ArtefactError, CheckpointError, GroupifyError
 from groupify.files import MAX_RECIPE_BYTES, RECIPE_FILE, folder_exists, writing_folder
-from groupify.models import ModelSpec, build_model
+from groupify.models.sources import build_model
+from groupify.models.specs import ModelSpec
 from groupify.recipe import Recipe
 from groupify.structures import SiteRecipe
 

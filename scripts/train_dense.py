@@ -31,8 +31,8 @@ from tqdm import tqdm
 from groupify.data.images import FlipAndShift, ImageArrays
 from groupify.data.splits import load_data
 from groupify.machine import bfloat16_is_slow
-from groupify.models import ModelSpec
 from groupify.models.demo import INPUT_SHAPE, demo_model, fashion_resnet18, fashion_vgg11_bn
+from groupify.models.specs import ModelSpec
 from groupify.scores import evaluate
 
 MODELS = {"demo": demo_model, "resnet18": fashion_resnet18, "vgg11_bn": fashion_vgg11_bn}

@@ -13,8 +13,8 @@ from torch.utils.data import IterableDataset, Subset, TensorDataset
 
 from groupify.data.images import ImageArrays
 from groupify.data.splits import DataSplits, load_data
-from groupify.models import ModelSpec
 from groupify.models.demo import INPUT_SHAPE
+from groupify.models.specs import ModelSpec
 
 INPUT_SIZE = "3,8,8"
 

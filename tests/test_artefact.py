@@ -26,7 +26,8 @@ from groupify.artefact import WEIGHTS_FILE, load, read_recipe, save
 from groupify.conversion.surgery import restructure
 from groupify.errors import ArtefactError, CheckpointError, GroupifyError
 from groupify.files import RECIPE_FILE
-from groupify.models import ModelSpec, WeightsOrigin, build_model
+from groupify.models.sources import build_model
+from groupify.models.specs import ModelSpec, WeightsOrigin
 from groupify.recipe import Recipe
 from groupify.structures import SiteRecipe
 from tests.test_recipe import VALUES, paths_of, replaced

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from groupify.errors import ArtefactError
-from groupify.models import ModelSpec, Preprocessing, WeightsOrigin
+from groupify.models.specs import ModelSpec, Preprocessing, WeightsOrigin
 from groupify.recipe import Recipe, current_versions
 from groupify.structures import SiteRecipe
 

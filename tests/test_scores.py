@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from groupify.data.splits import load_data
 from groupify.errors import DataError, GroupifyWarning
-from groupify.models import ModelSpec, load_model
+from groupify.models.sources import load_model
+from groupify.models.specs import ModelSpec
 from groupify.pipeline.prepare import open_data
 from groupify.scores import Accuracy, evaluate
 

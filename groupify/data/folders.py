@@ -15,7 +15,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from groupify.errors import DataError
-from groupify.models import ModelSpec, Preprocessing
+from groupify.models.specs import ModelSpec, Preprocessing
 
 _TEST_NAMES = ("val", "test", "validation")
 

@@ -17,7 +17,9 @@ from groupify.data.files import find_fashion_mnist, read_cifar10, read_fashion_m
 from groupify.data.folders import read_image_folder
 from groupify.data.images import CropAndFlip, FlipAndShift, ImageArrays
 from groupify.errors import DataError, GroupifyError, GroupifyWarning, SpecError, near_names
-from groupify.models import ModelSpec, demo, import_attribute
+from groupify.models import demo
+from groupify.models.sources import import_attribute
+from groupify.models.specs import ModelSpec
 from groupify.models.weights import one_line
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]

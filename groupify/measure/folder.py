@@ -23,7 +23,7 @@ from groupify.measure.benchmarks import (
     speed_up,
 )
 from groupify.measure.memory import peak_memory
-from groupify.models import build_model
+from groupify.models.sources import build_model
 from groupify.onnx.exporting import export_onnx
 from groupify.onnx.runtime import BlockedConvs, count_blocked_convs, open_session
 from groupify.recipe import RECIPE_HASH

@@ -23,7 +23,7 @@ from groupify.machine import package_version
 from groupify.onnx.runtime import require
 
 if TYPE_CHECKING:
-    from groupify.models import Preprocessing
+    from groupify.models.specs import Preprocessing
 
 # The highest opset whose Conv (11), AveragePool (11) and pooling all have a rule in ONNX Runtime's
 # NCHWc transformer: AveragePool-19 and Conv-22 have none in the versions groupify supports.

@@ -15,7 +15,7 @@ from groupify.data.splits import DataSplits
 from groupify.errors import GroupifyWarning
 from groupify.measure.benchmarks import QUICK_SECONDS, Latency, benchmark_onnx, speed_up
 from groupify.measure.site_times import site_times
-from groupify.models import ModelSpec
+from groupify.models.specs import ModelSpec
 from groupify.onnx.agreement import compare_files
 from groupify.onnx.exporting import ExportedModel, export_onnx
 from groupify.onnx.parity import Parity, check_parity

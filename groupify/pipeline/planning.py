@@ -14,7 +14,7 @@ from groupify.data.splits import DataSplits, load_data
 from groupify.errors import ArtefactError, SpecError
 from groupify.machine import CPUS, blocked_width, describe_machine
 from groupify.measure.latency_table import LatencyTable, measure_table
-from groupify.models import Source
+from groupify.models.specs import Source
 from groupify.pipeline.requests import ModelRequest, PlanRequest
 from groupify.planning.budget import Budget
 from groupify.planning.candidates import candidates

@@ -14,7 +14,8 @@ from groupify.errors import DataError, GroupifyWarning, SpecError
 from groupify.graph.forward import run_once
 from groupify.graph.trace import example_input
 from groupify.machine import find_cpu
-from groupify.models import Source, load_model
+from groupify.models.sources import load_model
+from groupify.models.specs import Source
 from groupify.pipeline.planning import Planned, make_plan
 from groupify.pipeline.requests import ConversionRequest, FinetuneRequest
 from groupify.planning.plan_file import PlanFile

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from groupify.errors import SpecError
-from groupify.models import Source, load_model
+from groupify.models.sources import load_model
+from groupify.models.specs import Source
 from groupify.planning.budget import Budget
 from groupify.planning.rules import Rules
 from groupify.planning.search import SearchOptions

@@ -17,7 +17,7 @@ from groupify.data.ranks import Ranks, process_group
 from groupify.files import RECIPE_FILE, writing_folder
 from groupify.graph.trace import example_input
 from groupify.machine import describe_machine, package_version
-from groupify.models import Source
+from groupify.models.specs import Source
 from groupify.pipeline.converting import Grouped, convert_as_planned, convert_uniform, measured, train
 from groupify.pipeline.exporting import (
     Exported,

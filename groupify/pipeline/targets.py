@@ -13,7 +13,8 @@ from groupify.data.splits import load_data
 from groupify.errors import ArtefactError, DataError, SpecError
 from groupify.files import folder_exists
 from groupify.measure.latency_table import LatencyTable
-from groupify.models import ModelSpec, build_model
+from groupify.models.sources import build_model
+from groupify.models.specs import ModelSpec
 from groupify.onnx.python_file import write_python_file
 from groupify.pipeline.exporting import export_and_check, int8_notes, int8_path, time_int8
 from groupify.pipeline.planning import make_table

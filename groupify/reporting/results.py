@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from groupify.conversion.pictures import BlockPicture
 from groupify.conversion.site_fit import SiteFit
 from groupify.machine import Machine
-from groupify.models import WeightsOrigin
+from groupify.models.specs import WeightsOrigin
 from groupify.onnx.agreement import Agreement
 from groupify.onnx.exporting import ExportedModel
 from groupify.onnx.parity import Parity

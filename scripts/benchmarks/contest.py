@@ -18,7 +18,7 @@ from torch import nn
 
 from groupify.data.batches import calibration_images
 from groupify.data.splits import DataSplits, load_data
-from groupify.models import load_model
+from groupify.models.sources import load_model
 from groupify.scores import evaluate, measure_cost
 from scripts.benchmarks.harness import Latencies, Results, Timing, describe_latency, matches
 from scripts.benchmarks.methods import Method, Setting, densified, make, rules_for

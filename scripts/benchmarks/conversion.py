@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from groupify.conversion.by_part import refresh_batch_norms
 from groupify.conversion.conversion import Calibration, convert
-from groupify.models import load_model
+from groupify.models.sources import load_model
 from groupify.planning.rules import Rules
 from groupify.planning.uniform import plan
 from scripts.benchmarks.harness import Parser, Results

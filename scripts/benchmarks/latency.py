@@ -26,7 +26,7 @@ from torch import nn
 from groupify.conversion.surgery import restructure
 from groupify.measure.benchmarks import Latency, benchmark_onnx, speed_up
 from groupify.measure.profiling import profile_onnx
-from groupify.models import load_model
+from groupify.models.sources import load_model
 from groupify.onnx.exporting import export_onnx
 from groupify.onnx.parity import check_parity
 from groupify.onnx.runtime import count_blocked_convs

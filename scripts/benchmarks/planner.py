@@ -31,7 +31,8 @@ from groupify.data.splits import DataSplits, load_data
 from groupify.files import cache_folder
 from groupify.measure.benchmarks import speed_ups
 from groupify.measure.plan_timer import PlanTimer
-from groupify.models import Source, load_model
+from groupify.models.sources import load_model
+from groupify.models.specs import Source
 from groupify.onnx.exporting import export_onnx
 from groupify.planning.budget import LATENCY, MACS, Budget, Limit
 from groupify.planning.candidates import candidates

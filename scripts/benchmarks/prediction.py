@@ -26,7 +26,7 @@ from groupify.graph.trace import example_input
 from groupify.measure.benchmarks import benchmark_onnx
 from groupify.measure.latency_table import look_up, measure_table
 from groupify.measure.timing import Timing
-from groupify.models import load_model
+from groupify.models.sources import load_model
 from groupify.onnx.exporting import export_onnx
 from groupify.planning.budget import LATENCY
 from groupify.planning.candidates import candidates

@@ -25,7 +25,7 @@ from groupify.data.batches import Data, calibration_images
 from groupify.data.images import ImageArrays
 from groupify.data.splits import DataSplits
 from groupify.machine import bfloat16_is_slow
-from groupify.models import load_model
+from groupify.models.sources import load_model
 from groupify.training.finetuning import FinetuneResult, finetune
 from groupify.training.settings import FinetuneSettings
 from scripts.benchmarks.harness import Parser, Results

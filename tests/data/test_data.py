@@ -30,7 +30,7 @@ from groupify.data.files import read_idx, write_idx
 from groupify.data.images import CropAndFlip, FlipAndShift, ImageArrays
 from groupify.data.splits import DataSplits, load_data
 from groupify.errors import DataError, GroupifyWarning, SpecError
-from groupify.models import ModelSpec, Preprocessing
+from groupify.models.specs import ModelSpec, Preprocessing
 
 SPEC = ModelSpec("demo", {}, (3, 28, 28), None)
 GREY = ModelSpec("demo", {}, (1, 28, 28), None)
@@ -649,7 +649,7 @@ def test_image_folder(tmp_path: Path, test_name: str) -> None:
 def test_image_folder_as_torchvision_prepares_it(tmp_path: Path) -> None:
     from torchvision.models import ResNet18_Weights
 
-    from groupify.models import load_model
+    from groupify.models.sources import load_model
 
     (tmp_path / "noise").mkdir()
     pixels = torch.randint(0, 256, (280, 300, 3), generator=seeded(0)).byte().numpy()

@@ -22,8 +22,7 @@ from groupify.measure.folder import (
     bench_document,
     bench_folder,
 )
-from groupify.models import ModelSpec
-from groupify.models.specs import WeightsOrigin
+from groupify.models.specs import ModelSpec, WeightsOrigin
 from groupify.onnx.exporting import export_onnx
 from groupify.onnx.quantisation import quantize_onnx
 from groupify.recipe import RECIPE_HASH

@@ -15,7 +15,9 @@ from groupify.data.batches import calibration_images
 from groupify.data.files import read_fashion_mnist, write_idx
 from groupify.data.images import ImageArrays
 from groupify.data.splits import load_data
-from groupify.models import WeightsOrigin, build_model, demo, load_model
+from groupify.models import demo
+from groupify.models.sources import build_model, load_model
+from groupify.models.specs import WeightsOrigin
 from groupify.scores import evaluate
 from tests.conftest import ROOT
 

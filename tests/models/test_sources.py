@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights
 
 from groupify.errors import CheckpointError, GroupifyWarning, SpecError
-from groupify.models import ModelSpec, WeightsOrigin, build_model, load_checkpoint, load_model
 from groupify.models import weights as zoo_weights
-from groupify.models.weights import read_checkpoint
+from groupify.models.sources import build_model, load_model
+from groupify.models.specs import ModelSpec, WeightsOrigin
+from groupify.models.weights import load_checkpoint, read_checkpoint
 
 
 @pytest.fixture

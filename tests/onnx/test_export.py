@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from groupify.errors import ArtefactError, ConversionError
-from groupify.models import Preprocessing
+from groupify.models.specs import Preprocessing
 from groupify.onnx.exporting import OPSET, export_onnx
 from tests.onnx.nets import INPUT_SHAPE, SmallNet, TwoHeads, randomise
 

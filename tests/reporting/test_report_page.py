@@ -27,7 +27,7 @@ from rich.console import Console
 from groupify.conversion.pictures import BlockPicture
 from groupify.conversion.site_fit import SiteFit
 from groupify.errors import ArtefactError
-from groupify.models import WeightsOrigin
+from groupify.models.specs import WeightsOrigin
 from groupify.onnx.agreement import Agreement
 from groupify.reporting.charts import Point, chart, place_labels
 from groupify.reporting.document import report_document

@@ -12,7 +12,7 @@ from rich.console import Console
 from groupify.conversion.site_fit import SiteFit
 from groupify.machine import Machine
 from groupify.measure.folder import BenchResult, BenchRow, bench_document
-from groupify.models import WeightsOrigin
+from groupify.models.specs import WeightsOrigin
 from groupify.onnx.parity import Parity
 from groupify.onnx.runtime import BlockedConvs
 from groupify.reporting.document import clean, report_document

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from groupify.data.images import ImageArrays
 from groupify.data.splits import load_data
-from groupify.models import ModelSpec
 from groupify.models.demo import fashion_resnet18
+from groupify.models.specs import ModelSpec
 from groupify.planning.rules import Rules
 from groupify.planning.uniform import plan
 from groupify.scores import measure_cost

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from groupify.errors import ArtefactError, SpecError
-from groupify.models import load_model
+from groupify.models.sources import load_model
 from groupify.training.finetuning import FinetuneResult, finetune
 from groupify.training.learner import AveragedWeights, make_optimizer
 from groupify.training.logs import LogSettings
