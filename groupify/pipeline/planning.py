@@ -18,9 +18,8 @@ from groupify.models.specs import Source
 from groupify.pipeline.requests import ModelRequest, PlanRequest
 from groupify.planning.budget import Budget
 from groupify.planning.candidates import candidates
-from groupify.planning.frontier import Frontier, trace_frontier
 from groupify.planning.plan_file import PlanFile
-from groupify.planning.race import BudgetPlan
+from groupify.planning.race import BudgetPlan, Frontier, trace_frontier
 from groupify.planning.rules import Rules
 from groupify.planning.search import HeldOut, Images, SearchOptions, plan_for_budget
 from groupify.planning.uniform import plan

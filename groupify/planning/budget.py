@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from groupify.errors import SpecError, near_names
@@ -84,10 +83,10 @@ class Budget:
         seen: set[str] = set()
         for limit in limits:
             if limit.quantity in seen:
-                raise SpecError(f"two targets for {limit.quantity!r}: give one of each, for example macs=40%")
+                raise SpecError(f"two limits for {limit.quantity!r}: give one of each, for example macs=40%")
             seen.add(limit.quantity)
         if not limits:
-            raise SpecError(f"no target: expected one like {_EXAMPLES[MACS]}")
+            raise SpecError(f"no budget: expected one like {_EXAMPLES[MACS]}")
         return cls(tuple(limits))
 
     @property
@@ -104,34 +103,24 @@ class Budget:
         return ",".join(map(str, self.limits))
 
 
-def is_target(text: str) -> bool:
-    """Whether a text is meant as a target of a budget and not as the name of a processor."""
-    return "=" in text
-
-
-def quantities(limits: Iterable[Limit]) -> tuple[str, ...]:
-    """Return what the limits are on."""
-    return tuple(limit.quantity for limit in limits)
-
-
 def _limit(text: str) -> Limit:
     quantity, equals, value = (part.strip() for part in text.partition("="))
     if quantity not in QUANTITIES or not equals:
         raise SpecError(
-            f"target {text!r}: expected one of {', '.join(QUANTITIES)}, '=' and a value, "
+            f"budget {text!r}: expected one of {', '.join(QUANTITIES)}, '=' and a value, "
             f"like {_EXAMPLES[MACS]}{near_names(quantity, QUANTITIES)}"
         )
     match = _VALUE.fullmatch(value)
     if match is None:
-        raise SpecError(f"target {text!r}: expected a value above 0, like {_EXAMPLES[quantity]}")
+        raise SpecError(f"budget {text!r}: expected a value above 0, like {_EXAMPLES[quantity]}")
     number, unit = float(match[1]), match[2]
     if number <= 0:
-        raise SpecError(f"target {text!r}: expected a value above 0, like {_EXAMPLES[quantity]}")
+        raise SpecError(f"budget {text!r}: expected a value above 0, like {_EXAMPLES[quantity]}")
     if unit in ("%", "x") and quantity != DROP:
         share = number / 100 if unit == "%" else 1 / number
         if share > 1:
             raise SpecError(
-                f"target {text!r} allows more than the dense model has: expected at most 100% or at least 1x"
+                f"budget {text!r} allows more than the dense model has: expected at most 100% or at least 1x"
             )
         return Limit(quantity, share, relative=True)
     units = _UNITS[quantity]
@@ -139,6 +128,6 @@ def _limit(text: str) -> Limit:
         known = ", ".join(repr(name) for name in units if name) or "none"
         relative = "" if quantity == DROP else ", % or x"
         raise SpecError(
-            f"target {text!r}: unknown unit {unit!r}, expected {known}{relative}, like {_EXAMPLES[quantity]}"
+            f"budget {text!r}: unknown unit {unit!r}, expected {known}{relative}, like {_EXAMPLES[quantity]}"
         )
     return Limit(quantity, number * units[unit], relative=False)

@@ -17,9 +17,7 @@ from groupify.measure.latency_table import LatencyTable, cached_table, look_up
 from groupify.measure.plan_timer import PlanTimer
 from groupify.planning.budget import LATENCY, Budget
 from groupify.planning.candidates import candidates
-from groupify.planning.costing import Costing
-from groupify.planning.finder import Finder
-from groupify.planning.limits import limits as limits_of
+from groupify.planning.costing import Costing, Finder
 from groupify.planning.race import BudgetPlan, Race
 from groupify.planning.rules import Rules
 from groupify.planning.sensitivity import (
@@ -28,6 +26,7 @@ from groupify.planning.sensitivity import (
     measure_sensitivity,
     weight_sensitivity,
 )
+from groupify.planning.sites import limits
 from groupify.scores import Judge, Judgement, measure_cost
 from groupify.structures import Choices, Plan, SiteRecipe
 
@@ -133,16 +132,9 @@ def plan_for_budget(
     judge = None
     if images is not None and (options.verify or budget.drop is not None):
         judge = HeldOut(model, images, options, convert_plan)
-    finder = Finder(budget, costing)
-    if costing.latencies is not None and options.table is None and options.verify:
-        timer = PlanTimer(
-            model, costing.choices, costing.latencies.dense_ms, threads=options.threads,
-            cache=options.cache, progress=options.progress,
-        )  # fmt: skip
-        finder = Finder(budget, costing, timer, functools.partial(_warm_costing, model, costing, options))
-    found = Race(finder, judge, progress=options.progress).run()
+    found = Race(_finder(model, budget, costing, options), judge, progress=options.progress).run()
     names = [site.name for site in found.plan.converted]
-    notes = limits_of(model, names, example_input(input_shape, like=model))
+    notes = limits(model, names, example_input(input_shape, like=model))
     return replace(found, plan=replace(found.plan, notes=notes))
 
 
@@ -167,6 +159,17 @@ def make_costing(
         return Costing(choices, sensitivity, dense)
     table = options.table or _own_table(model, choices, options)
     return Costing(choices, sensitivity, dense, look_up(table, model, choices))
+
+
+def _finder(model: nn.Module, budget: Budget, costing: Costing, options: SearchOptions) -> Finder:
+    """Return what finds plans; it times them, unless that is not wanted or a table says it all."""
+    if costing.latencies is None or options.table is not None or not options.verify:
+        return Finder(budget, costing)
+    timer = PlanTimer(
+        model, costing.choices, costing.latencies.dense_ms, threads=options.threads, cache=options.cache,
+        progress=options.progress,
+    )  # fmt: skip
+    return Finder(budget, costing, timer, functools.partial(_warm_costing, model, costing, options))
 
 
 def _sensitivity(

@@ -89,7 +89,7 @@ def measure_sensitivity(
     if len(images) == 0:
         raise DataError("no images to measure the sensitivity on; expected at least one")
     convs = choices.open_sites
-    store = NumberCache(None if cache is None else cache / f"sensitivity-{_key(model, images, seed)}.json")
+    store = _store(cache, _key(model, images, seed))
     dense = copy.deepcopy(model).float().eval().requires_grad_(False)
     work = _Measurement(dense, choices, images.float(), seed, progress)
     missing = [options for options in convs if any(c.key not in store.numbers for c in options[1:])]
@@ -147,27 +147,27 @@ def exact_sensitivity(
         held_out: to measure on.
         seed, cache, progress: as for ``measure_sensitivity``.
     """
-    key = fingerprint(("exact",), (held_out,)) + _key(model, images, seed)
-    store = NumberCache(None if cache is None else cache / f"sensitivity-{key}.json")
+    store = _store(cache, fingerprint(("exact",), (held_out,)) + _key(model, images, seed))
     judge = Judge(model, held_out)
-    moves = [
-        (number, index, candidate)
+    numbers = range(len(choices.sites))
+    plans = {
+        candidate.key: choices.plan([index if other == number else 0 for other in numbers])
         for number, options in enumerate(choices.sites)
         for index, candidate in enumerate(options)
         if candidate.site.converted
-    ]
-    for number, index, candidate in tqdm(
-        moves, desc="exact", disable=None if progress else True, leave=False
-    ):
-        if candidate.key not in store.numbers:
-            chosen = [0] * len(choices.sites)
-            chosen[number] = index
-            converted = convert(model, choices.plan(chosen), Calibration(images), seed=seed).model
-            store.add({candidate.key: max(0.0, judge.judge(converted).divergence)})
+    }
+    for key, plan in tqdm(plans.items(), desc="exact", disable=None if progress else True, leave=False):
+        if key not in store.numbers:
+            converted = convert(model, plan, Calibration(images), seed=seed).model
+            store.add({key: max(0.0, judge.judge(converted).divergence)})
     return Sensitivity(
-        {candidate.key: store.numbers[candidate.key] for _, _, candidate in moves},
+        {key: store.numbers[key] for key in plans},
         f"each candidate converted alone, {len(images)} unlabelled images, {len(held_out)} held out",
     )
+
+
+def _store(cache: Path | None, key: str) -> NumberCache:
+    return NumberCache(None if cache is None else cache / f"sensitivity-{key}.json")
 
 
 def _key(model: nn.Module, images: Tensor, seed: int) -> str:

@@ -33,7 +33,7 @@ def relative_latency(site: SitePlan, block: int) -> float:
 
     Args:
         site: a converted site that runs in inference.
-        block: channels per block of the target's kernel; see ``blocked_width``.
+        block: channels per block of the processor's kernel; see ``blocked_width``.
     """
     inputs, outputs, groups = site.in_channels, site.out_channels, site.groups
     area, positions = math.prod(site.kernel_size), math.prod(site.output_size)

@@ -14,9 +14,17 @@ from torch.nn.utils.parametrize import is_parametrized
 from groupify.errors import GroupifyWarning, PlanError
 from groupify.graph.operations import CONVS, Conv, conv_kind
 from groupify.graph.trace import example_input
-from groupify.planning.limits import functional_convs, limits, removal_of_parametrization
 from groupify.planning.rules import Rules
-from groupify.planning.sites import conv_macs, find_convs, in_order, observe, site_plan
+from groupify.planning.sites import (
+    conv_macs,
+    find_convs,
+    functional_convs,
+    in_order,
+    limits,
+    observe,
+    removal_of_parametrization,
+    site_plan,
+)
 from groupify.planning.slow_kernels import latency_warning, leave_slow_sites_dense, with_latency_reasons
 from groupify.structures import DENSE, GROUPED, GROUPED_POINTWISE, Observed, Plan, SiteRecipe
 

@@ -12,8 +12,7 @@ from groupify.errors import GroupifyError, SpecError
 from groupify.files import write_aside
 from groupify.planning.budget import MACS
 from groupify.planning.costing import shown
-from groupify.planning.frontier import Frontier, FrontierPoint
-from groupify.planning.race import BudgetPlan, Contender
+from groupify.planning.race import BudgetPlan, Contender, Frontier, FrontierPoint
 from groupify.reporting.document import clean, plan_document
 from groupify.reporting.sites import print_plan
 from groupify.reporting.tables import Table, print_lines

@@ -61,9 +61,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 BAD_INPUT = [
     # budgets
-    ("plan demo --budget macs=0%", "target 'macs=0%': expected a value above 0"),
+    ("plan demo --budget macs=0%", "budget 'macs=0%': expected a value above 0"),
     ("plan demo --budget mac=40%", "did you mean 'macs'"),
-    ("plan demo --budget macs=40% --budget macs=50%", "two targets for 'macs'"),
+    ("plan demo --budget macs=40% --budget macs=50%", "two limits for 'macs'"),
     ("plan demo --budget macs=40% --plan plan.json", "--plan and a budget"),
     ("plan demo --groups 4 --plan plan.json", "--plan and --groups: the file says"),
     ("convert demo --plan plan.json --min-group-width 8", "--plan and --min-group-width"),

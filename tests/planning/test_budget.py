@@ -25,11 +25,11 @@ from groupify.planning.budget import COSTS, DROP, QUANTITIES, Budget, Limit
         ("drop=.5", Limit("drop", 0.5, relative=False)),
     ],
 )
-def test_targets_are_read(text: str, limit: Limit) -> None:
+def test_budgets_are_read(text: str, limit: Limit) -> None:
     assert Budget.parse(text).limits == (limit,)
 
 
-def test_several_targets_hold_together() -> None:
+def test_several_limits_hold_together() -> None:
     budget = Budget.parse("macs=40%,latency=2x", "drop=0.5")
     assert [limit.quantity for limit in budget.limits] == ["macs", "latency", "drop"]
     assert [limit.quantity for limit in budget.costs] == ["macs", "latency"]
@@ -42,7 +42,7 @@ def test_several_targets_hold_together() -> None:
 @pytest.mark.parametrize(
     ("texts", "says"),
     [
-        ((), "no target"),
+        ((), "no budget"),
         (("mac=40%",), "did you mean 'macs'"),
         (("macs",), "expected one of macs, params"),
         (("macs=",), "macs=40%"),
@@ -56,12 +56,12 @@ def test_several_targets_hold_together() -> None:
         (("latency=12",), "unknown unit ''"),
         (("drop=1%",), "unknown unit '%'"),
         (("drop=2x",), "unknown unit 'x'"),
-        (("macs=40%", "macs=2x"), "two targets for 'macs'"),
-        (("macs=40%,",), "target ''"),
+        (("macs=40%", "macs=2x"), "two limits for 'macs'"),
+        (("macs=40%,",), "budget ''"),
         (("macs=٤%",), "expected a value"),
     ],
 )
-def test_what_is_no_target_is_refused(texts: tuple[str, ...], says: str) -> None:
+def test_what_is_no_budget_is_refused(texts: tuple[str, ...], says: str) -> None:
     with pytest.raises(SpecError, match=says):
         Budget.parse(*texts)
 

@@ -27,10 +27,8 @@ from groupify.pipeline.planning import planning_images
 from groupify.planning import sensitivity as sensitivity_module
 from groupify.planning.budget import Budget
 from groupify.planning.candidates import candidates
-from groupify.planning.costing import Costing
-from groupify.planning.finder import Finder
-from groupify.planning.frontier import trace_frontier
-from groupify.planning.race import BudgetPlan, Race
+from groupify.planning.costing import Costing, Finder
+from groupify.planning.race import BudgetPlan, Race, trace_frontier
 from groupify.planning.rules import Rules
 from groupify.planning.search import HeldOut, Images, SearchOptions, make_costing, plan_for_budget
 from groupify.planning.sensitivity import (
