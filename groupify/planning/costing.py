@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from groupify.errors import PlanError
 from groupify.measure.latency_table import Latencies
 from groupify.planning.allocation import Option, allocate, least, nearest
-from groupify.planning.budget import BYTES, COSTS, LATENCY, MACS, PARAMS, Budget, Limit
+from groupify.planning.budget import BYTES, LATENCY, MACS, PARAMS, Budget, Limit
 from groupify.planning.sensitivity import Sensitivity
 from groupify.scores import ModelCost
-from groupify.structures import Candidate, Choices, Plan, Uniform
+from groupify.structures import Choices, Plan, Uniform
 
 _TIMINGS = 6
 _CLOSEST = 1.002  # limits that are nearer than this give the same plans
@@ -49,11 +49,6 @@ class Costing:
     latencies: Latencies | None = None
 
     @property
-    def quantities(self) -> tuple[str, ...]:
-        """The quantities that are known."""
-        return COSTS if self.latencies is not None else tuple(q for q in COSTS if q != LATENCY)
-
-    @property
     def dense_costs(self) -> Costs:
         """What the dense model costs."""
         return self.costs((0,) * len(self.choices.sites))
@@ -69,7 +64,7 @@ class Costing:
     def loss(self, chosen: Sequence[int], *, power: float = 1.0) -> float:
         """Return the predicted divergence of a plan, the sum of its convs' losses to a power."""
         pairs = zip(self.choices.sites, chosen, strict=True)
-        losses = [self._loss(options[index]) for options, index in pairs]
+        losses = [self.sensitivity.loss(options[index]) for options, index in pairs]
         return math.fsum(loss**power for loss in losses)
 
     def best(self, limits: Mapping[str, float], *, power: float = 1.0) -> Chosen | None:
@@ -148,14 +143,11 @@ class Costing:
         for number, options in enumerate(self.choices.sites):
             convs.append(
                 [
-                    Option(self._loss(candidate) ** power, self._uses(number, index))
+                    Option(self.sensitivity.loss(candidate) ** power, self._uses(number, index))
                     for index, candidate in enumerate(options)
                 ]
             )
         return convs
-
-    def _loss(self, candidate: Candidate) -> float:
-        return self.sensitivity.loss(candidate)
 
 
 def shown(quantity: str, amount: float, dense: float) -> str:
