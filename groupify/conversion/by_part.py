@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from groupify.conversion.calibration import Calibration
-from groupify.conversion.clock import Clock
-from groupify.conversion.in_order import TracedConversion, convert_from_weights, convert_in_order
+from groupify.conversion.fit import Clock
+from groupify.conversion.in_order import Calibration, TracedConversion, convert_from_weights, convert_in_order
 from groupify.conversion.site_fit import FitOptions, SiteFit, Target, fit_site
 from groupify.conversion.surgery import restructure
 from groupify.graph.forward import same_outputs

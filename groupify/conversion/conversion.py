@@ -13,9 +13,8 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from groupify.conversion.by_part import convert_by_part, convert_parts_from_weights
-from groupify.conversion.calibration import Calibration
-from groupify.conversion.clock import Clock
-from groupify.conversion.in_order import convert_from_weights, convert_in_order
+from groupify.conversion.fit import Clock
+from groupify.conversion.in_order import Calibration, convert_from_weights, convert_in_order
 from groupify.conversion.pictures import BlockPicture
 from groupify.conversion.site_fit import SiteFit
 from groupify.conversion.surgery import restructure

@@ -8,23 +8,55 @@ residual sum, the target also holds what the other term of the student is off by
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
-from groupify.conversion.clock import Clock
 from groupify.conversion.site_fit import FitOptions, SiteFit, Target, fit_site, refit_layer
 from groupify.graph.execute import BatchedRun
+from groupify.graph.neighbours import is_relu
 from groupify.graph.operations import CONVS, ELEMENTWISE_MODULES, BatchNorm, Conv, is_batch_norm
 from groupify.stats.positions import compact, input_patches, pick
-from groupify.stats.samples import SiteSamples, is_relu
+from groupify.stats.samples import SiteSamples
 from groupify.structures import SiteRecipe
 
 # Output positions, over all images, whose mean and variance a batch norm gets at least.
 _NORM_POSITIONS = 65_536
+
+
+class Clock:
+    """Adds up durations by name.
+
+    Attributes:
+        seconds: duration of each step; parts are named ``"step: part"`` and are in its duration too.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Add the time since the last lap to a step."""
+        now = time.perf_counter()
+        self._add(name, now - self._last)
+        self._last = now
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to a part of a step."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._add(name, time.perf_counter() - start)
+
+    def _add(self, name: str, seconds: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
 
 def fit_student(

@@ -20,17 +20,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from groupify.conversion.clock import Clock
-from groupify.conversion.fit import fit_student
+from groupify.conversion.fit import Clock, fit_student
 from groupify.conversion.site_fit import FitOptions
+from groupify.graph.neighbours import refittable, residual_sums
 from groupify.graph.trace import trace
-from groupify.stats.samples import (
-    SampleBudget,
-    SiteSamples,
-    observe_teacher,
-    refittable,
-    residual_sums,
-)
+from groupify.stats.samples import SampleBudget, SiteSamples, observe_teacher
 from groupify.structures import GROUPED, SiteRecipe
 
 # Sampled as a conv of two groups is: that keeps input patches, and more positions than any factor has inputs.
