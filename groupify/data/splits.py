@@ -14,8 +14,7 @@ from torch.utils.data import Dataset
 
 from groupify.data.batches import UNLABELLED, Data, check_labels
 from groupify.data.files import find_fashion_mnist, read_cifar10, read_fashion_mnist
-from groupify.data.folders import read_image_folder
-from groupify.data.images import CropAndFlip, FlipAndShift, ImageArrays
+from groupify.data.images import CropAndFlip, FlipAndShift, ImageArrays, read_image_folder
 from groupify.errors import DataError, GroupifyError, GroupifyWarning, SpecError, near_names
 from groupify.models import demo
 from groupify.models.sources import import_attribute
