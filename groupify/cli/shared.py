@@ -133,7 +133,7 @@ def training_request(options: dict[str, Any]) -> TrainingRequest | None:
         SpecError: an option that says something about a training that is not asked for.
     """
     from groupify.pipeline.requests import TrainingRequest
-    from groupify.training.logs import LogSettings
+    from groupify.training.history import LogSettings
     from groupify.training.settings import FinetuneSettings
 
     if not options["epochs"]:

@@ -13,7 +13,7 @@ from groupify.models.specs import Source
 from groupify.planning.budget import Budget
 from groupify.planning.rules import Rules
 from groupify.planning.search import SearchOptions
-from groupify.training.logs import LogSettings
+from groupify.training.history import LogSettings
 from groupify.training.settings import FinetuneSettings
 from groupify.training.state import Checkpointing
 

@@ -30,7 +30,7 @@ from groupify.reporting.schema import check, report_schema
 from groupify.scores import ModelCost
 from groupify.strict_json import parse, refuse
 from groupify.structures import Change, SitePlan
-from groupify.training.validation import FinetuneRow
+from groupify.training.history import FinetuneRow
 
 REPORT_FILE = "report.json"
 _MAX_BYTES = 64 * 2**20

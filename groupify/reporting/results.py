@@ -14,7 +14,7 @@ from groupify.onnx.exporting import ExportedModel
 from groupify.onnx.parity import Parity
 from groupify.scores import ModelCost
 from groupify.structures import Change, SitePlan
-from groupify.training.validation import FinetuneRow
+from groupify.training.history import FinetuneRow
 
 
 @dataclass(frozen=True)

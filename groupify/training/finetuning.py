@@ -16,14 +16,12 @@ from groupify.data.ranks import ALONE, current_ranks
 from groupify.data.splits import DataSplits
 from groupify.errors import DataError, GroupifyWarning, SpecError
 from groupify.machine import bfloat16_is_slow
+from groupify.training.history import FinetuneRow, LogSettings
 from groupify.training.holdout import generators_of, hold_out
 from groupify.training.learner import Learner
-from groupify.training.logs import LogSettings
 from groupify.training.loop import Training
-from groupify.training.random_states import own_random_states, seed_all
 from groupify.training.settings import FinetuneSettings
-from groupify.training.state import Checkpointing
-from groupify.training.validation import FinetuneRow
+from groupify.training.state import Checkpointing, own_random_states, seed_all
 
 
 @dataclass(frozen=True)

@@ -26,27 +26,32 @@ from tqdm import tqdm
 from groupify.data.batches import Batch, Data, check_labels, is_map_style
 from groupify.data.ranks import Ranks
 from groupify.errors import DataError, GroupifyWarning
+from groupify.training.history import (
+    FinetuneRow,
+    History,
+    LogSettings,
+    TrainingLog,
+    Validation,
+    validate,
+    validation_points,
+)
 from groupify.training.holdout import TrainingPart, checksum_of, order_seed
 from groupify.training.learner import Learner
-from groupify.training.logs import LogSettings, TrainingLog
-from groupify.training.random_states import (
-    library_states,
-    seed_all,
-    set_library_states,
-    set_torch_states,
-    torch_states,
-)
 from groupify.training.settings import learning_rate_at
 from groupify.training.state import (
     Checkpointing,
     check_same_run,
     hash_of,
+    library_states,
     read_state,
+    seed_all,
+    set_library_states,
+    set_torch_states,
+    torch_states,
     with_prefix,
     without_prefix,
     write_state,
 )
-from groupify.training.validation import FinetuneRow, History, Validation, validate, validation_points
 
 
 class _Running:

@@ -1,18 +1,22 @@
-"""The state of a training run on disk, so that a killed run goes on as if nothing had happened.
+"""The state of a training run: its random generators, and all of it on disk.
 
-One safetensors file: tensors, and all the rest as JSON in its metadata; reading it runs no code.
+A killed run goes on as if nothing had happened. The file is one of safetensors: tensors, and all the rest as
+JSON in its metadata; reading it runs no code. The generators are torch's, Python's and NumPy's global ones.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import random
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -140,3 +144,57 @@ def without_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tens
     """Return the tensors whose names have a prefix, under their names without it."""
     start = f"{prefix}."
     return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+
+
+def seed_all(seed: int) -> None:
+    """Seed all global generators."""
+    torch.manual_seed(seed)  # of every device
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+@contextlib.contextmanager
+def own_random_states(device: torch.device, generators: list[torch.Generator]) -> Iterator[None]:
+    """Give all generators, the given ones too, their states back at the end."""
+    python, numpy = random.getstate(), np.random.get_state()
+    states = [generator.get_state() for generator in generators]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+
+
+def torch_states(device: torch.device, augmentation: torch.Generator) -> list[Tensor]:
+    """Return the states of torch's generators, each uint8 of shape (n,)."""
+    states = [torch.get_rng_state(), augmentation.get_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def set_torch_states(states: list[Tensor], device: torch.device, augmentation: torch.Generator) -> None:
+    """Put ``torch_states`` back."""
+    torch.set_rng_state(states[0])
+    augmentation.set_state(states[1])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[2], device)
+
+
+def library_states() -> dict[str, Any]:
+    """Return the states of Python's and NumPy's generators, as JSON values."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = cast("tuple[Any, ...]", np.random.get_state(legacy=True))
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [name, keys.tolist(), int(position), int(has_gauss), float(cached)],
+    }
+
+
+def set_library_states(states: dict[str, Any]) -> None:
+    """Put ``library_states`` back."""
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))

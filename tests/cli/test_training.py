@@ -168,7 +168,7 @@ def test_settings_without_options_are_the_defaults() -> None:
 
 
 def test_log_every_nothing_is_refused() -> None:
-    from groupify.training.logs import LogSettings
+    from groupify.training.history import LogSettings
     from groupify.training.state import Checkpointing
 
     with pytest.raises(SpecError, match="log interval is 0"):

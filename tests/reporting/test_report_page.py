@@ -38,7 +38,7 @@ from groupify.reporting.schema import check
 from groupify.reporting.summary import verdict
 from groupify.reporting.text import markdown, print_summary
 from groupify.structures import Change
-from groupify.training.validation import FinetuneRow
+from groupify.training.history import FinetuneRow
 from tests.chromium import Page, chromium, needs_chromium
 from tests.conftest import ROOT
 from tests.conftest import Run as Command

@@ -25,7 +25,7 @@ from groupify.scores import evaluate
 from groupify.structures import SiteRecipe
 from groupify.training.finetuning import FinetuneResult, finetune
 from groupify.training.holdout import hold_out
-from groupify.training.parallel import _SharedBatchNorm, synchronise_batch_norms
+from groupify.training.learner import _SharedBatchNorm, synchronise_batch_norms
 from groupify.training.settings import FinetuneSettings
 from tests.conftest import ROOT
 from tests.training.nets import SETTINGS, SOURCES, make_data, make_net, splits

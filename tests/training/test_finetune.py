@@ -14,9 +14,9 @@ from groupify.data.batches import UNLABELLED, iterate_batches
 from groupify.errors import DataError, GroupifyWarning, SpecError
 from groupify.training import loop
 from groupify.training.finetuning import finetune
+from groupify.training.history import Validation
 from groupify.training.holdout import hold_out
 from groupify.training.learner import make_optimizer
-from groupify.training.validation import Validation
 from tests.training.nets import (
     CLASSES,
     SETTINGS,

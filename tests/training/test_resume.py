@@ -24,9 +24,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from groupify.data.splits import DataSplits
 from groupify.errors import ArtefactError, DataError, SpecError
 from groupify.training.finetuning import FinetuneResult, finetune
-from groupify.training.logs import LogSettings
-from groupify.training.random_states import library_states, set_library_states
-from groupify.training.state import Checkpointing, read_state
+from groupify.training.history import LogSettings
+from groupify.training.state import Checkpointing, library_states, read_state, set_library_states
 from tests.conftest import ROOT
 from tests.training.nets import SETTINGS, SOURCES, Stream, assert_equal_states, make_data, splits, state_of
 

@@ -19,8 +19,8 @@ from torch.utils.data import TensorDataset
 from groupify.errors import ArtefactError, SpecError
 from groupify.models.sources import load_model
 from groupify.training.finetuning import FinetuneResult, finetune
+from groupify.training.history import LogSettings
 from groupify.training.learner import AveragedWeights, make_optimizer
-from groupify.training.logs import LogSettings
 from groupify.training.objective import attention_layers, attention_loss, features
 from tests.training.nets import (
     CLASSES,
