@@ -30,7 +30,7 @@ _NORM_POSITIONS = 65_536
 
 
 class Clock:
-    """Adds up durations by name.
+    """Adds up durations by name: where the time of a conversion goes.
 
     Attributes:
         seconds: duration of each step; parts are named ``"step: part"`` and are in its duration too.

@@ -1,4 +1,4 @@
-"""Data sets of images, in memory as bytes or in a folder per class, and augmentation: whole batches at a time."""
+"""Data sets of images, in memory as bytes or in a folder per class, and augmentation; in whole batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What is known of a fine-tune on the way: validations on held-out images, the best weights by them, logs."""
+"""What a fine-tune tells on the way: validations on held-out images, the weights that are best by them, logs.
+
+The logs are JSON lines, and TensorBoard where it is installed.
+"""
 
 from __future__ import annotations
 
