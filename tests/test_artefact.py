@@ -99,6 +99,7 @@ def saved(tmp_path: Path, tiny: nn.Module) -> Path:
     return tmp_path / "tiny"
 
 
+@pytest.mark.slow
 def test_the_demo_comes_back_bit_for_bit_in_a_new_process(tmp_path: Path) -> None:
     names = [f"layer{stage}.1.conv{index}" for stage in (1, 2, 3) for index in (1, 2)]
     sites = (

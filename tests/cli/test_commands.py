@@ -353,6 +353,7 @@ def test_plan_as_json(run: Run) -> None:
     assert run(*command).out == outcome.out
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_result(run: Run, tmp_path: Path) -> None:
     data = ("--data", "tests.cli_nets:data")
     command = ("convert", *TINY, *data, "--calibrate", 64, "--epochs", 1, "-o", "out", "--json")

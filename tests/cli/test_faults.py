@@ -1,7 +1,8 @@
 """What can go wrong around a conversion: each has one line, and an earlier artefact stays as it was.
 
-Beside these: a full disk and a vanished folder in test_output_folder.py, test_artefact.py and test_cli.py;
-NaN, labels out of range and empty data in test_data.py, test_evaluation.py and conversion/test_convert.py.
+Beside these: a full disk and a vanished folder in pipeline/test_output_folder.py, test_artefact.py and
+test_commands.py; NaN, labels out of range and empty data in data/test_data.py, test_scores.py and
+conversion/test_convert.py.
 """
 
 from __future__ import annotations
@@ -220,6 +221,7 @@ def test_a_cpu_without_avx_512(
     assert blocked_width() == width
 
 
+@pytest.mark.slow
 def test_onnx_runtime_missing_leaves_the_earlier_output(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

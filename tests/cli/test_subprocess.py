@@ -62,6 +62,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     return folder / "demo-g4", json.loads(out)
 
 
+@pytest.mark.slow
 def test_the_document(converted: tuple[Path, dict[str, Any]]) -> None:
     folder, document = converted
     assert document["model"] == "demo"
@@ -96,6 +97,7 @@ def test_the_document(converted: tuple[Path, dict[str, Any]]) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["demo-g4"]
 
 
+@pytest.mark.slow
 def test_onnx_runtime_computes_what_pytorch_does(converted: tuple[Path, dict[str, Any]]) -> None:
     folder, document = converted
     model = groupify.load(folder)
@@ -114,6 +116,7 @@ def test_onnx_runtime_computes_what_pytorch_does(converted: tuple[Path, dict[str
 # ---- the other verbs, on the folder that the whole run wrote
 
 
+@pytest.mark.slow
 def test_evaluate(converted: tuple[Path, dict[str, Any]], run: Run) -> None:
     folder, document = converted
     outcome = run("evaluate", folder, "--data", "demo", "--json")
@@ -126,6 +129,7 @@ def test_evaluate(converted: tuple[Path, dict[str, Any]], run: Run) -> None:
     }
 
 
+@pytest.mark.slow
 def test_finetune(converted: tuple[Path, dict[str, Any]], run: Run, tmp_path: Path) -> None:
     folder, document = converted
     shutil.copytree(folder, tmp_path / "moved")
@@ -148,6 +152,7 @@ def test_finetune(converted: tuple[Path, dict[str, Any]], run: Run, tmp_path: Pa
     assert "moved-finetuned exists; pass --force" in refused.err
 
 
+@pytest.mark.slow
 def test_export(converted: tuple[Path, dict[str, Any]], run: Run, tmp_path: Path) -> None:
     folder, _ = converted
     outcome = run("export", folder, "-o", "one.onnx", "--static-batch", 1)
@@ -165,6 +170,7 @@ def test_export(converted: tuple[Path, dict[str, Any]], run: Run, tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["one.onnx"]
 
 
+@pytest.mark.slow
 def test_bench(converted: tuple[Path, dict[str, Any]], run: Run, tmp_path: Path) -> None:
     folder, document = converted
     outcome = run("bench", folder, "--seconds", 0.3, "--batch-sizes", "1,2", "--json")

@@ -60,6 +60,7 @@ def test_finetune_for_no_epochs(run: Run) -> None:
     assert "nothing to train" in refused.err
 
 
+@pytest.mark.slow
 def test_streams_in_every_verb(run: Run, tmp_path: Path) -> None:
     options = (*STREAM, "--epochs", 1)
     outcome = run("convert", *TINY, *options, "--calibrate", 64, "-o", "out", "--json")
@@ -78,6 +79,7 @@ def test_streams_in_every_verb(run: Run, tmp_path: Path) -> None:
     assert exported.code == 0, exported.err
 
 
+@pytest.mark.slow
 def test_what_the_data_cannot_give_is_said(run: Run, tmp_path: Path) -> None:
     tiny = ("convert", *TINY, "--calibrate", 64, "--epochs", 1)
     of_unknown_length = run(*tiny, *STREAM[:2])
@@ -99,6 +101,7 @@ def test_tensorboard_that_is_not_installed_is_noticed_at_once(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_an_interrupted_command_goes_on_where_it_was(run: Run, tmp_path: Path) -> None:
     def command(folder: str, *more: object) -> Any:
         return run(

@@ -56,6 +56,7 @@ def test_images_are_balanced() -> None:
     assert abs(float(images.std()) - 1) < 0.05
 
 
+@pytest.mark.slow
 def test_model_is_accurate_on_the_embedded_images() -> None:
     source = load_model("demo")
     assert source.weights.pretrained

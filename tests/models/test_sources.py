@@ -371,10 +371,19 @@ def test_wrapped_checkpoint(tmp_path: Path, wrapper: str, prefix: str) -> None:
 
 
 def test_old_checkpoint_without_counters(tmp_path: Path) -> None:
-    state = small_model().state_dict()
-    del state["1.num_batches_tracked"]
-    save_file(state, tmp_path / "old.safetensors")
-    load_checkpoint(small_model(), tmp_path / "old.safetensors")
+    full = small_model()
+    full(torch.rand(8, 3, 3, 3, generator=torch.Generator().manual_seed(0)))  # moves the running statistics
+    old = full.state_dict()
+    assert old.pop("1.num_batches_tracked") == 1
+    save_file(old, tmp_path / "old.safetensors")
+    loaded = small_model()
+    loaded.get_buffer("1.num_batches_tracked").fill_(7)
+    load_checkpoint(loaded, tmp_path / "old.safetensors")
+    state = loaded.state_dict()
+    assert state.pop("1.num_batches_tracked") == 7  # what the model had
+    assert state.keys() == old.keys()
+    images = torch.rand(2, 3, 3, 3, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(loaded.eval()(images), full.eval()(images))
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,7 @@ def write(folder: Path, stem: str) -> torch.Tensor:
     return outputs
 
 
+@pytest.mark.slow
 def test_bit_equal_outputs_where_groupify_cannot_be_imported(tmp_path: Path) -> None:
     expected = {stem: write(tmp_path, stem) for stem in CASES}
     subprocess.run([sys.executable, "-I", "-c", _READER, str(tmp_path), *CASES], check=True)

@@ -45,6 +45,7 @@ def timed(speed_up: float = 3.0, over_float: float | None = None, *, steady: boo
     return Timed(latency, ExportedModel(Path("dense.onnx"), 18, 1, "input", ("output",), 0, 0), int8)
 
 
+@pytest.mark.slow
 def test_convert_and_finetune_and_export(run: Run, tmp_path: Path) -> None:
     outcome = run("convert", *NET, *DATA, "--calibrate", 64, "-g", 4, "--min-group-width", 16,
                   "--quantize", "-o", "out", "--json")  # fmt: skip

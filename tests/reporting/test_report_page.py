@@ -442,6 +442,7 @@ def test_convert_writes_both_and_report_reads_them(run: Command, tmp_path: Path)
     assert (tmp_path / "pr.md").read_text("utf-8") == run("report", "first", "--format", "md").out
 
 
+@pytest.mark.slow
 def test_uniform_groups_are_measured_for_comparison(run: Command, tmp_path: Path) -> None:
     options = ("--input-size", "3,8,8", "--min-group-width", 1, "--data", "tests.cli_nets:data")
     made = run("convert", "tests.cli_nets:net", "--groups", 2, "-o", "out", *options, "--uniform", "2,4,8,4")

@@ -137,6 +137,7 @@ def assert_alike(
     torch.testing.assert_close(other(images), model(images), rtol=5 * tolerance, atol=5 * tolerance)
 
 
+@pytest.mark.slow
 def test_every_rank_gets_the_weights_of_the_first(of_two: Path) -> None:
     for rank in (0, 1):
         received = load_file(of_two / f"shared {rank}")
@@ -144,6 +145,7 @@ def test_every_rank_gets_the_weights_of_the_first(of_two: Path) -> None:
             assert torch.equal(received[key], value), (rank, key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FINETUNES)
 def test_a_training_on_two_ranks_is_that_of_one(of_two: Path, name: str) -> None:
     result = run_finetune(name, distributed=False)
@@ -152,11 +154,13 @@ def test_a_training_on_two_ranks_is_that_of_one(of_two: Path, name: str) -> None
     assert_alike(of_two, f"finetune {name}", result.last_model, rows, 2e-4)
 
 
+@pytest.mark.slow
 def test_an_accuracy_is_that_of_all_images(of_two: Path) -> None:
     accuracy = evaluate(seeded_net(0).eval(), TensorDataset(*make_data(33)))
     assert json.loads((of_two / "measured").read_text())["evaluate"] == [[accuracy.top1, 33]]
 
 
+@pytest.mark.slow
 def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
     command = (
         "-m", "groupify", "convert", "tests.cli_nets:net", "--input-size", "3,8,8", "--weights", "none",

@@ -258,6 +258,7 @@ def _layers() -> list[nn.Module]:
     return list(restructure(make_net(), [SiteRecipe("3", "grouped", 8)]).children())
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_resumed_bit_for_bit(student: nn.Module, tmp_path: Path) -> None:
     for name in ("killed", "whole"):
         (tmp_path / name).mkdir()
