@@ -7,6 +7,7 @@ checks them as strictly as the document that holds them.
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import re
@@ -18,11 +19,15 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     PlainSerializer,
     TypeAdapter,
     ValidationError,
     WithJsonSchema,
 )
+from pydantic_core import CoreSchema
+from pydantic_core.core_schema import no_info_after_validator_function
 
 from groupify.errors import ArtefactError, SpecError
 from groupify.files import write_aside
@@ -34,6 +39,10 @@ if TYPE_CHECKING:
 _PREAMBLE = re.compile(r"^(Value error, |\w+ should (be |match |have )?)")
 
 Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=0)]
+Count1 = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 # A measured number that may be NaN or infinite, which JSON does not know: null in the file.
 Measured = Annotated[
     float,
@@ -44,15 +53,57 @@ Measured = Annotated[
 ]
 
 
-def one_of(*choices: str) -> AfterValidator:
-    """Return a validator for ``Annotated``: a text that is one of the choices."""
+# The same, of what cannot be negative.
+Amount = Annotated[
+    Measured,
+    AfterValidator(lambda value: _not_negative(value)),
+    WithJsonSchema({"type": ["number", "null"], "minimum": 0}),
+]
+# Bytes, as base64 in the file.
+Bytes = Annotated[
+    bytes,
+    BeforeValidator(lambda value: _decoded(value) if isinstance(value, str) else value),
+    PlainSerializer(lambda value: base64.b64encode(value).decode("ascii")),
+    WithJsonSchema({"type": "string", "contentEncoding": "base64"}),
+]
 
-    def check(value: str) -> str:
-        if value not in choices:
-            raise ValueError(" or ".join(map(repr, choices)))
+
+def _not_negative(value: float) -> float:
+    if value < 0:
+        raise ValueError("at least 0")
+    return value
+
+
+def _decoded(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise ValueError("base64") from error
+
+
+class OneOf:
+    """For ``Annotated``: a text that is one of the choices."""
+
+    def __init__(self, *choices: str) -> None:
+        self.choices = choices
+
+    def _check(self, value: str) -> str:
+        if value not in self.choices:
+            raise ValueError(" or ".join(map(repr, self.choices)))
         return value
 
-    return AfterValidator(check)
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {**handler(schema), "enum": list(self.choices)}
+
+
+CONFIG = ConfigDict(
+    strict=True, extra="forbid", allow_inf_nan=False, json_schema_serialization_defaults_required=True
+)
 
 
 class Document:
@@ -68,12 +119,7 @@ class Document:
             control characters do harm.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
-        strict=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        json_schema_serialization_defaults_required=True,
-    )
+    __pydantic_config__: ClassVar[ConfigDict] = CONFIG
     what: ClassVar[str]
     remedy: ClassVar[str]
     plain_texts: ClassVar[bool] = True
@@ -104,7 +150,7 @@ class Document:
             ArtefactError: a field holds something that cannot be read back.
         """
         try:
-            values = self.values()
+            values = _adapter(type(self)).dump_python(self, warnings=False)
             text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         except (TypeError, ValueError, RecursionError) as error:
             raise ArtefactError(f"the {self.what} cannot be written as JSON: {error}") from error
@@ -112,8 +158,8 @@ class Document:
         return text
 
     def values(self) -> dict[str, Any]:
-        """Return the document as plain values, as JSON has them but for tuples."""
-        values: dict[str, Any] = _adapter(type(self)).dump_python(self, warnings=False)
+        """Return the document as JSON values."""
+        values: dict[str, Any] = _adapter(type(self)).dump_python(self, mode="json", warnings=False)
         return values
 
     @classmethod
@@ -144,7 +190,8 @@ class Document:
     @classmethod
     def schema(cls) -> dict[str, Any]:
         """Return the JSON Schema (draft 2020-12) of the files."""
-        return _adapter(cls).json_schema(mode="serialization")
+        dialect = "https://json-schema.org/draft/2020-12/schema"
+        return {"$schema": dialect, **_adapter(cls).json_schema(mode="serialization")}
 
     @classmethod
     def _check_header(cls, values: object) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import AfterValidator, Field
 
-from groupify.documents import Document, Text, one_of
+from groupify.documents import Document, OneOf, Text
 from groupify.models.specs import ModelSpec, WeightsOrigin
 from groupify.structures import KINDS, SiteRecipe
 
@@ -95,5 +95,5 @@ class Recipe(Document):
     metrics: Mapping[str, Any] = field(default_factory=dict)
     cpu: Text | None = None
     versions: Mapping[str, str] = field(default_factory=current_versions)
-    memory_format: Annotated[str, one_of(*MEMORY_FORMATS)] = "contiguous"
+    memory_format: Annotated[str, OneOf(*MEMORY_FORMATS)] = "contiguous"
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None

@@ -90,8 +90,3 @@ def show(value: object) -> str:
 def is_finite(value: object) -> bool:
     """Whether ``value`` is a finite number; booleans are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def refuse(where: str, value: object, expected: str) -> NoReturn:
-    """Raise the ``ArtefactError`` for a bad value."""
-    raise ArtefactError(f"{where} is {show(value)}; expected {expected}")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, NamedTuple, TypeVar
+from typing import Annotated, Generic, NamedTuple, TypeVar
 
+from groupify.documents import Count, Count1, OneOf
 from groupify.errors import PlanError
 
 DENSE = "dense"
@@ -65,18 +66,18 @@ class SitePlan:
     """
 
     name: str
-    kind: str
-    groups_before: int
-    groups: int
+    kind: Annotated[str, OneOf(DENSE, *KINDS)]
+    groups_before: Count1
+    groups: Count1
     shuffle: bool
     reason: str | None
-    in_channels: int
-    out_channels: int
-    kernel_size: tuple[int, ...]
-    stride: tuple[int, ...]
-    output_size: tuple[int, ...]
-    params: Change[int]
-    macs: Change[int]
+    in_channels: Count1
+    out_channels: Count1
+    kernel_size: tuple[Count1, ...]
+    stride: tuple[Count1, ...]
+    output_size: tuple[Count1, ...]
+    params: Change[Count]
+    macs: Change[Count]
 
     @property
     def converted(self) -> bool:

@@ -37,7 +37,6 @@ def report(folders: tuple[Path, ...], form: str, path: Path | None) -> None:
 
     Example: groupify report demo-g4 demo-g8 --format md
     """
-    from groupify.reporting.document import report_document
     from groupify.reporting.html import comparison_page, report_page
     from groupify.reporting.read import earlier_runs, read_report
     from groupify.reporting.tables import stdout_console
@@ -63,7 +62,7 @@ def report(folders: tuple[Path, ...], form: str, path: Path | None) -> None:
     elif form == "md":
         click.echo(markdown(runs), nl=False)
     elif form == "json":
-        documents = [report_document(run.report) for run in runs]
+        documents = [run.report.values() for run in runs]
         print_json(documents[0] if len(documents) == 1 else documents)
     else:
         print_summary(runs, stdout_console())

@@ -36,12 +36,11 @@ def print_report(report: Report | None, as_json: bool) -> None:
     """Print a report, for people or as JSON; None = another process has it."""
     if report is None:
         return
-    from groupify.reporting.document import report_document
     from groupify.reporting.tables import stdout_console
     from groupify.reporting.text import print_report
 
     if as_json:
-        print_json(report_document(report))
+        print_json(report.values())
     else:
         print_report(report, stdout_console())
 

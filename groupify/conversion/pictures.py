@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from groupify.conversion.clustering import SiteScore
+from groupify.documents import Amount, Bytes, Count1
 from groupify.graph.channels import Channels
 from groupify.graph.permute import layer_orders, row_channels
 from groupify.structures import GROUPED
@@ -31,13 +32,13 @@ class BlockPicture:
     """
 
     name: str
-    groups: int
-    rows: int
-    columns: int
-    before: bytes
-    after: bytes
-    kept_before: float
-    kept: float
+    groups: Count1
+    rows: Count1
+    columns: Count1
+    before: Bytes
+    after: Bytes
+    kept_before: Amount
+    kept: Amount
 
 
 def block_pictures(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from groupify.documents import Amount, Count
 from groupify.graph.operations import CONVS, BatchNorm, Conv
 from groupify.graph.permute import row_channels
 from groupify.stats.moments import GroupedFit, GroupedMoments, InputMoments, principal_maps
@@ -26,9 +27,9 @@ class SiteFit:
     """
 
     name: str
-    error: float
-    samples: int
-    inputs: int
+    error: Amount
+    samples: Count
+    inputs: Count
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 from torch import nn
 
-from groupify.documents import Text, one_of
+from groupify.documents import OneOf, Text
 from groupify.errors import SpecError, near_names
 
 # Of each kind of weights, the type of its value.
@@ -51,7 +51,7 @@ class Preprocessing:
     std: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Channels]
     resize: Side | None
     """Shorter side before the centre crop, in pixels; None = no resize."""
-    interpolation: Annotated[str, one_of("bilinear", "bicubic", "nearest")]
+    interpolation: Annotated[str, OneOf("bilinear", "bicubic", "nearest")]
     """``"bilinear"``, ``"bicubic"`` or ``"nearest"``."""
 
 

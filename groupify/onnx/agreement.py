@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from groupify.documents import Amount, Count, Fraction
 from groupify.errors import DataError, GroupifyError
 from groupify.onnx.comparison import compare_outputs
 from groupify.onnx.quantisation import OnnxModule
@@ -26,10 +27,10 @@ class Agreement:
         images: how many were tried.
     """
 
-    max_abs_diff: float
-    max_rel_diff: float
-    top1_agreement: float | None
-    images: int
+    max_abs_diff: Amount
+    max_rel_diff: Amount
+    top1_agreement: Fraction | None
+    images: Count
 
 
 def compare_files(reference: Path | str, other: Path | str, *, images: Tensor, threads: int = 1) -> Agreement:

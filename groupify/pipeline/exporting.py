@@ -209,7 +209,8 @@ def _time(
 def _latency_change(rows: Mapping[str, Latency], options: ExportOptions) -> LatencyChange:
     dense, grouped = rows["dense"], rows["grouped"]
     return LatencyChange(
-        Change(dense.median_ms, grouped.median_ms),
+        dense.median_ms,
+        grouped.median_ms,
         speed_up(dense, grouped),
         options.threads,
         options.batch_size,

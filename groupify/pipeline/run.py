@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,10 +29,9 @@ from groupify.pipeline.exporting import (
 from groupify.pipeline.prepare import Prepared, prepare_conversion, prepare_finetune
 from groupify.pipeline.requests import ConversionRequest, FinetuneRequest, OutputRequest
 from groupify.recipe import Recipe
-from groupify.reporting.document import report_document
 from groupify.reporting.html import report_page
 from groupify.reporting.read import REPORT_FILE, Run, earlier_runs
-from groupify.reporting.results import CostChange, Report, UniformRun
+from groupify.reporting.results import Report, UniformRun
 from groupify.scores import measure_cost
 from groupify.structures import Change
 from groupify.training.finetuning import FinetuneResult
@@ -205,25 +203,29 @@ def make_report(prepared: Prepared, grouped: Grouped, exported: Exported, timed:
     """Put together what the stages found."""
     source, conversion, tuned = prepared.source, grouped.conversion, grouped.tuned
     example = example_input(source.spec.input_shape, like=source.model)
+    before, after = measure_cost(source.model, example), measure_cost(grouped.model, example)
     return Report(
         model=source.spec.name,
         weights=source.weights,
         input_shape=source.spec.input_shape,
         sites=prepared.plan.sites,
-        cost=CostChange(measure_cost(source.model, example), measure_cost(grouped.model, example)),
+        params=Change(before.params, after.params),
+        macs=Change(before.macs, after.macs),
+        weight_bytes=Change(before.weight_bytes, after.weight_bytes),
+        activation_bytes=Change(before.activation_bytes, after.activation_bytes),
         calibration="as before the fine-tune" if conversion is None else conversion.method,
         fits=() if conversion is None else conversion.fits,
         accuracy=grouped.accuracy,
         history=() if tuned is None else tuned.history,
         onnx_bytes=Change(timed.dense_file.file_bytes, exported.file.file_bytes),
         parity=exported.parity,
-        latency=timed.latency,
+        latency_ms=timed.latency,
         int8=timed.int8,
         machine=describe_machine(),
         notes=(*_notes(source, conversion), *latency_notes(timed)),
         pictures=() if conversion is None else conversion.pictures,
         site_milliseconds=timed.site_milliseconds,
-        version=package_version("groupify"),
+        groupify=package_version("groupify"),
     )
 
 
@@ -252,9 +254,7 @@ def _files(output: _Output, grouped: Grouped, exported: Exported) -> dict[str, s
 
 def _write_report(output: _Output, report: Report) -> None:
     """Write ``report.json`` and ``report.html``; earlier runs of the same model are shown too."""
-    document = report_document(report)
-    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-    (output.folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+    (output.folder / REPORT_FILE).write_text(report.dumps(), encoding="utf-8")
     folder = output.request.folder
     page = report_page(Run(folder.resolve().name, report), earlier_runs(folder, report))
     (output.folder / PAGE_FILE).write_text(page, encoding="utf-8")

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field
 from torch import nn
 
 from groupify.conversion.surgery import restructure
-from groupify.documents import Document, Text, one_of
+from groupify.documents import Document, OneOf, Text
 from groupify.errors import PlanError
 from groupify.machine import KNOWN_CPUS
 from groupify.planning.sites import describe, find_convs
@@ -45,7 +45,7 @@ class PlanFile(Document):
     format: Literal["groupify plan"] = field(default="groupify plan", kw_only=True)
     schema_version: Literal[3] = field(default=3, kw_only=True)
     model: Text
-    cpu: Annotated[str, one_of(*KNOWN_CPUS)]
+    cpu: Annotated[str, OneOf(*KNOWN_CPUS)]
     sites: Annotated[
         tuple[Annotated[SiteRecipe, AfterValidator(_check_site)], ...],
         Field(min_length=1, max_length=MAX_SITES),

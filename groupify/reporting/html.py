@@ -153,9 +153,9 @@ def _mark(look: str, name: str, time: float, top1: float, label: str) -> Point:
 
 def _steps(report: Report) -> list[Point]:
     """From the dense model to the converted and the trained one."""
-    if report.latency is None:
+    if report.latency_ms is None:
         return []
-    times, accuracy = report.latency.milliseconds, report.accuracy
+    times, accuracy = report.latency_ms, report.accuracy
     trained = accuracy.recovered != accuracy.converted
     return [
         _mark(look, look, times.dense if look == "dense" else times.grouped, top1, look)
@@ -166,7 +166,7 @@ def _steps(report: Report) -> list[Point]:
 
 def _points_of(report: Report) -> Iterator[Point]:
     """The run itself, its int8 file, and other numbers of groups."""
-    if report.latency is None:
+    if report.latency_ms is None:
         return
     yield from _steps(report)
     int8 = report.int8
@@ -180,9 +180,9 @@ def _points_of(report: Report) -> Iterator[Point]:
 
 def _points_of_runs(runs: Sequence[Run], look: str) -> list[Point]:
     measured = [
-        (run.name, run.report.latency.milliseconds.grouped, top1)
+        (run.name, run.report.latency_ms.grouped, top1)
         for run in runs
-        if run.report.latency is not None and (top1 := final_accuracy(run.report)) is not None
+        if run.report.latency_ms is not None and (top1 := final_accuracy(run.report)) is not None
     ]
     named = len(measured) <= _LABELLED
     return [_mark(look, name, time, top1, name if named else "") for name, time, top1 in measured]
@@ -191,10 +191,10 @@ def _points_of_runs(runs: Sequence[Run], look: str) -> list[Point]:
 def _dense_of_first(runs: Sequence[Run]) -> Iterator[Point]:
     """The dense model, of the first run that has measured it all."""
     for run in runs:
-        latency, top1 = run.report.latency, run.report.accuracy.dense
+        latency, top1 = run.report.latency_ms, run.report.accuracy.dense
         if latency is not None and final_accuracy(run.report) is not None:
             if top1 is not None:
-                yield _mark("dense", "dense", latency.milliseconds.dense, top1, "dense")
+                yield _mark("dense", "dense", latency.dense, top1, "dense")
             return
 
 
@@ -298,7 +298,7 @@ def _run_row(run: Run) -> dict[str, Any]:
         "run": run,
         "groups": ", ".join(map(str, groups)),
         "speed_up": steady_speed_up(report),
-        "milliseconds": None if report.latency is None else report.latency.milliseconds.grouped,
+        "milliseconds": None if report.latency_ms is None else report.latency_ms.grouped,
         "bytes": None if report.onnx_bytes is None else report.onnx_bytes.grouped,
         "top1": final_accuracy(report),
         "lost": points_lost(report),

@@ -1,38 +1,40 @@
-"""What a conversion run found out, as plain dataclasses."""
+"""What a conversion run found out; ``Report`` is the document of ``report.json``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import AfterValidator, ConfigDict
 
 from groupify.conversion.pictures import BlockPicture
 from groupify.conversion.site_fit import SiteFit
+from groupify.documents import CONFIG, Amount, Count, Count1, Document, Fraction, Positive
 from groupify.machine import Machine
 from groupify.models.specs import WeightsOrigin
 from groupify.onnx.agreement import Agreement
 from groupify.onnx.exporting import ExportedModel
 from groupify.onnx.parity import Parity
-from groupify.scores import ModelCost
 from groupify.structures import Change, SitePlan
 from groupify.training.history import FinetuneRow
+
+
+def _check_picture(picture: BlockPicture) -> BlockPicture:
+    for pixels in (picture.before, picture.after):
+        if len(pixels) != picture.rows * picture.columns:
+            raise ValueError(f"{picture.rows} by {picture.columns} pixels in base64")
+    return picture
 
 
 @dataclass(frozen=True)
 class AccuracyChange:
     """Top-1 accuracy on the test part, as fractions; None where it was not measured."""
 
-    dense: float | None = None
-    converted: float | None = None
-    recovered: float | None = None
-    images: int | None = None
-
-
-@dataclass(frozen=True)
-class CostChange:
-    """Cost of one image, dense and grouped."""
-
-    dense: ModelCost
-    grouped: ModelCost
+    dense: Fraction | None = None
+    converted: Fraction | None = None
+    recovered: Fraction | None = None
+    images: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -40,17 +42,18 @@ class LatencyChange:
     """Median latency in ONNX Runtime.
 
     Attributes:
-        milliseconds: per batch, dense and grouped.
+        dense, grouped: milliseconds per batch.
         speed_up: median over rounds in which both ran side by side.
         threads: intra-op threads.
         batch_size: images per batch.
         steady: False where the times varied so much within the run that they say little.
     """
 
-    milliseconds: Change[float]
-    speed_up: float
-    threads: int
-    batch_size: int
+    dense: Positive
+    grouped: Positive
+    speed_up: Positive
+    threads: Count1
+    batch_size: Count1
     steady: bool = True
 
 
@@ -69,14 +72,14 @@ class Int8File:
         speed_up_over_float: grouped float ÷ int8.
     """
 
-    file_bytes: int
-    calibration_images: int
+    file_bytes: Count1
+    calibration_images: Count1
     reduced_range: bool
     agreement: Agreement
-    top1: float | None = None
-    milliseconds: float | None = None
-    speed_up: float | None = None
-    speed_up_over_float: float | None = None
+    top1: Fraction | None = None
+    milliseconds: Amount | None = None
+    speed_up: Amount | None = None
+    speed_up_over_float: Amount | None = None
 
 
 @dataclass(frozen=True)
@@ -90,11 +93,11 @@ class UniformRun:
         milliseconds: median per batch, timed in one run with the others; None before that.
     """
 
-    groups: int
-    params: int
-    macs: int
-    top1: float
-    milliseconds: float | None = None
+    groups: Count1
+    params: Count
+    macs: Count
+    top1: Fraction
+    milliseconds: Positive | None = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ class ExportResult:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Document):
     """Everything that one conversion run measured.
 
     Attributes:
@@ -125,14 +128,14 @@ class Report:
         weights: where its weights came from.
         input_shape: (C, H, W).
         sites: every conv and what happened to it.
-        cost: cost of one image, dense and grouped.
+        params, macs, weight_bytes, activation_bytes: cost of one image; see ``ModelCost``.
         calibration: one line on how the grouped weights were found.
         fits: how well each site was fitted.
         accuracy: top-1 on the test part.
         history: validation history of the fine-tune.
-        onnx_bytes: size of the ONNX files.
+        onnx_bytes: size of the ONNX files; None where there are none.
         parity: ONNX Runtime against PyTorch.
-        latency: dense against grouped; None where not timed.
+        latency_ms: dense against grouped; None where not timed.
         int8: the quantised variant of the ONNX file; None where none was asked for.
         uniform: other numbers of groups, measured for comparison.
         machine: where it ran.
@@ -141,29 +144,40 @@ class Report:
         pictures: the convs that gained most from the clustering.
         site_milliseconds: time of each conv in the profiled ONNX files, dense and grouped, by site.
         command: the command line; None where the API was called.
-        version: groupify's.
+        groupify: its version.
         notes: what the reader should know before trusting the numbers.
     """
 
+    what: ClassVar[str] = "report"
+    remedy: ClassVar[str] = "convert the model again"
+    plain_texts: ClassVar[bool] = False
+    # A later version may add fields.
+    __pydantic_config__: ClassVar[ConfigDict] = {**CONFIG, "extra": "ignore"}
+
+    format: Literal["groupify-report"] = field(default="groupify-report", kw_only=True)
+    schema_version: Literal[3] = field(default=3, kw_only=True)
+    groupify: str | None = field(default=None, kw_only=True)
+    command: str | None = field(default=None, kw_only=True)
     model: str
     weights: WeightsOrigin
-    input_shape: tuple[int, ...]
+    input_shape: tuple[Count1, ...]
     sites: tuple[SitePlan, ...]
-    cost: CostChange
+    params: Change[Count]
+    macs: Change[Count]
+    weight_bytes: Change[Count]
+    activation_bytes: Change[Count]
     calibration: str
     fits: tuple[SiteFit, ...] = ()
     accuracy: AccuracyChange = field(default_factory=AccuracyChange)
     history: tuple[FinetuneRow, ...] = ()
-    onnx_bytes: Change[int] | None = None
+    onnx_bytes: Change[Count] | None = None
     parity: Parity | None = None
-    latency: LatencyChange | None = None
+    latency_ms: LatencyChange | None = None
     int8: Int8File | None = None
     uniform: tuple[UniformRun, ...] = ()
     machine: Machine | None = None
     seed: int = 0
     files: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    pictures: tuple[BlockPicture, ...] = ()
-    site_milliseconds: Mapping[str, Change[float]] = field(default_factory=dict)
-    command: str | None = None
-    version: str | None = None
+    site_milliseconds: Mapping[str, Change[Amount]] = field(default_factory=dict)
+    pictures: tuple[Annotated[BlockPicture, AfterValidator(_check_picture)], ...] = ()

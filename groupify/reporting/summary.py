@@ -9,7 +9,6 @@ from groupify.reporting.formatting import UNCERTAIN, count, milliseconds, percen
 from groupify.reporting.read import Run
 from groupify.reporting.results import Report
 from groupify.reporting.tables import Table
-from groupify.structures import Change
 
 # Less than this, in points, is no difference that a reader should see.
 _EQUAL_POINTS = 0.05
@@ -33,9 +32,8 @@ def verdict(report: Report) -> str:
 
 def totals(report: Report) -> dict[str, Total]:
     """Return what was measured of the dense and of the grouped model."""
-    dense, grouped = report.cost.dense, report.cost.grouped
     found: dict[str, Total] = {}
-    lost, latency = points_lost(report), report.latency
+    lost, latency = points_lost(report), report.latency_ms
     if lost is not None:
         found["top-1"] = Total(
             "top-1",
@@ -45,16 +43,15 @@ def totals(report: Report) -> dict[str, Total]:
         )
     if latency is not None:
         title = f"latency ({plural(latency.threads, 'thread')}, batch {latency.batch_size})"
-        times = latency.milliseconds
         found["latency"] = Total(
-            title, milliseconds(times.dense), milliseconds(times.grouped), speed_up_or_doubt(report)
+            title, milliseconds(latency.dense), milliseconds(latency.grouped), speed_up_or_doubt(report)
         )
     for title, change, form in (
         ("ONNX file", report.onnx_bytes, size),
-        ("params", Change(dense.params, grouped.params), count),
-        ("MACs", Change(dense.macs, grouped.macs), count),
-        ("weight bytes", Change(dense.weight_bytes, grouped.weight_bytes), size),
-        ("peak activation bytes", Change(dense.activation_bytes, grouped.activation_bytes), size),
+        ("params", report.params, count),
+        ("MACs", report.macs, count),
+        ("weight bytes", report.weight_bytes, size),
+        ("peak activation bytes", report.activation_bytes, size),
     ):
         if change is not None:
             found[title] = Total(title, form(change.dense), form(change.grouped), ratio(change.ratio))
@@ -80,17 +77,16 @@ def comparison_table(runs: Sequence[Run]) -> Table:
     header = ("run", "top-1", "change", "latency", "speed-up", "params", "MACs")
     rows = []
     for run in runs:
-        lost, latency = points_lost(run.report), run.report.latency
-        cost = run.report.cost.grouped
+        lost, latency = points_lost(run.report), run.report.latency_ms
         rows.append(
             (
                 run.name,
                 percent(final_accuracy(run.report)),
                 "–" if lost is None else f"{points(-lost)} points",
-                milliseconds(latency.milliseconds.grouped if latency else None),
+                milliseconds(latency.grouped if latency else None),
                 speed_up_or_doubt(run.report),
-                count(cost.params),
-                count(cost.macs),
+                count(run.report.params.grouped),
+                count(run.report.macs.grouped),
             )
         )
     return Table(header, tuple(rows), words=("run",))
@@ -113,7 +109,7 @@ def steady_speed_up(report: Report) -> float | None:
 
     There the longer run is interrupted more often, so that the ratio may be anything.
     """
-    return report.latency.speed_up if report.latency is not None and report.latency.steady else None
+    return report.latency_ms.speed_up if report.latency_ms is not None and report.latency_ms.steady else None
 
 
 def speed_up_or_doubt(report: Report) -> str:
@@ -121,21 +117,20 @@ def speed_up_or_doubt(report: Report) -> str:
     speed_up = steady_speed_up(report)
     if speed_up is not None:
         return ratio(speed_up)
-    return "–" if report.latency is None else UNCERTAIN
+    return "–" if report.latency_ms is None else UNCERTAIN
 
 
 def _speed(report: Report) -> str:
     speed_up = steady_speed_up(report)
     if speed_up is None:
-        return "" if report.latency is None else f"speed {UNCERTAIN}"
+        return "" if report.latency_ms is None else f"speed {UNCERTAIN}"
     if 0.995 <= speed_up < 1.005:
         return "as fast"
     return f"{speed_up:.1f}× faster" if speed_up > 1 else f"{1 / speed_up:.1f}× slower"
 
 
 def _size(report: Report) -> str:
-    cost = report.cost
-    change = report.onnx_bytes or Change(cost.dense.weight_bytes, cost.grouped.weight_bytes)
+    change = report.onnx_bytes or report.weight_bytes
     if not change.dense or not change.grouped or 0.995 <= change.ratio < 1.005:
         return ""
     return f"{change.ratio:.1f}× smaller" if change.ratio > 1 else f"{1 / change.ratio:.1f}× larger"

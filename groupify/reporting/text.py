@@ -81,7 +81,7 @@ def report_lines(report: Report) -> Iterator[str]:
         yield int8_line(report.int8)
     if report.machine is not None:
         yield f"machine: {report.machine}"
-    if report.latency is not None and not report.latency.steady:
+    if report.latency_ms is not None and not report.latency_ms.steady:
         yield (
             "note: the machine was busy, so the latencies say little, their ratio nothing; time again with "
             "'groupify bench'"

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from groupify.data.batches import UNLABELLED, Data, check_labels, iterate_batches
 from groupify.data.ranks import ALONE, Ranks
+from groupify.documents import Measured
 from groupify.errors import ArtefactError, SpecError
 from groupify.scores import class_scores
 from groupify.training.objective import as_input, autocast
@@ -38,7 +39,7 @@ class Validation:
     """
 
     top1: float
-    loss: float
+    loss: Measured
     images: int
     classes: int
 
@@ -60,11 +61,11 @@ class FinetuneRow:
 
     step: int
     epoch: float
-    loss: float | None
+    loss: Measured | None
     learning_rate: float | None
     images_per_second: float | None
     validation_top1: float
-    validation_loss: float
+    validation_loss: Measured
 
 
 class History:

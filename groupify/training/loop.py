@@ -15,7 +15,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
@@ -40,6 +40,7 @@ from groupify.training.learner import Learner
 from groupify.training.settings import learning_rate_at
 from groupify.training.state import (
     Checkpointing,
+    TrainingState,
     check_same_run,
     hash_of,
     library_states,
@@ -102,7 +103,7 @@ class Training:
         self.identity = {} if checkpointing is None else self._identity(data)
         self.step = self.epoch = self.next_batch = self.checksum = 0
         self.since_row, self.since_line = _Running(learner.device), _Running(learner.device)
-        self._states: tuple[list[Tensor], dict[str, Any]] | None = None
+        self._states: tuple[list[Tensor], Mapping[str, Any]] | None = None
         if checkpointing is not None and checkpointing.resume and checkpointing.file.exists():
             self._restore(checkpointing)
         else:
@@ -278,39 +279,35 @@ class Training:
             **{f"random.{index}": state for index, state in enumerate(states)},
             **{f"sums.{index}": value for index, value in enumerate(sums)},
         }
-        document = {
-            "run": self.identity,
-            "step": self.step,
-            "epoch": self.epoch,
-            "next_batch": self.next_batch,
-            "checksum": self.checksum,
-            "seconds": [self.since_row.seconds, self.since_line.seconds],
-            "history": [dataclasses.asdict(row) for row in self.history.rows],
-            "best_step": self.history.best.step,
-            "validation": dataclasses.asdict(self.validation),
+        state = TrainingState(
+            run=self.identity,
+            step=self.step,
+            epoch=self.epoch,
+            next_batch=self.next_batch,
+            checksum=self.checksum,
+            seconds=(self.since_row.seconds, self.since_line.seconds),
+            history=tuple(self.history.rows),
+            best_step=self.history.best.step,
+            validation=self.validation,
             # Other ranks' are not at hand; their libraries are seeded anew.
-            "libraries": library_states() if self.ranks.world == 1 else {},
-        }
-        write_state(checkpointing.file, tensors, document)
+            libraries=library_states() if self.ranks.world == 1 else {},
+        )
+        write_state(checkpointing.file, tensors, state)
 
     def _restore(self, checkpointing: Checkpointing) -> None:
-        tensors, document = read_state(checkpointing.file)
-        check_same_run(checkpointing.file, document["run"], self.identity)
+        tensors, state = read_state(checkpointing.file)
+        check_same_run(checkpointing.file, state.run, self.identity)
         self.learner.load(tensors)
-        self.step, self.epoch = document["step"], document["epoch"]
-        self.next_batch, self.checksum = document["next_batch"], document["checksum"]
-        rows = [FinetuneRow(**row) for row in document["history"]]
-        self.history = History(rows, document["best_step"], without_prefix("best", tensors))
-        self.validation = Validation(**document["validation"])
+        self.step, self.epoch = state.step, state.epoch
+        self.next_batch, self.checksum = state.next_batch, state.checksum
+        self.history = History(state.history, state.best_step, without_prefix("best", tensors))
+        self.validation = state.validation
         rank = self.ranks.rank
         for index, running in enumerate((self.since_row, self.since_line)):
             running.sums.copy_(tensors[f"sums.{index}"][rank])
-            running.seconds = document["seconds"][index]
+            running.seconds = state.seconds[index]
         states = without_prefix("random", tensors)
-        self._states = (
-            [states[str(index)][rank].cpu() for index in range(len(states))],
-            document["libraries"],
-        )
+        self._states = [states[str(index)][rank].cpu() for index in range(len(states))], state.libraries
 
 
 def _json_values(value: Any) -> Any:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
@@ -22,10 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from groupify.documents import Amount, Count, Document
 from groupify.errors import ArtefactError, SpecError
 from groupify.files import read_tensors
-
-_FORMAT = "groupify training state 1"
+from groupify.training.history import FinetuneRow, Validation
 
 
 @dataclass(frozen=True)
@@ -50,13 +49,47 @@ class Checkpointing:
             raise SpecError(f"the state is to be saved every {self.interval} steps; expected 1 or more")
 
 
-def write_state(path: Path, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
+@dataclass(frozen=True)
+class TrainingState(Document):
+    """Where a training run stands, apart from its tensors.
+
+    Attributes:
+        run: what must be the same for a state to belong to a run; JSON values.
+        step: steps done.
+        epoch, next_batch: the pass and the batch in it that come next.
+        checksum: of the labels in the pass so far, for data without indices.
+        seconds: training time since the last row of the history, and since the last line of the log.
+        history: one row for each validation.
+        best_step: which of them is the best.
+        validation: the last one.
+        libraries: see ``library_states``; empty where several processes trained.
+    """
+
+    what: ClassVar[str] = "training state"
+    remedy: ClassVar[str] = "remove it"
+    plain_texts: ClassVar[bool] = False
+
+    format: Literal["groupify-training-state"] = field(default="groupify-training-state", kw_only=True)
+    schema_version: Literal[2] = field(default=2, kw_only=True)
+    run: Mapping[str, Any]
+    step: Count
+    epoch: Count
+    next_batch: Count
+    checksum: int
+    seconds: tuple[Amount, Amount]
+    history: tuple[FinetuneRow, ...]
+    best_step: Count
+    validation: Validation
+    libraries: Mapping[str, Any]
+
+
+def write_state(path: Path, tensors: Mapping[str, Tensor], state: TrainingState) -> None:
     """Write a state aside, then rename it: at any moment the file is a whole one.
 
     Raises:
         ArtefactError: it cannot be written.
     """
-    metadata = {"format": _FORMAT, "state": json.dumps(document)}
+    metadata = {"state": state.dumps()}
     # Clones: tensors of one model may share memory, which the format does not know.
     values = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
     aside = path.with_name(f".{path.name}.partial")
@@ -69,7 +102,7 @@ def write_state(path: Path, tensors: Mapping[str, Tensor], document: Mapping[str
         raise ArtefactError(f"cannot write the training state {path}: {error}") from error
 
 
-def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_state(path: Path) -> tuple[dict[str, Tensor], TrainingState]:
     """Read a state.
 
     Raises:
@@ -77,12 +110,11 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         tensors, metadata = read_tensors(path)
-        if metadata.get("format") != _FORMAT:
-            raise ArtefactError(f"{path} is no training state of this version of groupify; remove it")
-        document = json.loads(metadata["state"])
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        if "state" not in metadata:
+            raise ArtefactError(f"{path} is no training state; give another file, or remove it")
+        return tensors, TrainingState.loads(metadata["state"])
+    except (OSError, SafetensorError) as error:
         raise ArtefactError(f"cannot read the training state {path}: {error}; remove it") from error
-    return tensors, document
 
 
 def check_same_run(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -192,7 +224,7 @@ def library_states() -> dict[str, Any]:
     }
 
 
-def set_library_states(states: dict[str, Any]) -> None:
+def set_library_states(states: Mapping[str, Any]) -> None:
     """Put ``library_states`` back."""
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))

@@ -17,10 +17,8 @@ from groupify.onnx.agreement import Agreement
 from groupify.onnx.exporting import ExportedModel
 from groupify.pipeline.exporting import Timed, latency_notes
 from groupify.recipe import RECIPE_HASH
-from groupify.reporting.document import report_document
 from groupify.reporting.results import Int8File, LatencyChange
 from groupify.reporting.text import int8_line, print_report
-from groupify.structures import Change
 from tests.cli_nets import INPUT_SIZE
 from tests.conftest import Run
 from tests.reporting.test_reporting import REPORT
@@ -40,7 +38,7 @@ INT8 = Int8File(
 
 
 def timed(speed_up: float = 3.0, over_float: float | None = None, *, steady: bool = True) -> Timed:
-    latency = LatencyChange(Change(6.0, 2.0), speed_up, 1, 1, steady)
+    latency = LatencyChange(6.0, 2.0, speed_up, 1, 1, steady)
     int8 = None if over_float is None else dataclasses.replace(INT8, speed_up_over_float=over_float)
     return Timed(latency, ExportedModel(Path("dense.onnx"), 18, 1, "input", ("output",), 0, 0), int8)
 
@@ -100,13 +98,11 @@ def test_a_report_with_int8() -> None:
         "int8: 2.0 KiB, top-1 91.00%, same top-1 as float on 99.2% of 256 images, largest difference 0.47 "
         "(3.8% of the output), 0.39 ms, 4.00× over dense and 1.32× over the float file\n"
     ) in console.file.getvalue()
-    document = report_document(report)
+    document = report.values()
     assert json.loads(json.dumps(document, allow_nan=False)) == document
     assert document["int8"]["agreement"]["max_abs_diff"] == 0.47
     broken = dataclasses.replace(INT8, agreement=Agreement(math.nan, math.nan, 0.0, 4))
-    assert (
-        report_document(dataclasses.replace(report, int8=broken))["int8"]["agreement"]["max_abs_diff"] is None
-    )
+    assert dataclasses.replace(report, int8=broken).values()["int8"]["agreement"]["max_abs_diff"] is None
     bare = Int8File(2048, 256, False, Agreement(0.47, 0.038, None, 256))
     assert int8_line(bare) == "int8: 2.0 KiB, largest difference 0.47 (3.8% of the output)"
 

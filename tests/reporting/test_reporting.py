@@ -4,7 +4,6 @@ import io
 import json
 import re
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -15,13 +14,12 @@ from groupify.measure.folder import BenchResult, BenchRow, bench_document
 from groupify.models.specs import WeightsOrigin
 from groupify.onnx.parity import Parity
 from groupify.onnx.runtime import BlockedConvs
-from groupify.reporting.document import clean, report_document
+from groupify.reporting.document import clean
 from groupify.reporting.formatting import count, ratio, shape, size
-from groupify.reporting.results import AccuracyChange, CostChange, LatencyChange, Report
+from groupify.reporting.results import AccuracyChange, LatencyChange, Report
 from groupify.reporting.sites import print_plan
 from groupify.reporting.tables import stdout_console
 from groupify.reporting.text import print_bench, print_report
-from groupify.scores import ModelCost
 from groupify.structures import Change, Plan, SitePlan
 
 MACHINE = Machine("Abacus 3", "avx2", 1, "Linux x86_64", "3.11", "2.6", "1.20", "1.17")
@@ -42,14 +40,15 @@ REPORT = Report(
     weights=WeightsOrigin("random", 0),
     input_shape=(3, 224, 224),
     sites=(STEM, CONV, POINTWISE),
-    cost=CostChange(
-        ModelCost(34308, 156549120, 137232, 4816896), ModelCost(15750, 127647744, 63000, 4816896)
-    ),
+    params=Change(34308, 15750),
+    macs=Change(156549120, 127647744),
+    weight_bytes=Change(137232, 63000),
+    activation_bytes=Change(4816896, 4816896),
     calibration="least squares in order, 1000 unlabelled images",
     accuracy=AccuracyChange(0.9365, 0.91, 0.925, 2000),
     onnx_bytes=Change(140000, 70000),
     parity=Parity(9.5e-6, 1e-6, 1.0, (1, 3), 4),
-    latency=LatencyChange(Change(145.78, 47.17), 3.1, threads=2, batch_size=8),
+    latency_ms=LatencyChange(145.78, 47.17, 3.1, threads=2, batch_size=8),
     machine=MACHINE,
     files={"onnx": "out/model.onnx", "report": "out/report.json"},
     notes=("the weights are random",),
@@ -107,9 +106,9 @@ def test_a_report_in_text() -> None:
 
 
 def test_a_busy_machine_is_named() -> None:
-    assert REPORT.latency is not None
+    assert REPORT.latency_ms is not None
     console = piped()
-    print_report(replace(REPORT, latency=replace(REPORT.latency, steady=False)), console)
+    print_report(replace(REPORT, latency_ms=replace(REPORT.latency_ms, steady=False)), console)
     assert any("the machine was busy" in line for line in lines(console))
 
 
@@ -119,7 +118,7 @@ def test_what_was_not_measured_is_not_shown() -> None:
         replace(
             REPORT,
             accuracy=AccuracyChange(),
-            latency=None,
+            latency_ms=None,
             onnx_bytes=None,
             parity=None,
             machine=None,
@@ -154,7 +153,7 @@ def test_a_wide_terminal_shows_the_reasons_in_place() -> None:
     print_plan(Plan((STEM, CONV), (3, 224, 224), 4, "avx2"), console)
     assert lines(console)[1].endswith("first conv: too few input channels (3)")
     assert "1: first conv" not in "\n".join(lines(console))
-    assert lines(console)[-1] == "1 of 2 convs are converted"
+    assert lines(console)[-1] == "1 of 2 convs are converted, planned for avx2"
 
 
 def test_piped_output_has_no_trailing_spaces(capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,9 +186,7 @@ def test_a_benchmark_on_a_narrow_terminal() -> None:
 
 
 def test_the_documents_are_json() -> None:
-    values: dict[str, Any] = dict.fromkeys(SiteFit.__dataclass_fields__, 1)
-    fit = SiteFit(**values)
-    document = report_document(replace(REPORT, fits=(fit,), machine=None))
+    document = replace(REPORT, fits=(SiteFit("last", 0.5, 1, 1),), machine=None).values()
     assert json.loads(json.dumps(document, allow_nan=False)) == document
     assert document["latency_ms"] == {
         "dense": 145.78, "grouped": 47.17, "speed_up": 3.1, "threads": 2, "batch_size": 8, "steady": True,
@@ -205,12 +202,11 @@ def test_the_documents_are_json() -> None:
 
 
 def test_nulls_for_what_was_not_measured() -> None:
-    document = report_document(
-        replace(REPORT, accuracy=AccuracyChange(), latency=None, onnx_bytes=None, parity=None)
-    )
+    report = replace(REPORT, accuracy=AccuracyChange(), latency_ms=None, onnx_bytes=None, parity=None)
+    document = report.values()
     assert document["accuracy"] == {"dense": None, "converted": None, "recovered": None, "images": None}
     assert document["latency_ms"] is None
-    assert document["onnx_bytes"] == {"dense": None, "grouped": None}
+    assert document["onnx_bytes"] is None
     assert document["parity"] is None
     values = {"a": (float("nan"), float("inf"), 1.5), "b": {"c": -float("inf")}}
     assert clean(values) == {"a": [None, None, 1.5], "b": {"c": None}}

@@ -137,8 +137,8 @@ def test_a_finished_run_trains_no_further(student: nn.Module, data: TensorDatase
 def test_without_resume_a_state_is_not_read(student: nn.Module, data: TensorDataset, tmp_path: Path) -> None:
     (tmp_path / "state").write_text("rubbish")
     finetune(student, splits(data), settings=SETTINGS, checkpointing=Checkpointing(tmp_path / "state"))
-    _, document = read_state(tmp_path / "state")
-    assert document["step"] == 30
+    _, state = read_state(tmp_path / "state")
+    assert state.step == 30
 
 
 @pytest.mark.parametrize("content", [b"", b"rubbish", b"\x08" + bytes(7) + b'{"a":1}x'])
@@ -293,7 +293,7 @@ def wait_for_step(state: Path, step: int, process: subprocess.Popen[bytes]) -> N
 
 
 def _step(path: Path) -> int:
-    return int(read_state(path)[1]["step"]) if path.exists() else 0
+    return read_state(path)[1].step if path.exists() else 0
 
 
 if __name__ == "__main__":
