@@ -94,7 +94,7 @@ def speed_ups(
         progress: show a bar on standard error.
 
     Raises:
-        GroupifyError: ONNX Runtime is missing, or it cannot run a file.
+        GroupifyError: ONNX Runtime cannot run a file.
     """
     timed = [
         {
@@ -136,7 +136,7 @@ def benchmark_onnx(
         One row per setting and model, settings in the order given.
 
     Raises:
-        GroupifyError: a setting is below 1, ONNX Runtime is missing, or it cannot run a file.
+        GroupifyError: a setting is below 1, or ONNX Runtime cannot run a file.
     """
 
     def prepare(batch: Tensor, count: int) -> dict[str, Callable[[], object]]:

@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx import helper, numpy_helper
 from tqdm import tqdm
 
 from groupify.machine import chunks
 from groupify.measure.profiling import kernel_times
 from groupify.measure.timing import UNDISTURBED, percentile
 from groupify.onnx.exporting import OPSET
-from groupify.onnx.runtime import require
+from groupify.onnx.lowering import optimise
 
 _SESSION_BYTES = 2**28  # of weights and activations in one session
 _IR_VERSION = 9
@@ -110,7 +113,7 @@ def time_convs(
         progress: show a bar on stderr.
 
     Raises:
-        GroupifyError: onnx or ONNX Runtime is missing, or refuses a conv.
+        GroupifyError: ONNX Runtime refuses a conv.
     """
     sessions = list(
         chunks(
@@ -138,8 +141,7 @@ def _session_bytes(shape: ConvShape, batch_size: int) -> int:
 def _time_session(
     shapes: Sequence[ConvShape], threads: int, batch_size: int, rounds: int
 ) -> dict[ConvShape, float]:
-    onnx = require("onnx")
-    graph = _Graph(onnx, batch_size)
+    graph = _Graph(batch_size)
     for number, shape in enumerate(shapes):
         graph.add(number, shape)
     with tempfile.TemporaryDirectory(prefix="groupify-") as folder:
@@ -181,9 +183,7 @@ def _owners(nodes: Iterable[Any]) -> Mapping[str, int]:
 class _Graph:
     """An ONNX graph of independent branches, one for each conv."""
 
-    def __init__(self, onnx: Any, batch_size: int) -> None:
-        self._onnx = onnx
-        self._helper = onnx.helper
+    def __init__(self, batch_size: int) -> None:
         self._batch_size = batch_size
         self._generator = np.random.default_rng(0)
         self._nodes: list[Any] = []
@@ -195,10 +195,10 @@ class _Graph:
         """Add the branch of one conv."""
         channels, outputs = shape.in_channels, shape.out_channels
         point = (1,) * len(shape.kernel_size)
-        kind = self._onnx.TensorProto.FLOAT
+        kind = onnx.TensorProto.FLOAT
         source = f"input{number}"
         self._inputs.append(
-            self._helper.make_tensor_value_info(source, kind, [self._batch_size, channels, *shape.input_size])
+            helper.make_tensor_value_info(source, kind, [self._batch_size, channels, *shape.input_size])
         )
         value = self._conv(f"before{number}", source, channels, channels, channels, kernel_shape=point)
         value = self._conv(
@@ -215,21 +215,17 @@ class _Graph:
                 value = self._shuffle_step(f"shuffle{number}_{step}", value, shape, step, perm)
             readers = 2  # a shuffle could move through a depthwise conv, away from where it is timed
         value = self._conv(f"after{number}", value, outputs, outputs, readers, kernel_shape=point)
-        self._outputs.append(self._helper.make_tensor_value_info(value, kind, None))
+        self._outputs.append(helper.make_tensor_value_info(value, kind, None))
 
     def serialised(self) -> bytes:
         """Return the model, its shuffles brought into the form that an export gives them."""
-        graph = self._helper.make_graph(self._nodes, "convs", self._inputs, self._outputs, self._weights)
-        model = self._helper.make_model(
-            graph, opset_imports=[self._helper.make_opsetid("", OPSET)], ir_version=_IR_VERSION
+        graph = helper.make_graph(self._nodes, "convs", self._inputs, self._outputs, self._weights)
+        model = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=_IR_VERSION
         )
         if not any(node.op_type == "Transpose" for node in self._nodes):
             return bytes(model.SerializeToString())
-        import onnx_ir as ir
-
-        from groupify.onnx.lowering import optimise
-
-        inferred = ir.from_proto(self._onnx.shape_inference.infer_shapes(model))
+        inferred = ir.from_proto(onnx.shape_inference.infer_shapes(model))
         optimise(inferred.graph)
         return bytes(ir.to_proto(inferred).SerializeToString())
 
@@ -241,7 +237,7 @@ class _Graph:
         width = shape.out_channels // shape.groups
         channels = [shape.groups, width] if step == 0 else [shape.out_channels]
         sizes = np.array([self._batch_size, *channels, *shape.output_size], dtype=np.int64)
-        self._weights.append(self._onnx.numpy_helper.from_array(sizes, f"{name}_sizes"))
+        self._weights.append(numpy_helper.from_array(sizes, f"{name}_sizes"))
         return self._node("Reshape", name, [value, f"{name}_sizes"])
 
     def _conv(self, name: str, value: str, inputs: int, outputs: int, groups: int, **attributes: Any) -> str:
@@ -249,9 +245,9 @@ class _Graph:
         weight = self._generator.standard_normal((outputs, inputs // groups, *kernel), dtype=np.float32)
         weight /= math.sqrt(weight[0].size)  # outputs keep the size of the inputs
         for suffix, array in (("weight", weight), ("bias", np.zeros(outputs, np.float32))):
-            self._weights.append(self._onnx.numpy_helper.from_array(array, f"{name}_{suffix}"))
+            self._weights.append(numpy_helper.from_array(array, f"{name}_{suffix}"))
         return self._node("Conv", name, [value, f"{name}_weight", f"{name}_bias"], group=groups, **attributes)
 
     def _node(self, operator: str, name: str, inputs: list[str], **attributes: Any) -> str:
-        self._nodes.append(self._helper.make_node(operator, inputs, [name], name=name, **attributes))
+        self._nodes.append(helper.make_node(operator, inputs, [name], name=name, **attributes))
         return name

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from groupify.errors import GroupifyError
-from groupify.onnx.runtime import require
 
 # The child imports neither torch nor groupify. On Linux it reads VmHWM, since ru_maxrss survives exec and
 # would show the memory of the parent.
@@ -60,7 +59,6 @@ def peak_memory(
     Raises:
         GroupifyError: the process fails.
     """
-    require("onnxruntime")
     shape = json.dumps([batch_size, *input_shape])
     command = [sys.executable, "-c", _CHILD, str(path), shape, str(threads)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -65,7 +65,7 @@ class PlanTimer:
         """Return the latency of a plan, milliseconds for one image.
 
         Raises:
-            GroupifyError: the model cannot be exported, or ONNX Runtime is missing or refuses it.
+            GroupifyError: the model cannot be exported, or ONNX Runtime refuses it.
         """
         key = fingerprint(map(repr, plan.recipes))
         if key not in self._shares.numbers:

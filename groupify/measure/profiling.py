@@ -46,7 +46,7 @@ def profile_onnx(
         seed: of the random inputs.
 
     Raises:
-        GroupifyError: ONNX Runtime is missing or refuses the file.
+        GroupifyError: ONNX Runtime refuses the file.
     """
     operators: dict[str, list[float]] = defaultdict(list)
     for (operator, _), milliseconds in node_times(path, input_shape, threads, batch_size, runs, seed).items():
@@ -86,7 +86,7 @@ def kernel_times(
         save_optimised: where to write the graph that ONNX Runtime really runs.
 
     Raises:
-        GroupifyError: ONNX Runtime is missing or refuses the model.
+        GroupifyError: ONNX Runtime refuses the model.
     """
     generator = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory(prefix="groupify-") as folder:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import onnx
 from pydantic import Field
 
 from groupify.measure.benchmarks import benchmark_onnx
 from groupify.measure.profiling import kernel_times, node_times
 from groupify.measure.timing import UNDISTURBED, percentile
-from groupify.onnx.runtime import require
 
 # What ONNX Runtime fuses into the conv in front.
 _FUSED = ("Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid", "Add", "Sum", "Identity")
@@ -53,7 +53,7 @@ def time_network(
         rounds: profiled runs.
 
     Raises:
-        GroupifyError: ONNX Runtime or onnx is missing, or refuses the file.
+        GroupifyError: ONNX Runtime refuses the file.
     """
     (whole,) = benchmark_onnx({"": path}, input_shape=input_shape, threads=(threads,), seconds=_SECONDS)
     total = percentile(whole.timing.runs_ms, UNDISTURBED)
@@ -95,14 +95,14 @@ def site_times(
         runs: how often to run it.
 
     Raises:
-        GroupifyError: ONNX Runtime or onnx is missing, or refuses the file.
+        GroupifyError: ONNX Runtime refuses the file.
     """
     return _by_site(path, sites, node_times(path, input_shape, threads, batch_size, runs, seed=0))
 
 
 def _by_site(path: Path, sites: Sequence[str], times: Mapping[tuple[str, str], float]) -> dict[str, float]:
     """Add up the times of kernels, by operator and name, by the site that they belong to."""
-    graph = require("onnx").load(str(path), load_external_data=False).graph
+    graph = onnx.load(str(path), load_external_data=False).graph
     producers = {output: node for node in graph.node for output in node.output}
     nodes = {node.name: node for node in graph.node}
     timed = {name.removesuffix(_BLOCKED) for _, name in times}

@@ -44,7 +44,7 @@ def compare_files(reference: Path | str, other: Path | str, *, images: Tensor, t
 
     Raises:
         DataError: no images.
-        GroupifyError: the files differ in their outputs, ONNX Runtime is missing or cannot run them.
+        GroupifyError: the files differ in their outputs, or ONNX Runtime cannot run them.
     """
     if len(images) == 0:
         raise DataError("no images to compare two files on: expected at least one, better some hundred")

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor, nn
 
 from groupify.graph.forward import evaluating
 from groupify.onnx.comparison import Array, compare_outputs, reference_outputs, scale_of
-from groupify.onnx.runtime import open_session, require
+from groupify.onnx.runtime import open_session
 
 
 def first_divergence(model: nn.Module, path: Path, batch: Tensor, *, tolerance: float) -> str:
@@ -29,7 +30,7 @@ def first_divergence(model: nn.Module, path: Path, batch: Tensor, *, tolerance: 
         A phrase for an error message.
     """
     expected = _module_outputs(model, batch)
-    graph = require("onnx").load(str(path)).graph
+    graph = onnx.load(str(path)).graph
     calls = _layer_calls(graph, {name: len(outputs) for name, outputs in expected.items()})
     values, outputs = _run_exposed(path, batch, [call.output for call in calls])
     last_good = None
@@ -107,7 +108,6 @@ def _layer_calls(graph: Any, call_counts: dict[str, int]) -> list[_LayerCall]:
 
 def _run_exposed(path: Path, batch: Tensor, names: list[str]) -> tuple[dict[str, Array], list[Array]]:
     """Run the graph unoptimised; return the named values and the graph's own outputs."""
-    onnx = require("onnx")
     model = onnx.load(str(path))
     own = [output.name for output in model.graph.output]
     for name in names:

@@ -14,13 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import onnx
 import torch
 from torch import Tensor, nn
 
 from groupify.errors import ArtefactError, ConversionError, GroupifyError
 from groupify.graph.forward import evaluating
 from groupify.machine import package_version
-from groupify.onnx.runtime import require
+from groupify.onnx.lowering import optimise
 
 if TYPE_CHECKING:
     from groupify.models.specs import Preprocessing
@@ -71,12 +72,7 @@ def export_onnx(
     Raises:
         ConversionError: the model does not run on the input shape, or cannot be traced.
         ArtefactError: the file cannot be written.
-        GroupifyError: onnx or onnxscript is missing.
     """
-    onnx = require("onnx")
-    require("onnxscript")
-    from groupify.onnx.lowering import optimise  # needs onnx_ir, so not at the top
-
     file = Path(path)
     with evaluating(model):
         names = _output_names(model, input_shape)
@@ -84,7 +80,7 @@ def export_onnx(
     _name_nodes(program.model)
     folding = optimise(program.model.graph)
     program.model.metadata_props.update(_metadata(input_shape, preprocessing, metadata))
-    size = _write(program, file, onnx)
+    size = _write(program, file)
     return ExportedModel(file, OPSET, size, INPUT_NAME, names, folding.found, folding.kept)
 
 
@@ -203,7 +199,7 @@ def _metadata(
     return {**entries, **(more or {})}
 
 
-def _write(program: Any, target: Path, onnx: Any) -> int:
+def _write(program: Any, target: Path) -> int:
     """Write, check and rename; return the bytes of all files."""
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:

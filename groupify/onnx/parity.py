@@ -57,7 +57,7 @@ def check_parity(
 
     Raises:
         ParityError: the outputs differ; the message names the node that diverges first.
-        GroupifyError: ONNX Runtime is missing or cannot run the file.
+        GroupifyError: ONNX Runtime cannot run the file.
     """
     file = Path(path)
     session = open_session(file)

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
+from onnxruntime import quantization
 from torch import Tensor, nn
 
 from groupify.errors import ArtefactError, DataError, GroupifyError
 from groupify.machine import int8_dot_products
 from groupify.onnx.comparison import Array
-from groupify.onnx.runtime import open_session, require
+from groupify.onnx.runtime import open_session
 
 _BATCH = 16
 
@@ -48,16 +50,13 @@ def quantize_onnx(path: Path | str, target: Path | str, *, images: Tensor) -> Qu
     Raises:
         DataError: no images.
         ArtefactError: the file cannot be written.
-        GroupifyError: onnx or ONNX Runtime is missing.
     """
     if len(images) == 0:
         raise DataError("no images to calibrate int8 with: expected at least one, better some hundred")
-    onnx = require("onnx")
-    quantization = require("onnxruntime.quantization")
     file = Path(target)
     source = onnx.load(str(path))
     reduced = not int8_dot_products()
-    reader = _reader(quantization, source.graph.input[0], images)
+    reader = _reader(source.graph.input[0], images)
     try:
         with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as folder:
             draft = Path(folder) / file.name
@@ -132,7 +131,7 @@ class OnnxModule(nn.Module):
         }
 
 
-def _reader(quantization: Any, source: Any, images: Tensor) -> Any:
+def _reader(source: Any, images: Tensor) -> Any:
     """Feed the images to the calibrator, in batches that the file takes."""
     fixed = source.type.tensor_type.shape.dim[0].dim_value
     batches = list(images.float().split(fixed or _BATCH))

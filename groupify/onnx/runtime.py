@@ -1,32 +1,19 @@
-"""ONNX and ONNX Runtime, imported only when they are needed, and the session settings used everywhere."""
+"""ONNX Runtime with the session settings that are used everywhere."""
 
 from __future__ import annotations
 
-import importlib
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
+import onnxruntime as runtime
+
 from groupify.errors import GroupifyError
 
 BLOCKED_DOMAIN = "com.microsoft.nchwc"
 _ERRORS_ONLY = 3
-
-
-def require(module: str) -> Any:
-    """Import and return a module of the deployment stack (``onnx``, ``onnxruntime``, ``onnxscript``...).
-
-    Raises:
-        GroupifyError: it is not installed, or does not load.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise GroupifyError(
-            f"cannot import {module} ({error}); ONNX export and timing need it: pip install {package}"
-        ) from error
 
 
 def open_session(
@@ -50,9 +37,8 @@ def open_session(
         profile_prefix: start the session's profiler; its file name begins with this.
 
     Raises:
-        GroupifyError: ONNX Runtime is missing or refuses the model.
+        GroupifyError: ONNX Runtime refuses the model.
     """
-    runtime = require("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -87,9 +73,8 @@ def count_blocked_convs(path: Path | str) -> BlockedConvs:
     """Count the convs that ONNX Runtime moves to its blocked kernel, read from its optimised graph.
 
     Raises:
-        GroupifyError: onnx or ONNX Runtime is missing, or refuses the file.
+        GroupifyError: ONNX Runtime refuses the file.
     """
-    onnx = require("onnx")
     with tempfile.TemporaryDirectory() as folder:
         optimised = Path(folder) / "optimised.onnx"
         open_session(path, save_optimised=optimised)

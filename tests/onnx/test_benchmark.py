@@ -14,7 +14,7 @@ from groupify.measure.benchmarks import benchmark_onnx, benchmark_pytorch, speed
 from groupify.measure.memory import peak_memory
 from groupify.measure.timing import Timing, paired_ratio, percentile, time_interleaved
 from groupify.onnx.exporting import export_onnx
-from groupify.onnx.runtime import count_blocked_convs, require
+from groupify.onnx.runtime import count_blocked_convs
 from tests.onnx.nets import INPUT_SHAPE, SmallNet, randomise
 
 
@@ -125,8 +125,3 @@ def test_peak_memory_grows_with_the_model(exported: Path, tmp_path: Path) -> Non
     assert large.peak_bytes - small.peak_bytes > 20 * 2**20
     with pytest.raises(GroupifyError, match="memory"):
         peak_memory(exported, input_shape=(4, 12, 12))
-
-
-def test_a_missing_package_is_said_plainly() -> None:
-    with pytest.raises(GroupifyError, match="pip install onnx_absent"):
-        require("onnx_absent.checker")
