@@ -205,6 +205,7 @@ def make_report(prepared: Prepared, grouped: Grouped, exported: Exported, timed:
     example = example_input(source.spec.input_shape, like=source.model)
     before, after = measure_cost(source.model, example), measure_cost(grouped.model, example)
     return Report(
+        cpu=prepared.plan.cpu,
         model=source.spec.name,
         weights=source.weights,
         input_shape=source.spec.input_shape,

@@ -144,6 +144,7 @@ class Report(Document):
         pictures: the convs that gained most from the clustering.
         site_milliseconds: time of each conv in the profiled ONNX files, dense and grouped, by site.
         command: the command line; None where the API was called.
+        cpu: the processor that the plan is for, also where ``auto`` found it; see ``Rules``.
         groupify: its version.
         notes: what the reader should know before trusting the numbers.
     """
@@ -158,6 +159,7 @@ class Report(Document):
     schema_version: Literal[3] = field(default=3, kw_only=True)
     groupify: str | None = field(default=None, kw_only=True)
     command: str | None = field(default=None, kw_only=True)
+    cpu: str | None = field(default=None, kw_only=True)
     model: str
     weights: WeightsOrigin
     input_shape: tuple[Count1, ...]

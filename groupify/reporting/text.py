@@ -79,6 +79,8 @@ def report_lines(report: Report) -> Iterator[str]:
         yield uniform_line(report.uniform)
     if report.int8 is not None:
         yield int8_line(report.int8)
+    if report.cpu is not None:
+        yield f"planned for {report.cpu}"
     if report.machine is not None:
         yield f"machine: {report.machine}"
     if report.latency_ms is not None and not report.latency_ms.steady:

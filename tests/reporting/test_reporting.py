@@ -36,6 +36,7 @@ POINTWISE = SitePlan(
     6, 6, (3, 3), (1, 1), (), Change(324, 198), Change(0, 0),
 )  # fmt: skip
 REPORT = Report(
+    cpu="avx2",
     model="resnet18",
     weights=WeightsOrigin("random", 0),
     input_shape=(3, 224, 224),
@@ -99,6 +100,7 @@ def test_a_report_in_text() -> None:
         "top-1 on 2000 test images: dense 93.65% → converted 91.00% → recovered 92.50%",
         "weights: random, seed 0; least squares in order, 1000 unlabelled images",
         "ONNX Runtime against PyTorch: largest difference 9.5e-06",
+        "planned for avx2",
         "machine: Abacus 3 (avx2, 1 core), Linux x86_64, Python 3.11, torch 2.6, onnxruntime 1.20",
         "note: the weights are random",
         "wrote out/model.onnx, out/report.json",
