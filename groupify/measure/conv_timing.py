@@ -23,8 +23,8 @@ from onnx import helper, numpy_helper
 from tqdm import tqdm
 
 from groupify.machine import chunks
+from groupify.measure.benchmarks import UNDISTURBED, percentile
 from groupify.measure.profiling import kernel_times
-from groupify.measure.timing import UNDISTURBED, percentile
 from groupify.onnx.exporting import OPSET
 from groupify.onnx.lowering import optimise
 

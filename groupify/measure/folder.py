@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,6 @@ from groupify.scores import measure_cost
 from groupify.structures import Change
 
 ONNX, PYTORCH, TRAINING = "ONNX Runtime", "PyTorch eager", "PyTorch training step"
-
-
 INT8_FILE = "model.int8.onnx"
 
 
@@ -89,8 +86,9 @@ class BenchResult:
     Attributes:
         folder: the converted model.
         macs: for one image.
+        mac_ratio: dense ÷ grouped.
         rows: one for each engine and setting.
-        blocked_convs: how many convs ONNX Runtime runs in its blocked kernel, dense and grouped.
+        blocked_convs: how many convs ONNX Runtime runs in its blocked kernel, ``dense`` and ``grouped``.
         peak_memory_bytes: peak resident memory of a fresh process that runs the ONNX file.
         machine: where it ran.
         int8_peak_memory_bytes: the same for the folder's int8 file; None where there is none.
@@ -100,8 +98,9 @@ class BenchResult:
 
     folder: str
     macs: Change[int]
+    mac_ratio: float
     rows: tuple[BenchRow, ...]
-    blocked_convs: tuple[BlockedConvs, BlockedConvs]
+    blocked_convs: Mapping[str, BlockedConvs]
     peak_memory_bytes: Change[int]
     machine: Machine
     int8_peak_memory_bytes: int | None = None
@@ -160,34 +159,29 @@ def bench_folder(
             for name, model in models.items()
         }
         int8, notes = _int8_file(Path(folder), recipe.sha256, batch_sizes)
-        with_int8 = files if int8 is None else {**files, "int8": int8}
-        rows = _rows(ONNX, benchmark_onnx(with_int8, **settings), macs, models=len(with_int8))
-        blocked = (count_blocked_convs(files["dense"]), count_blocked_convs(files["grouped"]))
-        memory = Change(
-            *(
-                peak_memory(file, input_shape=shape, batch_size=batch_sizes[0], threads=threads[0]).peak_bytes
-                for file in files.values()
-            )
-        )
-        int8_memory = None
-        if int8 is not None:
-            int8_memory = peak_memory(
-                int8, input_shape=shape, batch_size=batch_sizes[0], threads=threads[0]
+        files |= {} if int8 is None else {"int8": int8}
+        rows = _rows(ONNX, benchmark_onnx(files, **settings), macs, models=len(files))
+        blocked = {name: count_blocked_convs(file) for name, file in files.items()}
+        memory = {
+            name: peak_memory(
+                file, input_shape=shape, batch_size=batch_sizes[0], threads=threads[0]
             ).peak_bytes
+            for name, file in files.items()
+        }
     if pytorch:
         rows += _rows(PYTORCH, benchmark_pytorch(models, **settings), macs)
         rows += _rows(TRAINING, benchmark_pytorch(models, training=True, **settings), macs)
-    notes += _slow_notes(rows)
     return BenchResult(
         folder=str(folder),
         macs=macs,
+        mac_ratio=macs.ratio,
         rows=tuple(rows),
+        int8_blocked_convs=blocked.pop("int8", None),
         blocked_convs=blocked,
-        peak_memory_bytes=memory,
+        int8_peak_memory_bytes=memory.pop("int8", None),
+        peak_memory_bytes=Change(**memory),
         machine=describe_machine(),
-        int8_peak_memory_bytes=int8_memory,
-        int8_blocked_convs=None if int8 is None else count_blocked_convs(int8),
-        notes=notes,
+        notes=notes + _slow_notes(rows),
     )
 
 
@@ -256,7 +250,4 @@ def _int8_latency(dense: Latency, grouped: Latency, int8: Latency) -> Int8Latenc
 
 def bench_document(result: BenchResult) -> dict[str, Any]:
     """Return a result as plain JSON values."""
-    document: dict[str, Any] = dataclasses.asdict(result)
-    document["mac_ratio"] = result.macs.ratio
-    document["blocked_convs"] = dict(zip(("dense", "grouped"), document["blocked_convs"], strict=True))
-    return document
+    return asdict(result)

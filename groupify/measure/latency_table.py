@@ -20,7 +20,7 @@ from groupify.files import cache_folder, fingerprint
 from groupify.graph.operations import CONVS, Conv
 from groupify.machine import describe_machine
 from groupify.measure.conv_timing import ConvShape, time_convs
-from groupify.measure.site_times import Milliseconds, NetworkTime, mean_time, time_network
+from groupify.measure.profiling import Milliseconds, NetworkTime, mean_time, time_network
 from groupify.onnx.exporting import export_onnx
 from groupify.stats.positions import padding_amounts
 from groupify.structures import GROUPED_POINTWISE, Candidate, Choices, Observed

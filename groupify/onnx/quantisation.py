@@ -11,16 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
-import torch
 from onnxruntime import quantization
-from torch import Tensor, nn
+from torch import Tensor
 
-from groupify.errors import ArtefactError, DataError, GroupifyError
+from groupify.errors import ArtefactError, DataError
 from groupify.machine import int8_dot_products
-from groupify.onnx.comparison import Array
-from groupify.onnx.runtime import open_session
 
 _BATCH = 16
 
@@ -54,28 +50,11 @@ def quantize_onnx(path: Path | str, target: Path | str, *, images: Tensor) -> Qu
     if len(images) == 0:
         raise DataError("no images to calibrate int8 with: expected at least one, better some hundred")
     file = Path(target)
-    source = onnx.load(str(path))
     reduced = not int8_dot_products()
-    reader = _reader(source.graph.input[0], images)
     try:
         with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as folder:
             draft = Path(folder) / file.name
-            with _quiet():
-                quantization.quantize_static(
-                    str(path),
-                    str(draft),
-                    reader,
-                    quant_format=quantization.QuantFormat.QDQ,
-                    per_channel=True,
-                    reduce_range=reduced,
-                    activation_type=quantization.QuantType.QUInt8,
-                    weight_type=quantization.QuantType.QInt8,
-                )
-            result = onnx.load(str(draft))
-            del result.metadata_props[:]
-            result.metadata_props.extend(source.metadata_props)
-            onnx.save(result, str(draft))
-            onnx.checker.check_model(str(draft), full_check=True)
+            _quantize(Path(path), draft, images, reduced)
             os.replace(draft, file)
     except OSError as error:
         raise ArtefactError(
@@ -85,50 +64,25 @@ def quantize_onnx(path: Path | str, target: Path | str, *, images: Tensor) -> Qu
     return QuantizedModel(file, file.stat().st_size, len(images), reduced)
 
 
-class OnnxModule(nn.Module):
-    """An ONNX file that is called like a module: tensor in, first output out, on the CPU.
-
-    It lets everything that measures a model, accuracy first of all, measure the file. A file of fixed batch
-    size is run as often as the images need, the last batch filled up with zeros.
-    """
-
-    def __init__(self, path: Path | str, *, threads: int = 1) -> None:
-        super().__init__()
-        self._path = str(path)
-        self._session = open_session(path, threads=threads)
-        source = self._session.get_inputs()[0]
-        self._name = source.name
-        self._batch = source.shape[0] if isinstance(source.shape[0], int) else None
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Run the file on a batch."""
-        return torch.from_numpy(next(iter(self.outputs(inputs).values())))
-
-    def outputs(self, inputs: Tensor) -> dict[str, Array]:
-        """Run the file on a batch and return all outputs by name.
-
-        Raises:
-            GroupifyError: the file does not take inputs of that shape.
-        """
-        values = inputs.detach().float().cpu()
-        if self._batch is None:
-            return self._run(values)
-        filler = -len(values) % self._batch
-        filled = torch.cat([values, values.new_zeros(filler, *values.shape[1:])])
-        parts = [self._run(part) for part in filled.split(self._batch)]
-        return {name: np.concatenate([part[name] for part in parts])[: len(values)] for name in parts[0]}
-
-    def _run(self, values: Tensor) -> dict[str, Array]:
-        try:
-            results = self._session.run(None, {self._name: values.numpy()})
-        except Exception as error:  # onnxruntime raises bare pybind classes of its own
-            reason = str(error).splitlines()[0]
-            raise GroupifyError(
-                f"ONNX Runtime cannot run {self._path!r} on {tuple(values.shape)}: {reason}"
-            ) from error
-        return {
-            output.name: result for output, result in zip(self._session.get_outputs(), results, strict=True)
-        }
+def _quantize(path: Path, draft: Path, images: Tensor, reduced: bool) -> None:
+    """Quantise a file into another, which keeps its metadata, and check that."""
+    source = onnx.load(str(path))
+    with _quiet():
+        quantization.quantize_static(
+            str(path),
+            str(draft),
+            _reader(source.graph.input[0], images),
+            quant_format=quantization.QuantFormat.QDQ,
+            per_channel=True,
+            reduce_range=reduced,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+        )
+    result = onnx.load(str(draft))
+    del result.metadata_props[:]
+    result.metadata_props.extend(source.metadata_props)
+    onnx.save(result, str(draft))
+    onnx.checker.check_model(str(draft), full_check=True)
 
 
 def _reader(source: Any, images: Tensor) -> Any:

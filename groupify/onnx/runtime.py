@@ -1,4 +1,4 @@
-"""ONNX Runtime with the session settings that are used everywhere."""
+"""ONNX files in ONNX Runtime, with the session settings that are used everywhere."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx
 import onnxruntime as runtime
+import torch
+from torch import Tensor, nn
 
 from groupify.errors import GroupifyError
+
+Array = npt.NDArray[np.float32]
 
 BLOCKED_DOMAIN = "com.microsoft.nchwc"
 _ERRORS_ONLY = 3
@@ -39,14 +45,7 @@ def open_session(
     Raises:
         GroupifyError: ONNX Runtime refuses the model.
     """
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
-    level = runtime.GraphOptimizationLevel
-    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
-    options.log_severity_level = _ERRORS_ONLY
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options = _options(threads, optimise)
     if save_optimised is not None:
         options.optimized_model_filepath = str(save_optimised)
     if profile_prefix is not None:
@@ -59,6 +58,74 @@ def open_session(
         name = "the model" if isinstance(model, bytes) else f"{str(model)!r}"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise GroupifyError(f"ONNX Runtime cannot open {name}: {reason}; export it again") from error
+
+
+def _options(threads: int, optimise: bool) -> Any:
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
+    level = runtime.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
+    options.log_severity_level = _ERRORS_ONLY
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def run_session(session: Any, name: Path | str, values: Array) -> list[Array]:
+    """Run a session of one input and return its outputs; ``name`` is what an error calls it.
+
+    Raises:
+        GroupifyError: the model does not take inputs of that shape.
+    """
+    try:
+        outputs: list[Array] = session.run(None, {session.get_inputs()[0].name: values})
+    except Exception as error:  # onnxruntime raises bare pybind classes of its own
+        reason = str(error).splitlines()[0]
+        raise GroupifyError(f"ONNX Runtime cannot run {str(name)!r} on {values.shape}: {reason}") from error
+    return outputs
+
+
+class OnnxModule(nn.Module):
+    """An ONNX file that is called like a module: tensor in, first output out, on the CPU.
+
+    It lets everything that measures a model, accuracy first of all, measure the file. A file of fixed batch
+    size is run as often as the images need, the last batch filled up with zeros.
+    """
+
+    def __init__(self, path: Path | str, *, threads: int = 1) -> None:
+        super().__init__()
+        self._path = str(path)
+        self._session = open_session(path, threads=threads)
+        source = self._session.get_inputs()[0]
+        self._batch = source.shape[0] if isinstance(source.shape[0], int) else None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Run the file on a batch."""
+        return torch.from_numpy(next(iter(self.outputs(inputs).values())))
+
+    def outputs(self, inputs: Tensor) -> dict[str, Array]:
+        """Run the file on a batch and return all outputs by name.
+
+        Raises:
+            GroupifyError: the file does not take inputs of that shape.
+        """
+        values = inputs.detach().float().cpu()
+        if self._batch is None:
+            return self._run(values)
+        filler = -len(values) % self._batch
+        filled = torch.cat([values, values.new_zeros(filler, *values.shape[1:])])
+        parts = [self._run(part) for part in filled.split(self._batch)]
+        return {name: np.concatenate([part[name] for part in parts])[: len(values)] for name in parts[0]}
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """The batch size of the file; None where any goes."""
+        return self._batch
+
+    def _run(self, values: Tensor) -> dict[str, Array]:
+        names = (output.name for output in self._session.get_outputs())
+        return dict(zip(names, run_session(self._session, self._path, values.numpy()), strict=True))
 
 
 @dataclass(frozen=True)

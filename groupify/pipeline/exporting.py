@@ -14,12 +14,13 @@ from groupify.data.batches import calibration_images
 from groupify.data.splits import DataSplits
 from groupify.errors import GroupifyWarning
 from groupify.measure.benchmarks import QUICK_SECONDS, Latency, benchmark_onnx, speed_up
-from groupify.measure.site_times import site_times
+from groupify.measure.profiling import site_times
 from groupify.models.specs import ModelSpec
-from groupify.onnx.agreement import compare_files
+from groupify.onnx.comparison import compare_files
 from groupify.onnx.exporting import ExportedModel, export_onnx
 from groupify.onnx.parity import Parity, check_parity
-from groupify.onnx.quantisation import OnnxModule, quantize_onnx
+from groupify.onnx.quantisation import quantize_onnx
+from groupify.onnx.runtime import OnnxModule
 from groupify.pipeline.prepare import Prepared
 from groupify.pipeline.requests import ExportOptions
 from groupify.recipe import RECIPE_HASH

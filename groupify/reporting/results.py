@@ -13,7 +13,7 @@ from groupify.conversion.site_fit import SiteFit
 from groupify.documents import CONFIG, Amount, Count, Count1, Document, Fraction, Positive
 from groupify.machine import Machine
 from groupify.models.specs import WeightsOrigin
-from groupify.onnx.agreement import Agreement
+from groupify.onnx.comparison import Agreement
 from groupify.onnx.exporting import ExportedModel
 from groupify.onnx.parity import Parity
 from groupify.structures import Change, SitePlan

@@ -159,10 +159,10 @@ def print_bench(result: BenchResult, console: Console) -> None:
 
 
 def _bench_lines(result: BenchResult) -> Iterator[str]:
-    dense, grouped = result.blocked_convs
+    dense, grouped = result.blocked_convs["dense"], result.blocked_convs["grouped"]
     memory = result.peak_memory_bytes
     yield (
-        f"MAC ratio {ratio(result.macs.ratio)}; efficiency = speed-up ÷ MAC ratio; "
+        f"MAC ratio {ratio(result.mac_ratio)}; efficiency = speed-up ÷ MAC ratio; "
         "milliseconds as median (10–90%)"
     )
     yield (

@@ -23,9 +23,8 @@ from torch import nn
 
 from groupify.conversion.surgery import restructure
 from groupify.graph.trace import example_input
-from groupify.measure.benchmarks import benchmark_onnx
+from groupify.measure.benchmarks import Timing, benchmark_onnx
 from groupify.measure.latency_table import look_up, measure_table
-from groupify.measure.timing import Timing
 from groupify.models.sources import load_model
 from groupify.onnx.exporting import export_onnx
 from groupify.planning.budget import LATENCY

@@ -68,7 +68,7 @@ def test_counts(result: BenchResult) -> None:
     outside = 3 * 64 * 9 * 256 + 128 * 10
     assert result.macs.dense == outside + 64 * 128 * 9 * 64 + 128 * 128 * 64
     assert result.macs.grouped == outside + (64 * 128 * 9 * 64 + 128 * 128 * 64) // 4
-    assert [convs.total for convs in result.blocked_convs] == [3, 3]
+    assert [convs.total for convs in result.blocked_convs.values()] == [3, 3]
     assert result.peak_memory_bytes.dense > 2**20
     document = bench_document(result)
     assert json.loads(json.dumps(document, allow_nan=False))["blocked_convs"]["dense"]["total"] == 3

@@ -10,9 +10,16 @@ from torch import nn
 
 from groupify.errors import GroupifyError, SpecError
 from groupify.machine import blocked_width, describe_machine
-from groupify.measure.benchmarks import benchmark_onnx, benchmark_pytorch, speed_up
+from groupify.measure.benchmarks import (
+    Timing,
+    benchmark_onnx,
+    benchmark_pytorch,
+    paired_ratio,
+    percentile,
+    speed_up,
+    time_interleaved,
+)
 from groupify.measure.memory import peak_memory
-from groupify.measure.timing import Timing, paired_ratio, percentile, time_interleaved
 from groupify.onnx.exporting import export_onnx
 from groupify.onnx.runtime import count_blocked_convs
 from tests.onnx.nets import INPUT_SHAPE, SmallNet, randomise

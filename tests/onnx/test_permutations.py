@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from groupify.conversion.surgery import channel_shuffle
 from groupify.onnx.exporting import export_onnx
 from groupify.onnx.graph_edits import constant
-from groupify.onnx.lowering import optimise
+from groupify.onnx.lowering import fold_permutations, optimise, recognise_shuffles
 from groupify.onnx.parity import check_parity
-from groupify.onnx.permutations import fold_permutations, recognise_shuffles
 from tests.onnx.nets import INPUT_SHAPE, SmallNet, randomise, shuffled
 
 SIDE = 4

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from groupify.errors import ArtefactError, DataError, GroupifyError
-from groupify.onnx.agreement import compare_files
+from groupify.onnx.comparison import compare_files
 from groupify.onnx.exporting import export_onnx
-from groupify.onnx.quantisation import OnnxModule, quantize_onnx
+from groupify.onnx.quantisation import quantize_onnx
+from groupify.onnx.runtime import OnnxModule
 from tests.onnx.nets import INPUT_SHAPE
 
 IMAGES = torch.randn(40, *INPUT_SHAPE, generator=torch.Generator().manual_seed(7))

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from groupify.errors import GroupifyWarning
-from groupify.onnx.agreement import Agreement
+from groupify.onnx.comparison import Agreement
 from groupify.onnx.exporting import ExportedModel
 from groupify.pipeline.exporting import Timed, latency_notes
 from groupify.recipe import RECIPE_HASH

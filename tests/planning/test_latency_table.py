@@ -11,7 +11,7 @@ import pytest
 from groupify.errors import ArtefactError, PlanError
 from groupify.measure.conv_timing import ConvShape, time_convs
 from groupify.measure.latency_table import LatencyTable, Stopwatch, cached_table, look_up, measure_table
-from groupify.measure.site_times import NetworkTime
+from groupify.measure.profiling import NetworkTime
 from groupify.planning.candidates import candidates
 from groupify.planning.rules import Rules
 from tests.cli_nets import net

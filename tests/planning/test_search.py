@@ -17,12 +17,11 @@ from groupify.data.splits import DataSplits
 from groupify.errors import GroupifyError, GroupifyWarning, PlanError, SpecError
 from groupify.graph.trace import example_input
 from groupify.measure import benchmarks
-from groupify.measure.benchmarks import Latency, speed_ups
+from groupify.measure.benchmarks import Latency, Timing, speed_ups
 from groupify.measure.conv_timing import ConvShape
 from groupify.measure.latency_table import Stopwatch, look_up, measure_table
 from groupify.measure.plan_timer import PlanTimer
-from groupify.measure.site_times import NetworkTime
-from groupify.measure.timing import Timing
+from groupify.measure.profiling import NetworkTime
 from groupify.pipeline.planning import planning_images
 from groupify.planning import sensitivity as sensitivity_module
 from groupify.planning.budget import Budget

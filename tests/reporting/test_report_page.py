@@ -30,7 +30,7 @@ from groupify.conversion.pictures import BlockPicture
 from groupify.conversion.site_fit import SiteFit
 from groupify.errors import ArtefactError
 from groupify.models.specs import WeightsOrigin
-from groupify.onnx.agreement import Agreement
+from groupify.onnx.comparison import Agreement
 from groupify.reporting.charts import Point, chart, place_labels
 from groupify.reporting.html import comparison_page, report_page
 from groupify.reporting.read import Run, earlier_runs, read_report

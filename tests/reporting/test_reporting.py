@@ -57,12 +57,13 @@ REPORT = Report(
 BENCH = BenchResult(
     folder="out",
     macs=Change(400, 100),
+    mac_ratio=4.0,
     rows=(
         BenchRow(
             "ONNX Runtime", 1, 8, Change(8.0, 2.5), (7.9, 8.25), (2.4, 2.6), Change(1000.0, 3200.0), 3.2, 0.8
         ),
     ),
-    blocked_convs=(BlockedConvs(5, 5), BlockedConvs(3, 5)),
+    blocked_convs={"dense": BlockedConvs(5, 5), "grouped": BlockedConvs(3, 5)},
     peak_memory_bytes=Change(3 * 2**20, 2 * 2**20),
     machine=MACHINE,
 )
