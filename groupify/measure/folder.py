@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from groupify.artefact import load, read_recipe
 from groupify.errors import GroupifyWarning
 from groupify.graph.trace import example_input
@@ -154,20 +156,12 @@ def bench_folder(
         "progress": progress,
     }
     with tempfile.TemporaryDirectory(prefix="groupify-") as aside:
-        files = {
-            name: export_onnx(model, Path(aside) / f"{name}.onnx", input_shape=shape).path
-            for name, model in models.items()
-        }
+        files = {name: _export(model, name, Path(aside), shape) for name, model in models.items()}
         int8, notes = _int8_file(Path(folder), recipe.sha256, batch_sizes)
         files |= {} if int8 is None else {"int8": int8}
         rows = _rows(ONNX, benchmark_onnx(files, **settings), macs, models=len(files))
         blocked = {name: count_blocked_convs(file) for name, file in files.items()}
-        memory = {
-            name: peak_memory(
-                file, input_shape=shape, batch_size=batch_sizes[0], threads=threads[0]
-            ).peak_bytes
-            for name, file in files.items()
-        }
+        memory = {name: _peak_bytes(file, shape, batch_sizes[0], threads[0]) for name, file in files.items()}
     if pytorch:
         rows += _rows(PYTORCH, benchmark_pytorch(models, **settings), macs)
         rows += _rows(TRAINING, benchmark_pytorch(models, training=True, **settings), macs)
@@ -183,6 +177,14 @@ def bench_folder(
         machine=describe_machine(),
         notes=notes + _slow_notes(rows),
     )
+
+
+def _export(model: nn.Module, name: str, folder: Path, input_shape: tuple[int, ...]) -> Path:
+    return export_onnx(model, folder / f"{name}.onnx", input_shape=input_shape).path
+
+
+def _peak_bytes(file: Path, input_shape: tuple[int, ...], batch_size: int, threads: int) -> int:
+    return peak_memory(file, input_shape=input_shape, batch_size=batch_size, threads=threads).peak_bytes
 
 
 def _int8_file(
