@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import safetensors.torch
+from torch import nn
 
 from groupify.artefact import WEIGHTS_FILE, load, write_artefact
 from groupify.conversion.conversion import Conversion
@@ -172,8 +173,9 @@ def _write_model(output: _Output, prepared: Prepared, grouped: Grouped) -> Expor
         metrics={key: value for key, value in accuracy.items() if value is not None},
     )
     recipe = write_artefact(output.folder, grouped.model, recipe)
-    if grouped.tuned is not None and _has_last(grouped.tuned):
-        _write_last(output.folder, grouped.tuned)
+    last = _other_last(grouped.tuned)
+    if last is not None:
+        _write_last(output.folder, last)
     return export_and_check(
         grouped.model,
         source.spec,
@@ -186,15 +188,15 @@ def _write_model(output: _Output, prepared: Prepared, grouped: Grouped) -> Expor
     )
 
 
-def _has_last(tuned: FinetuneResult) -> bool:
-    """Whether the weights of the last step are others than the best ones."""
-    return tuned.best_step != tuned.steps
+def _other_last(tuned: FinetuneResult | None) -> nn.Module | None:
+    """Return the model of the last step, where it was trained and its weights are others than the best."""
+    return None if tuned is None or tuned.best_step == tuned.steps else tuned.last_model
 
 
-def _write_last(folder: Path, tuned: FinetuneResult) -> None:
+def _write_last(folder: Path, last: nn.Module) -> None:
     """Write the weights of the last step beside the best ones."""
     # Clones: safetensors refuses tensors that share memory, as tied weights do.
-    state = {name: value.clone().contiguous() for name, value in tuned.last_model.state_dict().items()}
+    state = {name: value.clone().contiguous() for name, value in last.state_dict().items()}
     # Not by save_file, whose files only their owner can read.
     (folder / LAST_FILE).write_bytes(safetensors.torch.save(state, {"format": "pt"}))
 
@@ -242,7 +244,7 @@ def _notes(source: Source, conversion: Conversion | None) -> tuple[str, ...]:
 def _files(output: _Output, grouped: Grouped, exported: Exported) -> dict[str, str]:
     """Return what is in the folder, by role, under the name that it will have."""
     files = {
-        "last_weights": LAST_FILE if grouped.tuned is not None and _has_last(grouped.tuned) else None,
+        "last_weights": None if _other_last(grouped.tuned) is None else LAST_FILE,
         "recipe": RECIPE_FILE,
         "weights": WEIGHTS_FILE,
         "onnx": MODEL_FILE,
