@@ -234,7 +234,7 @@ class NumberCache:
         if path is None:
             return
         try:
-            document = parse(path.read_text())
+            document = parse(path.read_text("utf-8"))
         except (OSError, UnicodeDecodeError, ArtefactError):
             return
         if isinstance(document, dict):

@@ -95,13 +95,13 @@ def blocked_width(cpu: str = "auto") -> int:
 
 def int8_dot_products() -> bool:
     """Whether the CPU multiplies 8-bit numbers without overflow (VNNI on x86-64; any arm64)."""
-    return _simd() == "arm64" or bool({"avx512_vnni", "avx_vnni"} & _cpu_flags())
+    return _simd() == "arm64" or bool({"avx512vnni", "avxvnni"} & _cpu_flags())
 
 
 def bfloat16_is_slow() -> bool:
     """Whether PyTorch computes in bfloat16 many times slower than in float32: on x86-64 before AVX-512."""
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return is_x86 and not {"avx512bw", "avx_ne_convert"} & _cpu_flags()
+    return is_x86 and not {"avx512bw", "avxneconvert"} & _cpu_flags()
 
 
 def package_version(package: str) -> str | None:
@@ -113,21 +113,34 @@ def package_version(package: str) -> str | None:
 
 
 def _usable_cores() -> int:
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    affinity: Callable[[int], set[int]] | None = getattr(os, "sched_getaffinity", None)  # Linux has it
+    return (os.cpu_count() or 1) if affinity is None else len(affinity(0))
 
 
 @functools.cache
 def _cpu_flags() -> frozenset[str]:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(errors="replace").splitlines():
-            if line.startswith(("flags", "Features")):
-                return frozenset(line.partition(":")[2].split())
+    """The names of the CPU's extensions, without underscores, which only Linux writes.
+
+    Linux and macOS tell all of them; elsewhere, as on Windows, those that PyTorch looks for.
+    """
+    words = _cpuinfo("flags", "Features")
     if sys.platform == "darwin":
-        return frozenset(_sysctl("machdep.cpu.leaf7_features").lower().split())
-    return frozenset()
+        words = _sysctl("machdep.cpu.leaf7_features")
+    return frozenset(words.lower().replace("_", "").split()) or _flags_of_torch()
+
+
+def _flags_of_torch() -> frozenset[str]:
+    import torch
+
+    questions = {
+        "_is_avx2_supported": ("avx2",),
+        "_is_avx512_supported": ("avx512f", "avx512bw"),
+        "_is_vnni_supported": ("avx512vnni",),
+    }
+    # No public names for this in the oldest torch that groupify runs with.
+    return frozenset(
+        flag for name, flags in questions.items() for flag in flags if getattr(torch.cpu, name, bool)()
+    )
 
 
 def _simd() -> str:
@@ -141,18 +154,25 @@ def _simd() -> str:
 
 
 def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    if sys.platform == "darwin":
-        return _sysctl("machdep.cpu.brand_string") or platform.machine()
-    return platform.processor() or platform.machine()
+    name = _sysctl("machdep.cpu.brand_string") if sys.platform == "darwin" else _cpuinfo("model name")
+    return name or platform.processor() or platform.machine()
+
+
+def _cpuinfo(*keys: str) -> str:
+    """Return the first value of one of the keys in Linux's table of CPUs; empty where there is none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(keys)), "")
 
 
 def _sysctl(key: str) -> str:
-    result = subprocess.run(["sysctl", "-n", key], capture_output=True, text=True, check=False)
+    """Return a value of macOS's kernel; empty where it cannot be had."""
+    try:
+        result = subprocess.run(["sysctl", "-n", key], capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
     return result.stdout.strip()
 
 

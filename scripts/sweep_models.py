@@ -15,7 +15,6 @@ import contextlib
 import fnmatch
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -114,6 +113,7 @@ def document(rows: Mapping[str, Any]) -> dict[str, Any]:
 
 def run_apart(name: str, limit: int, memory: float) -> dict[str, Any]:
     """Run one model in a fresh process that may take so many CPU seconds and GiB."""
+    import resource  # not on Windows
 
     def bound() -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))

@@ -16,7 +16,7 @@ from groupify.cli.options import (
     trust_option,
     whole_numbers,
 )
-from groupify.cli.shared import model_request, print_json
+from groupify.cli.shared import is_trusted, model_request, print_json
 from groupify.errors import ArtefactError, SpecError
 from groupify.files import folder_exists
 
@@ -62,7 +62,7 @@ def bench(folder: str, **options: Any) -> None:
         batch_sizes=options["batch_sizes"],
         seconds=options["seconds"],
         pytorch=options["pytorch"],
-        trust=options["trust"],
+        trust=is_trusted(folder, options),
         seed=options["seed"],
         progress=not options["quiet"],
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -21,6 +23,10 @@ from groupify.cli.target_commands import evaluate, export
 from groupify.errors import GroupifyError, GroupifyWarning
 
 # Everything heavy (torch first of all) is imported inside the commands: --help answers at once.
+
+
+# What Western code pages lack of what groupify writes.
+_PLAIN = {"→": "->", "←": "<-", "≥": ">=", "≤": "<=", "−": "-"}
 
 
 class _InterruptError(Exception):
@@ -53,6 +59,7 @@ def main() -> NoReturn:
     sys.path.insert(0, os.getcwd())  # module:function specs name the user's own files
     signal.signal(signal.SIGTERM, _terminate)
     _keep_stdout_for_results()
+    _write_what_the_console_can_show()
     try:
         cli.main(standalone_mode=False)
     except GroupifyError as error:
@@ -96,6 +103,21 @@ def _keep_stdout_for_results() -> None:
             buffering=1 if ours.isatty() else -1,
         )  # fmt: skip
         os.dup2(nowhere.fileno(), ours.fileno())
+
+
+def _write_what_the_console_can_show() -> None:
+    """Let characters that the console's encoding lacks, as cp1252 lacks →, come as plain ones."""
+    codecs.register_error("groupify-plain", _plain)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "backslashreplace"):
+            stream.reconfigure(errors="groupify-plain")
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    missing = error.object[error.start : error.end]
+    return "".join(_PLAIN.get(character, "?") for character in missing), error.end
 
 
 def _terminate(_: int, __: FrameType | None) -> NoReturn:

@@ -166,8 +166,12 @@ _run = section("Training run")
 output = section("Output")
 _general = section(GENERAL)
 
-trust_option = _model("--trust", is_flag=True, help="Let the folder's recipe import the code that it names.")
-teacher_option = _model("--checkpoint", type=_PATH, help="The dense weights, where the recipe names a file.")
+trust_option = together(
+    _model("--trust", is_flag=True, help="Let the folder's recipe import the code that it names."),
+    _model("--model", "factory", metavar="MODULE:FACTORY",
+           help="The factory that the folder's recipe names: naming it here trusts it, without --trust."),
+)  # fmt: skip
+teacher_option = _model("--checkpoint", type=_PATH, help="The dense weights; default: the recipe's file.")
 factory_options = together(
     _model("--model-args", "arguments", callback=model_arguments,
            help="Arguments of the model's factory, JSON."),
@@ -176,7 +180,8 @@ factory_options = together(
 model_options = together(
     _model("--weights", default="auto", show_default=True,
            help="auto: torchvision's default weights, or random ones where they cannot be had. "
-           "DEFAULT or a name of torchvision: those or an error. none: random."),
+           "DEFAULT or a name of torchvision: those or an error. none: random. A factory's own are kept; "
+           "none says that those are random."),
     _model("--checkpoint", type=_PATH, help="Your own weights: safetensors or torch."),
     factory_options,
 )  # fmt: skip

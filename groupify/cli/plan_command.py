@@ -17,7 +17,7 @@ from groupify.cli.options import (
     plan_options,
     threads_option,
 )
-from groupify.cli.shared import model_request, plan_request, print_json
+from groupify.cli.shared import model_label, model_request, plan_request, print_json
 from groupify.errors import SpecError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def plan(model: str, **options: Any) -> None:
     _show(model, planned, options["as_json"])
     # People get a picture of a frontier in any case.
     if plot is None and planned.frontier is not None and not options["as_json"]:
-        plot = Path(f"{model.rpartition(':')[2]}-frontier.png")
+        plot = Path(f"{model_label(model, options['arguments'])}-frontier.png")
     if planned.frontier is not None and plot is not None:
         _draw(planned, plot, options["as_json"])
 

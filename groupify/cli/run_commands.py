@@ -24,6 +24,8 @@ from groupify.cli.options import (
 )
 from groupify.cli.shared import (
     beside,
+    is_trusted,
+    model_label,
     model_request,
     output_request,
     plan_request,
@@ -59,7 +61,7 @@ def convert(model: str, **options: Any) -> None:
     from groupify.pipeline.requests import ConversionRequest
     from groupify.pipeline.run import run_conversion
 
-    label = model.rpartition(":")[2].rpartition(".")[2]
+    label = model_label(model, options["arguments"])
     plan = plan_request(options)
     ending = f"g{plan.groups}" if plan.is_uniform else "planned"
     output, training = output_request(options, Path(f"{label}-{ending}")), training_request(options)
@@ -108,7 +110,7 @@ def finetune(folder: Path, **options: Any) -> None:
         data=options["data"],
         training=training,
         checkpoint=options["checkpoint"],
-        trust=options["trust"],
+        trust=is_trusted(folder, options),
         seed=options["seed"],
     )
     _run(lambda progress: run_finetune(request, progress=progress), training, output, options)

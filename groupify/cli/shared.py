@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,9 @@ if TYPE_CHECKING:
 
 
 def print_json(document: Any) -> None:
-    """Print one JSON document."""
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+    """Print one JSON document; where the console cannot show all characters, JSON's own escapes stand in."""
+    ascii_only = not (sys.stdout.encoding or "").lower().startswith("utf")
+    click.echo(json.dumps(document, indent=2, ensure_ascii=ascii_only, allow_nan=False))
 
 
 def print_report(report: Report | None, as_json: bool) -> None:
@@ -49,8 +51,43 @@ def model_request(name: str, options: dict[str, Any]) -> ModelRequest:
     """Return which model or output folder is meant."""
     from groupify.pipeline.requests import ModelRequest
 
-    known = ("weights", "checkpoint", "arguments", "input_shape", "trust")
-    return ModelRequest(name, **{key: options[key] for key in known if key in options})
+    known = ("weights", "checkpoint", "arguments", "input_shape")
+    given = {key: options[key] for key in known if key in options}
+    return ModelRequest(name, **given, trust="trust" in options and is_trusted(name, options))
+
+
+def is_trusted(folder: str | Path, options: dict[str, Any]) -> bool:
+    """Whether a folder's recipe may import the code that it names: by --trust, or since --model names it.
+
+    Raises:
+        SpecError: --model names other code than the recipe.
+    """
+    from groupify.artefact import read_recipe
+    from groupify.files import folder_exists
+
+    named = options["factory"]
+    if named is None:
+        return bool(options["trust"])
+    if not folder_exists(folder):
+        raise SpecError(f"--model {named}: it goes with an output folder, and there is no folder {folder}")
+    asked = read_recipe(folder).model.name
+    if asked != named:
+        raise SpecError(f"--model {named}: the recipe of {folder} names {asked!r}; give that if you trust it")
+    return True
+
+
+def model_label(name: str, arguments: Mapping[str, Any]) -> str:
+    """Return what files are called after a model: its name, or the one that its factory is given.
+
+    >>> model_label("timm:create_model", {"model_name": "hf_hub:timm/resnet18.a1_in1k"})
+    'resnet18.a1_in1k'
+    >>> model_label("my_package.nets:small_net", {})
+    'small_net'
+    """
+    keys = ("model_name", "name", "arch", "architecture", "model", "variant")
+    given = [arguments[key] for key in keys if isinstance(arguments.get(key), str)]
+    words = re.findall(r"[\w.+-]*\w", given[0]) if given else []
+    return str(words[-1]) if words else name.rpartition(":")[2].rpartition(".")[2]
 
 
 def plan_request(options: dict[str, Any]) -> PlanRequest:

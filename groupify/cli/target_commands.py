@@ -17,7 +17,7 @@ from groupify.cli.options import (
     trust_option,
 )
 from groupify.cli.shared import export_options as asked_export
-from groupify.cli.shared import model_request, print_json
+from groupify.cli.shared import is_trusted, model_label, model_request, print_json
 
 
 @command(short_help="Measure top-1 accuracy.")
@@ -71,7 +71,7 @@ def export(name: str, **options: Any) -> None:
 
     result = run_export(
         model_request(name, options),
-        options["output"] or Path(f"{Path(name).name.rpartition(':')[2]}.onnx"),
+        options["output"] or Path(f"{model_label(Path(name).name, options['arguments'])}.onnx"),
         asked_export(options),
         data=options["data"],
         force=options["force"],
@@ -89,7 +89,7 @@ def _export_python(target: str, options: dict[str, Any]) -> None:
     from groupify.pipeline.targets import export_python
 
     path = options["python"]
-    weights = export_python(target, path, force=options["force"], trust=options["trust"])
+    weights = export_python(target, path, force=options["force"], trust=is_trusted(target, options))
     if options["as_json"]:
         print_json({"model": target, "files": {"python": str(path), "weights": str(weights)}})
     else:

@@ -11,11 +11,28 @@ from pathlib import Path
 from groupify.errors import GroupifyError
 
 # The child imports neither torch nor groupify. On Linux it reads VmHWM, since ru_maxrss survives exec and
-# would show the memory of the parent.
+# would show the memory of the parent. Windows has its own counters (PROCESS_MEMORY_COUNTERS).
 _CHILD = """
 import json, sys
 import numpy, onnxruntime
+def peak_on_windows():
+    import ctypes
+    from ctypes import wintypes
+    sizes = ("PeakWorkingSetSize", "WorkingSetSize", "a", "b", "c", "d", "PagefileUsage", "PeakPagefileUsage")
+    class Counters(ctypes.Structure):
+        _fields_ = [("cb", wintypes.DWORD), ("PageFaultCount", wintypes.DWORD)]
+        _fields_ += [(size, ctypes.c_size_t) for size in sizes]
+    counters = Counters(cb=ctypes.sizeof(Counters))
+    kernel = ctypes.WinDLL("kernel32")
+    kernel.GetCurrentProcess.restype = wintypes.HANDLE
+    read = kernel.K32GetProcessMemoryInfo
+    read.argtypes = (wintypes.HANDLE, ctypes.POINTER(Counters), wintypes.DWORD)
+    if not read(kernel.GetCurrentProcess(), ctypes.byref(counters), counters.cb):
+        raise OSError("GetProcessMemoryInfo failed")
+    return counters.PeakWorkingSetSize
 def peak():
+    if sys.platform == "win32":
+        return peak_on_windows()
     try:
         with open("/proc/self/status") as status:
             return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))

@@ -117,7 +117,7 @@ def kernel_times(
 def _kernel_events(profile: Path) -> dict[tuple[str, str], list[float]]:
     """Read the milliseconds of each kernel from a profile, by operator and name."""
     times: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for event in json.loads(profile.read_text()):
+    for event in json.loads(profile.read_text("utf-8")):
         if event.get("cat") == "Node" and event["name"].endswith(_KERNEL):
             name = event["name"].removesuffix(_KERNEL)
             times[event["args"]["op_name"], name].append(event["dur"] / 1000)

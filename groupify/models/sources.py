@@ -14,8 +14,9 @@ from torch import nn
 
 from groupify.errors import CheckpointError, GroupifyError, GroupifyWarning, SpecError, near_names
 from groupify.models import demo, torchvision_models
+from groupify.models.checkpoints import of_model, read_checkpoint
 from groupify.models.specs import ModelSpec, Preprocessing, Source, WeightsOrigin
-from groupify.models.weights import fetch_torchvision_state, load_state, one_line, read_checkpoint
+from groupify.models.weights import fetch_torchvision_state, load_state, one_line
 
 _DEFAULT_INPUT_SHAPE = (3, 224, 224)
 
@@ -35,7 +36,7 @@ def load_model(
         name: a torchvision name, ``demo``, or ``package.module:factory``.
         weights: ``auto`` takes torchvision's default weights, or warns and goes on with random ones
             where they cannot be had; ``DEFAULT`` or a name of torchvision is strict; ``none`` is random.
-            A factory's model keeps the weights that the factory gave it.
+            A factory's model keeps the weights that the factory gave it; ``none`` says that these are random.
         checkpoint: a weight file, in place of ``weights``.
         arguments: keyword arguments of the factory; JSON values.
         input_shape: (C, H, W); None = the size that the weights were trained for, or (3, 224, 224).
@@ -80,7 +81,7 @@ def build_model(spec: ModelSpec, *, trust: bool = False) -> nn.Module:
     if ":" in spec.name and not trust:
         raise SpecError(
             f"the model {spec.name!r} is made by code of its own, which is not run unasked: "
-            "pass trust=True (--trust) if you trust it, or give the model itself"
+            f"pass trust=True (--model {spec.name}, or --trust) if you trust it, or give the model itself"
         )
     if ":" not in spec.name and spec.name != "demo":
         torchvision_models.known_name(spec.name)
@@ -139,11 +140,12 @@ def _load_own(
         load_state(model, read_checkpoint(demo.MODEL_FILE), "the demo's weight file")
         return Source(model, spec, WeightsOrigin("demo"))
     if checkpoint is None:
-        origin = WeightsOrigin("factory") if ":" in name else WeightsOrigin("random", seed)
+        own = ":" in name and weights != "none"
+        origin = WeightsOrigin("factory") if own else WeightsOrigin("random", seed)
         return Source(_build(spec, seed), spec, origin)
     state = read_checkpoint(checkpoint)
     model = _build(spec, seed)
-    load_state(model, state, str(checkpoint))
+    load_state(model, of_model(model, state, str(checkpoint)), str(checkpoint))
     return Source(model, spec, WeightsOrigin("checkpoint", str(checkpoint)))
 
 
@@ -176,7 +178,7 @@ def _load_torchvision(
         return Source(model, spec, WeightsOrigin("random", seed)), problem
     kept = torchvision_models.without_dropped_heads(state, spec.arguments)
     if checkpoint is not None:
-        load_state(model, kept, str(checkpoint))
+        load_state(model, of_model(model, kept, str(checkpoint)), str(checkpoint))
         return Source(model, spec, WeightsOrigin("checkpoint", str(checkpoint))), None
     try:
         load_state(model, kept, f"torchvision's {chosen!r}")

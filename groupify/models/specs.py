@@ -23,7 +23,6 @@ _VALUES: dict[str, type] = {
 }
 MAX_SIDE = 65_536
 MAX_INPUT_VALUES = 2**27
-UNTRAINED = ("factory", "random")
 
 
 def _few_values(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -74,7 +73,7 @@ class WeightsOrigin:
     """Where the weights of a model come from.
 
     Attributes:
-        kind: ``"torchvision"``, ``"demo"``, ``"checkpoint"``, ``"factory"`` (whatever it gave its model) or
+        kind: ``"torchvision"``, ``"demo"``, ``"checkpoint"``, ``"factory"`` (those that it gave its model) or
             ``"random"``.
         value: the name of torchvision's weights, the checkpoint's file or name, or the seed of random
             weights; None else.
@@ -101,8 +100,8 @@ class WeightsOrigin:
 
     @property
     def pretrained(self) -> bool:
-        """Whether the weights are known to be trained."""
-        return self.kind not in UNTRAINED
+        """Whether the weights are taken to be trained: all but those that are said to be random."""
+        return self.kind != "random"
 
     @property
     def sentence(self) -> str:

@@ -17,7 +17,9 @@ _DEFAULT_INPUT_SHAPE = (3, 224, 224)
 _DEFAULT_FRAMES = 16
 # DenseNet's published weights have keys from before module names could not hold dots.
 _OLD_DENSENET_KEY = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)$")
-_AUXILIARY_HEADS = ("AuxLogits.", "aux1.", "aux2.")
+# Behind a prefix too, as in a checkpoint of Lightning.
+_AUXILIARY_HEADS = re.compile(r"(^|\.)(AuxLogits|aux1|aux2)\.")
+_AUXILIARY_CLASSIFIER = re.compile(r"(^|\.)aux_classifier\.")
 
 
 def known_name(name: str) -> str:
@@ -65,13 +67,13 @@ def implied_arguments(name: str, weights: Any, state: Mapping[str, Tensor] | Non
     if state is None:
         return {}
     if name.endswith(("inception_v3", "googlenet")):
-        heads = any(key.startswith(_AUXILIARY_HEADS) for key in state)
+        heads = any(map(_AUXILIARY_HEADS.search, state))
         if weights is None:
             return {"aux_logits": heads}
         # torchvision keeps inception's auxiliary head, and drops googlenet's, which is not trained.
         return {"transform_input": True, "aux_logits": heads and name.endswith("inception_v3")}
     if name.startswith(("fcn", "deeplab")):
-        return {"aux_loss": any(key.startswith("aux_classifier.") for key in state)}
+        return {"aux_loss": any(map(_AUXILIARY_CLASSIFIER.search, state))}
     if name.startswith("vit_") and weights is not None and weights.meta["min_size"][0] != 224:
         return {"image_size": weights.meta["min_size"][0]}
     return {}
@@ -81,7 +83,7 @@ def without_dropped_heads(state: Mapping[str, Tensor], arguments: Mapping[str, A
     """Return ``state`` without auxiliary heads, if the arguments drop them from the model."""
     if arguments.get("aux_logits", True):
         return state
-    return {key: value for key, value in state.items() if not key.startswith(_AUXILIARY_HEADS)}
+    return {key: value for key, value in state.items() if not _AUXILIARY_HEADS.search(key)}
 
 
 def modern_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Weights from files and from torchvision's hub, checked against the model before anything is loaded."""
+"""Weights into models, checked before anything is loaded, and weights from torchvision's hub."""
 
 from __future__ import annotations
 
@@ -13,15 +13,10 @@ from typing import Any
 from urllib.parse import urlparse
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from groupify.errors import CheckpointError, SpecError
-from groupify.files import read_tensors
 
-_WRAPPERS = ("state_dict", "model", "model_state_dict")
-# What DistributedDataParallel and torch.compile put in front of every key.
-_PREFIXES = ("module.", "_orig_mod.")
 _PROBE_SECONDS = 5.0
 _STALL_SECONDS = 30.0
 
@@ -29,49 +24,6 @@ _STALL_SECONDS = 30.0
 def one_line(error: BaseException) -> str:
     """Return the message of an exception on one line, or its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file, or of a torch file read with ``weights_only=True``.
-
-    A ``{"state_dict": ...}`` or ``{"model": ...}`` wrapper and a ``module.`` prefix are taken off.
-
-    Raises:
-        CheckpointError: the file is missing, corrupt, or holds anything but tensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint {path}: expected a safetensors or torch file")
-    try:
-        if path.suffix == ".safetensors":
-            content: Any = read_tensors(path)[0]
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, EOFError) as error:
-        raise CheckpointError(f"{path} is corrupt or no checkpoint: {one_line(error)}") from error
-    except Exception as error:  # torch.load raises UnpicklingError, RuntimeError, KeyError, ...
-        raise CheckpointError(
-            f"{path} is corrupt, or holds more than tensors, which is not loaded for safety: "
-            "save model.state_dict(), best as safetensors"
-        ) from error
-    while isinstance(content, Mapping):
-        inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
-    if not isinstance(content, Mapping) or not content:
-        raise CheckpointError(f"{path} holds a {type(content).__name__}: expected tensors by name")
-    for key, value in content.items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(
-                f"{path}: entry {key!r} is a {type(value).__name__}; expected tensors by name, "
-                "as model.state_dict() gives them"
-            )
-    state = {str(key): value for key, value in content.items()}
-    for prefix in _PREFIXES:
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
@@ -111,15 +63,6 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> No
             "it belongs to another model"
         )
     model.load_state_dict(fitting, strict=False)
-
-
-def load_checkpoint(model: nn.Module, path: str | Path) -> None:
-    """Load a weight file into ``model``: see :func:`read_checkpoint` and :func:`load_state`.
-
-    Raises:
-        CheckpointError: a file that is missing, corrupt or belongs to another model.
-    """
-    load_state(model, read_checkpoint(path), str(path))
 
 
 def fetch_torchvision_state(weights: Any) -> dict[str, Tensor]:

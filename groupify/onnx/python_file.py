@@ -113,7 +113,7 @@ def _dense(recipe: Recipe, trust: bool) -> str:
         if not trust:
             raise SpecError(
                 f"the recipe's model {name!r} is code of its own, which the Python file would import; give "
-                "--trust if you trust it"
+                f"--trust or --model {name} if you trust it"
             )
         code = f"import {module}  # the dense model is made by code of its own\n\n\n"
         call = f"{module}.{call}"

@@ -96,28 +96,33 @@ def prepare_finetune(request: FinetuneRequest) -> Prepared:
         GroupifyError: anything that cannot be done as asked.
     """
     recipe = read_recipe(request.folder)
-    source = dense_source(recipe, request.checkpoint, trust=request.trust)
+    source = dense_source(recipe, request.checkpoint, beside=request.folder, trust=request.trust)
     data = open_data(request.data, source, request.seed)
     # A recipe that was not made by a run need not say which processor it was planned for.
     plan = describe(source.model, recipe.sites, source.spec.input_shape, recipe.cpu or find_cpu())
     return Prepared(source, data, plan)
 
 
-def dense_source(recipe: Recipe, checkpoint: Path | None, *, trust: bool) -> Source:
+def dense_source(recipe: Recipe, checkpoint: Path | None, *, beside: Path, trust: bool) -> Source:
     """Load the dense model that a recipe was made from, weights included.
+
+    Args:
+        recipe: says which model.
+        checkpoint: the weights; None = those that the recipe names.
+        beside: the recipe's folder; a checkpoint is also looked for from where that lies.
+        trust: whether code may be imported.
 
     Raises:
         SpecError: the recipe does not say where its weights can be had; name the file.
     """
     spec, origin = recipe.model, recipe.weights
     if ":" in spec.name and not trust and not spec.name.startswith("groupify.models.demo:"):
-        raise SpecError(f"the recipe's model {spec.name!r} is code of its own; give --trust if you trust it")
-    if checkpoint is None and origin.kind == "checkpoint":
         raise SpecError(
-            f"the dense weights are needed as a teacher and came from {origin.sentence!r}; "
-            "give --checkpoint FILE"
+            f"the recipe's model {spec.name!r} is code of its own: give --model {spec.name} if you trust it"
         )
-    weights = {"torchvision": origin.value, "demo": "auto"}.get(origin.kind, "none")
+    if checkpoint is None and origin.kind == "checkpoint":
+        checkpoint = _checkpoint_of(str(origin.value), beside)
+    weights = {"torchvision": origin.value, "random": "none"}.get(origin.kind, "auto")
     source = load_model(
         spec.name,
         weights=str(weights),
@@ -127,6 +132,17 @@ def dense_source(recipe: Recipe, checkpoint: Path | None, *, trust: bool) -> Sou
         seed=origin.value if isinstance(origin.value, int) else 0,
     )
     return Source(source.model, spec, recipe.weights)
+
+
+def _checkpoint_of(name: str, folder: Path) -> Path:
+    """Return the file that a recipe names, as seen from here or from where its folder lies."""
+    for file in (Path(name), folder.absolute().parent / name):
+        if file.is_file():
+            return file
+    raise SpecError(
+        f"the dense weights are needed as a teacher and came from 'checkpoint {name}', which is not here; "
+        "give --checkpoint FILE"
+    )
 
 
 def open_data(spec: str, source: Source, seed: int) -> DataSplits:

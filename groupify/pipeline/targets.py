@@ -35,7 +35,7 @@ def open_target(target: ModelRequest, seed: int) -> tuple[nn.Module, ModelSpec, 
     if folder_exists(target.name):
         recipe = read_recipe(target.name)
         return load(target.name, trust=target.trust), recipe.model, recipe.sha256
-    if os.sep in target.name:
+    if os.sep in target.name or "/" in target.name:  # both separate on Windows
         raise ArtefactError(
             f"no folder {target.name!r}; expected an output folder of 'groupify convert', or a model"
         )

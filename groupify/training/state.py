@@ -95,7 +95,7 @@ def write_state(path: Path, tensors: Mapping[str, Tensor], state: TrainingState)
     aside = path.with_name(f".{path.name}.partial")
     try:
         save_file(values, aside, metadata)
-        with aside.open("rb") as file:
+        with aside.open("rb+") as file:  # Windows syncs no file that is open for reading only
             os.fsync(file.fileno())
         os.replace(aside, path)
     except (OSError, SafetensorError) as error:

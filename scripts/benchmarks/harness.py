@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import fnmatch
 import json
 import os
@@ -109,6 +108,8 @@ class Results(Generic[RowT]):
             self._memory.update(origin)
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        import fcntl  # not on Windows
+
         with self.path.with_name(f".{self.path.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             document = {**self.read(), **self.setting}

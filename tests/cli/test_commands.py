@@ -387,7 +387,7 @@ def test_the_same_command_gives_the_same_result(run: Run, tmp_path: Path) -> Non
 
 def test_from_the_weights_alone(run: Run, tmp_path: Path) -> None:
     """No data, the table, and the default folder's name."""
-    outcome = run("convert", *TINY, "-g", 2, "--static-batch", 2)
+    outcome = run("convert", *TINY, "--weights", "none", "-g", 2, "--static-batch", 2)
     assert (outcome.code, outcome.err) == (0, "")
     assert "no calibration images: accuracy is not protected" in outcome.out
     assert "the weights are random" in outcome.out

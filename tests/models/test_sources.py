@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import argparse
+import collections
 import contextlib
 import http.server
 import signal
@@ -13,6 +15,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -21,9 +24,9 @@ from torchvision.models import get_model, get_model_weights
 
 from groupify.errors import CheckpointError, GroupifyWarning, SpecError
 from groupify.models import weights as zoo_weights
+from groupify.models.checkpoints import load_checkpoint, read_checkpoint
 from groupify.models.sources import build_model, load_model
 from groupify.models.specs import ModelSpec, WeightsOrigin
-from groupify.models.weights import load_checkpoint, read_checkpoint
 
 
 @pytest.fixture
@@ -296,7 +299,10 @@ def test_factory(user_module: str) -> None:
     assert source.model[0].out_channels == 6
     assert source.spec == ModelSpec("user_models:tiny", {"width": 6}, (3, 16, 16), None)
     assert source.weights == WeightsOrigin("factory")
-    assert not source.weights.pretrained
+    assert source.weights.pretrained
+    said = load_model(f"{user_module}:tiny", weights="none", seed=3).weights
+    assert said == WeightsOrigin("random", 3)
+    assert not said.pretrained
 
 
 @pytest.mark.parametrize(
@@ -370,10 +376,100 @@ def test_wrapped_checkpoint(tmp_path: Path, wrapper: str, prefix: str) -> None:
     assert torch.equal(model.state_dict()["0.weight"], state[prefix + "0.weight"])
 
 
+def full(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    return {prefix + key: value for key, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.module.", "module._orig_mod.", "module.module._orig_mod."])
+def test_nested_wrappers_in_keys(tmp_path: Path, prefix: str) -> None:
+    original = small_model()
+    torch.save(full(original, prefix), tmp_path / "weights.pt")
+    load_checkpoint(loaded := small_model(), tmp_path / "weights.pt")
+    assert torch.equal(loaded.state_dict()["0.weight"], original.state_dict()["0.weight"])
+
+
+def test_wrappers_within_keys(tmp_path: Path) -> None:
+    state = {key.replace("3.", "3._orig_mod."): value for key, value in small_model().state_dict().items()}
+    save_file(state, tmp_path / "x.safetensors")
+    assert "3.weight" in read_checkpoint(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("wrapper", ["model_state", "model_state_dict", "net", "params"])
+def test_more_wrappers(tmp_path: Path, wrapper: str) -> None:
+    torch.save({"step": 3, wrapper: full(small_model()), "optimizer": {"lr": 0.1}}, tmp_path / "weights.pt")
+    assert read_checkpoint(tmp_path / "weights.pt").keys() == small_model().state_dict().keys()
+
+
+@pytest.mark.parametrize("prefix", ["model.", "net.backbone."])
+def test_a_checkpoint_of_lightning(tmp_path: Path, prefix: str) -> None:
+    original = small_model()
+    state = {**full(original, prefix), "loss.weight": torch.ones(2), "metric.total": torch.zeros(())}
+    torch.save({"state_dict": state, "epoch": 3, "pytorch-lightning_version": "2.6"}, tmp_path / "last.ckpt")
+    load_checkpoint(loaded := small_model(), tmp_path / "last.ckpt")
+    assert all(torch.equal(value, original.state_dict()[key]) for key, value in loaded.state_dict().items())
+    del state[f"{prefix}3.bias"]
+    torch.save({"state_dict": state}, tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError, match=r"last.ckpt has no '0.weight'"):
+        load_checkpoint(small_model(), tmp_path / "last.ckpt")
+
+
+def test_a_checkpoint_of_lightning_for_a_torchvision_model(tmp_path: Path) -> None:
+    state = full(get_model("googlenet", init_weights=False, aux_logits=True), "model.")
+    save_file(state, tmp_path / "mine.safetensors")
+    source = load_model("googlenet", checkpoint=tmp_path / "mine.safetensors")
+    assert source.spec.arguments["aux_logits"] is True
+
+
+def averaged(model: nn.Module) -> dict[str, Tensor]:
+    return torch.optim.swa_utils.AveragedModel(model).state_dict()
+
+
+@pytest.mark.parametrize("entry", ["model_ema", "state_dict_ema", "ema"])
+def test_averaged_weights_go_before_plain_ones_and_it_is_said(tmp_path: Path, entry: str) -> None:
+    mean = small_model()
+    torch.save({"model": full(small_model()), entry: averaged(mean)}, tmp_path / "x.pth")
+    with pytest.warns(GroupifyWarning, match=rf"averaged weights \('{entry}'\) beside plain ones"):
+        load_checkpoint(loaded := small_model(), tmp_path / "x.pth")
+    assert torch.equal(loaded.state_dict()["0.weight"], mean.state_dict()["0.weight"])
+
+
+def test_a_model_that_is_there_twice(tmp_path: Path) -> None:
+    mean = small_model()
+    save_file({**full(small_model(), "model."), **full(mean, "ema_model.")}, tmp_path / "x.safetensors")
+    with pytest.warns(GroupifyWarning, match=r"'ema_model.' are taken"):
+        load_checkpoint(loaded := small_model(), tmp_path / "x.safetensors")
+    assert torch.equal(loaded.state_dict()["0.weight"], mean.state_dict()["0.weight"])
+    save_file({**full(small_model(), "student."), **full(mean, "teacher.")}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=r"2 times, as 'student\.' and 'teacher\.'"):
+        load_checkpoint(small_model(), tmp_path / "x.safetensors")
+
+
+class Bomb:
+    """Pickled as a call of ``exec``."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, ("import pathlib; pathlib.Path('exploded').touch()",)
+
+
+def test_what_lies_beside_the_tensors_is_neither_an_obstacle_nor_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    beside = {
+        "args": argparse.Namespace(lr=0.1, output=Path("out")),
+        "best": np.float64(0.5),
+        "options": [collections.Counter(a=1)],
+        "callback": Bomb(),
+    }
+    torch.save({"model": full(small_model()), **beside}, "x.pth")
+    load_checkpoint(small_model(), "x.pth")
+    assert not (tmp_path / "exploded").exists()
+
+
 def test_old_checkpoint_without_counters(tmp_path: Path) -> None:
-    full = small_model()
-    full(torch.rand(8, 3, 3, 3, generator=torch.Generator().manual_seed(0)))  # moves the running statistics
-    old = full.state_dict()
+    whole = small_model()
+    whole(torch.rand(8, 3, 3, 3, generator=torch.Generator().manual_seed(0)))  # moves the running statistics
+    old = whole.state_dict()
     assert old.pop("1.num_batches_tracked") == 1
     save_file(old, tmp_path / "old.safetensors")
     loaded = small_model()
@@ -383,7 +479,7 @@ def test_old_checkpoint_without_counters(tmp_path: Path) -> None:
     assert state.pop("1.num_batches_tracked") == 7  # what the model had
     assert state.keys() == old.keys()
     images = torch.rand(2, 3, 3, 3, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(loaded.eval()(images), full.eval()(images))
+    assert torch.equal(loaded.eval()(images), whole.eval()(images))
 
 
 @pytest.mark.parametrize(
