@@ -1,0 +1,104 @@
+"""Without images, the statistics that the convs change are followed through arithmetic of every spelling."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.cases.nets import assert_exact, grouped_already, lively, noise, relative_error, with_statistics
+from tests.cases.small import CHANNELS, GRAPH, PAIRS, TINY, Function, convert_from_weights, situations
+
+
+class Normed(nn.Module):
+    """Convs with batch norms, and arithmetic behind the first."""
+
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        self.stem, self.n0 = nn.Conv2d(3, CHANNELS, 3, padding=1, bias=False), nn.BatchNorm2d(CHANNELS)
+        self.c1, self.n1 = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False), nn.BatchNorm2d(CHANNELS)
+        self.c2, self.n2 = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False), nn.BatchNorm2d(CHANNELS)
+        self.head, self.function = nn.Linear(CHANNELS, 5), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.function(self.n1(self.c1(torch.relu(self.n0(self.stem(x))))))
+        result: Tensor = self.head(torch.relu(self.n2(self.c2(x))).mean((2, 3)))
+        return result
+
+
+def gate(x: Tensor) -> Tensor:
+    g = torch.sigmoid(x)
+    return g * x + (1 - g) * torch.relu(x)
+
+
+def doubled_in_place(x: Tensor) -> Tensor:
+    x += x
+    return x
+
+
+ARITHMETIC: dict[str, Function] = {
+    "x * 2": lambda x: x * 2,
+    "2 * x": lambda x: 2 * x,
+    "1 - x": lambda x: 1 - x,
+    "-x": lambda x: -x,
+    "x / 2": lambda x: x / 2,
+    "2 / x": lambda x: 2 / (x.abs() + 1),
+    "x * x": lambda x: x * x,
+    "x ** 2": lambda x: x**2,
+    "2 ** x": lambda x: 2**x,
+    "x // 0.1": lambda x: x // 0.1,
+    "add": lambda x: torch.add(x, x),
+    "add with alpha": lambda x: torch.add(x, x, alpha=0.5),
+    "rsub": lambda x: torch.rsub(x, 1),
+    "x += x": doubled_in_place,
+    "mul_": lambda x: x.mul_(2),
+    "gate": gate,
+    "maximum": lambda x: torch.maximum(x, 0.1 * x),
+    "where": lambda x: torch.where(x > 0, x, 0.1 * x),
+    "clamp": lambda x: x.clamp(min=0),
+    "addcmul": lambda x: torch.addcmul(x, x, x, value=0.5),
+    "lerp": lambda x: torch.lerp(x, x.relu(), 0.3),
+    "mean subtracted": lambda x: x - x.mean((2, 3), keepdim=True),
+    "mean over channels": lambda x: x - x.mean(1, keepdim=True),
+    "concatenation along the height": lambda x: torch.cat([F.max_pool2d(x, 2), F.avg_pool2d(x, 2)], 2),
+    "concatenation along the width": lambda x: torch.cat([2 * x, x], 3),
+    "stack": lambda x: torch.stack([x, 1 - x]).mean(0),
+    "einsum": lambda x: torch.einsum("nchw,nc->nchw", x, x.mean((2, 3))),
+    "complex": lambda x: torch.fft.ifft2(torch.fft.fft2(x) * 2).real,
+    "constant": lambda x: torch.linspace(0.5, 2, CHANNELS).reshape(-1, 1, 1) * x,
+    "tensor on the left": lambda x: torch.tensor(2.0) * x,
+}
+
+
+@pytest.mark.parametrize(
+    "function",
+    situations(
+        ARITHMETIC,
+        graph=(
+            "2 * x",
+            "1 - x",
+            "x * x",
+            "2 ** x",
+            "add",
+            "add with alpha",
+            "x += x",
+            "gate",
+            "maximum",
+            "where",
+            "concatenation along the height",
+            "concatenation along the width",
+            "stack",
+        ),
+    ),
+)
+def test_arithmetic_behind_a_batch_norm_is_followed(function: Function) -> None:
+    net = with_statistics(grouped_already(Normed(function), PAIRS), TINY)
+    assert_exact(convert_from_weights(net).model, net, noise(8, TINY, 9))
+
+
+@GRAPH
+@pytest.mark.parametrize("name", ["2 * x", "x * x", "concatenation along the height"])
+def test_a_dense_net_is_corrected_behind_arithmetic(name: str) -> None:
+    net = with_statistics(lively(Normed(ARITHMETIC[name])), TINY)
+    assert 1e-3 < relative_error(convert_from_weights(net).model, net, noise(8, TINY, 9)) < 1.5

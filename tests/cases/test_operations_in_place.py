@@ -1,0 +1,281 @@
+"""Operations in place change what others read, as they do in the model, and nothing of the caller's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import groupify
+from groupify.onnx.parity import check_parity
+from tests.cases.nets import assert_exact, grouped_already, noise
+from tests.cases.small import (
+    CHANNELS,
+    GRAPH,
+    PAIRS,
+    TINY,
+    Between,
+    Function,
+    assert_converts,
+    convert_from_weights,
+    convert_small,
+    free_convs,
+    hidden,
+    situations,
+)
+
+
+class Branch(nn.Module):
+    """Two convs beside a skip connection, which carries what the head of the branch makes of its input."""
+
+    def __init__(self, head: Callable[[Tensor], Tensor] | nn.Module) -> None:
+        super().__init__()
+        self.head = head
+        self.a = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)
+        self.b = nn.Conv2d(CHANNELS, CHANNELS, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.b(torch.relu(self.a(self.head(x))))
+        return y + x
+
+
+def add_one(x: Tensor) -> Tensor:
+    x += 1
+    return x
+
+
+def scale_half(x: Tensor) -> Tensor:
+    x[:, :, ::2] *= 2
+    return x
+
+
+def clear_border(x: Tensor) -> Tensor:
+    x[..., 0] = 0
+    return x
+
+
+def negative_to_zero(x: Tensor) -> Tensor:
+    x[x < 0] = 0
+    return x
+
+
+def through_a_view(x: Tensor) -> Tensor:
+    x.view(x.shape[0], x.shape[1], -1)[..., :5].mul_(0.5)
+    return x
+
+
+def through_two_views(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, 3)
+    first.relu_()
+    second.copy_(first)
+    return x
+
+
+def into_the_input(x: Tensor) -> Tensor:
+    return torch.clamp(x, -0.5, 0.5, out=x)
+
+
+def by_index(x: Tensor) -> Tensor:
+    rows = torch.tensor([0, 2])
+    x.index_fill_(2, rows, 1.0)
+    return x
+
+
+HEADS: dict[str, Callable[[], Callable[[Tensor], Tensor] | nn.Module]] = {
+    "ReLU": lambda: nn.ReLU(inplace=True),
+    "Hardswish": lambda: nn.Hardswish(inplace=True),
+    "relu_": lambda: torch.relu_,
+    "F.relu": lambda: lambda x: F.relu(x, inplace=True),
+    "leaky_relu_": lambda: lambda x: F.leaky_relu_(x, 0.1),
+    "add": lambda: add_one,
+    "mul_": lambda: lambda x: x.mul_(2).add_(1),
+    "clamp_": lambda: lambda x: x.clamp_(min=-0.1),
+    "copy_": lambda: lambda x: x.copy_(x.abs()),
+    "masked_fill_": lambda: lambda x: x.masked_fill_(x > 1, 0.0),
+    "rows": lambda: scale_half,
+    "border": lambda: clear_border,
+    "mask": lambda: negative_to_zero,
+    "view": lambda: through_a_view,
+    "halves": lambda: through_two_views,
+    "out": lambda: into_the_input,
+    "index_fill_": lambda: by_index,
+}
+
+
+class Branches(nn.Module):
+    """A residual net whose branches begin in place."""
+
+    def __init__(self, head: Callable[[], Callable[[Tensor], Tensor] | nn.Module]) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, CHANNELS, 3, padding=1)
+        self.one, self.two = Branch(head()), Branch(head())
+        self.end = nn.Conv2d(CHANNELS, CHANNELS, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.end(self.two(self.one(self.stem(x)))).mean((2, 3))
+        return result
+
+
+@pytest.mark.parametrize(
+    "head",
+    situations(
+        HEADS,
+        graph=(
+            "ReLU",
+            "Hardswish",
+            "relu_",
+            "F.relu",
+            "leaky_relu_",
+            "mul_",
+            "clamp_",
+            "copy_",
+            "masked_fill_",
+            "view",
+            "halves",
+            "out",
+            "index_fill_",
+        ),
+    ),
+)
+def test_a_skip_connection_carries_what_the_branch_changes(
+    head: Callable[[], Callable[[Tensor], Tensor] | nn.Module],
+) -> None:
+    assert_converts(grouped_already(Branches(head), PAIRS))
+
+
+@pytest.mark.parametrize("head", situations({k: HEADS[k] for k in ("ReLU", "add", "view")}))
+def test_branches_changed_in_place_are_right_without_images(
+    head: Callable[[], Callable[[Tensor], Tensor] | nn.Module],
+) -> None:
+    net = grouped_already(Branches(head), PAIRS)
+    assert_exact(convert_from_weights(net).model, net, noise(8, TINY, 9))
+
+
+def first_half_relu(x: Tensor) -> Tensor:
+    x[:, : CHANNELS // 2].relu_()
+    return x
+
+
+def one_channel_cleared(x: Tensor) -> Tensor:
+    x[:, 3] = 0
+    return x
+
+
+def channels_swapped(x: Tensor) -> Tensor:
+    x[:, [0, 1]] = x[:, [1, 0]].clone()
+    return x
+
+
+def channel_sums(x: Tensor) -> Tensor:
+    x[:, 0].add_(x[:, 1])
+    return x
+
+
+def accumulated(x: Tensor) -> Tensor:
+    total = torch.zeros_like(x)
+    for index in range(x.shape[1]):
+        total[:, index] += x[:, index]
+    return total
+
+
+UNEQUAL: dict[str, Function] = {
+    "half": first_half_relu,
+    "one cleared": one_channel_cleared,
+    "two swapped": channels_swapped,
+    "one added to another": channel_sums,
+    "filled one by one": accumulated,
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    situations(UNEQUAL, graph=("one cleared", "two swapped", "one added to another", "filled one by one")),
+)
+def test_channels_that_are_changed_apart_do_not_change_places(change: Function) -> None:
+    net = hidden(Between(change), second=False)
+    assert "stem" in free_convs(net)
+    assert_converts(net)
+
+
+class Normalised(nn.Module):
+    """Normalises its images in place, as some preprocessing does."""
+
+    def __init__(self, channels: int, normalise: Function) -> None:
+        super().__init__()
+        self.body = Between(torch.relu)
+        self.body.stem = nn.Conv2d(channels, CHANNELS, 3, padding=1)
+        self.normalise = normalise
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.body(self.normalise(x))
+        return result
+
+
+def first_channel_cleared(x: Tensor) -> Tensor:
+    x[:, 0] = 0
+    return x
+
+
+def through_detach(x: Tensor) -> Tensor:
+    x.detach().add_(1)
+    return x
+
+
+INPUTS: dict[str, Function] = {
+    "sub_ and div_": lambda x: x.sub_(0.5).div_(0.25),
+    "add_ and mul_": lambda x: x.add_(1).mul_(0.5),
+    "clamp_": lambda x: x.clamp_(0, 1),
+    "copy_": lambda x: x.copy_(x.flip(-1)),
+    "assignment": first_channel_cleared,
+    "view": lambda x: x.view(x.shape[0], -1).mul_(2).view_as(x),
+    "detached": through_detach,
+}
+
+
+NORMALISED = {f"{name} of {count}": (kind, count) for name, kind in INPUTS.items() for count in (1, 3)}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    situations(NORMALISED, graph=NORMALISED.keys() - {"clamp_ of 3", "assignment of 3", "detached of 3"}),
+)
+def test_the_callers_images_are_used_once_and_stay_as_they_are(kind: tuple[Function, int]) -> None:
+    normalise, channels = kind
+    net = grouped_already(Normalised(channels, normalise), PAIRS)
+    images = noise(32, (channels, 8, 8))
+    before, example = images.clone(), noise(8, (channels, 8, 8), 9)
+    conversion = convert_small(net, images)
+    assert torch.equal(images, before)
+    assert_exact(conversion.model, net, example)
+
+
+@GRAPH
+def test_a_file_computes_the_same_of_images_that_are_normalised_in_place(tmp_path: Path) -> None:
+    net = grouped_already(Normalised(1, INPUTS["sub_ and div_"]), PAIRS)
+    images = noise(4, (1, 8, 8))
+    before = images.clone()
+    groupify.export(net, tmp_path / "m.onnx", input_shape=(1, 8, 8))
+    check_parity(net, tmp_path / "m.onnx", input_shape=(1, 8, 8), images=images)
+    assert torch.equal(images, before)
+
+
+def test_accuracy_is_measured_on_images_that_stay_as_they_are() -> None:
+    net = grouped_already(Normalised(3, INPUTS["sub_ and div_"]), PAIRS)
+    images = noise(8, TINY)
+    data = torch.utils.data.TensorDataset(images.clone(), torch.zeros(8, dtype=torch.long))
+    first, second = (groupify.evaluate(net, data) for _ in range(2))
+    assert first == second
+    assert torch.equal(data.tensors[0], images)
+
+
+def test_the_callers_model_stays_as_it_is() -> None:
+    net = grouped_already(Branches(HEADS["ReLU"]), PAIRS)
+    before = copy.deepcopy(net.state_dict())
+    convert_small(net)
+    convert_from_weights(net)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in net.state_dict().items())
