@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Generic, NamedTuple, TypeVar
@@ -15,6 +16,134 @@ GROUPED_POINTWISE = "grouped-pointwise"
 KINDS = (GROUPED, GROUPED_POINTWISE)
 
 Number = TypeVar("Number", int, float)
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """What a conv's weight says of it.
+
+    Attributes:
+        in_channels, out_channels, kernel_size, groups: as in the conv itself.
+    """
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    groups: int = 1
+
+    @property
+    def positions(self) -> int:
+        """Number of the kernel's positions: 9 for 3×3."""
+        return math.prod(self.kernel_size)
+
+    def __str__(self) -> str:
+        kernel = "×".join(map(str, self.kernel_size))
+        groups = f" in {self.groups} groups" if self.groups > 1 else ""
+        return f"{kernel} conv {self.in_channels} → {self.out_channels}{groups}"
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What replaces a conv I → O: ``[1×1: I → R] → k×k: R → S in G groups → [1×1: S → O]``.
+
+    Nothing is between the up to three convs, and the two 1×1 convs have the groups that the conv has.
+    ``Structure()`` is the conv itself where it has one group. Grouped, low-rank, Tucker-2, block-term
+    and depthwise-core structures are all of this form.
+
+    Attributes:
+        reduce: R, channels of all groups together; None without the first conv (R = I).
+        groups: G.
+        expand: S, channels of all groups together; None without the last conv (S = O).
+    """
+
+    reduce: int | None = None
+    groups: int = 1
+    expand: int | None = None
+
+    def __post_init__(self) -> None:
+        for what, channels in (("reduce", self.reduce), ("groups", self.groups), ("expand", self.expand)):
+            if channels is not None and channels < 1:
+                raise PlanError(
+                    f"{what} is {channels}; expected 1 or more" + ", or None" * (what != "groups")
+                )
+            if channels is not None and channels % self.groups:
+                raise PlanError(
+                    f"{what} is {channels}, which {self.groups} groups do not divide; "
+                    f"take a multiple of {self.groups}"
+                )
+
+    def __str__(self) -> str:
+        return f"({self.reduce or '–'}, {self.groups}, {self.expand or '–'})"
+
+    def check(self, conv: ConvShape) -> None:
+        """Check that the structure suits a conv, and is the one spelling of what it is.
+
+        Raises:
+            PlanError: it does not; says what would.
+        """
+        reads, writes = self.reduce or conv.in_channels, self.expand or conv.out_channels
+        if self.groups % conv.groups:
+            raise PlanError(f"{self} has {self.groups} groups for a {conv}; take a multiple of {conv.groups}")
+        if reads % self.groups or writes % self.groups:
+            raise PlanError(
+                f"{self} for a {conv}: {self.groups} groups do not divide {reads} and {writes} channels; "
+                "take a divisor of both"
+            )
+        if self != (canonical := self.canonical(conv)):
+            raise PlanError(f"{self} for a {conv} is {canonical} with needless convs; write it so")
+
+    def canonical(self, conv: ConvShape) -> Structure:
+        """Return the one spelling of structures that can compute the same: the one of the fewest MACs.
+
+        In one group a basis as large as the channels it replaces adds nothing, and a 1×1 conv between two
+        others adds nothing whatever its groups; a low-rank 1×1 conv is reduce and core.
+        """
+        reduce, groups, expand = self.reduce, self.groups, self.expand
+        if conv.positions == 1 and reduce is not None and expand is not None:
+            reduce, groups, expand = min(reduce, expand), conv.groups, None
+        if groups == conv.groups:
+            if reduce is not None and reduce >= conv.in_channels:
+                reduce = None
+            if expand is not None and expand >= conv.out_channels:
+                expand = None
+            if conv.positions == 1 and expand is not None:
+                reduce, expand = expand, None
+            if (
+                conv.positions == 1
+                and reduce is not None
+                and reduce >= min(conv.in_channels, conv.out_channels)
+            ):
+                reduce = None
+        return Structure(reduce, groups, expand)
+
+    def share(self, groups: int) -> Structure:
+        """Return the structure of one group of a conv that has ``groups`` groups."""
+        reduce, expand = (None if total is None else total // groups for total in (self.reduce, self.expand))
+        return Structure(reduce, self.groups // groups, expand)
+
+    def parameters(self, conv: ConvShape, *, bias: bool = False) -> int:
+        """Return the number of weights, and with ``bias`` of the last conv's biases."""
+        return sum(self._weights(conv)) + (conv.out_channels if bias else 0)
+
+    def macs(self, conv: ConvShape, input_positions: int, output_positions: int) -> int:
+        """Return multiply-accumulates for one image.
+
+        Args:
+            conv: what is replaced.
+            input_positions: pixels of its input, where the reduce runs; that of a 1×1 conv takes the stride.
+            output_positions: pixels of its output, where core and expand run.
+        """
+        reduce, core, expand = self._weights(conv)
+        if conv.positions == 1:
+            input_positions = output_positions
+        return reduce * input_positions + (core + expand) * output_positions
+
+    def _weights(self, conv: ConvShape) -> tuple[int, int, int]:
+        """Weights of the three convs; 0 where one is absent."""
+        reads, writes = self.reduce or conv.in_channels, self.expand or conv.out_channels
+        reduce = reads * conv.in_channels // conv.groups if self.reduce else 0
+        expand = writes * conv.out_channels // conv.groups if self.expand else 0
+        return reduce, writes * reads // self.groups * conv.positions, expand
 
 
 @dataclass(frozen=True)

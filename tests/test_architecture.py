@@ -22,6 +22,7 @@ errors machine files strict_json documents structures
 graph
 models data
 stats scores
+decomposition
 conversion
 training
 artefact recipe
