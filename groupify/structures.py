@@ -282,11 +282,15 @@ class Observed:
     Attributes:
         input_size, output_size: spatial sizes at its last call, pixels.
         calls: how often it runs in one forward pass.
+        hindrance: why it cannot be replaced, such as a hook that changes its output; None where it can.
+        pair_hindrance: why it cannot be replaced by a pair of convs.
     """
 
     input_size: tuple[int, ...]
     output_size: tuple[int, ...]
     calls: int
+    hindrance: str | None = None
+    pair_hindrance: str | None = None
 
 
 class Uniform(NamedTuple):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.parameter import is_lazy
 
 from groupify.conversion.by_part import convert_by_part, convert_parts_from_weights
 from groupify.conversion.fit import Clock
@@ -18,9 +16,11 @@ from groupify.conversion.in_order import Calibration, convert_from_weights, conv
 from groupify.conversion.pictures import BlockPicture
 from groupify.conversion.site_fit import SiteFit
 from groupify.conversion.surgery import restructure
+from groupify.conversion.working_copy import take_values, working_copy
 from groupify.errors import ConversionError, GroupifyWarning
 from groupify.graph.forward import equal_outputs, same_outputs
-from groupify.graph.trace import example_input, trace
+from groupify.graph.trace import example_input, on_same_graph, trace
+from groupify.models.wrappers import unwrapped
 from groupify.structures import Plan, SiteRecipe
 
 __all__ = ["Calibration", "Conversion", "convert"]
@@ -97,12 +97,10 @@ def convert(
     if isinstance(calibration, Tensor):
         calibration = Calibration(calibration)
     sites = plan.recipes
-    _check_weights(model)
+    model = unwrapped(model)
     if calibration is not None:
         calibration.check(plan.input_shape)
-    # A working copy: in float32, without the caller's hooks, in the memory format of oneDNN's fast path.
-    dense = _in_fast_layout(copy.deepcopy(model).float().eval())
-    _clear_hooks(dense, plan.input_shape)
+    dense = working_copy(model, plan.input_shape)
     with torch.random.fork_rng(devices=[]):
         work = _Conversion(dense, sites, calibration, plan, seed, progress)
         student = work.run()
@@ -123,60 +121,34 @@ def convert(
 def _with_weights(model: nn.Module, sites: Sequence[SiteRecipe], student: nn.Module) -> nn.Module:
     """Return a copy of the caller's own model, modes and hooks included, with the student's weights."""
     converted = restructure(model, sites)
-    converted.load_state_dict(student.state_dict())
+    take_values(converted, student)
     return converted
 
 
-def _check_weights(model: nn.Module) -> None:
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if is_lazy(tensor):
-            raise ConversionError(
-                f"{name!r} belongs to a lazy layer that does not know its sizes yet: run the model once on "
-                "an input, then convert it"
-            )
-        if tensor.is_meta:
-            raise ConversionError(f"{name!r} is on the meta device and has no values: load the weights first")
-        if tensor.is_complex():
-            raise ConversionError(f"{name!r} is complex; complex models cannot be converted")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ConversionError(f"{name!r} holds NaN or infinity; load a sound checkpoint")
+@torch.no_grad()
+def _check_student(student: nn.Module, traced: fx.GraphModule | None, example: Tensor) -> None:
+    """Refuse a converted model whose own code does something else with its convs than the graph says.
 
+    Code may ask a layer for its class, sizes or weight, and those of a replacement are others.
 
-def _clear_hooks(model: nn.Module, input_shape: tuple[int, ...]) -> None:
-    """Remove the caller's hooks, unless the outputs depend on them."""
-    hooks: MutableMapping[int, Any]
-    found: list[tuple[MutableMapping[int, Any], dict[int, Any]]] = []
-    for module in model.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
-            if any(_is_foreign(hook) for hook in hooks.values()):
-                found.append((hooks, dict(hooks)))
-    if not found:
-        return
-    example = example_input(input_shape, like=model)
-    with torch.no_grad():
-        expected = model(example.clone())
-        for hooks, before in found:
-            for key in [key for key, hook in before.items() if _is_foreign(hook)]:
-                del hooks[key]
-        try:
-            needed = not equal_outputs(expected, model(example.clone()))
-        except Exception:  # Hugging Face's models collect hidden states in hooks of their own
-            needed = True
-    if needed:
-        for hooks, before in found:
-            hooks.clear()
-            hooks.update(before)
-
-
-def _is_foreign(hook: object) -> bool:
-    # Those of torch itself compute the weight (weight_norm, spectral_norm, pruning).
-    return not type(hook).__module__.startswith("torch.nn.utils")
-
-
-def _in_fast_layout(model: nn.Module) -> nn.Module:
-    if any(parameter.dim() == 5 for parameter in model.parameters()):
-        return model  # torch refuses to lay out a model with 3-d convs like images
-    return model.to(memory_format=torch.channels_last)
+    Raises:
+        ConversionError: the model does not run, or gives other outputs than its graph.
+    """
+    try:
+        outputs = student(example.clone())
+        graph = None if traced is None else on_same_graph(traced, student)
+        same = graph is None or equal_outputs(outputs, graph(example.clone()))
+    except Exception as error:  # the user's model can raise anything
+        reason = " ".join(str(error).split()) or "no message"
+        raise ConversionError(
+            f"the converted model does not run ({type(error).__name__}: {reason}): its code expects a dense "
+            "conv where one was replaced; leave that one dense with --exclude"
+        ) from error
+    if not same:
+        raise ConversionError(
+            "the converted model does something else than its graph: its code asks a replaced conv for its "
+            "class, sizes or weight; leave that one dense with --exclude"
+        )
 
 
 def _warn_of_few_samples(fits: Sequence[SiteFit]) -> None:
@@ -251,6 +223,7 @@ class _Conversion:
         steps = calibration.reconstruction.steps
         if steps:
             self.method += f", then {steps} steps of reconstruction for each block"
+        _check_student(found.student, traced, batches[0][:1])
         return found.student
 
     def _by_part(self, problem: str, batches: list[Tensor], calibration: Calibration) -> nn.Module:
@@ -261,6 +234,7 @@ class _Conversion:
         self.fits = found.fits
         self.notes.extend(found.notes)
         self.method = f"least squares by module, {len(calibration.images)} unlabelled images"
+        _check_student(found.student, None, batches[0][:1])
         return found.student
 
     def _from_weights(self, traced: fx.GraphModule | None, problem: str | None) -> nn.Module:
@@ -282,4 +256,5 @@ class _Conversion:
         self.notes.extend(found.notes)
         self.kept_before, self.kept = found.kept_before, found.kept
         self.clock.lap("weights")
+        _check_student(found.student, traced, example)
         return found.student

@@ -6,17 +6,18 @@ A converted model is made of plain PyTorch layers, plus a channel shuffle behind
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from groupify.conversion.replaceable import shared_weights, why_not_replaceable
 from groupify.errors import ConversionError, near_names
 from groupify.graph.operations import CONVS, Conv, conv_kind
 from groupify.graph.permute import row_channels
-from groupify.structures import GROUPED, KINDS, SiteRecipe
+from groupify.models.wrappers import unwrapped
+from groupify.structures import GROUPED, GROUPED_POINTWISE, KINDS, SiteRecipe
 
 
 def channel_shuffle(inputs: Tensor, groups: int) -> Tensor:
@@ -94,115 +95,127 @@ def block_diagonal(weight: Tensor, groups: int, *, shuffle: bool = False) -> Ten
     return torch.cat([blocks[group, :, group] for group in range(groups)])
 
 
-def _new_conv(dense: Conv, groups: int, shuffle: bool, *, bias: bool) -> Conv:
-    options: dict[str, Any] = {
-        # Built on the meta device: random initial weights would only be thrown away, and would draw
-        # from the global generator.
-        "device": "meta",
-        "in_channels": dense.in_channels,
-        "out_channels": dense.out_channels,
-        "kernel_size": dense.kernel_size,
-        "stride": dense.stride,
-        "padding": dense.padding,
-        "dilation": dense.dilation,
-        "groups": groups,
-        "bias": bias,
-        "padding_mode": dense.padding_mode,
-        "dtype": dense.weight.dtype,
-    }
-    kind = conv_kind(dense)
+def _group(conv: Conv, site: SiteRecipe) -> None:
+    """Turn a dense conv into its replacement, with truncated weights.
+
+    It stays the same object, so that it keeps its hooks, attributes, children and flags, and whatever else
+    refers to it (a list, a hook of another layer) goes on to.
+    """
+    if site.kind == GROUPED_POINTWISE:
+        _become_pair(conv, site.groups)
+        return
+    if site.shuffle and conv.bias is not None:
+        rows = row_channels(conv.out_channels, site.groups, shuffle=True).to(conv.bias.device)
+        conv.bias = _parameter(conv.bias.detach()[rows], like=conv.bias)
+    conv.weight = _parameter(
+        block_diagonal(conv.weight.detach(), site.groups, shuffle=site.shuffle), like=conv.weight
+    )
+    conv.groups = site.groups
+    if site.shuffle:
+        conv.__class__ = SHUFFLED[_kind(conv)]
+        conv.shuffle_groups = site.groups  # type: ignore[assignment]
+
+
+def _become_pair(conv: Conv, groups: int) -> None:
+    """Turn a conv into a sequence of a grouped and a pointwise one; it keeps its sizes as attributes."""
+    channels, device, dtype = conv.out_channels, conv.weight.device, conv.weight.dtype
+    biased = conv.bias is not None
+    # Built on the meta device: random initial weights would only be thrown away, and would draw from the
+    # global generator.
+    first = _kind(conv)(
+        conv.in_channels, channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, groups, False,  # type: ignore[arg-type]
+        conv.padding_mode, device="meta", dtype=dtype,
+    )  # fmt: skip
+    pointwise = _kind(conv)(channels, channels, 1, bias=biased, device="meta", dtype=dtype)
+    first.weight = _parameter(block_diagonal(conv.weight.detach(), groups), like=conv.weight)
+    identity = torch.eye(channels, device=device, dtype=dtype)
+    pointwise.weight = _parameter(identity.reshape(pointwise.weight.shape), like=conv.weight)
+    if conv.bias is not None:
+        pointwise.bias = conv.bias
+    for name in ("weight", "bias"):
+        del conv._parameters[name]
+    conv.groups = groups
+    conv.__class__ = nn.Sequential  # type: ignore[assignment]
+    conv.add_module("grouped", first.train(conv.training))
+    conv.add_module("pointwise", pointwise.train(conv.training))
+
+
+def _kind(conv: Conv) -> type[Conv]:
+    kind = conv_kind(conv)
     assert kind is not None
-    conv: Conv = SHUFFLED[kind](shuffle_groups=groups, **options) if shuffle else kind(**options)
-    return conv.to_empty(device=dense.weight.device)
+    return kind
 
 
-def _replacement(dense: Conv, site: SiteRecipe) -> nn.Module:
-    """Build the module that takes the place of ``dense``, with truncated weights."""
-    has_bias = dense.bias is not None
-    replacement: nn.Module
-    if site.kind == GROUPED:
-        conv = _new_conv(dense, site.groups, site.shuffle, bias=has_bias)
-        with torch.no_grad():
-            conv.weight.copy_(block_diagonal(dense.weight, site.groups, shuffle=site.shuffle))
-            if conv.bias is not None and dense.bias is not None:
-                rows = row_channels(dense.out_channels, site.groups, site.shuffle).to(dense.bias.device)
-                conv.bias.copy_(dense.bias[rows])
-        replacement = conv
-    else:
-        conv = _new_conv(dense, site.groups, shuffle=False, bias=False)
-        channels = dense.out_channels
-        kind = conv_kind(dense)
-        assert kind is not None
-        pointwise = kind(
-            channels, channels, 1, bias=has_bias, device="meta", dtype=dense.weight.dtype
-        ).to_empty(device=dense.weight.device)
-        with torch.no_grad():
-            conv.weight.copy_(block_diagonal(dense.weight, site.groups))
-            pointwise.weight.copy_(torch.eye(dense.out_channels).reshape(pointwise.weight.shape))
-            if pointwise.bias is not None and dense.bias is not None:
-                pointwise.bias.copy_(dense.bias)
-        replacement = nn.Sequential(OrderedDict([("grouped", conv), ("pointwise", pointwise)]))
-    for parameter in replacement.parameters():
-        parameter.requires_grad_(dense.weight.requires_grad)
-    return replacement.train(dense.training)
+def _parameter(values: Tensor, *, like: Tensor) -> nn.Parameter:
+    """Return a parameter that is trained, and laid out in memory, as another one."""
+    if like.dim() == 4 and not like.is_contiguous():
+        values = values.contiguous(memory_format=torch.channels_last)
+    return nn.Parameter(values, requires_grad=like.requires_grad)
 
 
-def _check(site: SiteRecipe, model: nn.Module) -> Conv:
+def _find(name: str, model: nn.Module) -> Conv:
     modules = dict(model.named_modules(remove_duplicate=False))
-    module = modules.get(site.name)
+    module = modules.get(name)
     if module is None:
         convs = [name for name, child in modules.items() if isinstance(child, CONVS)]
         raise ConversionError(
-            f"the model has no layer {site.name!r}, so it is not the model that the plan was made for"
-            f"{near_names(site.name, convs)}"
+            f"the model has no layer {name!r}, so it is not the model that the plan was made for"
+            f"{near_names(name, convs)}"
         )
-    if not isinstance(module, CONVS) or conv_kind(module) is None:
+    if not isinstance(module, CONVS):
         raise ConversionError(
-            f"layer {site.name!r} is a {type(module).__name__}, expected a plain Conv1d, Conv2d or Conv3d"
+            f"layer {name!r} is a {type(module).__name__}, expected a plain Conv1d, Conv2d or Conv3d"
         )
-    if module.groups != 1:
-        raise ConversionError(
-            f"layer {site.name!r} has {module.groups} groups already, expected a dense conv"
-        )
+    return module
+
+
+def _check(site: SiteRecipe, conv: Conv, shared: Mapping[str, str]) -> None:
+    """Refuse what cannot be done to a conv."""
+    found = why_not_replaceable(conv)
+    reason = shared.get(site.name) if found is None else found.reason
+    if reason is not None:
+        raise ConversionError(f"layer {site.name!r} cannot be replaced: {reason}")
+    if conv.groups != 1:
+        raise ConversionError(f"layer {site.name!r} has {conv.groups} groups already, expected a dense conv")
     if site.kind not in KINDS:
         raise ConversionError(
             f"layer {site.name!r}: unknown kind {site.kind!r}, expected one of {', '.join(KINDS)}"
         )
-    if site.groups < 2 or module.in_channels % site.groups or module.out_channels % site.groups:
+    if site.groups < 2 or conv.in_channels % site.groups or conv.out_channels % site.groups:
         raise ConversionError(
             f"layer {site.name!r}: {site.groups} groups do not divide its "
-            f"{module.in_channels} → {module.out_channels} channels"
+            f"{conv.in_channels} → {conv.out_channels} channels"
         )
     if site.shuffle and site.kind != GROUPED:
         raise ConversionError(f"layer {site.name!r}: a shuffle needs kind 'grouped', not {site.kind!r}")
-    return module
+    if site.kind == GROUPED_POINTWISE and conv._modules:
+        raise ConversionError(f"layer {site.name!r} {why_no_pair(conv)}; expected kind 'grouped'")
+
+
+def why_no_pair(conv: Conv) -> str | None:
+    """Say why a conv cannot become a sequence of two, although it can be grouped; None where it can."""
+    children = ", ".join(conv._modules)
+    return f"has layers of its own ({children}), which a pair of convs would run" if children else None
 
 
 def restructure(model: nn.Module, sites: Sequence[SiteRecipe]) -> nn.Module:
     """Return a copy of ``model`` in which the named convs are replaced by grouped ones.
 
-    The new weights are the diagonal blocks of the dense ones (truncation). Every name under which
-    a shared conv is known gets the same replacement.
+    The new weights are the diagonal blocks of the dense ones (truncation). A shared conv is replaced under
+    every name that it has. Wrappers for data parallelism and compilation are gone.
 
     Args:
         model: a dense model; it is left untouched.
         sites: what to replace.
 
     Raises:
-        ConversionError: a site does not name a dense conv, or its groups do not divide the channels.
+        ConversionError: a site does not name a dense conv that can be replaced, or its groups do not
+            divide the channels.
     """
-    converted = copy.deepcopy(model)
+    converted = copy.deepcopy(unwrapped(model))
+    shared = shared_weights(converted) if sites else {}
     for site in sites:
-        dense = _check(site, converted)
-        replacement = _replacement(dense, site)
-        aliases = [
-            name
-            for name, module in converted.named_modules(remove_duplicate=False)
-            if module is dense and name
-        ]
-        if not aliases:
-            return replacement
-        for alias in aliases:
-            parent, _, attribute = alias.rpartition(".")
-            setattr(converted.get_submodule(parent), attribute, replacement)
+        conv = _find(site.name, converted)
+        _check(site, conv, shared)
+        _group(conv, site)
     return converted

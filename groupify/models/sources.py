@@ -12,11 +12,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from groupify.errors import CheckpointError, GroupifyError, GroupifyWarning, SpecError, near_names
+from groupify.errors import (
+    CheckpointError,
+    ConversionError,
+    GroupifyError,
+    GroupifyWarning,
+    SpecError,
+    near_names,
+)
 from groupify.models import demo, torchvision_models
 from groupify.models.checkpoints import of_model, read_checkpoint
 from groupify.models.specs import ModelSpec, Preprocessing, Source, WeightsOrigin
 from groupify.models.weights import fetch_torchvision_state, load_state, one_line
+from groupify.models.wrappers import unwrapped
 
 _DEFAULT_INPUT_SHAPE = (3, 224, 224)
 
@@ -227,4 +235,7 @@ def _build(spec: ModelSpec, seed: int, *, initialise: bool = True) -> nn.Module:
         ) from error
     if not isinstance(model, nn.Module):
         raise SpecError(f"model {spec.name!r} returned a {type(model).__name__}: expected an nn.Module")
-    return model.eval()
+    try:
+        return unwrapped(model).eval()
+    except ConversionError as error:
+        raise SpecError(f"model {spec.name!r}: {error}") from error

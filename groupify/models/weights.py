@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from groupify.errors import CheckpointError, SpecError
 
+_STATISTICS = ("running_mean", "running_var")
 _PROBE_SECONDS = 5.0
 _STALL_SECONDS = 30.0
 
@@ -34,6 +35,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> No
             infinite values, or that the model does not have. ``origin`` is named in the message.
     """
     expected = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+    state = {_key_in(expected, key): value for key, value in state.items()}
     fitting = {}
     for key, own in expected.items():
         if key not in state:
@@ -53,9 +55,10 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> No
             )
         if value.is_floating_point() != own.is_floating_point() or value.is_quantized:
             raise CheckpointError(f"{origin}: {key!r} is {value.dtype}, the model's is {own.dtype}")
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise CheckpointError(f"{origin}: {key!r} holds NaN or infinite values: the training diverged")
         fitting[key] = value.to(own.dtype)
+    unsound = first_unsound(model, fitting)
+    if unsound is not None:
+        raise CheckpointError(f"{origin}: {unsound!r} holds NaN or infinite values: the training diverged")
     unexpected = next((key for key in state if key not in expected), None)
     if unexpected is not None:
         raise CheckpointError(
@@ -63,6 +66,41 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> No
             "it belongs to another model"
         )
     model.load_state_dict(fitting, strict=False)
+
+
+def _key_in(expected: Mapping[str, Tensor], key: str) -> str:
+    """The model's own name of a tensor that was saved with a part of the model in DataParallel."""
+    if key in expected:
+        return key
+    plain = ".".join(part for part in key.split(".") if part != "module")
+    return plain if plain in expected else key
+
+
+def first_unsound(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> str | None:
+    """Return the name of the first tensor with values that no sound training gives; None if all are sound.
+
+    NaN in a parameter, infinity in one that is trained or belongs to a layer of torch, and either in the
+    statistics of a norm. Other buffers, and frozen parameters of the user's own modules, hold infinity on
+    purpose: attention masks, the bounds of an observer.
+
+    Args:
+        model: where the tensors belong.
+        tensors: values by name, of which the model need not have any yet; None = the model's own.
+    """
+    for prefix, module in model.named_modules():
+        layer_of_torch = type(module).__module__.startswith("torch.nn")
+        for name, own in (*module._parameters.items(), *module._buffers.items()):
+            key = f"{prefix}.{name}" if prefix else name
+            value = own if tensors is None else tensors.get(key)
+            if own is None or value is None or not value.is_floating_point():
+                continue
+            parameter = name in module._parameters
+            if parameter and bool(value.isnan().any()):
+                return key
+            bounded = own.requires_grad or layer_of_torch if parameter else name in _STATISTICS
+            if bounded and not bool(value.isfinite().all()):
+                return key
+    return None
 
 
 def fetch_torchvision_state(weights: Any) -> dict[str, Tensor]:

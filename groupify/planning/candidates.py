@@ -9,11 +9,14 @@ from dataclasses import replace
 
 from torch import nn
 
+from groupify.conversion.surgery import why_no_pair
 from groupify.errors import PlanError
 from groupify.graph.operations import Conv
 from groupify.graph.trace import example_input
+from groupify.models.wrappers import unwrapped
+from groupify.planning.observing import observe
 from groupify.planning.rules import Rules
-from groupify.planning.sites import find_convs, observe
+from groupify.planning.sites import find_convs
 from groupify.planning.uniform import plan_observed
 from groupify.structures import (
     GROUPED,
@@ -52,14 +55,17 @@ def candidates(
         PlanError: no conv has any choice, or a pattern matches nothing.
         ConversionError: the model does not run on that input shape.
     """
+    model = unwrapped(model)
     observed = observe(model, example_input(input_shape, like=model))
     plans = _uniform_plans(model, observed, input_shape, rules, group_counts)
     convs = find_convs(model)
     sites = []
     for every in zip(*(made.sites for made in plans.values()), strict=True):
         name = every[0].name
-        options = _options(every, convs[name], rules)
-        sites.append(tuple(_priced(site, convs[name], observed.get(name)) for site in options))
+        run = observed.get(name)
+        pairs = run is None or run.pair_hindrance is None
+        options = _options(every, convs[name], rules, pairs=pairs and why_no_pair(convs[name]) is None)
+        sites.append(tuple(_priced(site, convs[name], run) for site in options))
     choices = Choices(tuple(sites), {}, observed, tuple(input_shape), rules.resolved().cpu)
     return replace(choices, uniform={key: choices.indices(made) for key, made in plans.items()})
 
@@ -81,7 +87,8 @@ def _uniform_plans(
             try:
                 made = plan_observed(model, observed, input_shape, groups=groups, rules=own)
             except PlanError as error:
-                problem = error
+                if problem is None or kind == rules.kinds[0]:  # of plain groups, as many as there may be
+                    problem = error
             else:
                 plans[Uniform(kind, groups, shuffle == "all")] = made
     if not plans:
@@ -90,14 +97,14 @@ def _uniform_plans(
     return plans
 
 
-def _options(every: Sequence[SitePlan], conv: Conv, rules: Rules) -> list[SitePlan]:
-    """Return what may become of one conv, each once; dense first."""
+def _options(every: Sequence[SitePlan], conv: Conv, rules: Rules, *, pairs: bool) -> list[SitePlan]:
+    """Return what may become of one conv, each once; dense first. ``pairs``: whether it may become two."""
     grouped = [site for site in every if site.converted]
     if not grouped:
         return [every[0]]
     options = [every[0].left_dense(None), *grouped]
     # With a limit on the width that is no block of the kernel, one channel per group is too narrow.
-    if GROUPED_POINTWISE in rules.kinds and rules.narrowest <= rules.block:
+    if pairs and GROUPED_POINTWISE in rules.kinds and rules.narrowest <= rules.block:
         options += _depthwise(every[0], conv, rules.block if len(conv.kernel_size) == 2 else 1)
     distinct: dict[SiteRecipe, SitePlan] = {}
     for site in options:

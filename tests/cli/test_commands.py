@@ -84,13 +84,13 @@ BAD_INPUT = [
     ("convert demo -g 0", "groups is 0", "expected at least 2"),
     ("convert demo --groups -4", "groups is -4", "expected at least 2"),
     ("convert demo -g 1", "groups is 1", "expected at least 2"),
-    ("convert demo -g 2 --include conv1", "fit none of the 15 convs", "too few input channels (3)"),
+    ("convert demo -g 2 --include conv1", "among the 15 convs", "too few input channels (3)"),
     (
         'plan tests.cli_nets:net --input-size 3,8,8 --model-args {"channels":9} --include 2 -g 2',
-        "fit none of the 3 convs",
+        "among the 3 convs",
         "no number of groups from 2 to 2 divides 9 → 18 channels",
     ),
-    ("convert demo -g 4 --min-group-width 1000", "4 groups of at least 1000 channels fit none"),
+    ("convert demo -g 4 --min-group-width 1000", "groups narrower than 1000 channels"),
     ("convert demo -g four", "Invalid value for '--groups'", "'four'"),
     # weights
     ("convert demo --checkpoint missing.pt", "no checkpoint missing.pt"),

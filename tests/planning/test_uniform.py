@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from groupify.conversion.surgery import restructure
 from groupify.errors import ConversionError, PlanError
 from groupify.graph.trace import example_input
+from groupify.planning.observing import observe
 from groupify.planning.rules import Rules
-from groupify.planning.sites import describe, observe
+from groupify.planning.sites import describe
 from groupify.planning.uniform import plan, plan_observed
 from groupify.scores import conv_params, measure_cost
 from groupify.structures import KINDS, Change, Plan, SitePlan, SiteRecipe
@@ -272,11 +273,14 @@ def test_a_pattern_that_matches_nothing(option: str) -> None:
         ),
         (
             {"groups": 2, "min_group_width": 5},
-            "2 groups of at least 5 channels fit none of the 4 convs",
+            r"among the 4 convs: groups narrower than 5 channels .* \(3×\).*; --min-group-width 4 or less",
         ),
         # What a pattern leaves out is no explanation.
-        ({"groups": 2, "include": ("stem",)}, r"most common reason \(1×\): first conv"),
-        ({"groups": 2, "exclude": ("*",)}, r"most common reason \(4×\): excluded"),
+        (
+            {"groups": 2, "include": ("stem",)},
+            r"among the 4 convs: first conv: too few input channels \(3\) \(1×\)$",
+        ),
+        ({"groups": 2, "exclude": ("*",)}, r"excluded \(4×\); leave --include and --exclude out"),
     ],
 )
 def test_refused(options: dict[str, Any], message: str) -> None:

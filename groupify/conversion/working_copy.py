@@ -1,0 +1,196 @@
+"""The copy of the caller's model that a conversion works on, and the way back from it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from groupify.errors import ConversionError
+from groupify.graph.forward import equal_outputs
+from groupify.graph.trace import example_input
+from groupify.models.weights import first_unsound
+
+_Hooks = MutableMapping[int, Any]
+
+
+def working_copy(model: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
+    """Return a copy of a model in float32, in evaluation mode, without the hooks that only look on.
+
+    It is in the memory format of oneDNN's fast path.
+
+    Raises:
+        ConversionError: the weights cannot be worked with, or the copy computes with the model's own.
+    """
+    check_weights(model)
+    copied = copy.deepcopy(model).float().eval()
+    if all(parameter.dim() != 5 for parameter in copied.parameters()):
+        # torch refuses to lay out a model with 3-d convs like images.
+        copied = copied.to(memory_format=torch.channels_last)
+    example = example_input(input_shape, like=copied)
+    _clear_onlookers(copied, example)
+    _check_independence(copied, model, example)
+    return copied
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse weights that no conversion can work with.
+
+    Raises:
+        ConversionError: names the first.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ConversionError(
+                f"{name!r} belongs to a lazy layer that does not know its sizes yet: run the model once on "
+                "an input, then convert it"
+            )
+        if tensor.is_meta:
+            raise ConversionError(f"{name!r} is on the meta device and has no values: load the weights first")
+        if tensor.is_complex():
+            raise ConversionError(f"{name!r} is complex; complex models cannot be converted")
+    unsound = first_unsound(model)
+    if unsound is not None:
+        raise ConversionError(f"{unsound!r} holds NaN or infinity; load a sound checkpoint")
+
+
+@torch.no_grad()
+def take_values(model: nn.Module, source: nn.Module) -> None:
+    """Copy the parameters and buffers of a module into another one of the same names, in its own types.
+
+    A buffer outside the state dict that has other values than before becomes part of it, or it would be
+    lost when the model is saved.
+    """
+    values = {**_named(source.named_parameters), **_named(source.named_buffers)}
+    for name, parameter in _named(model.named_parameters).items():
+        parameter.copy_(values[name])
+    for name, buffer in _named(model.named_buffers).items():
+        value = values.get(name)
+        # What has another shape was made by running the model, and will be again.
+        if value is None or value.shape != buffer.shape or _equal(value, buffer):
+            continue
+        buffer.copy_(value)
+        owner, _, own_name = name.rpartition(".")
+        model.get_submodule(owner)._non_persistent_buffers_set.discard(own_name)
+
+
+def _named(listed: Any) -> dict[str, Tensor]:
+    return dict(listed(remove_duplicate=False))
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return bool(torch.allclose(one.to(other), other, rtol=0, atol=0, equal_nan=True))
+
+
+# hooks -----------------------------------------------------------------------------------------
+
+
+def _clear_onlookers(model: nn.Module, example: Tensor) -> None:
+    """Remove the caller's hooks that only look on; those that the outputs depend on are part of the model.
+
+    A hook that gives something back, or changes a tensor in place, may do so for some inputs alone: it
+    counts whatever it does to the example. So do all where the model cannot do without the onlookers, such
+    as Hugging Face's, which collect hidden states in hooks of their own.
+    """
+    for module in model.modules():
+        for key in [key for key, hook in module._backward_hooks.items() if _is_foreign(hook)]:
+            del module._backward_hooks[key]
+    found = [(hooks, key, hook) for hooks, key, hook in _forward_hooks(model) if _is_foreign(hook)]
+    if not found:
+        return
+    before = [(hooks, dict(hooks)) for hooks, _, _ in found]
+    watched = [(hooks, key, _Watched(hook)) for hooks, key, hook in found]
+    for hooks, key, watcher in watched:
+        hooks[key] = watcher
+    with torch.no_grad():
+        try:
+            expected = model(example.clone())
+            for hooks, key, watcher in watched:
+                if watcher.acts:
+                    hooks[key] = watcher.hook
+                else:
+                    hooks.pop(key, None)
+            needed = not equal_outputs(expected, model(example.clone()))
+        except Exception:
+            needed = True
+    if needed:
+        for hooks, all_of_them in before:
+            hooks.clear()
+            hooks.update(all_of_them)
+
+
+def _forward_hooks(model: nn.Module) -> Iterator[tuple[_Hooks, int, Any]]:
+    for module in model.modules():
+        hooks: _Hooks
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in hooks.items():
+                yield hooks, key, hook
+
+
+def _is_foreign(hook: object) -> bool:
+    # Those of torch itself compute the weight (weight_norm, spectral_norm, pruning).
+    return not type(hook).__module__.startswith("torch.nn.utils")
+
+
+class _Watched:
+    """A hook, and whether it has done more than look on."""
+
+    def __init__(self, hook: Any) -> None:
+        self.hook = hook
+        self.acts = False
+
+    def __call__(self, *args: Any) -> Any:
+        """Do what the hook does."""
+        before = _versions(args[1:])
+        result = self.hook(*args)
+        self.acts |= result is not None or _versions(args[1:]) != before
+        return result
+
+
+def _versions(values: Any) -> list[int]:
+    tensors = [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+# the copy and the original ---------------------------------------------------------------------
+
+
+def _check_independence(copied: nn.Module, model: nn.Module, example: Tensor) -> None:
+    """Refuse a model whose copy computes with the weights of the original.
+
+    A function that was put on a layer, or a hook, may refer to the module that it was made for; a copy of
+    the module calls the same function.
+    """
+    owned = {**_named(model.named_parameters), **_named(model.named_buffers)}
+    watch = _Reads({tensor.untyped_storage()._cdata: name for name, tensor in owned.items()})
+    with torch.no_grad(), watch:
+        copied(example.clone())
+    if watch.found is not None:
+        raise ConversionError(
+            f"a copy of the model still computes with {watch.found!r} of the model given: a hook or function "
+            "on one of its layers refers to the very layer that it was made for; let it use the module that "
+            "it is called with"
+        )
+
+
+class _Reads(TorchDispatchMode):
+    """Notes the first of some tensors that an operation reads."""
+
+    def __init__(self, storages: dict[int, str]) -> None:
+        super().__init__()
+        self._storages = storages
+        self.found: str | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look at the operands of one operation, and do it."""
+        kwargs = kwargs or {}
+        for value in tree_leaves((args, kwargs)) if self.found is None else ():
+            if isinstance(value, Tensor) and value.layout == torch.strided:
+                self.found = self.found or self._storages.get(value.untyped_storage()._cdata)
+        return func(*args, **kwargs)
