@@ -20,10 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from groupify.conversion.surgery import restructure
+from groupify.conversion.working_copy import make_persistent
 from groupify.errors import ArtefactError, CheckpointError, GroupifyError
 from groupify.files import MAX_RECIPE_BYTES, RECIPE_FILE, folder_exists, writing_folder
 from groupify.models.sources import build_model
 from groupify.models.specs import ModelSpec
+from groupify.models.wrappers import unwrapped
 from groupify.recipe import Recipe
 from groupify.structures import SiteRecipe
 
@@ -60,7 +62,7 @@ def save(folder: str | Path, model: nn.Module, recipe: Recipe, *, force: bool = 
 
 def write_artefact(folder: Path, model: nn.Module, recipe: Recipe) -> Recipe:
     """Write ``recipe.json`` and ``model.safetensors`` into an existing folder; see ``save``."""
-    state = _tensors(model)
+    state = _tensors(unwrapped(model))
     if ":" not in recipe.model.name:
         with torch.random.fork_rng(devices=[]):
             _check_state(_skeleton(recipe, trust=True), state, "the recipe does not describe this model")
@@ -121,9 +123,11 @@ def load(folder: str | Path, *, model: nn.Module | None = None, trust: bool = Fa
     with torch.random.fork_rng(devices=[]):
         converted = _skeleton(recipe, trust=trust) if model is None else _converted(model, recipe)
         state = _read_weights(path, recipe, converted)
+        make_persistent(converted, state)
         _check_state(converted, state, str(path))
         if any(tensor.is_meta for tensor in converted.state_dict().values()):
             converted = _converted(_dense(recipe.model, trust=trust), recipe)
+            make_persistent(converted, state)
     _fill(converted, state, path)
     if recipe.memory_format == "channels_last":
         converted = converted.to(memory_format=torch.channels_last)

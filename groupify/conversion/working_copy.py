@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any
 
 import torch
@@ -76,8 +76,16 @@ def take_values(model: nn.Module, source: nn.Module) -> None:
         if value is None or value.shape != buffer.shape or _equal(value, buffer):
             continue
         buffer.copy_(value)
+        make_persistent(model, [name])
+
+
+def make_persistent(model: nn.Module, names: Iterable[str]) -> None:
+    """Make those buffers part of a model's state dict; other names are let be."""
+    buffers = _named(model.named_buffers)
+    for name in names:
         owner, _, own_name = name.rpartition(".")
-        model.get_submodule(owner)._non_persistent_buffers_set.discard(own_name)
+        if name in buffers:
+            model.get_submodule(owner)._non_persistent_buffers_set.discard(own_name)
 
 
 def _named(listed: Any) -> dict[str, Tensor]:
@@ -183,7 +191,7 @@ class _Reads(TorchDispatchMode):
     """Notes the first of some tensors that an operation reads."""
 
     def __init__(self, storages: dict[int, str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._storages = storages
         self.found: str | None = None
 

@@ -26,6 +26,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
         _refuse_what_has_no_layers(model)
     inside = list(model.modules())
+    for name, module in model.named_modules():
+        if _is_exported(module):  # it cannot even be put into evaluation mode
+            raise ConversionError(f"{name} is {_EXPORTED}: {_WHY}; {_REMEDY}")
     wrappers = [module for module in inside if _inside(module) is not None]
     compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in inside)
     if not wrappers and not compiled:
@@ -55,6 +58,7 @@ def unseen_layers(model: nn.Module) -> tuple[str, ...]:
     return tuple(lines)
 
 
+_EXPORTED = "the module of an exported program (torch.export)"
 _WHY = "it has no layers in Python that could be replaced"
 _REMEDY = "give the nn.Module that it was made from"
 
@@ -105,13 +109,17 @@ def _kind_without_layers(module: nn.Module) -> str | None:
     """Say what a module is that computes without layers of its own in Python; None for any other."""
     if isinstance(module, torch.jit.ScriptModule):
         return "a TorchScript module (torch.jit)"
-    if isinstance(module, fx.GraphModule) and any(
-        isinstance(node.target, torch._ops.OpOverload) for node in module.graph.nodes
-    ):
-        return "the module of an exported program (torch.export)"
+    if _is_exported(module):
+        return _EXPORTED
     if type(module).__module__.startswith("torch.distributed.fsdp"):
         return f"a {type(module).__name__}, sharded over processes"
     return None
+
+
+def _is_exported(module: nn.Module) -> bool:
+    return isinstance(module, fx.GraphModule) and any(
+        isinstance(node.target, torch._ops.OpOverload) for node in module.graph.nodes
+    )
 
 
 def _is_quantised_conv(module: nn.Module) -> bool:

@@ -97,7 +97,8 @@ class _Watch(TorchFunctionMode):
         self._before: list[_Values] = []
         self._owners: dict[int, tuple[str, str, nn.Module]] = {}
         for name, module in model.named_modules():
-            for kind, tensor in module._parameters.items() if isinstance(module, CONVS) else ():
+            for kind in ("weight", "bias") if isinstance(module, CONVS) else ():
+                tensor = module._parameters.get(kind)
                 if tensor is not None:
                     self._owners[id(tensor)] = (name, kind, module)
 
