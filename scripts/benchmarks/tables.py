@@ -15,6 +15,7 @@ import json
 import re
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -287,6 +288,32 @@ def prediction(document: Document) -> Table:
     return rows
 
 
+def models(document: Document) -> Table:
+    """A line per model: how far it came, and the seconds of it."""
+    rows = document["rows"]
+    counts = Counter(row["result"] for row in rows)
+    results = ", ".join(f"{count} {result}" for result, count in counts.most_common())
+    titles = ("kind", "input", "convs", results, "batch", "export", "conversion", "ONNX Runtime")
+    lines: Table = [(f"{len(rows)} models", *titles)]
+    for row in rows:
+        seconds, batch = row["stages"], row["batch"] if row["batch"] in ("dynamic", "fixed") else "–"
+        converting = [seconds[stage] for stage in ("plan", "convert") if stage in seconds]
+        lines.append(
+            (
+                row["name"],
+                row["kind"],
+                "×".join(map(str, row["input"] or [])),
+                f"{row['converted']} / {row['convs']}" if row["convs"] else "",
+                f"{row['result']}{': ' if row['reason'] else ''}{row['reason'] or ''}".replace("|", "\\|"),
+                batch if "torch.export" in seconds else "",
+                f"{seconds['torch.export']:.1f}" if "torch.export" in seconds else "",
+                f"{sum(converting):.1f}" if converting else "",
+                "" if row["parity"] is None else f"{row['parity']:.0e}",
+            )
+        )
+    return lines
+
+
 def readme_peers(document: Document) -> Table:
     """Top-1 after each training, and the speed-up: a line per method, a column per MACs."""
     rows = document["rows"]
@@ -339,6 +366,10 @@ TABLES: dict[str, tuple[str, Callable[[Document], Table]]] = {  # name: (command
     "recovery": ("recovery --checkpoint FILE --twin FILE", recovery),
     "planner": ("planner --checkpoint FILE", planner),
     "prediction": ("prediction", prediction),
+    **{
+        f"models_{library}": (f"models {library}", models)
+        for library in ("torchvision", "timm", "huggingface", "others")
+    },
 }
 
 
