@@ -13,7 +13,7 @@ from torch import Tensor
 from groupify.decomposition.low_rank import LowRank, least_squares
 from groupify.decomposition.minimise import minimise
 from groupify.decomposition.objectives import Mixing, Separate
-from groupify.decomposition.starts import mixing_start, separate_start
+from groupify.decomposition.starts import depthwise_start, mixing_start, separate_start
 from groupify.decomposition.whitening import ByChannel, ByGroup
 from groupify.structures import Structure
 
@@ -68,6 +68,12 @@ class Problem:
         return ByChannel.of(self._covariance, self._channels)
 
     @cached_property
+    def _whitened_outputs(self) -> tuple[Tensor, Tensor]:
+        """``E[x yᵀ]`` with whitened inputs and outputs of an energy of 1, and their regression."""
+        cross = self.whitened.inputs(self._cross / self._root)
+        return cross, self.whitened.regression(cross)
+
+    @cached_property
     def low_rank(self) -> LowRank:
         """The linear maps of low rank."""
         return LowRank.of(self._covariance, self._cross)
@@ -109,11 +115,12 @@ class Problem:
 
     def _mixing(self, reduce: int, groups: int, expand: int, evaluations: int) -> Part:
         inputs, root = self.whitened, self._root
-        cross = inputs.inputs(self._cross / root)
+        cross, target = self._whitened_outputs
         width, outputs = reduce // groups, expand // groups
         objective = Mixing(inputs, cross, groups, width, outputs)
-        target = cross.T.reshape(-1, self._positions, self._channels)
-        best, values = minimise(objective.evaluate, mixing_start(target, groups, width, outputs), evaluations)
+        depthwise = width == outputs == 1
+        start = depthwise_start(target, groups) if depthwise else mixing_start(target, groups, width, outputs)
+        best, values = minimise(objective.evaluate, start, evaluations)
         mixture, core = objective.split(best.point)
         core = inputs.positions.T @ core.reshape(expand, self._positions, width)
         return Part(

@@ -8,21 +8,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# The groups of a round share the leading directions of what is left by the rounds before.
+_ROUNDS = 2
+
 
 def mixing_start(target: Tensor, groups: int, width: int, outputs: int) -> Tensor:
     """Return the first point of a :class:`~groupify.decomposition.objectives.Mixing`.
 
-    The leading directions of the channels are dealt out to the groups in turn, and each group keeps
-    the best outputs of its own; where there are more latents than channels, again with what is left.
+    The leading directions of the channels are dealt out to half of the groups in turn, and each keeps
+    the best outputs of its own; then what is left to the others.
 
     Args:
-        target: ``E[y xᵀ]`` in whitened coordinates, shape (O, K, I).
+        target: the unrestricted weight in whitened coordinates, shape (O, K, I).
         groups, width, outputs: G, latents that a group reads, latents that it writes.
     """
     left, mixtures, cores = target, [], []
     missing = groups
     while missing:
-        count = min(missing, max(1, target.shape[2] // width))
+        count = min(missing, -(-groups // _ROUNDS), max(1, target.shape[2] // width))
         mixture = _leading(left.flatten(0, 1), min(count * width, target.shape[2]))
         mixture = _padded(mixture, count * width).reshape(width, count, -1).transpose(0, 1)
         seen = torch.einsum("oki,gri->gokr", left, mixture).flatten(2)
@@ -35,6 +38,25 @@ def mixing_start(target: Tensor, groups: int, width: int, outputs: int) -> Tenso
             maps = (basis @ core).reshape(count, *target.shape[:2], width)
             left = left - torch.einsum("gokr,gri->oki", maps, mixture)
     return torch.cat([torch.cat(mixtures).flatten(), torch.cat(cores).flatten()])
+
+
+def depthwise_start(target: Tensor, groups: int) -> Tensor:
+    """Return the same for groups of one channel: the leading terms of the leading patterns of the positions.
+
+    Args:
+        target: the unrestricted weight in whitened coordinates, shape (O, K, I).
+        groups: number of latents.
+    """
+    channels = target.shape[2]
+    patterns, sizes, maps = torch.linalg.svd(target.transpose(0, 1).flatten(1), full_matrices=False)
+    maps = (sizes[:, None] * maps).unflatten(1, (-1, channels))  # (patterns, O, I)
+    energies, vectors = torch.linalg.eigh(maps.transpose(1, 2) @ maps)
+    kept = min(groups, energies.numel())
+    largest = energies.clamp(min=0).flatten().topk(kept)
+    of_pattern, of_channel = largest.indices // channels, largest.indices % channels
+    mixture = vectors.transpose(1, 2)[of_pattern, of_channel]
+    core = patterns.T[of_pattern] * largest.values.sqrt()[:, None]
+    return torch.cat([_padded(part, groups).flatten() for part in (mixture, core)])
 
 
 def separate_start(target: Tensor, outputs: int) -> Tensor:

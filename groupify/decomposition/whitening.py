@@ -15,6 +15,8 @@ from torch import Tensor
 
 # Directions of less variance than this part of the mean are not blown up to one.
 _FLOOR = 1e-4
+# Added to the variance of every direction in a regression: the least known would only mislead a start.
+_START_RIDGE = 1e-2
 # Part of the mean variance that is added to every input: keeps a singular covariance solvable.
 _RIDGE = 1e-6
 
@@ -48,6 +50,17 @@ class ByChannel:
         full.div_(scale)
         full.diagonal().add_(_RIDGE)
         return cls(full, of_channels / scale.sqrt(), of_positions)
+
+    def regression(self, cross: Tensor) -> Tensor:
+        """Return the least squares of the outputs on the inputs here, hardly damped, shape (O, K, I).
+
+        Args:
+            cross: ``E[x yᵀ]`` in these coordinates, shape (K·I, O).
+        """
+        system = self.covariance.clone()
+        system.diagonal().add_(_START_RIDGE)
+        weight = torch.cholesky_solve(cross, torch.linalg.cholesky(system))
+        return weight.T.reshape(-1, len(self.positions), len(self.channels))
 
     def inputs(self, rows: Tensor) -> Tensor:
         """Map the rows of a matrix, shape (I·K, m), from the original inputs to these, shape (K·I, m)."""
