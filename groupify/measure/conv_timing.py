@@ -25,8 +25,8 @@ from tqdm import tqdm
 from groupify.machine import chunks
 from groupify.measure.benchmarks import UNDISTURBED, percentile
 from groupify.measure.profiling import kernel_times
-from groupify.onnx.exporting import OPSET
 from groupify.onnx.lowering import optimise
+from groupify.onnx.tracing import OPSET
 
 _SESSION_BYTES = 2**28  # of weights and activations in one session
 _IR_VERSION = 9

@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from groupify.documents import Amount, Count, Fraction
 from groupify.errors import DataError, GroupifyError
 from groupify.graph.forward import evaluating
+from groupify.onnx.outputs import named_outputs
 from groupify.onnx.runtime import Array, OnnxModule
 
 _BATCH = 16
 
 
 def reference_outputs(model: nn.Module, batch: Tensor) -> dict[str, Array]:
-    """Run the model in evaluation mode; outputs by position, as float32 arrays."""
+    """Run the model in evaluation mode; outputs by name, of their own types but half precision as float32."""
     parameter = next(model.parameters(), None)
+    # A copy: some models normalise their input in place.
+    inputs = batch.clone() if parameter is None else batch.clone().to(parameter.device)
     with evaluating(model), torch.no_grad():
-        outputs = model(batch if parameter is None else batch.to(parameter.device))
-    if isinstance(outputs, Tensor):
-        outputs = (outputs,)
-    values = outputs.values() if isinstance(outputs, Mapping) else outputs
-    return {str(index): value.float().cpu().numpy() for index, value in enumerate(values)}
+        outputs = named_outputs(model(inputs))
+    return {name: as_array(output) for name, output in outputs.items()}
+
+
+def as_array(output: Tensor) -> Array:
+    """Return a tensor as an array; half precision becomes float32."""
+    half = output.dtype in (torch.float16, torch.bfloat16)
+    return (output.float() if half else output).detach().cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -65,25 +72,51 @@ NO_DIFFERENCE = Comparison(0.0, 0.0, 0.0, 0, 0)
 
 
 def scale_of(reference: Array) -> float:
-    """Return what a difference is measured against: the largest absolute value, or 1e-3 if that is less."""
-    return max(1e-3, float(np.max(np.abs(reference), initial=0.0)))
+    """Return what a difference is measured against: the largest finite absolute value, or 1e-3 if that is
+    less."""
+    return max(1e-3, _largest(reference))
 
 
-def compare_outputs(expected: Mapping[str, Array], actual: Sequence[Array]) -> Comparison:
-    """Compare outputs one by one; shapes that differ are NaN apart."""
-    total = NO_DIFFERENCE
-    for reference, output in zip(expected.values(), actual, strict=True):
+def _largest(values: Array) -> float:
+    return float(np.max(np.abs(_numbers(values)), initial=0.0, where=np.isfinite(values)))
+
+
+def _numbers(values: Array) -> npt.NDArray[Any]:
+    """Return booleans and integers as float64, in which their differences do not wrap around."""
+    return values if values.dtype.kind == "f" else values.astype(np.float64)
+
+
+def other_shapes(expected: Mapping[str, Array], actual: Mapping[str, Array]) -> str | None:
+    """Say how the number or the shapes of two runs' outputs differ; None where they do not."""
+    if len(expected) != len(actual):
+        return f"{len(actual)} outputs, expected {len(expected)}"
+    for (name, reference), output in zip(expected.items(), actual.values(), strict=True):
         if reference.shape != output.shape:
-            return Comparison(math.nan, math.nan, math.nan, 0, 1)
+            return f"output {name!r} of shape {output.shape}, expected {reference.shape}"
+    return None
+
+
+def compare_outputs(expected: Mapping[str, Array], actual: Mapping[str, Array]) -> Comparison:
+    """Compare outputs of equal shapes one by one, in their order."""
+    total = NO_DIFFERENCE
+    for reference, output in zip(expected.values(), actual.values(), strict=True):
         total = total.worst(_compare(reference, output))
     return total
 
 
+def differences(reference: Array, output: Array) -> npt.NDArray[Any]:
+    """Return absolute differences; 0 where both are the same infinity, NaN where either is NaN."""
+    one, other = _numbers(reference), _numbers(output)
+    with np.errstate(invalid="ignore"):  # ∞ − ∞
+        apart = np.abs(one - other)
+    return np.where(one == other, 0.0, apart)
+
+
 def _compare(reference: Array, output: Array) -> Comparison:
-    difference = float(np.max(np.abs(reference - output), initial=0.0))
-    largest = float(np.max(np.abs(reference), initial=0.0))
+    difference = float(np.max(differences(reference, output), initial=0.0))
+    largest = _largest(reference)
     agreeing = decided = 0
-    if reference.ndim >= 2 and reference.shape[1] > 1:
+    if reference.dtype.kind == "f" and reference.ndim >= 2 and reference.shape[1] > 1:
         agreeing = int(np.sum(reference.argmax(1) == output.argmax(1)))
         decided = reference.size // reference.shape[1]
     ratio = difference / largest if largest > 0 else difference
@@ -131,5 +164,8 @@ def compare_files(reference: Path | str, other: Path | str, *, images: Tensor, t
                 f"{str(other)!r} has the outputs {', '.join(actual)}, expected {', '.join(expected)}: "
                 "compare two exports of one model"
             )
-        total = total.worst(compare_outputs(expected, list(actual.values())))
+        shapes = other_shapes(expected, actual)
+        if shapes is not None:
+            raise GroupifyError(f"{str(other)!r} gives {shapes}: compare two exports of one model")
+        total = total.worst(compare_outputs(expected, actual))
     return Agreement(total.absolute, total.relative, total.top1_agreement, len(images))

@@ -142,6 +142,36 @@ def replace_output(graph: ir.Graph, index: int, new: ir.Value) -> None:
     graph.outputs[index] = new
 
 
+class ValueNames:
+    """Which value of a graph has which name, while they are given other ones."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
+        self._values = {value.name: value for node in graph for value in node.outputs}
+        self._values |= {value.name: value for value in (*graph.inputs, *graph.initializers.values())}
+
+    def claim(self, value: ir.Value, name: str) -> None:
+        """Name a value; another one of that name gets ``name.inner``, or ``name.inner_1`` and so on."""
+        other = self._values.get(name)
+        if other is not None and other is not value:
+            numbered = (f"{name}.inner_{number}" for number in itertools.count(1))
+            free = next(
+                free for free in itertools.chain([f"{name}.inner"], numbered) if free not in self._values
+            )
+            other.name, self._values[free] = free, other
+        self._values.pop(value.name, None)
+        value.name, self._values[name] = name, value
+
+    def claim_output(self, index: int, name: str) -> None:
+        """Name an output of the graph; a value that is something else too is copied first."""
+        outputs = self._graph.outputs
+        value = outputs[index]
+        earlier = any(value is output for output in outputs[:index])
+        if value.is_graph_input() or value.is_initializer() or earlier:
+            value = outputs[index] = _identity(self._graph, value)
+        self.claim(value, name)
+
+
 def _identity(graph: ir.Graph, value: ir.Value) -> ir.Value:
     output = ir.Value(name=f"{value.name}.copy", type=value.type, shape=value.shape)
     name = free_node_name(graph, "Identity.output")

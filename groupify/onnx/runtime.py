@@ -116,7 +116,13 @@ class OnnxModule(nn.Module):
         filler = -len(values) % self._batch
         filled = torch.cat([values, values.new_zeros(filler, *values.shape[1:])])
         parts = [self._run(part) for part in filled.split(self._batch)]
-        return {name: np.concatenate([part[name] for part in parts])[: len(values)] for name in parts[0]}
+        return {name: self._joined([part[name] for part in parts], len(values)) for name in parts[0]}
+
+    def _joined(self, parts: list[Array], images: int) -> Array:
+        """Return one output for all images; one without a batch dimension is the same for each part."""
+        if parts[0].ndim == 0 or len(parts[0]) != self._batch:
+            return parts[0]
+        return np.concatenate(parts)[:images]
 
     @property
     def fixed_batch(self) -> int | None:

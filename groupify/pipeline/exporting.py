@@ -126,6 +126,7 @@ def _write_int8(path: Path, data: DataSplits, *, threads: int, seed: int, progre
         reduced_range=quantized.reduced_range,
         agreement=agreement,
         top1=top1,
+        left_in_float=quantized.left_in_float,
     )
 
 
@@ -274,10 +275,18 @@ def latency_notes(timed: Timed) -> tuple[str, ...]:
 
 
 def int8_notes(int8: Int8File | None) -> tuple[str, ...]:
-    """Return that int8 does not pay on this machine, where it was timed and does not."""
-    if int8 is None or int8.speed_up_over_float is None or int8.speed_up_over_float >= 1:
+    """Return what stays float32 in the int8 file, and that int8 does not pay here, where it does not."""
+    if int8 is None:
         return ()
-    return (
-        f"int8 is slower than float on this machine: {int8.speed_up_over_float:.2f}× its speed; ONNX "
-        "Runtime has no blocked kernel for int8 convs, so deploy the float file here",
-    )
+    notes = []
+    if int8.left_in_float:
+        first = int8.left_in_float[0]
+        more = len(int8.left_in_float) - 1
+        others = f" and {more} more" if more else ""
+        notes.append(f"stays float32 in the int8 file: {first.name}{others} ({first.reason})")
+    if int8.speed_up_over_float is not None and int8.speed_up_over_float < 1:
+        notes.append(
+            f"int8 is slower than float on this machine: {int8.speed_up_over_float:.2f}× its speed; ONNX "
+            "Runtime has no blocked kernel for int8 convs, so deploy the float file here"
+        )
+    return tuple(notes)

@@ -16,6 +16,7 @@ from groupify.models.specs import WeightsOrigin
 from groupify.onnx.comparison import Agreement
 from groupify.onnx.exporting import ExportedModel
 from groupify.onnx.parity import Parity
+from groupify.onnx.quantisation import FloatNode
 from groupify.structures import Change, SitePlan
 from groupify.training.history import FinetuneRow
 
@@ -70,6 +71,7 @@ class Int8File:
         milliseconds: median per batch, timed in one run with the float files; None where not timed.
         speed_up: dense float ÷ int8.
         speed_up_over_float: grouped float ÷ int8.
+        left_in_float: nodes that it computes in float32, since the quantiser cannot take them.
     """
 
     file_bytes: Count1
@@ -80,6 +82,7 @@ class Int8File:
     milliseconds: Amount | None = None
     speed_up: Amount | None = None
     speed_up_over_float: Amount | None = None
+    left_in_float: tuple[FloatNode, ...] = ()
 
 
 @dataclass(frozen=True)

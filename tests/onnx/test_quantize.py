@@ -3,18 +3,20 @@ from __future__ import annotations
 import collections
 import math
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 import torch
+from onnxruntime import quantization
 from torch import nn
 
-from groupify.errors import ArtefactError, DataError, GroupifyError
+from groupify.errors import ArtefactError, ConversionError, DataError, GroupifyError
 from groupify.onnx.comparison import compare_files
 from groupify.onnx.exporting import export_onnx
 from groupify.onnx.quantisation import quantize_onnx
 from groupify.onnx.runtime import OnnxModule
-from tests.onnx.nets import INPUT_SHAPE
+from tests.onnx.nets import INPUT_SHAPE, randomise
 
 IMAGES = torch.randn(40, *INPUT_SHAPE, generator=torch.Generator().manual_seed(7))
 
@@ -78,6 +80,62 @@ def test_files_of_two_models_are_not_compared(exported: Path, tmp_path: Path) ->
     onnx.save(model, str(tmp_path / "other.onnx"))
     with pytest.raises(GroupifyError, match="outputs other, expected output"):
         compare_files(exported, tmp_path / "other.onnx", images=IMAGES)
+
+
+def upsampling(**options: Any) -> nn.Module:
+    """As in keypoint detectors: a transposed conv behind a plain one."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 8, 4, 2, 1, **options), nn.Conv2d(8, 4, 1)
+    )
+    return randomise(net).eval()
+
+
+@pytest.mark.parametrize("options", [{"groups": 2}, {"groups": 8}, {"groups": 4, "bias": False}])
+def test_transposed_convs_in_groups_stay_float32(options: dict[str, Any], tmp_path: Path) -> None:
+    path = export_onnx(upsampling(**options), tmp_path / "net.onnx", input_shape=INPUT_SHAPE).path
+    quantized = quantize_onnx(path, tmp_path / "int8.onnx", images=IMAGES)
+    assert [node.name for node in quantized.left_in_float] == ["2/ConvTranspose"]
+    assert "transposed conv in groups" in quantized.left_in_float[0].reason
+    weights = {entry.name for entry in onnx.load(str(quantized.path)).graph.initializer}
+    assert "2.weight" in weights
+    assert "3.weight_quantized" in weights
+    assert compare_files(path, quantized.path, images=IMAGES).max_rel_diff < 0.1
+
+
+def test_other_transposed_convs_are_quantised(tmp_path: Path) -> None:
+    path = export_onnx(upsampling(), tmp_path / "net.onnx", input_shape=INPUT_SHAPE).path
+    quantized = quantize_onnx(path, tmp_path / "int8.onnx", images=IMAGES)
+    assert quantized.left_in_float == ()
+    weights = {entry.name for entry in onnx.load(str(quantized.path)).graph.initializer}
+    assert "2.weight_quantized" in weights
+
+
+def test_whatever_else_the_quantiser_fails_on_is_found_and_stays_float32(
+    net: nn.Module, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantise = quantization.quantize_static
+    bad = [node.name for node in onnx.load(str(exported)).graph.node if node.op_type == "Conv"][1]
+
+    def brittle(*args: Any, nodes_to_quantize: list[str], nodes_to_exclude: list[str], **more: Any) -> None:
+        if bad not in nodes_to_exclude and (not nodes_to_quantize or bad in nodes_to_quantize):
+            raise ValueError("shapes (16,)\n(8,)")
+        more |= {"nodes_to_quantize": nodes_to_quantize, "nodes_to_exclude": nodes_to_exclude}
+        quantise(*args, **more)
+
+    monkeypatch.setattr(quantization, "quantize_static", brittle)
+    quantized = quantize_onnx(exported, tmp_path / "int8.onnx", images=IMAGES)
+    assert [(node.name, node.reason) for node in quantized.left_in_float] == [
+        (bad, "ValueError: shapes (16,) (8,)")
+    ]
+    assert compare_files(exported, quantized.path, images=IMAGES).max_rel_diff < 0.1
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise IndexError
+
+    monkeypatch.setattr(quantization, "quantize_static", broken)
+    with pytest.raises(ConversionError, match=r"quantiser fails on .*: IndexError; deploy the float file"):
+        quantize_onnx(exported, tmp_path / "other.onnx", images=IMAGES)
+    assert not (tmp_path / "other.onnx").exists()
 
 
 def test_bad_input(exported: Path, tmp_path: Path) -> None:

@@ -1,0 +1,324 @@
+"""A model as an ONNX graph, by PyTorch's own exporter, and what to say where that does not work."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from groupify.errors import ConversionError, GroupifyError
+from groupify.onnx.graph_edits import ValueNames
+from groupify.onnx.outputs import named_outputs
+
+# The highest opset whose Conv (11), AveragePool (11) and pooling all have a rule in ONNX Runtime's
+# NCHWc transformer: AveragePool-19 and Conv-22 have none in the versions groupify supports.
+OPSET = 18
+# The highest that PyTorch's exporter writes.
+LAST_OPSET = 23
+INPUT_NAME = "input"
+
+_LONGEST_REASON = 200
+_OPERATOR = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)'")
+
+
+@dataclass(frozen=True)
+class TracedModel:
+    """An ONNX program that is still in memory, its inputs, outputs, weights and nodes under their final
+    names."""
+
+    program: Any
+    opset: int
+    output_names: tuple[str, ...]
+
+
+def trace_to_onnx(
+    model: nn.Module, input_shape: tuple[int, ...], *, static_batch: int | None, opset: int | None
+) -> TracedModel:
+    """Trace a model in evaluation mode.
+
+    Args:
+        model: any module that ``torch.export`` can trace.
+        input_shape: shape of one input, without the batch dimension.
+        static_batch: a fixed batch size; None leaves it dynamic.
+        opset: of the ONNX operators; None takes 18, or the lowest that has all operators of the model.
+
+    Raises:
+        ConversionError: the model does not run on the input shape, or cannot be traced; says what torch said,
+            and whether a fixed batch would help.
+    """
+    names = _output_names(model, input_shape, static_batch or 1)
+    try:
+        program = _export(model, input_shape, names, static_batch, opset or OPSET)
+    except (GroupifyError, MemoryError):
+        raise
+    except Exception as error:  # the exporter wraps whatever went wrong in its own private classes
+        raise _untraceable(model, error, static_batch, _fixed_batch_problem(model, input_shape)) from error
+    needed = _lowest_opset(program.model.graph, opset or OPSET)
+    if needed is not None:
+        if opset is not None or needed > LAST_OPSET:
+            raise ConversionError(_too_old(program.model.graph, opset or OPSET, needed))
+        return trace_to_onnx(model, input_shape, static_batch=static_batch, opset=needed)
+    names = tuple(f"output.{name}" if name == INPUT_NAME else name for name in names)
+    _rename(program.model.graph, names)
+    _name_nodes(program.model)
+    return TracedModel(program, opset or OPSET, names)
+
+
+# ---- tracing
+
+
+class _OwnError(Exception):
+    """What is wrong with a program that torch traced, in groupify's words."""
+
+
+class _Flat(nn.Module):
+    """A model that returns a tuple of tensors, whatever its own outputs are nested in."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self.training = False
+        self._names = names
+
+    def forward(self, input: Tensor) -> tuple[Tensor, ...]:  # noqa: A002 - the name of the file's input
+        outputs = named_outputs(self.model(input))
+        if tuple(outputs) != self._names:
+            raise _OwnError(
+                f"it has {len(outputs)} outputs for {len(input)} images, {len(self._names)} for another batch"
+            )
+        return tuple(outputs.values())
+
+
+def _example(model: nn.Module, input_shape: tuple[int, ...], batch_size: int) -> Tensor:
+    parameter = next(model.parameters(), None)
+    device = parameter.device if parameter is not None else torch.device("cpu")
+    if parameter is not None and parameter.dtype != torch.float32:
+        raise ConversionError(f"cannot export {parameter.dtype} weights: call model.float() before exporting")
+    return torch.zeros(batch_size, *input_shape, device=device)
+
+
+def _output_names(model: nn.Module, input_shape: tuple[int, ...], batch_size: int) -> tuple[str, ...]:
+    example = _example(model, input_shape, batch_size)
+    try:
+        with torch.no_grad():
+            value = model(example)
+    except (GroupifyError, MemoryError):
+        raise
+    except Exception as error:  # the user's model can raise anything
+        raise ConversionError(
+            f"the model does not run on an input of shape {tuple(example.shape)}: {_first_line(error)}; "
+            "give the shape it was made for"
+        ) from error
+    outputs = named_outputs(value)
+    for name, output in outputs.items():
+        if output.is_complex():
+            raise ConversionError(
+                f"cannot export a model whose {name!r} is complex, which ONNX Runtime does not run: wrap the "
+                "model in one that returns torch.view_as_real of it"
+            )
+    return tuple(outputs)
+
+
+def _export(
+    model: nn.Module,
+    input_shape: tuple[int, ...],
+    names: tuple[str, ...],
+    static_batch: int | None,
+    opset: int,
+) -> Any:
+    # A batch of one would be taken for a constant, so that a dynamic batch is traced with two.
+    example = _example(model, input_shape, static_batch or 2)
+    dynamic = None if static_batch is not None else ({0: torch.export.Dim("batch")},)
+    with quiet_exporter():
+        program = torch.onnx.export(
+            _Flat(model, names),
+            (example,),
+            dynamo=True,
+            opset_version=opset,
+            input_names=[INPUT_NAME],
+            dynamic_shapes=dynamic,
+            verbose=False,
+        )
+    assert program is not None
+    shape = program.model.graph.inputs[0].shape
+    if static_batch is None and shape is not None and isinstance(shape[0], int):
+        # The exporter gives up the dynamic batch without a word.
+        raise _OwnError(f"its own code fixes the batch to that of the example, {len(example)}")
+    return program
+
+
+@contextlib.contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """Keep the exporter's prints, log lines and deprecation warnings about itself from the user."""
+    disabled = logging.root.manager.disable
+    nowhere = io.StringIO()
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
+            warnings.filterwarnings(
+                "ignore", category=category, module=r"(torch|onnxscript|onnx_ir|copyreg)\b"
+            )
+        try:
+            # Not by the names of the loggers: what fails is logged by a dozen modules of torch.
+            logging.disable(logging.CRITICAL)
+            yield
+        finally:
+            logging.disable(disabled)
+
+
+# ---- names
+
+
+def _rename(graph: ir.Graph, names: tuple[str, ...]) -> None:
+    """Give outputs their names and weights those that they have in the model, each name to one value only."""
+    taken = ValueNames(graph)
+    weights = list(graph.initializers.values())
+    for value in weights:
+        assert value.name is not None
+        if value.name.startswith("model.") and not value.is_graph_output():
+            taken.claim(value, value.name.removeprefix("model."))
+    graph.initializers.clear()  # a new name has moved a weight to the end
+    for value in weights:
+        graph.register_initializer(value)
+    for index, name in enumerate(names):
+        taken.claim_output(index, name)
+
+
+def _name_nodes(model: Any) -> None:
+    """Name each node after the module whose output it computes, and drop what the exporter notes.
+
+    The notes hold stack traces with the paths of this machine.
+    """
+    taken: dict[str, int] = {}
+    for node in model.graph:
+        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
+        module = _last_module(scopes) if scopes else ""
+        name = f"{module}/{node.op_type}" if module else node.op_type
+        count = taken.get(name, 0)
+        taken[name] = count + 1
+        node.name = f"{name}_{count}" if count else name
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.metadata_props.clear()
+
+
+def _last_module(scopes: str) -> str:
+    """Return ``layer1.0.relu`` of ``"['', 'model', 'model.layer1', 'model.layer1.0.relu', 'relu_1']"``."""
+    parts = [part.strip().strip("'\"") for part in scopes.strip("[]").split(",")]
+    return parts[-2].removeprefix("model").removeprefix(".") if len(parts) > 1 else ""
+
+
+# ---- what did not work
+
+
+def _fixed_batch_problem(model: nn.Module, input_shape: tuple[int, ...]) -> Exception | None:
+    """Return what goes wrong with a batch of one; None if it can be exported."""
+    try:
+        _export(model, input_shape, _output_names(model, input_shape, 1), 1, OPSET)
+    except MemoryError:
+        raise
+    except Exception as error:
+        return error
+    return None
+
+
+def _untraceable(
+    model: nn.Module, error: Exception, static_batch: int | None, fixed: Exception | None
+) -> ConversionError:
+    name = type(model).__name__
+    if static_batch is None and fixed is None:
+        return ConversionError(
+            f"cannot export {name} for batches of any size: {_said(error)}; it can be exported for a fixed "
+            "one: give static_batch=1 (--static-batch 1)"
+        )
+    if static_batch is not None and static_batch > 1 and fixed is None:
+        return ConversionError(
+            f"cannot export {name} for batches of {static_batch}: {_said(error)}; it can be exported for a "
+            "batch of one: give static_batch=1 (--static-batch 1)"
+        )
+    return ConversionError(
+        f"cannot export {name}: {_said(error if fixed is None else fixed)}; {_advice(error)}"
+    )
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """Return an exception and what it was raised from, down to the first that went wrong."""
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    return chain
+
+
+def _said(error: Exception) -> str:
+    """Return what torch itself said, in one line."""
+    first = _causes(error)[-1]
+    operator = _OPERATOR.search(str(first))
+    if operator is not None:
+        return f"PyTorch's exporter has no ONNX form of the operator {operator[1]}"
+    if isinstance(first, _OwnError):
+        return str(first)
+    return f"torch said {_first_line(first)}"
+
+
+def _first_line(error: BaseException) -> str:
+    """Return the kind of an exception and the first line of what it says."""
+    name = type(error).__name__
+    text = next((f"{name}: {line.strip()}" for line in str(error).splitlines() if line.strip()), name)
+    return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 1] + "…"
+
+
+def _advice(error: Exception) -> str:
+    texts = [f"{type(cause).__name__} {cause}" for cause in _causes(error)]
+    if any(_OPERATOR.search(text) for text in texts):
+        return "put another operation in its place, or export the part of the model in front of it"
+    if any("data-dependent" in text or "DataDependent" in text for text in texts):
+        return "groupify needs a model without control flow that depends on the values of its input"
+    return "make the model one that torch.export takes, or export a part of it"
+
+
+def _lowest_opset(graph: ir.Graph, opset: int) -> int | None:
+    """Return the lowest opset above ``opset`` that has all operators; None where ``opset`` has."""
+    first = [_first_opset(name) for name in _missing(graph, opset)]
+    return max(first) if first else None
+
+
+def _missing(graph: ir.Graph, opset: int) -> list[str]:
+    """Return the standard operators that are newer than ``opset``."""
+    names = {node.op_type for node in graph.all_nodes() if node.domain in ("", "ai.onnx")}
+    return sorted(name for name in names if _first_opset(name) > opset)
+
+
+def _first_opset(operator: str) -> int:
+    versions = [
+        schema.since_version
+        for schema in onnx.defs.get_all_schemas_with_history()
+        if schema.name == operator and schema.domain == ""
+    ]
+    return min(versions, default=1)
+
+
+def _too_old(graph: ir.Graph, opset: int, needed: int) -> str:
+    operators = ", ".join(_missing(graph, opset))
+    if needed > LAST_OPSET:
+        return (
+            f"the model needs {operators}, which ONNX has from opset {needed} on, and PyTorch's exporter "
+            f"writes {LAST_OPSET} at most; put another operation in its place"
+        )
+    return f"opset {opset} has no {operators}: give opset={needed} (--opset {needed}) or leave it out"
