@@ -42,7 +42,12 @@ class Classifier:
         wanted = self.preprocessing
         mean, std = (np.array(wanted[name], np.float32).reshape(-1, 1, 1) for name in ("mean", "std"))
         image = image.convert("L" if len(mean) == 1 else "RGB")
-        image = resize_and_crop(image, wanted["resize"], wanted["size"], FILTERS[wanted["interpolation"]])
+        resample, (height, width) = FILTERS[wanted["interpolation"]], wanted["size"]
+        if wanted["crop"] == "none":
+            image = image.resize((width, height), resample)
+        else:
+            shorter = max(wanted["resize"] or min(image.size), height, width)
+            image = resize_and_crop(image, shorter, wanted["size"], resample)
         pixels = np.asarray(image, np.float32).reshape(*image.size[::-1], -1) / 255
         prepared: np.ndarray[Any, Any] = (pixels.transpose(2, 0, 1) - mean) / std
         return prepared
@@ -57,12 +62,10 @@ class Classifier:
 
 
 def resize_and_crop(
-    image: Image.Image, shorter_side: int | None, size: list[int], resample: Image.Resampling
+    image: Image.Image, shorter_side: int, size: list[int], resample: Image.Resampling
 ) -> Image.Image:
     """Bring the shorter side to a length, then cut ``size`` (height, width) out of the middle."""
     height, width = size
-    if shorter_side is None:
-        return image.resize((width, height), resample)
     scale = shorter_side / min(image.size)
     image = image.resize((int(image.width * scale), int(image.height * scale)), resample)
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)

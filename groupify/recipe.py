@@ -15,7 +15,7 @@ import torch
 from pydantic import AfterValidator, Field
 
 from groupify.documents import Document, OneOf, Text
-from groupify.models.specs import ModelSpec, WeightsOrigin
+from groupify.models.specs import CheckedSpec, WeightsOrigin
 from groupify.structures import KINDS, SiteRecipe
 
 # Key of the recipe's ``sha256`` in the metadata of an ONNX file.
@@ -82,8 +82,8 @@ class Recipe(Document):
     remedy: ClassVar[str] = "install the version of groupify that wrote it, or convert the model again"
 
     format: Literal["groupify"] = field(default="groupify", kw_only=True)
-    schema_version: Literal[3] = field(default=3, kw_only=True)
-    model: ModelSpec
+    schema_version: Literal[4] = field(default=4, kw_only=True)
+    model: CheckedSpec
     weights: WeightsOrigin
     sites: Annotated[
         tuple[Annotated[SiteRecipe, AfterValidator(_check_site)], ...],

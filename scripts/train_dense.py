@@ -96,14 +96,10 @@ def main() -> None:
 def hold_out(images: ImageArrays) -> tuple[ImageArrays, ImageArrays]:
     """Return nine tenths of the images to train on, and the tenth that is held out."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(HOLD_OUT_SEED))
-    mean, std = images.mean.flatten().tolist(), images.std.flatten().tolist()
     kept, left_out = (
-        ImageArrays(
-            images.images[part], images.labels[part], mean=mean, std=std, channels=images.channels,
-            size=images.size,
-        )
+        ImageArrays(images.images[part], images.labels[part], images.preprocessing)
         for part in order.tensor_split([len(images) - len(images) // 10])
-    )  # fmt: skip
+    )
     return kept, left_out
 
 

@@ -15,13 +15,17 @@ from groupify.cli.main import main
 ROOT = Path(__file__).parent.parent
 
 
+_NOTES = ("groupify: input:", "groupify: preprocessing")
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """What a command left behind."""
+    """What a command left behind; notes on what is fed to the model apart from the rest of stderr."""
 
     code: int
     out: str
     err: str
+    notes: str = ""
 
 
 Run = Callable[..., Outcome]
@@ -53,6 +57,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
             signal.signal(signal.SIGTERM, handler)
         written = capsys.readouterr()
         assert isinstance(leaving.value.code, int)
-        return Outcome(leaving.value.code, written.out, written.err)
+        lines = written.err.splitlines(keepends=True)
+        notes = [line for line in lines if line.startswith(_NOTES)]
+        err = "".join(line for line in lines if line not in notes)
+        return Outcome(leaving.value.code, written.out, err, "".join(notes))
 
     return command

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from groupify.errors import ArtefactError
-from groupify.models.specs import ModelSpec, Preprocessing, WeightsOrigin
+from groupify.models.preprocessing import Preprocessing
+from groupify.models.specs import ModelSpec, WeightsOrigin
 from groupify.recipe import Recipe, current_versions
 from groupify.structures import SiteRecipe
 
@@ -21,7 +22,7 @@ RECIPE = Recipe(
         name="resnet18",
         arguments={"num_classes": 10, "replace_stride_with_dilation": [False, True, True]},
         input_shape=(3, 64, 64),
-        preprocessing=Preprocessing((0.5, 0.4, 0.3), (0.2, 0.2, 0.1), 72, "bilinear"),
+        preprocessing=Preprocessing((64, 64), 72, "center", (0.5, 0.4, 0.3), (0.2, 0.2, 0.1), "bilinear"),
     ),
     weights=WeightsOrigin("torchvision", "ResNet18_Weights.IMAGENET1K_V1"),
     sites=(
@@ -89,7 +90,7 @@ def test_versions_are_those_that_run() -> None:
     ("path", "value", "message"),
     [
         (("format",), "other", "it is no recipe"),
-        (("schema_version",), 1, "schema version is 1, this groupify reads version 3"),
+        (("schema_version",), 1, "schema version is 1, this groupify reads version 4"),
         (("schema_version",), True, "schema version is True"),
         (("schema_version",), "1", "schema version is '1'"),
         (("model",), [], r"model is \[\]; expected an object"),
@@ -105,6 +106,10 @@ def test_versions_are_those_that_run() -> None:
         (("model", "preprocessing", "std"), [0.1, 0.0, 0.1], r"std\[1\] is 0.0; expected greater than 0"),
         (("model", "preprocessing", "std"), [0.1], "as many means as standard deviations"),
         (("model", "preprocessing", "resize"), -5, "preprocessing.resize is -5"),
+        (("model", "preprocessing", "resize"), 60, "a resize of at least 64, for a crop of 64×64"),
+        (("model", "preprocessing", "size"), [64, 32], r"the size of the input shape, \(64, 64\)"),
+        (("model", "preprocessing", "crop"), "none", "no resize where nothing is cropped"),
+        (("model", "preprocessing", "crop"), "corner", "'center' or 'none'"),
         (("model", "preprocessing", "interpolation"), "lanczos", "'bilinear' or 'bicubic' or 'nearest'"),
         (("weights", "kind"), "torchvison", "did you mean 'torchvision'"),
         (("weights", "value"), 1, "weights of kind 'torchvision' is 1, expected a str"),

@@ -10,9 +10,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from groupify.data.splits import load_data
 from groupify.errors import DataError, GroupifyWarning
+from groupify.models.preprocessing import PreprocessingOptions
 from groupify.models.sources import load_model
 from groupify.models.specs import ModelSpec
-from groupify.pipeline.prepare import open_data
+from groupify.pipeline.inputs import with_data
 from groupify.scores import Accuracy, evaluate
 
 IMAGES = torch.eye(4).view(4, 4, 1, 1).repeat(5, 1, 1, 1)
@@ -118,7 +119,10 @@ def test_labels_are_not_used_for_a_model_that_is_no_classifier() -> None:
     with pytest.warns(
         GroupifyWarning, match=r"segmenter gives no logits .* labels of tests.cli_nets:data are"
     ):
-        data = open_data("tests.cli_nets:data", source, 0)
+        _, data = with_data(source, "tests.cli_nets:data", PreprocessingOptions(), seed=0)
+    assert data is not None
     assert not data.labelled
     classifier = load_model("tests.cli_nets:net", input_shape=(3, 8, 8))
-    assert open_data("tests.cli_nets:data", classifier, 0).labelled
+    _, data = with_data(classifier, "tests.cli_nets:data", PreprocessingOptions(), seed=0)
+    assert data is not None
+    assert data.labelled

@@ -30,17 +30,18 @@ export class Classifier {
   }
 
   prepare(image, canvas) {
-    const { mean, std, resize, interpolation, size: [height, width] } = this.preprocessing;
+    const { mean, std, resize, crop, interpolation, size: [height, width] } = this.preprocessing;
     canvas.width = width;
     canvas.height = height;
     const context = canvas.getContext("2d", { willReadFrequently: true });
     context.imageSmoothingEnabled = interpolation !== "nearest";
     context.imageSmoothingQuality = "high";
-    if (resize === null) {
+    if (crop === "none") {
       context.drawImage(image, 0, 0, width, height);
     } else {
       // The shorter side gets the length, the middle is cut out.
-      const scale = resize / Math.min(image.width, image.height);
+      const shorter = Math.min(image.width, image.height);
+      const scale = Math.max(resize ?? shorter, height, width) / shorter;
       const [w, h] = [Math.trunc(image.width * scale), Math.trunc(image.height * scale)];
       context.drawImage(image, Math.round((width - w) / 2), Math.round((height - h) / 2), w, h);
     }

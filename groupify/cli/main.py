@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import io
+import logging
 import os
 import signal
 import sys
@@ -152,6 +153,19 @@ def _speak_in_lines() -> None:
     warnings.simplefilter("ignore")
     warnings.simplefilter("always", GroupifyWarning)
     warnings.showwarning = show
+    notes = logging.getLogger("groupify")
+    notes.handlers, notes.propagate = [_Notes()], False
+    notes.setLevel(logging.INFO)
+
+
+class _Notes(logging.Handler):
+    """Shows groupify's notes as one line each, unless the command is to be quiet."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show one note."""
+        context = click.get_current_context(silent=True)
+        if _speaks() and not (context is not None and context.params.get("quiet")):
+            click.echo(f"groupify: {' '.join(record.getMessage().split())}", err=True)
 
 
 @click.group(cls=_Group, context_settings=CONTEXT)

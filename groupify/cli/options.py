@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -73,16 +74,32 @@ def together(*options: Decorator[Any]) -> Decorator[Any]:
 
 
 def input_shape(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...] | None:
-    """Parse C,H,W."""
+    """Parse C,H,W, or the shape of an input of another dimension."""
     if value is None:
         return None
     try:
         shape = tuple(int(part) for part in value.split(","))
     except ValueError:
         shape = ()
-    if len(shape) != 3 or min(shape) < 1:
-        raise SpecError(f"--input-size {value!r}: expected C,H,W, for example 3,224,224")
+    if len(shape) not in (2, 3, 4) or min(shape) < 1:
+        raise SpecError(
+            f"--input-size {value!r}: expected C,H,W, for example 3,224,224; C,L for 1-d models, "
+            "C,D,H,W for 3-d ones"
+        )
     return shape
+
+
+def numbers(_: click.Context, parameter: click.Parameter, value: str | None) -> tuple[float, ...] | None:
+    """Parse a list of numbers, like 0.5,0.5,0.5."""
+    if value is None:
+        return None
+    try:
+        found = tuple(float(part) for part in value.split(","))
+    except ValueError:
+        found = ()
+    if not found or not all(map(math.isfinite, found)):
+        raise SpecError(f"{parameter.opts[0]} {value!r}: expected numbers, for example 0.5 or 0.5,0.5,0.5")
+    return found
 
 
 def model_arguments(_: click.Context, __: click.Parameter, value: str | None) -> dict[str, Any]:
@@ -159,6 +176,7 @@ def budget(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> An
 
 _PATH = click.Path(path_type=Path)
 _model = section("Model")
+_preprocessing = section("How images become inputs")
 _plan = section("What to convert")
 _fit = section("How to fit")
 _training = section("Training")
@@ -175,7 +193,19 @@ teacher_option = _model("--checkpoint", type=_PATH, help="The dense weights; def
 factory_options = together(
     _model("--model-args", "arguments", callback=model_arguments,
            help="Arguments of the model's factory, JSON."),
-    _model("--input-size", "input_shape", callback=input_shape, help="C,H,W of one image."),
+    _model("--input-size", "input_shape", callback=input_shape, metavar="C,H,W",
+           help="Shape of one input; C,L for 1-d models, C,D,H,W for 3-d ones."),
+)  # fmt: skip
+preprocessing_options = together(
+    _preprocessing("--mean", callback=numbers, metavar="NUMBERS",
+                   help="Of the training images, for pixels in [0, 1]: one, or one per channel."),
+    _preprocessing("--std", callback=numbers, metavar="NUMBERS", help="Their standard deviation."),
+    _preprocessing("--resize", type=click.IntRange(0), metavar="PIXELS",
+                   help="Shorter side before the crop; 0: the image's own."),
+    _preprocessing("--crop", type=click.Choice(["center", "none"]),
+                   help="center: the input is the middle of the image. none: the whole image, resized."),
+    _preprocessing("--interpolation", type=click.Choice(["bilinear", "bicubic", "nearest"]),
+                   help="Of resizing. Default of all five: what the model, its weights or the recipe say."),
 )  # fmt: skip
 model_options = together(
     _model("--weights", default="auto", show_default=True,
@@ -184,6 +214,7 @@ model_options = together(
            "none says that those are random."),
     _model("--checkpoint", type=_PATH, help="Your own weights: safetensors or torch."),
     factory_options,
+    preprocessing_options,
 )  # fmt: skip
 
 _CPU_HELP = "Processor that will run the model: avx2, avx512, arm64, any, or auto: this one."
@@ -302,5 +333,5 @@ uniform_option = output(
 common_options = together(
     _general("--seed", type=click.IntRange(0), default=0, show_default=True),
     _general("--json", "as_json", is_flag=True, help="Print one JSON document."),
-    _general("--quiet", "-q", is_flag=True, help="No progress bars."),
+    _general("--quiet", "-q", is_flag=True, help="No progress bars, no notes."),
 )

@@ -16,6 +16,7 @@ from groupify.cli.options import (
     model_options,
     output_options,
     plan_options,
+    preprocessing_options,
     reconstruct_option,
     teacher_option,
     training_options,
@@ -29,6 +30,7 @@ from groupify.cli.shared import (
     model_request,
     output_request,
     plan_request,
+    preprocessing_request,
     print_report,
     telling_how_to_resume,
     training_request,
@@ -83,6 +85,7 @@ def convert(model: str, **options: Any) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 @teacher_option
 @trust_option
+@preprocessing_options
 @data_option("A data set with a training part.", required=True)
 @training_options(epochs=1)
 @output_options
@@ -111,6 +114,7 @@ def finetune(folder: Path, **options: Any) -> None:
         training=training,
         checkpoint=options["checkpoint"],
         trust=is_trusted(folder, options),
+        preprocessing=preprocessing_request(options),
         seed=options["seed"],
     )
     _run(lambda progress: run_finetune(request, progress=progress), training, output, options)

@@ -18,6 +18,7 @@ from click.core import ParameterSource
 from groupify.errors import SpecError
 
 if TYPE_CHECKING:
+    from groupify.models.preprocessing import PreprocessingOptions
     from groupify.pipeline.requests import (
         ExportOptions,
         ModelRequest,
@@ -53,7 +54,20 @@ def model_request(name: str, options: dict[str, Any]) -> ModelRequest:
 
     known = ("weights", "checkpoint", "arguments", "input_shape")
     given = {key: options[key] for key in known if key in options}
-    return ModelRequest(name, **given, trust="trust" in options and is_trusted(name, options))
+    return ModelRequest(
+        name,
+        **given,
+        trust="trust" in options and is_trusted(name, options),
+        preprocessing=preprocessing_request(options),
+    )
+
+
+def preprocessing_request(options: dict[str, Any]) -> PreprocessingOptions:
+    """Return what is said about how images become inputs."""
+    from groupify.models.preprocessing import PreprocessingOptions
+
+    names = {field.name for field in dataclasses.fields(PreprocessingOptions)}
+    return PreprocessingOptions(**{name: options[name] for name in names & options.keys()})
 
 
 def is_trusted(folder: str | Path, options: dict[str, Any]) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
@@ -11,16 +12,64 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
 
+from groupify.data.items import UNLABELLED, Batch, as_batch, collate
 from groupify.errors import DataError
+
+__all__ = [
+    "UNLABELLED",
+    "Batch",
+    "BatchDataset",
+    "Data",
+    "Inputs",
+    "ModelInputs",
+    "calibration_images",
+    "check_labels",
+    "first_input",
+    "is_map_style",
+    "iterate_batches",
+    "model_inputs",
+    "split_validation",
+]
 
 Data: TypeAlias = Dataset[Any] | Iterable[Any]
 """A map-style ``Dataset`` or an ``IterableDataset`` of samples ``(image, label)`` or ``image``, or an
-iterable (a ``DataLoader``) of batches ``(images, labels)`` or ``images``; images are floating-point."""
+iterable (a ``DataLoader``) of batches ``(images, labels)`` or ``images``; images are floating-point. In the
+place of a pair there may be a dict, as Hugging Face has it."""
 
-Batch: TypeAlias = tuple[Tensor, Tensor]
+Inputs: TypeAlias = Callable[[Any], tuple[tuple[Any, ...], Mapping[str, Any]]]
+"""What a model is called with for a batch: the batch → positional and keyword arguments."""
 
-UNLABELLED = -1
-"""The label of an image that has none."""
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """What a model is called with: ``model(*args, **kwargs)``."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+def model_inputs(batch: Any, inputs: Inputs | None = None) -> ModelInputs:
+    """Return what a model is called with for a batch.
+
+    Args:
+        batch: images, a pair of images and labels, or a dict of them.
+        inputs: says it for models that take more than one tensor; None = the images alone.
+
+    Raises:
+        DataError: ``inputs`` returns something else, or the batch holds no images.
+    """
+    if inputs is None:
+        return ModelInputs((as_batch(batch, labelled=False)[0],))
+    found: Any = inputs(batch)
+    if isinstance(found, tuple) and len(found) == 2:
+        args, kwargs = found
+        if isinstance(args, tuple) and isinstance(kwargs, Mapping):
+            return ModelInputs(args, kwargs)
+    raise DataError(
+        f"inputs gave a {type(found).__name__} for a batch: expected a tuple of arguments and a dict of "
+        "keyword arguments, like (batch['image'], batch['mask']), {}"
+    )
+
 
 # How many times the wanted images are looked at in a stream, whose length is unknown.
 _STREAM_FACTOR = 20
@@ -44,6 +93,7 @@ def iterate_batches(
     limit: int | None = None,
     first_batch: int = 0,
     share: tuple[int, int] = (0, 1),
+    labelled: bool = True,
 ) -> Iterator[Batch]:
     """Iterate over ``(images, labels)``: float32 (n, C, H, W) and int64 (n,).
 
@@ -55,6 +105,7 @@ def iterate_batches(
         first_batch: leave out so many batches; those of a map-style data set are not even read.
         share: (r, n): of each batch only every n-th image from the r-th on, for the r-th of n processes;
             a batch without such an image is left out. What a map-style data set has besides is not read.
+        labelled: whether labels are wanted; without, they may be anything, and come as ``UNLABELLED``.
 
     Raises:
         DataError: no images, NaN or infinite images, images that are not floating-point tensors, or
@@ -64,12 +115,12 @@ def iterate_batches(
         raise DataError(f"batch size {batch_size}, limit {limit}: expected at least 1")
     if is_map_style(data):
         dataset = cast(Dataset[Any], data)
-        parts = _map_style_batches(dataset, batch_size, shuffle_seed, limit, first_batch, share)
+        parts = _map_style_batches(dataset, batch_size, shuffle_seed, limit, first_batch, share, labelled)
         return _checked(parts, limit, whole=(first_batch, share) == (0, (0, 1)))
     if isinstance(data, IterableDataset):
-        batches = _sample_stream(data, batch_size)
+        batches = _sample_stream(data, batch_size, labelled)
     else:
-        batches = (_as_batch(item) for item in _iterate(data))
+        batches = (as_batch(item, labelled=labelled) for item in _iterate(data))
     checked = itertools.islice(_checked(batches, limit), first_batch, None)
     return checked if share == (0, 1) else _shared(checked, share)
 
@@ -77,7 +128,8 @@ def iterate_batches(
 def calibration_images(data: Data, count: int, *, seed: int) -> Tensor:
     """Return a random subset of the images, without replacement: float32 (count, C, H, W).
 
-    A map-style data set is sampled as a whole; of a stream, at most the first 20 × ``count`` images.
+    Labels may be of any type; they are not looked at. A map-style data set is sampled as a whole; of a
+    stream, at most the first 20 × ``count`` images.
     If there are fewer than ``count`` images, all of them are returned, in random order.
 
     Example:
@@ -92,17 +144,27 @@ def calibration_images(data: Data, count: int, *, seed: int) -> Tensor:
         raise DataError(f"{count} calibration images: expected at least 1")
     batch_size = min(count, 256)
     if is_map_style(data):
-        batches = iterate_batches(data, batch_size, shuffle_seed=seed, limit=count)
+        batches = iterate_batches(data, batch_size, shuffle_seed=seed, limit=count, labelled=False)
         return torch.cat([images for images, _ in batches])
     # The images with the largest random keys are a uniform sample of the stream.
     generator = torch.Generator().manual_seed(seed)
     kept, keys = torch.empty(0), torch.empty(0)
-    for images, _ in iterate_batches(data, batch_size, limit=_STREAM_FACTOR * count):
+    for images, _ in iterate_batches(data, batch_size, limit=_STREAM_FACTOR * count, labelled=False):
         keys = torch.cat([keys, torch.rand(len(images), generator=generator)])
         kept = torch.cat([kept, images]) if len(kept) else images
         keys, order = keys.topk(min(count, len(keys)))
         kept = kept[order]
     return kept
+
+
+def first_input(data: Data) -> Tensor:
+    """Return the first input, float32 (C, H, W) or whatever shape it has; labels are not looked at.
+
+    Raises:
+        DataError: as :func:`iterate_batches`.
+    """
+    images, _ = next(iterate_batches(data, 1, limit=1, labelled=False))
+    return images[0]
 
 
 def split_validation(data: Data, fraction: float, seed: int) -> tuple[Subset[Any], Subset[Any]]:
@@ -146,6 +208,7 @@ def _map_style_batches(
     limit: int | None,
     first_batch: int,
     share: tuple[int, int],
+    labelled: bool,
 ) -> Iterator[Batch]:
     total = len(cast(Any, data))
     if shuffle_seed is None:
@@ -157,7 +220,7 @@ def _map_style_batches(
     for start in range(first_batch * batch_size, len(order), batch_size):
         indices = order[start : start + batch_size][rank::world]
         if len(indices):
-            yield _gather(data, indices)
+            yield _gather(data, indices, labelled)
 
 
 def _shared(batches: Iterable[Batch], share: tuple[int, int]) -> Iterator[Batch]:
@@ -167,25 +230,25 @@ def _shared(batches: Iterable[Batch], share: tuple[int, int]) -> Iterator[Batch]
             yield images[rank::world], labels[rank::world]
 
 
-def _gather(data: Dataset[Any], indices: Tensor) -> Batch:
+def _gather(data: Dataset[Any], indices: Tensor, labelled: bool) -> Batch:
     if isinstance(data, Subset):
-        return _gather(data.dataset, torch.as_tensor(data.indices)[indices])
+        return _gather(data.dataset, torch.as_tensor(data.indices)[indices], labelled)
     if isinstance(data, BatchDataset):
         return data.batch(indices)
     if hasattr(data, "__getitems__"):
-        return _collate(data.__getitems__(indices.tolist()))
-    return _collate([data[index] for index in indices.tolist()])
+        return collate(data.__getitems__(indices.tolist()), labelled=labelled)
+    return collate([data[index] for index in indices.tolist()], labelled=labelled)
 
 
-def _sample_stream(data: Iterable[Any], batch_size: int) -> Iterator[Batch]:
+def _sample_stream(data: Iterable[Any], batch_size: int, labelled: bool) -> Iterator[Batch]:
     samples: list[Any] = []
     for sample in _iterate(data):
         samples.append(sample)
         if len(samples) == batch_size:
-            yield _collate(samples)
+            yield collate(samples, labelled=labelled)
             samples = []
     if samples:
-        yield _collate(samples)
+        yield collate(samples, labelled=labelled)
 
 
 def _iterate(data: Any) -> Iterator[Any]:
@@ -233,73 +296,6 @@ def _death(error: BaseException) -> str:
         f"a worker of the data loader died ({reason}): out of memory, or a crash in the data set; "
         "num_workers=0 shows which"
     )
-
-
-def _collate(samples: Sequence[Any]) -> Batch:
-    pairs = [_split_item(sample) for sample in samples]
-    images = [_as_images(image) for image, _ in pairs]
-    shapes = sorted({tuple(image.shape) for image in images})
-    if len(shapes) > 1:
-        raise DataError(
-            f"images of shapes {shapes[0]} and {shapes[1]} in one data set: resize or crop them to one shape"
-        )
-    labels = [UNLABELLED if label is None else label for _, label in pairs]
-    return torch.stack(images), _as_labels(labels)
-
-
-def _as_batch(item: Any) -> Batch:
-    images, labels = _split_item(item)
-    images = _as_images(images)
-    if images.dim() < 4:
-        raise DataError(
-            f"a batch of images has shape {tuple(images.shape)}: expected (N, C, H, W); "
-            "give single samples as a Dataset or an IterableDataset"
-        )
-    if labels is None:
-        return images, torch.full((len(images),), UNLABELLED)
-    labels = _as_labels(labels)
-    if labels.shape != (len(images),):
-        raise DataError(
-            f"a batch of {len(images)} images has labels of shape {tuple(labels.shape)}: "
-            f"expected one class number per image, ({len(images)},)"
-        )
-    return images, labels
-
-
-def _split_item(item: Any) -> tuple[Any, Any]:
-    if isinstance(item, tuple | list):
-        if len(item) >= 2:
-            return item[0], item[1]
-        if len(item) == 1:
-            return item[0], None
-        raise DataError("an item of the data is empty: expected (image, label)")
-    return item, None
-
-
-def _as_images(value: Any) -> Tensor:
-    try:
-        images = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(
-            f"an image is a {type(value).__name__}: expected a float tensor (C, H, W); "
-            "give the data set a transform that ends in a tensor"
-        ) from error
-    if not images.is_floating_point():
-        raise DataError(
-            f"the images are {images.dtype}: expected floats, normalised as in training; "
-            "scale and normalise them in the data set's transform"
-        )
-    return images.to(torch.float32)
-
-
-def _as_labels(value: Any) -> Tensor:
-    try:
-        labels = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"labels of type {type(value).__name__}: expected class numbers") from error
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise DataError(f"the labels are {labels.dtype}: expected class numbers (integers)")
-    return labels.long()
 
 
 def _checked(batches: Iterator[Batch], limit: int | None, *, whole: bool = True) -> Iterator[Batch]:

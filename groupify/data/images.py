@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -17,36 +20,27 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transform
 
-from groupify.errors import DataError
-from groupify.models.specs import ModelSpec, Preprocessing
+from groupify.errors import DataError, GroupifyWarning
+from groupify.models.preprocessing import Preprocessing
 
 _TEST_NAMES = ("val", "test", "validation")
+_LOOKED_AT = 8
 
 
 class ImageArrays(Dataset[tuple[Tensor, Tensor]]):
-    """Images held as uint8, normalised when they are read: ``(x / 255 - mean) / std``.
+    """Images held as uint8, prepared when they are read.
 
     Args:
         images: uint8, shape (N, C, H, W).
         labels: int64, shape (N,).
-        mean, std: one value per channel, for pixel values in [0, 1].
-        channels: 3 repeats one grey channel to three; otherwise the images' own number.
-        size: (height, width) to which the images are resized when they are read; None = their own.
+        preprocessing: how they become inputs; as many channels as the inputs have.
 
     Raises:
-        DataError: no images, another number of labels, or a channel count that cannot be made to fit.
+        DataError: no images, another number of labels, or a channel count that cannot be made to fit: one
+            grey channel is repeated, and nothing else.
     """
 
-    def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        mean: Sequence[float],
-        std: Sequence[float],
-        channels: int | None = None,
-        size: tuple[int, int] | None = None,
-    ) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, preprocessing: Preprocessing) -> None:
         if images.dtype != torch.uint8 or images.dim() != 4:
             raise DataError(
                 f"images of {images.dtype} and shape {tuple(images.shape)}; expected torch.uint8 (N, C, H, W)"
@@ -57,15 +51,14 @@ class ImageArrays(Dataset[tuple[Tensor, Tensor]]):
             raise DataError(f"{len(images)} images but {len(labels)} labels; expected one label per image")
         self.images = images
         self.labels = labels.long()
-        self.channels = images.shape[1] if channels is None else channels
-        if self.channels != images.shape[1] and images.shape[1] != 1:
+        self.preprocessing = preprocessing
+        self.channels = len(preprocessing.mean)
+        if images.shape[1] not in (1, self.channels):
             raise DataError(
                 f"the images have {images.shape[1]} channels, the model takes {self.channels}: "
                 "give a model with as many input channels, or grey images"
             )
-        self.size = None if size == tuple(images.shape[2:]) else size
-        self.mean = torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1)
-        self.std = torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1)
+        self._mean, self._std = (_per_channel(preprocessing.mean), _per_channel(preprocessing.std))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -81,38 +74,48 @@ class ImageArrays(Dataset[tuple[Tensor, Tensor]]):
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return images (n, C, H, W) as float32 and labels (n,) of the given int64 indices (n,)."""
-        images = self.images[indices].to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
-        if self.size is not None:
-            images = F.interpolate(images, self.size, mode="bilinear", antialias=True)
-        if self.channels != images.shape[1]:
-            images = images.expand(-1, self.channels, -1, -1).contiguous()
-        return images, self.labels[indices]
+        images = self.images[indices].to(torch.float32).div_(255)
+        if tuple(images.shape[2:]) != self.preprocessing.size or self.preprocessing.crop != "none":
+            images = resized_and_cropped(images, self.preprocessing).clamp_(0, 1)  # bicubic goes beyond
+        images = images.sub(self._mean).div_(self._std)
+        return images.expand(-1, self.channels, -1, -1).contiguous(), self.labels[indices]
+
+
+def _per_channel(values: Sequence[float]) -> Tensor:
+    """Return a tensor to compute with images (N, C, H, W): one value where all are the same."""
+    values = values[:1] if len(set(values)) == 1 else values
+    return torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
+
+
+def resized_and_cropped(image: Any, preprocessing: Preprocessing) -> Any:
+    """Return an image of Pillow, or a tensor (..., H, W), in the size that a preprocessing gives it."""
+    size = list(preprocessing.size)
+    mode = InterpolationMode(preprocessing.interpolation)
+    if isinstance(image, Tensor) and mode is InterpolationMode.NEAREST:
+        mode = InterpolationMode.NEAREST_EXACT  # as Pillow's
+    if preprocessing.crop == "none":
+        return transform.resize(image, size, mode, antialias=True)
+    shorter = min(transform.get_dimensions(image)[1:])
+    # The shorter side must fill the crop, also of small images that keep their size.
+    shorter = max(preprocessing.resize or shorter, *size)
+    return transform.center_crop(transform.resize(image, shorter, mode, antialias=True), size)
 
 
 class ImageFolder(Dataset[tuple[Tensor, Tensor]]):
-    """Images of the class folders in ``root``: resized, centre-cropped, normalised.
+    """Images of the class folders in ``root``, prepared when they are read.
 
     Args:
         root: a folder with one sub-folder per class.
         classes: the names of the class folders; label = position in this list.
-        input_shape: (C, H, W) of the model; C is 1 (grey) or 3.
-        preprocessing: the model's own.
+        preprocessing: the model's own, of one channel (grey) or three.
 
     Raises:
         DataError: a class folder without images; when read, a damaged image.
     """
 
-    def __init__(
-        self, root: Path, classes: list[str], input_shape: tuple[int, ...], preprocessing: Preprocessing
-    ) -> None:
-        try:
-            self.samples: list[tuple[str, int]] = make_dataset(
-                root, {name: label for label, name in enumerate(classes)}, extensions=IMG_EXTENSIONS
-            )
-        except FileNotFoundError as error:
-            raise DataError(f"{root}: {error}") from error
-        self.mode = "L" if input_shape[0] == 1 else "RGB"
-        self.size = [input_shape[1], input_shape[2]]
+    def __init__(self, root: Path, classes: list[str], preprocessing: Preprocessing) -> None:
+        self.samples = _samples(root, classes)
+        self.mode = "L" if len(preprocessing.mean) == 1 else "RGB"
         self.preprocessing = preprocessing
 
     def __len__(self) -> int:
@@ -125,14 +128,9 @@ class ImageFolder(Dataset[tuple[Tensor, Tensor]]):
                 image = Image.open(file).convert(self.mode)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(f"cannot read the image {path}: {error}; replace or remove it") from error
-        preprocessing = self.preprocessing
-        # The shorter side must fill the crop, also where the crop is not the weights' own.
-        resize = max(preprocessing.resize or min(image.size), *self.size)
-        image = transform.resize(
-            image, resize, InterpolationMode(preprocessing.interpolation), antialias=True
-        )
-        pixels = transform.to_tensor(transform.center_crop(image, self.size))
-        return transform.normalize(pixels, preprocessing.mean, preprocessing.std), torch.tensor(label)
+        pixels = transform.to_tensor(resized_and_cropped(image, self.preprocessing))
+        mean, std = self.preprocessing.mean, self.preprocessing.std
+        return transform.normalize(pixels, mean, std), torch.tensor(label)
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return images (n, C, H, W) and labels (n,) of the given indices, decoded in threads."""
@@ -141,42 +139,88 @@ class ImageFolder(Dataset[tuple[Tensor, Tensor]]):
         return torch.stack([image for image, _ in items]), torch.stack([label for _, label in items])
 
 
-def read_image_folder(root: Path, model_spec: ModelSpec) -> tuple[ImageFolder | None, ImageFolder, list[str]]:
+def read_image_folder(
+    root: Path, preprocessing: Preprocessing
+) -> tuple[ImageFolder | None, ImageFolder, list[str]]:
     """Return ``(train, test, classes)`` of ``root/train`` and ``root/val`` (or ``test``).
 
     A ``root`` that holds the class folders itself is the test part, and there is no training part.
 
     Raises:
         DataError: a missing or empty folder, or parts with different classes.
+
+    Warns:
+        GroupifyWarning: the images are smaller than the model's input.
     """
+    train, test, classes = _parts(root)
+    height, width = preprocessing.size
+    sizes = _some_sizes(test, classes)
+    if sizes and all(own[0] < height and own[1] < width for own in sizes):
+        warnings.warn(
+            f"the images of {root} are smaller than the model's input, as {sizes[0][0]}×{sizes[0][1]} to "
+            f"{height}×{width}, and are enlarged: if the model was trained on images of another size, give "
+            "that with --input-size",
+            GroupifyWarning,
+            stacklevel=2,
+        )
+    tests = ImageFolder(test, classes, preprocessing)
+    return None if train is None else ImageFolder(train, classes, preprocessing), tests, classes
+
+
+def size_in_common(root: Path) -> tuple[int, int] | None:
+    """Return the size (H, W) of the images in a folder of class folders; None where they differ.
+
+    Some images are looked at.
+
+    Raises:
+        DataError: as :func:`read_image_folder`.
+    """
+    _, test, classes = _parts(root)
+    sizes = set(_some_sizes(test, classes))
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _some_sizes(root: Path, classes: list[str]) -> list[tuple[int, int]]:
+    """Return (H, W) of a few images from all classes."""
+    samples = _samples(root, classes)
+    sizes = []
+    for path, _ in samples[:: max(1, len(samples) // _LOOKED_AT)][:_LOOKED_AT]:
+        # A damaged image gets its error where it is read.
+        with (
+            contextlib.suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError),
+            Image.open(path) as image,
+        ):
+            sizes.append((image.height, image.width))
+    return sizes
+
+
+def _samples(root: Path, classes: list[str]) -> list[tuple[str, int]]:
+    labels = {name: label for label, name in enumerate(classes)}
+    try:
+        samples: list[tuple[str, int]] = make_dataset(root, labels, extensions=IMG_EXTENSIONS)
+    except FileNotFoundError as error:
+        raise DataError(f"{root}: {error}") from error
+    return samples
+
+
+def _parts(root: Path) -> tuple[Path | None, Path, list[str]]:
+    """Return the folders of the training and the test part, and the names of the classes."""
     if not root.is_dir():
         raise DataError(
             f"no folder {root}: expected ROOT/train and ROOT/val with one folder of images per class"
         )
-    if len(model_spec.input_shape) != 3 or model_spec.input_shape[0] not in (1, 3):
-        raise DataError(
-            f"an image folder does not fit input shape {model_spec.input_shape}: expected (1 or 3, H, W)"
-        )
     train = root / "train" if (root / "train").is_dir() else None
     test = next((root / name for name in _TEST_NAMES if (root / name).is_dir()), None)
-    if train is None and test is None:
-        test = root
-    elif test is None:
+    if test is None and train is not None:
         raise DataError(
             f"{root} has a folder train, but none of {', '.join(_TEST_NAMES)}: add the test images"
         )
-    assert test is not None
+    test = test or root
     classes = _class_names(test)
     if train is not None and _class_names(train) != classes:
         odd = sorted(set(_class_names(train)) ^ set(classes))
         raise DataError(f"{train} and {test} hold different classes: {odd[0]!r} is in only one of them")
-    preprocessing = model_spec.preprocessing or _customary(model_spec.input_shape)
-    parts = [
-        None if part is None else ImageFolder(part, classes, model_spec.input_shape, preprocessing)
-        for part in (train, test)
-    ]
-    assert parts[1] is not None
-    return parts[0], parts[1], classes
+    return train, test, classes
 
 
 def _class_names(folder: Path) -> list[str]:
@@ -184,14 +228,6 @@ def _class_names(folder: Path) -> list[str]:
     if not names:
         raise DataError(f"{folder} has no sub-folders: expected one folder of images per class")
     return names
-
-
-def _customary(input_shape: tuple[int, ...]) -> Preprocessing:
-    """ImageNet's customary preprocessing, for a model that does not say its own."""
-    resize = round(min(input_shape[1:]) * 256 / 224)
-    if input_shape[0] == 1:
-        return Preprocessing((0.449,), (0.226,), resize, "bilinear")
-    return Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize, "bilinear")
 
 
 class FlipAndShift:

@@ -14,9 +14,10 @@ from torch.utils.data import Dataset
 
 from groupify.data.batches import UNLABELLED, Data, check_labels
 from groupify.data.files import find_fashion_mnist, read_cifar10, read_fashion_mnist
-from groupify.data.images import CropAndFlip, FlipAndShift, ImageArrays, read_image_folder
+from groupify.data.images import CropAndFlip, FlipAndShift, ImageArrays, read_image_folder, size_in_common
 from groupify.errors import DataError, GroupifyError, GroupifyWarning, SpecError, near_names
 from groupify.models import demo
+from groupify.models.preprocessing import Preprocessing, PreprocessingOptions, unknown
 from groupify.models.sources import import_attribute
 from groupify.models.specs import ModelSpec
 from groupify.models.weights import one_line
@@ -42,6 +43,8 @@ class DataSplits:
     """The data set's standard augmentation of a normalised batch (N, C, H, W)."""
     labelled: bool
     """False for synthetic images: no accuracy is ever reported for them."""
+    preprocessing: Preprocessing | None = None
+    """How images become these inputs; None where that is not known here."""
 
     @property
     def for_calibration(self) -> Data:
@@ -73,7 +76,12 @@ class SyntheticImages(Dataset[tuple[Tensor, Tensor]]):
 
 
 def load_data(
-    spec: str, model_spec: ModelSpec, *, num_classes: int | None = None, seed: int = 0
+    spec: str,
+    model_spec: ModelSpec,
+    *,
+    num_classes: int | None = None,
+    preprocessing: PreprocessingOptions | None = None,
+    seed: int = 0,
 ) -> DataSplits:
     """Return the data set of a spec, prepared for the input of a model.
 
@@ -85,54 +93,75 @@ def load_data(
         model_spec: gives the input shape, to which images are resized and grey ones repeated, and the
             preprocessing of ``imagefolder``. The other data sets are normalised with their own statistics.
         num_classes: number of the model's outputs, to be checked against the labels.
+        preprocessing: what is said otherwise, for all of these data sets.
         seed: seed of ``synthetic``.
 
     Raises:
-        SpecError: an unknown spec, or a function that cannot be imported or fails.
+        SpecError: an unknown spec, a function that cannot be imported or fails, or an ``imagefolder`` for a
+            model of which nothing says how images become its inputs.
         DataError: files that are missing or corrupt, or labels out of range.
 
     Warns:
         GroupifyWarning: the data set has fewer classes than the model.
     """
-    splits = _resolve(spec, model_spec, seed)
-    if num_classes is not None and splits.num_classes is not None:
-        for part in (splits.train, splits.test):
-            if isinstance(part, ImageArrays):
-                check_labels(part.labels, num_classes)
-        if splits.num_classes > num_classes:
-            check_labels(torch.tensor([splits.num_classes - 1]), num_classes)
-        if splits.num_classes < num_classes:
-            warnings.warn(
-                f"{spec} has {splits.num_classes} classes, the model {num_classes}: its accuracy says little "
-                "unless their first classes are the same",
-                GroupifyWarning,
-                stacklevel=2,
-            )
+    splits = _resolve(spec, model_spec, preprocessing or PreprocessingOptions(), seed)
+    if num_classes is not None:
+        check_classes(splits, num_classes)
     return splits
 
 
-def _resolve(spec: str, model_spec: ModelSpec, seed: int) -> DataSplits:
+def check_classes(splits: DataSplits, num_classes: int) -> None:
+    """Compare the classes of a data set with those of a model, as far as they are known.
+
+    Raises:
+        DataError: labels that the model has no output for.
+
+    Warns:
+        GroupifyWarning: the data set has fewer classes than the model.
+    """
+    if splits.num_classes is None:
+        return
+    for part in (splits.train, splits.test):
+        if isinstance(part, ImageArrays):
+            check_labels(part.labels, num_classes)
+    if splits.num_classes > num_classes:
+        check_labels(torch.tensor([splits.num_classes - 1]), num_classes)
+    if splits.num_classes < num_classes:
+        warnings.warn(
+            f"{splits.spec} has {splits.num_classes} classes, the model {num_classes}: its accuracy says "
+            "little unless their first classes are the same",
+            GroupifyWarning,
+            stacklevel=3,
+        )
+
+
+def is_function(spec: str) -> bool:
+    """Whether a data spec names a function of the user's own, which gives inputs ready-made."""
+    kind, colon, argument = spec.partition(":")
+    return bool(colon and argument) and kind not in DATA_SPECS
+
+
+def _resolve(spec: str, model_spec: ModelSpec, said: PreprocessingOptions, seed: int) -> DataSplits:
     kind, colon, argument = spec.partition(":")
     root = Path(argument).expanduser()
     if colon and not argument:
         raise SpecError(f"data {spec!r} ends in a colon: expected a folder or a function behind it")
     if spec == "demo":
-        return _fashion_mnist(spec, demo.DATA_FOLDER, model_spec)
+        return _fashion_mnist(spec, demo.DATA_FOLDER, model_spec, said)
     if kind == "fashion-mnist":
-        return _fashion_mnist(spec, find_fashion_mnist(root if argument else None), model_spec)
+        return _fashion_mnist(spec, find_fashion_mnist(root if argument else None), model_spec, said)
     if kind in ("cifar10", "imagefolder") and not argument:
         raise SpecError(f"data {spec!r} needs its folder: give {kind}:ROOT")
     if kind == "cifar10":
         arrays = {split: read_cifar10(root, split) for split in ("train", "test")}
-        return _in_memory(spec, arrays, model_spec, _CIFAR10_MEAN, _CIFAR10_STD, shift=4)
+        return _in_memory(spec, arrays, model_spec, _CIFAR10_MEAN, _CIFAR10_STD, said, shift=4)
     if kind == "imagefolder":
-        train, test, classes = read_image_folder(root, model_spec)
-        return DataSplits(spec, train, test, len(classes), CropAndFlip(), labelled=True)
+        return _image_folder(spec, root, model_spec, said)
     if spec == "synthetic":
         shape = model_spec.input_shape
         parts = [SyntheticImages(1024, shape, 2 * seed), SyntheticImages(1024, shape, 2 * seed + 1)]
         return DataSplits(spec, parts[0], parts[1], None, augment=None, labelled=False)
-    if colon and kind not in DATA_SPECS:
+    if is_function(spec):
         return _from_function(spec)
     expected = (
         "demo, fashion-mnist[:ROOT], cifar10:ROOT, imagefolder:ROOT, synthetic or package.module:function"
@@ -140,9 +169,21 @@ def _resolve(spec: str, model_spec: ModelSpec, seed: int) -> DataSplits:
     raise SpecError(f"unknown data {spec!r}: expected {expected}{near_names(kind, DATA_SPECS)}")
 
 
-def _fashion_mnist(spec: str, folder: Path, model_spec: ModelSpec) -> DataSplits:
+def _image_folder(spec: str, root: Path, model_spec: ModelSpec, said: PreprocessingOptions) -> DataSplits:
+    shape = model_spec.input_shape
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise DataError(f"an image folder does not fit input shape {shape}: expected (1 or 3, H, W)")
+    preprocessing = said.over(model_spec.preprocessing, shape, model_spec.name)
+    if preprocessing is None:
+        size_in_common(root)  # what is wrong with the folder goes first
+        raise SpecError(unknown(model_spec.name))
+    train, test, classes = read_image_folder(root, preprocessing)
+    return DataSplits(spec, train, test, len(classes), CropAndFlip(), True, preprocessing)
+
+
+def _fashion_mnist(spec: str, folder: Path, model_spec: ModelSpec, said: PreprocessingOptions) -> DataSplits:
     arrays = {split: read_fashion_mnist(folder, split) for split in ("train", "test")}
-    return _in_memory(spec, arrays, model_spec, demo.MEAN[:1], demo.STD[:1], shift=2)
+    return _in_memory(spec, arrays, model_spec, demo.MEAN[:1], demo.STD[:1], said, shift=2)
 
 
 def _in_memory(
@@ -151,19 +192,22 @@ def _in_memory(
     model_spec: ModelSpec,
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    said: PreprocessingOptions,
     *,
     shift: int,
 ) -> DataSplits:
-    channels, *size = model_spec.input_shape
-    if len(size) != 2:
-        raise DataError(f"{spec} does not fit input shape {model_spec.input_shape}: expected (C, H, W)")
-    parts = {
-        split: ImageArrays(images, labels, mean=mean, std=std, channels=channels, size=(size[0], size[1]))
-        for split, (images, labels) in arrays.items()
-    }
+    shape = model_spec.input_shape
+    if len(shape) != 3:
+        raise DataError(f"{spec} does not fit input shape {shape}: expected (C, H, W)")
+    if shape[0] != len(mean):
+        # A grey image is repeated; ImageArrays refuses anything else.
+        mean, std = mean[:1] * shape[0], std[:1] * shape[0]
+    own = Preprocessing((shape[1], shape[2]), None, "none", mean, std, "bilinear")
+    preprocessing = said.over(own, shape, model_spec.name) or own
+    parts = {split: ImageArrays(images, labels, preprocessing) for split, (images, labels) in arrays.items()}
     for part in parts.values():
         check_labels(part.labels, 10, "the data set")
-    return DataSplits(spec, parts["train"], parts["test"], 10, FlipAndShift(shift), labelled=True)
+    return DataSplits(spec, parts["train"], parts["test"], 10, FlipAndShift(shift), True, preprocessing)
 
 
 def _from_function(spec: str) -> DataSplits:

@@ -161,7 +161,7 @@ def of_model(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> Mapp
         and all(key.removesuffix(expected[0]) + name in state for name in expected)
     ]
     if len(prefixes) > 1:
-        prefixes = _averaged_ones(prefixes, origin)
+        prefixes = _averaged_ones(sorted(prefixes), origin)
     if not prefixes:
         return state
     (prefix,) = prefixes

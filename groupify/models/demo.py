@@ -14,6 +14,8 @@ from torchvision.models import resnet18
 from torchvision.models.resnet import BasicBlock
 from torchvision.models.vgg import make_layers
 
+from groupify.models.preprocessing import Preprocessing
+
 MODEL_FILE = Path(__file__).with_name("demo.safetensors")
 DATA_FOLDER = Path(__file__).parents[1] / "data" / "fashion-mnist"
 INPUT_SHAPE = (3, 28, 28)
@@ -21,6 +23,9 @@ NUM_CLASSES = 10
 # Fashion-MNIST, pixel values in [0, 1], the one channel repeated to three.
 MEAN = (0.286, 0.286, 0.286)
 STD = (0.353, 0.353, 0.353)
+PREPROCESSING = Preprocessing(
+    size=(28, 28), resize=None, crop="none", mean=MEAN, std=STD, interpolation="bilinear"
+)
 
 
 class DemoResNet(nn.Module):

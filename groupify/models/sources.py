@@ -22,7 +22,8 @@ from groupify.errors import (
 )
 from groupify.models import demo, torchvision_models
 from groupify.models.checkpoints import of_model, read_checkpoint
-from groupify.models.specs import ModelSpec, Preprocessing, Source, WeightsOrigin
+from groupify.models.preprocessing import Preprocessing, of_timm
+from groupify.models.specs import ModelSpec, Source, WeightsOrigin
 from groupify.models.weights import fetch_torchvision_state, load_state, one_line
 from groupify.models.wrappers import unwrapped
 
@@ -47,7 +48,8 @@ def load_model(
             A factory's model keeps the weights that the factory gave it; ``none`` says that these are random.
         checkpoint: a weight file, in place of ``weights``.
         arguments: keyword arguments of the factory; JSON values.
-        input_shape: (C, H, W); None = the size that the weights were trained for, or (3, 224, 224).
+        input_shape: (C, H, W), or (C, L) or (C, D, H, W) for models of other dimensions; None = the size
+            that the weights were trained for, as torchvision and timm say it, or a guess: (3, 224, 224).
         seed: seed of random weights. The global random state is left as it is.
 
     Raises:
@@ -138,23 +140,48 @@ def _load_own(
             f"unknown weights {weights!r} of {name}: expected {' or '.join(known)}, or a checkpoint"
             f"{near_names(weights, known)}"
         )
-    if name == "demo" or name.startswith("groupify.models.demo:"):
-        preprocessing = Preprocessing(demo.MEAN, demo.STD, None, "bilinear")
-        spec = ModelSpec(name, arguments, input_shape or demo.INPUT_SHAPE, preprocessing)
-    else:
-        spec = ModelSpec(name, arguments, input_shape or _DEFAULT_INPUT_SHAPE, None)
-    if checkpoint is None and name == "demo" and weights != "none":
-        model = _build(spec, seed)
+    state = None if checkpoint is None else read_checkpoint(checkpoint)
+    model = _build(ModelSpec(name, arguments, input_shape or _DEFAULT_INPUT_SHAPE, None), seed)
+    if state is not None:
+        load_state(model, of_model(model, state, str(checkpoint)), str(checkpoint))
+        origin = WeightsOrigin("checkpoint", str(checkpoint))
+    elif weights == "none":
+        origin = WeightsOrigin("random", seed)
+    elif name == "demo":
         load_state(model, read_checkpoint(demo.MODEL_FILE), "the demo's weight file")
-        return Source(model, spec, WeightsOrigin("demo"))
-    if checkpoint is None:
-        own = ":" in name and weights != "none"
-        origin = WeightsOrigin("factory") if own else WeightsOrigin("random", seed)
-        return Source(_build(spec, seed), spec, origin)
-    state = read_checkpoint(checkpoint)
-    model = _build(spec, seed)
-    load_state(model, of_model(model, state, str(checkpoint)), str(checkpoint))
-    return Source(model, spec, WeightsOrigin("checkpoint", str(checkpoint)))
+        origin = WeightsOrigin("demo")
+    else:
+        origin = WeightsOrigin("factory")
+    return _with_input(name, model, arguments, origin, input_shape)
+
+
+def _with_input(
+    name: str,
+    model: nn.Module,
+    arguments: dict[str, Any],
+    origin: WeightsOrigin,
+    input_shape: tuple[int, ...] | None,
+) -> Source:
+    """Add the input shape and the preprocessing, as far as anything says them."""
+    said_by: str | None = None
+    known: tuple[tuple[int, ...], Preprocessing | None] | None = None
+    if name == "demo" or name.startswith("groupify.models.demo:"):
+        said_by, known = "the demo", (demo.INPUT_SHAPE, demo.PREPROCESSING)
+    elif (timm := of_timm(model)) is not None:
+        said_by, known = "timm's pretrained_cfg", timm
+    shape = input_shape or (_DEFAULT_INPUT_SHAPE if known is None else known[0])
+    preprocessing = None if known is None else known[1]
+    if preprocessing is not None and (len(shape) != 3 or shape[0] != len(preprocessing.mean)):
+        preprocessing = None  # the model was made for other inputs than its origin says
+    if preprocessing is not None:
+        preprocessing = preprocessing.of_size(shape[1:])
+    return Source(
+        model,
+        ModelSpec(name, arguments, shape, preprocessing),
+        origin,
+        input_known=input_shape is not None or known is not None,
+        preprocessing_from=None if preprocessing is None else said_by,
+    )
 
 
 def _load_torchvision(
@@ -180,19 +207,27 @@ def _load_torchvision(
 
     implied = torchvision_models.implied_arguments(name, chosen, state)
     shape, preprocessing = torchvision_models.input_of(name, chosen)
-    spec = ModelSpec(name, {**implied, **arguments}, input_shape or shape, preprocessing)
+    shape = input_shape or shape
+    if preprocessing is not None:
+        preprocessing = preprocessing.of_size(shape[-2:])
+    spec = ModelSpec(name, {**implied, **arguments}, shape, preprocessing)
+    said_by = None if preprocessing is None else "torchvision's weights"
+
+    def source(origin: WeightsOrigin) -> Source:
+        return Source(model, spec, origin, preprocessing_from=said_by)
+
     model = _build(spec, seed, initialise=state is None)
     if state is None:
-        return Source(model, spec, WeightsOrigin("random", seed)), problem
+        return source(WeightsOrigin("random", seed)), problem
     kept = torchvision_models.without_dropped_heads(state, spec.arguments)
     if checkpoint is not None:
         load_state(model, of_model(model, kept, str(checkpoint)), str(checkpoint))
-        return Source(model, spec, WeightsOrigin("checkpoint", str(checkpoint))), None
+        return source(WeightsOrigin("checkpoint", str(checkpoint))), None
     try:
         load_state(model, kept, f"torchvision's {chosen!r}")
     except CheckpointError as error:
-        return Source(model, spec, WeightsOrigin("random", seed)), str(error)
-    return Source(model, spec, WeightsOrigin("torchvision", str(chosen))), None
+        return source(WeightsOrigin("random", seed)), str(error)
+    return source(WeightsOrigin("torchvision", str(chosen))), None
 
 
 def _checked_arguments(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,8 +242,8 @@ def _checked_arguments(name: str, arguments: Mapping[str, Any]) -> dict[str, Any
 
 
 def _checked_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    if len(shape) not in (3, 4) or not all(size > 0 for size in shape):
-        raise SpecError(f"input shape {shape}: expected positive integers (C, H, W)")
+    if len(shape) not in (2, 3, 4) or not all(size > 0 for size in shape):
+        raise SpecError(f"input shape {shape}: expected positive integers (C, H, W), (C, L) or (C, D, H, W)")
     return tuple(shape)
 
 

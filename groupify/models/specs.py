@@ -10,8 +10,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 from torch import nn
 
-from groupify.documents import OneOf, Text
+from groupify.documents import Text
 from groupify.errors import SpecError, near_names
+from groupify.models.preprocessing import MAX_SIDE, Preprocessing, Side
 
 # Of each kind of weights, the type of its value.
 _VALUES: dict[str, type] = {
@@ -21,7 +22,6 @@ _VALUES: dict[str, type] = {
     "factory": type(None),
     "random": int,
 }
-MAX_SIDE = 65_536
 MAX_INPUT_VALUES = 2**27
 
 
@@ -31,27 +31,19 @@ def _few_values(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
-def _equal_lengths(preprocessing: Preprocessing) -> Preprocessing:
-    if len(preprocessing.mean) != len(preprocessing.std):
-        raise ValueError("as many means as standard deviations")
-    return preprocessing
+def _consistent(spec: ModelSpec) -> ModelSpec:
+    preprocessing = spec.preprocessing
+    if preprocessing is None:
+        return spec
+    problem = preprocessing.problem()
+    if problem is None and preprocessing.size != spec.input_shape[-2:]:
+        problem = f"the size of the input shape, {spec.input_shape[-2:]}"
+    if problem is not None:
+        raise ValueError(f"a preprocessing with {problem}")
+    return spec
 
 
-Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 Shape = Annotated[tuple[Side, ...], Field(min_length=1, max_length=5), AfterValidator(_few_values)]
-Channels = Field(min_length=1, max_length=MAX_SIDE)
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How pixel values in [0, 1] become the model's input: ``(x - mean) / std``, one value per channel."""
-
-    mean: Annotated[tuple[float, ...], Channels]
-    std: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Channels]
-    resize: Side | None
-    """Shorter side before the centre crop, in pixels; None = no resize."""
-    interpolation: Annotated[str, OneOf("bilinear", "bicubic", "nearest")]
-    """``"bilinear"``, ``"bicubic"`` or ``"nearest"``."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +55,13 @@ class ModelSpec:
     arguments: Mapping[str, Any]
     """Keyword arguments of the factory."""
     input_shape: Shape
-    """(C, H, W)."""
-    preprocessing: Annotated[Preprocessing, AfterValidator(_equal_lengths)] | None
-    """None where the model does not say."""
+    """(C, H, W); (C, L) or (C, D, H, W) for models of other dimensions."""
+    preprocessing: Preprocessing | None
+    """None where nothing says it."""
+
+
+# A spec in a document.
+CheckedSpec = Annotated[ModelSpec, AfterValidator(_consistent)]
 
 
 @dataclass(frozen=True)
@@ -113,8 +109,18 @@ class WeightsOrigin:
 
 @dataclass(frozen=True)
 class Source:
-    """A dense model in eval mode, how to build it again, and where its weights come from."""
+    """A dense model in eval mode, how to build it again, and where its weights come from.
+
+    Attributes:
+        model: on the CPU.
+        spec: how to build it.
+        weights: where they come from.
+        input_known: whether the model, its weights or the user say the input shape; it is a guess otherwise.
+        preprocessing_from: what says the spec's preprocessing; None where nothing does.
+    """
 
     model: nn.Module
     spec: ModelSpec
     weights: WeightsOrigin
+    input_known: bool = True
+    preprocessing_from: str | None = None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model_builder, get_model_weights, list_models
 
 from groupify.errors import SpecError, near_names
-from groupify.models.specs import Preprocessing
+from groupify.models.preprocessing import Preprocessing
 
 _DEFAULT_INPUT_SHAPE = (3, 224, 224)
 _DEFAULT_FRAMES = 16
@@ -59,7 +59,14 @@ def input_of(name: str, weights: Any) -> tuple[tuple[int, ...], Preprocessing | 
     resize = preset.resize_size
     if isinstance(resize, list | tuple):
         resize = None if resize[0] is None else min(resize)
-    return shape, Preprocessing(tuple(preset.mean), tuple(preset.std), resize, preset.interpolation.value)
+    return shape, Preprocessing(
+        size=(shape[-2], shape[-1]),
+        resize=resize,
+        crop="center",
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+        interpolation=preset.interpolation.value,
+    )
 
 
 def implied_arguments(name: str, weights: Any, state: Mapping[str, Tensor] | None) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from groupify.onnx.lowering import optimise
 from groupify.onnx.tracing import INPUT_NAME, quiet_exporter, trace_to_onnx
 
 if TYPE_CHECKING:
-    from groupify.models.specs import Preprocessing
+    from groupify.models.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)
@@ -71,19 +71,17 @@ def export_onnx(
     with evaluating(model):
         traced = trace_to_onnx(model, input_shape, static_batch=static_batch, opset=opset)
     folding = optimise(traced.program.model.graph)
-    traced.program.model.metadata_props.update(_metadata(input_shape, preprocessing, metadata))
+    traced.program.model.metadata_props.update(_metadata(preprocessing, metadata))
     size = _write(traced.program, file)
     return ExportedModel(
         file, traced.opset, size, INPUT_NAME, traced.output_names, folding.found, folding.kept
     )
 
 
-def _metadata(
-    input_shape: tuple[int, ...], preprocessing: Preprocessing | None, more: Mapping[str, str] | None
-) -> dict[str, str]:
+def _metadata(preprocessing: Preprocessing | None, more: Mapping[str, str] | None) -> dict[str, str]:
     entries = {"groupify.version": package_version("groupify") or "unknown"}
     if preprocessing is not None:
-        entries["preprocessing"] = json.dumps({**asdict(preprocessing), "size": list(input_shape[1:])})
+        entries["preprocessing"] = json.dumps(asdict(preprocessing))
     return {**entries, **(more or {})}
 
 

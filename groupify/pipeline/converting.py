@@ -18,6 +18,7 @@ from groupify.data.splits import DataSplits
 from groupify.errors import SpecError
 from groupify.graph.trace import example_input
 from groupify.onnx.exporting import export_onnx
+from groupify.pipeline.inputs import warn_near_chance
 from groupify.pipeline.prepare import Prepared
 from groupify.pipeline.requests import ConversionRequest, TrainingRequest
 from groupify.reporting.results import AccuracyChange, UniformRun
@@ -86,6 +87,7 @@ def measured(
     if data is None or not data.labelled or data.test is None:
         return Grouped(model, AccuracyChange(), conversion)
     before = evaluate(prepared.source.model, data.test, progress=progress, ranks=ranks)
+    warn_near_chance(before, prepared.source, data)
     after = evaluate(model, data.test, progress=progress, ranks=ranks)
     accuracy = AccuracyChange(dense=before.top1, converted=after.top1, images=before.images)
     return Grouped(model, accuracy, conversion)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from groupify.data.batches import UNLABELLED, iterate_batches
-from groupify.data.splits import DataSplits, load_data
+from groupify.data.batches import UNLABELLED, first_input, iterate_batches
+from groupify.data.splits import DataSplits
 from groupify.errors import ArtefactError, SpecError
 from groupify.machine import CPUS, blocked_width, describe_machine
 from groupify.measure.latency_table import LatencyTable, measure_table
 from groupify.models.specs import Source
+from groupify.pipeline.inputs import tell_preprocessing, with_data
 from groupify.pipeline.requests import ModelRequest, PlanRequest
 from groupify.planning.budget import Budget
 from groupify.planning.candidates import candidates
@@ -95,9 +95,10 @@ def run_plan(
     if request.budget is None and model.weights == "auto":
         model = replace(model, weights="none")
     source = model.load(seed)
-    splits = None
-    if data is not None and request.budget is not None:
-        splits = load_data(data, source.spec, seed=seed)
+    used = data if request.budget is not None or not source.input_known else None
+    source, splits = with_data(source, used, model.preprocessing, seed=seed)
+    if splits is not None:
+        tell_preprocessing(source, splits)
     planned = make_plan(request, source, splits, calibration_images=calibration_images, seed=seed)
     if request.save is not None:
         PlanFile.of(model.name, planned.plan).write(request.save)
@@ -123,10 +124,13 @@ def planning_images(data: DataSplits, count: int, budget: Budget, *, seed: int) 
         DataError: no images.
     """
     part = data.for_calibration
-    first, _ = next(iter(iterate_batches(part, 1, limit=1)))
+    first = first_input(part)
     most = _HELD_OUT if budget.drop is None else _HELD_OUT_FOR_DROP
-    more = max(1, min(most, _HELD_OUT_BYTES // (4 * math.prod(first.shape[1:]))))
-    batches = list(iterate_batches(part, min(count, 256), shuffle_seed=seed, limit=count + more))
+    more = max(1, min(most, _HELD_OUT_BYTES // (4 * first.numel())))
+    drawn = iterate_batches(
+        part, min(count, 256), shuffle_seed=seed, limit=count + more, labelled=data.labelled
+    )
+    batches = list(drawn)
     images = torch.cat([batch for batch, _ in batches])
     labels = torch.cat([batch for _, batch in batches])
     # Of a test part the labels must not choose anything.

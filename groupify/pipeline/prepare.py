@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from groupify.artefact import read_recipe
 from groupify.data.ranks import Ranks
-from groupify.data.splits import DataSplits, load_data
-from groupify.errors import DataError, GroupifyWarning, SpecError
-from groupify.graph.forward import run_once
-from groupify.graph.trace import example_input
+from groupify.data.splits import DataSplits
+from groupify.errors import SpecError
 from groupify.machine import find_cpu
 from groupify.models.sources import load_model
 from groupify.models.specs import Source
+from groupify.pipeline.inputs import from_recipe, tell_preprocessing, with_data
 from groupify.pipeline.planning import Planned, make_plan
 from groupify.pipeline.requests import ConversionRequest, FinetuneRequest
 from groupify.planning.plan_file import PlanFile
@@ -23,7 +20,6 @@ from groupify.planning.sites import describe
 from groupify.planning.uniform import plan as plan_uniform
 from groupify.recipe import Recipe
 from groupify.reporting.budget import race_lines
-from groupify.scores import class_scores
 from groupify.structures import Plan
 
 
@@ -54,8 +50,10 @@ def prepare_conversion(request: ConversionRequest, ranks: Ranks) -> Prepared:
     """
     if ranks.world > 1:
         _refuse_what_one_process_measures(request)
-    source = request.model.load(request.seed)
-    data = None if request.data is None else open_data(request.data, source, request.seed)
+    source, data = with_data(
+        request.model.load(request.seed), request.data, request.model.preprocessing, seed=request.seed
+    )
+    tell_preprocessing(source, data)
     if request.uniform and (data is None or not data.labelled or data.test is None):
         raise SpecError("--uniform compares accuracies: give --data with labels and a test part")
     planned = make_plan(
@@ -97,7 +95,8 @@ def prepare_finetune(request: FinetuneRequest) -> Prepared:
     """
     recipe = read_recipe(request.folder)
     source = dense_source(recipe, request.checkpoint, beside=request.folder, trust=request.trust)
-    data = open_data(request.data, source, request.seed)
+    source, data = with_data(from_recipe(source), request.data, request.preprocessing, seed=request.seed)
+    tell_preprocessing(source, data)
     # A recipe that was not made by a run need not say which processor it was planned for.
     plan = describe(source.model, recipe.sites, source.spec.input_shape, recipe.cpu or find_cpu())
     return Prepared(source, data, plan)
@@ -143,36 +142,3 @@ def _checkpoint_of(name: str, folder: Path) -> Path:
         f"the dense weights are needed as a teacher and came from 'checkpoint {name}', which is not here; "
         "give --checkpoint FILE"
     )
-
-
-def open_data(spec: str, source: Source, seed: int) -> DataSplits:
-    """Load a data set for a model, checking its labels against the model's classes.
-
-    Raises:
-        ConversionError: the model does not run on its input shape.
-        GroupifyError: the data cannot be had, or do not fit the model.
-
-    Warns:
-        GroupifyWarning: the model is no classifier, so the labels are not used.
-    """
-    classes = _class_count(source)
-    data = load_data(spec, source.spec, num_classes=classes, seed=seed)
-    if classes is None and data.labelled:
-        warnings.warn(
-            f"{source.spec.name} gives no logits of shape (N, classes), so the labels of {spec} are not used "
-            "and no accuracy is measured",
-            GroupifyWarning,
-            stacklevel=2,
-        )
-        data = dataclasses.replace(data, labelled=False)
-    return data
-
-
-def _class_count(source: Source) -> int | None:
-    """Number of classes that a model tells apart; None when it is no classifier."""
-    try:
-        return class_scores(
-            run_once(source.model, example_input(source.spec.input_shape, like=source.model))
-        ).shape[1]
-    except DataError:
-        return None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from groupify.errors import SpecError
+from groupify.models.preprocessing import PreprocessingOptions
 from groupify.models.sources import load_model
 from groupify.models.specs import Source
 from groupify.planning.budget import Budget
@@ -28,6 +29,7 @@ class ModelRequest:
     Attributes:
         name, weights, checkpoint, arguments, input_shape: as for ``load_model``.
         trust: let a folder's recipe import the code that it names.
+        preprocessing: what is said about it, in place of what the model or the recipe says.
     """
 
     name: str
@@ -36,6 +38,7 @@ class ModelRequest:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     input_shape: tuple[int, ...] | None = None
     trust: bool = False
+    preprocessing: PreprocessingOptions = PreprocessingOptions()
 
     def load(self, seed: int) -> Source:
         """Load the dense model."""
@@ -221,6 +224,7 @@ class FinetuneRequest:
         training: how to train.
         checkpoint: the dense weights, where the recipe names a file.
         trust: let the recipe import the code that it names.
+        preprocessing: what is said about it, in place of what the recipe says.
         seed: seed of everything random.
     """
 
@@ -230,4 +234,5 @@ class FinetuneRequest:
     training: TrainingRequest
     checkpoint: Path | None = None
     trust: bool = False
+    preprocessing: PreprocessingOptions = PreprocessingOptions()
     seed: int = 0

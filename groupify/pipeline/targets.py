@@ -6,44 +6,50 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from torch import nn
-
 from groupify.artefact import WEIGHTS_FILE, load, read_recipe
-from groupify.data.splits import load_data
+from groupify.data.splits import DataSplits
 from groupify.errors import ArtefactError, DataError, SpecError
 from groupify.files import folder_exists
 from groupify.measure.latency_table import LatencyTable
 from groupify.models.sources import build_model
-from groupify.models.specs import ModelSpec
+from groupify.models.specs import Source
 from groupify.onnx.python_file import write_python_file
 from groupify.pipeline.exporting import export_and_check, int8_notes, int8_path, time_int8
+from groupify.pipeline.inputs import from_recipe, tell_preprocessing, warn_near_chance, with_data
 from groupify.pipeline.planning import make_table
 from groupify.pipeline.requests import ExportOptions, ModelRequest
 from groupify.reporting.results import ExportResult
 from groupify.scores import Accuracy, evaluate
 
 
-def open_target(target: ModelRequest, seed: int) -> tuple[nn.Module, ModelSpec, str | None]:
-    """Load an output folder or a dense model.
+def open_target(
+    target: ModelRequest, data: str | None, seed: int
+) -> tuple[Source, DataSplits | None, str | None]:
+    """Load an output folder or a dense model, and data for it.
 
     Returns:
-        The model, its spec, and the hash of its recipe; None where it has none.
+        The model, the data, and the hash of its recipe; None where it has none.
 
     Raises:
-        GroupifyError: it is neither.
+        GroupifyError: it is neither, or the data cannot be had or do not fit.
     """
+    source, recipe_sha256 = _load_target(target, seed)
+    return *with_data(source, data, target.preprocessing, seed=seed), recipe_sha256
+
+
+def _load_target(target: ModelRequest, seed: int) -> tuple[Source, str | None]:
     if folder_exists(target.name):
         recipe = read_recipe(target.name)
-        return load(target.name, trust=target.trust), recipe.model, recipe.sha256
+        source = Source(load(target.name, trust=target.trust), recipe.model, recipe.weights)
+        return from_recipe(source), recipe.sha256
     if os.sep in target.name or "/" in target.name:  # both separate on Windows
         raise ArtefactError(
             f"no folder {target.name!r}; expected an output folder of 'groupify convert', or a model"
         )
     try:
-        source = target.load(seed)
+        return target.load(seed), None
     except SpecError as error:
         raise SpecError(f"no folder {target.name!r}, and as a model: {error}") from error
-    return source.model, source.spec, None
 
 
 def run_evaluation(target: ModelRequest, data: str, *, seed: int = 0, progress: bool = False) -> Accuracy:
@@ -53,11 +59,13 @@ def run_evaluation(target: ModelRequest, data: str, *, seed: int = 0, progress: 
         DataError: there is no labelled test part.
         GroupifyError: the model or the data cannot be had.
     """
-    model, spec, _ = open_target(target, seed)
-    splits = load_data(data, spec, seed=seed)
-    if not splits.labelled or splits.test is None:
+    source, splits, _ = open_target(target, data, seed)
+    tell_preprocessing(source, splits)
+    if splits is None or not splits.labelled or splits.test is None:
         raise DataError(f"data {data!r} has no labelled test part to measure accuracy on")
-    return evaluate(model, splits.test, progress=progress)
+    accuracy = evaluate(source.model, splits.test, progress=progress)
+    warn_near_chance(accuracy, source, splits)
+    return accuracy
 
 
 def run_export(
@@ -87,10 +95,11 @@ def run_export(
     """
     options.check(data)
     check_paths(path, *((int8_path(path),) if options.quantize else ()), force=force)
-    model, spec, recipe_sha256 = open_target(target, seed)
-    splits = None if data is None else load_data(data, spec, seed=seed)
+    source, splits, recipe_sha256 = open_target(target, data, seed)
+    tell_preprocessing(source, splits)
+    spec = source.spec
     exported = export_and_check(
-        model, spec, path, options, splits, recipe_sha256=recipe_sha256, seed=seed, progress=progress
+        source.model, spec, path, options, splits, recipe_sha256=recipe_sha256, seed=seed, progress=progress
     )
     exported = time_int8(exported, spec, options, progress=progress)
     files = {"onnx": str(path)}
@@ -128,6 +137,7 @@ def run_table(
         model = build_model(spec, trust=target.trust)
     else:
         source = replace(target, weights="none").load(seed)
+        source, _ = with_data(source, None, target.preprocessing, seed=seed)
         model, spec = source.model, source.spec
     return make_table(model, spec.input_shape, path, threads=threads, progress=progress)
 

@@ -77,7 +77,9 @@ BAD_INPUT = [
     ("plan nothing:at_all", "cannot import 'nothing'"),
     ("plan tests.cli_nets:nett", "no 'nett' in tests.cli_nets; did you mean 'net'"),
     ("plan tests.cli_nets:net --input-size 4,8,8", "does not run on an input of shape (1, 4, 8, 8)", "C,H,W"),
-    ("convert tests.cli_nets:net --input-size 4,8,8 --data tests.cli_nets:data", "of shape (1, 4, 8, 8)"),
+    ("convert tests.cli_nets:net --input-size 4,8,8 --data tests.cli_nets:data", "give --input-size 3,8,8"),
+    ("convert tests.cli_nets:net --input-size 4,8,8", "does not run on an input of shape (1, 4, 8, 8)"),
+    ("plan tests.cli_nets:net", "nothing says the size of the inputs", "give it with --input-size"),
     ("plan resnet18 --weights FOO", "unknown weights 'FOO'", "IMAGENET1K_V1"),
     ("convert resnet18 --weights V1 --data demo", "unknown weights 'V1'"),
     # groups
@@ -129,7 +131,9 @@ BAD_INPUT = [
     # options
     ("plan demo --min-group-width 0", "--min-group-width '0': expected auto or a number"),
     ("plan demo --min-group-width ²", "--min-group-width '²'"),
-    ("plan demo --input-size 3,28", "--input-size '3,28': expected C,H,W"),
+    ("plan demo --input-size 3", "--input-size '3': expected C,H,W"),
+    ("plan demo --mean 0.5,x", "--mean '0.5,x': expected numbers"),
+    ("plan demo --std nan", "--std 'nan': expected numbers"),
     ("plan demo --input-size 3,0,28", "--input-size '3,0,28': expected C,H,W"),
     ("plan demo --input-size a,b,c", "--input-size 'a,b,c': expected C,H,W"),
     ("plan demo --model-args {", "--model-args '{' is no JSON"),
@@ -229,7 +233,8 @@ def test_an_interrupt_leaves_nothing(
 
     monkeypatch.setattr(exporting, "check_parity", interrupt)
     outcome = run("convert", *TINY, "-o", "out", *(["--force"] if force else []))
-    assert outcome == type(outcome)(130, "", "groupify: error: interrupted; nothing was written\n")
+    left = "groupify: error: interrupted; nothing was written\n"
+    assert (outcome.code, outcome.out, outcome.err) == (130, "", left)
     assert tree(tmp_path) == before
 
 
@@ -272,7 +277,8 @@ class Terminal(io.StringIO):
 def test_progress_bars_are_for_terminals(
     options: list[str], shown: bool, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ("evaluate", "tests.cli_nets:net", "--data", "tests.cli_nets:data", *options)
+    model = ("tests.cli_nets:net", "--weights", "none")
+    command = ("evaluate", *model, "--data", "tests.cli_nets:data", *options)
     assert run(*command).err == ""
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
@@ -287,7 +293,16 @@ def test_help_has_an_example(verb: str, run: Run) -> None:
     assert (f"Example: groupify {verb} " in outcome.out) == bool(verb)
 
 
-SECTIONS = ["Model", "What to convert", "How to fit", "Training", "Training run", "Output", "General"]
+SECTIONS = [
+    "Model",
+    "How images become inputs",
+    "What to convert",
+    "How to fit",
+    "Training",
+    "Training run",
+    "Output",
+    "General",
+]
 
 
 def test_help_is_in_sections(run: Run) -> None:
@@ -356,7 +371,8 @@ def test_plan_as_json(run: Run) -> None:
 @pytest.mark.slow
 def test_the_same_command_gives_the_same_result(run: Run, tmp_path: Path) -> None:
     data = ("--data", "tests.cli_nets:data")
-    command = ("convert", *TINY, *data, "--calibrate", 64, "--epochs", 1, "-o", "out", "--json")
+    model = (*TINY, "--weights", "none")
+    command = ("convert", *model, *data, "--calibrate", 64, "--epochs", 1, "-o", "out", "--json")
     documents, weights = [], []
     for options in ([], ["--force"]):
         outcome = run(*command, *options)

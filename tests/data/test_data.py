@@ -6,6 +6,7 @@ import pickletools
 import struct
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,12 @@ from groupify.data.batches import (
     split_validation,
 )
 from groupify.data.files import read_idx, write_idx
-from groupify.data.images import CropAndFlip, FlipAndShift, ImageArrays
+from groupify.data.images import CropAndFlip, FlipAndShift, ImageArrays, ImageFolder
 from groupify.data.splits import DataSplits, load_data
 from groupify.errors import DataError, GroupifyWarning, SpecError
-from groupify.models.specs import ModelSpec, Preprocessing
+from groupify.models import demo
+from groupify.models.preprocessing import Preprocessing, PreprocessingOptions
+from groupify.models.specs import ModelSpec
 
 SPEC = ModelSpec("demo", {}, (3, 28, 28), None)
 GREY = ModelSpec("demo", {}, (1, 28, 28), None)
@@ -157,7 +160,8 @@ IMAGE = torch.zeros(1, 4, 4)
         (Loop([(IMAGE, 0.5)]), "labels are torch.float32: expected class numbers"),
         (Loop([(IMAGE, "cat")]), "expected class numbers"),
         (Loop([()]), "an item of the data is empty"),
-        ([(IMAGE, torch.zeros(1).long())], r"batch of images has shape \(1, 4, 4\)"),
+        ([(IMAGE[0], torch.zeros(4).long())], r"batch of images has shape \(4, 4\)"),
+        ([(IMAGE, 3)], r"labels of shape \(\): .* give single samples as a Dataset"),
         ([(IMAGE[None], torch.zeros(2).long())], r"batch of 1 images has labels of shape \(2,\)"),
         (3, "data of type int"),
     ],
@@ -259,9 +263,13 @@ def byte_images(count: int = 5, channels: int = 1, size: int = 6) -> Tensor:
     return torch.randint(0, 256, (count, channels, size, size), generator=seeded(0)).byte()
 
 
+def plain(size: int, mean: float = 0.5, std: float = 0.5, *, channels: int = 1) -> Preprocessing:
+    return Preprocessing((size, size), None, "none", (mean,) * channels, (std,) * channels, "bilinear")
+
+
 def test_normalisation_and_repeated_channel() -> None:
     images = byte_images()
-    data = ImageArrays(images, torch.arange(5), mean=(0.286,), std=(0.353,), channels=3)
+    data = ImageArrays(images, torch.arange(5), plain(6, 0.286, 0.353, channels=3))
     batch, labels = data.batch(torch.tensor([3, 1]))
     expected = (images[[3, 1]].float() / 255 - 0.286) / 0.353
     assert batch.shape == (2, 3, 6, 6)
@@ -276,7 +284,7 @@ def test_normalisation_and_repeated_channel() -> None:
 
 
 def test_a_subset_is_read_by_whole_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = ImageArrays(byte_images(20), torch.arange(20), mean=(0.5,), std=(0.5,))
+    data = ImageArrays(byte_images(20), torch.arange(20), plain(6))
     train, _ = split_validation(data, 0.5, 0)
     deeper, _ = split_validation(train, 0.5, 0)
     whole_batches = [labels for _, labels in iterate_batches(deeper, 3)]
@@ -286,7 +294,7 @@ def test_a_subset_is_read_by_whole_batches(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_data_loader_reads_images_in_memory() -> None:
-    data = ImageArrays(byte_images(), torch.arange(5), mean=(0.5,), std=(0.5,))
+    data = ImageArrays(byte_images(), torch.arange(5), plain(6))
     images, labels = next(iter(DataLoader(data, batch_size=5)))
     assert torch.equal(images, data.batch(torch.arange(5))[0])
     assert labels.tolist() == [0, 1, 2, 3, 4]
@@ -294,7 +302,7 @@ def test_data_loader_reads_images_in_memory() -> None:
 
 def test_images_are_resized_to_the_model() -> None:
     images = torch.full((2, 1, 6, 6), 51, dtype=torch.uint8)
-    data = ImageArrays(images, torch.zeros(2), mean=(0.0,), std=(1.0,), size=(9, 12))
+    data = ImageArrays(images, torch.zeros(2), replace(plain(9, 0, 1), size=(9, 12)))
     batch, _ = data.batch(torch.arange(2))
     torch.testing.assert_close(batch, torch.full((2, 1, 9, 12), 0.2))
 
@@ -310,7 +318,7 @@ def test_images_are_resized_to_the_model() -> None:
 )
 def test_bad_arrays(images: Tensor, labels: Tensor, channels: int | None, match: str) -> None:
     with pytest.raises(DataError, match=match):
-        ImageArrays(images, labels, mean=(0.5,), std=(0.5,), channels=channels)
+        ImageArrays(images, labels, plain(6, channels=channels or 1))
 
 
 @given(
@@ -633,7 +641,7 @@ COLOURS = {"blue": (0, 0, 255), "red": (255, 0, 0)}
 def test_image_folder(tmp_path: Path, test_name: str) -> None:
     write_images(tmp_path / "train", COLOURS)
     write_images(tmp_path / test_name, COLOURS, count=1)
-    preprocessing = Preprocessing((0.5, 0.25, 0.0), (0.5, 1.0, 2.0), 24, "bicubic")
+    preprocessing = Preprocessing((20, 16), 24, "center", (0.5, 0.25, 0.0), (0.5, 1.0, 2.0), "bicubic")
     splits = load_data(f"imagefolder:{tmp_path}", ModelSpec("x", {}, (3, 20, 16), preprocessing))
     assert splits.num_classes == 2
     assert isinstance(splits.augment, CropAndFlip)
@@ -661,11 +669,61 @@ def test_image_folder_as_torchvision_prepares_it(tmp_path: Path) -> None:
     torch.testing.assert_close(images[0], ResNet18_Weights.DEFAULT.transforms()(image))
 
 
-def test_image_folder_in_grey_and_without_preprocessing(tmp_path: Path) -> None:
+def test_image_folder_without_preprocessing_is_never_prepared_as_for_imagenet(tmp_path: Path) -> None:
     write_images(tmp_path, COLOURS)
     for channels in (1, 3):
-        splits = load_data(f"imagefolder:{tmp_path}", ModelSpec("x", {}, (channels, 64, 64), None))
-        assert next(iterate_batches(splits.test or [], 4))[0].shape == (4, channels, 64, 64)
+        spec = ModelSpec("x", {}, (channels, 20, 20), None)
+        with pytest.raises(
+            SpecError, match="nothing says how images become inputs of x: give --mean and --std"
+        ):
+            load_data(f"imagefolder:{tmp_path}", spec)
+        said = PreprocessingOptions(mean=(0.5,), std=(0.25,))
+        splits = load_data(f"imagefolder:{tmp_path}", spec, preprocessing=said)
+        images, _ = next(iterate_batches(splits.test or [], 4))
+        assert images.shape == (4, channels, 20, 20)
+        assert splits.preprocessing == Preprocessing(
+            (20, 20), 20, "center", (0.5,) * channels, (0.25,) * channels, "bilinear"
+        )
+        if channels == 3:
+            assert images[3, :, 0, 0].tolist() == [2, -2, -2]
+
+
+def test_small_images_are_enlarged_with_a_warning(tmp_path: Path) -> None:
+    write_images(tmp_path, COLOURS)
+    spec = ModelSpec("x", {}, (3, 64, 64), plain(64, channels=3))
+    with pytest.warns(GroupifyWarning, match="as 30×40 to 64×64, and are enlarged.*--input-size"):
+        splits = load_data(f"imagefolder:{tmp_path}", spec)
+    assert next(iterate_batches(splits.test or [], 4))[0].shape == (4, 3, 64, 64)
+
+
+@pytest.mark.parametrize("crop", ["center", "none"])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest"])
+def test_images_in_memory_and_in_files_are_prepared_alike(
+    tmp_path: Path, crop: str, interpolation: str
+) -> None:
+    pixels = torch.randint(0, 256, (1, 3, 30, 44), generator=seeded(0)).byte()
+    (tmp_path / "x").mkdir()
+    Image.fromarray(pixels[0].permute(1, 2, 0).numpy()).save(tmp_path / "x" / "x.png")
+    preprocessing = Preprocessing(
+        (12, 16), 20 if crop == "center" else None, crop, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), interpolation
+    )
+    file, _ = ImageFolder(tmp_path, ["x"], preprocessing)[0]
+    memory, _ = ImageArrays(pixels, torch.zeros(1), preprocessing)[0]
+    assert file.shape == memory.shape == (3, 12, 16)
+    # Pillow rounds to whole pixel values, twice.
+    assert (file - memory).abs().max() < 0.02
+
+
+def test_what_the_user_says_holds_for_every_data_set() -> None:
+    said = PreprocessingOptions(mean=(0.1, 0.2, 0.3), std=(0.5,), resize=32)
+    splits = load_data("demo", SPEC, preprocessing=said)
+    expected = Preprocessing((28, 28), 32, "center", (0.1, 0.2, 0.3), (0.5,) * 3, "bilinear")
+    assert splits.preprocessing == expected
+    own = load_data("demo", SPEC)
+    assert own.preprocessing == demo.PREPROCESSING
+    (image, _), (before, _) = splits.test[0], own.test[0]  # type: ignore[index]
+    assert image.shape == before.shape == (3, 28, 28)
+    assert image.min().item() == pytest.approx(-0.6)
 
 
 def no_root(root: Path) -> None:
@@ -712,7 +770,7 @@ def test_bad_image_folder(tmp_path: Path, prepare: Callable[[Path], None], match
 def test_damaged_image(tmp_path: Path) -> None:
     write_images(tmp_path, COLOURS)
     damage(tmp_path / "red" / "1.png", lambda content: content[:50])
-    splits = load_data(f"imagefolder:{tmp_path}", SPEC)
+    splits = load_data(f"imagefolder:{tmp_path}", replace(SPEC, preprocessing=demo.PREPROCESSING))
     with pytest.raises(DataError, match=r"cannot read the image .*1.png") as error:
         list(iterate_batches(splits.test or [], 4))
     one_line(error)

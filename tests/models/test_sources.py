@@ -79,7 +79,7 @@ def test_bad_arguments(arguments: dict[str, Any], match: str) -> None:
         load_model("resnet18", weights="none", arguments=arguments)
 
 
-@pytest.mark.parametrize("shape", [(3, 224), (3, 0, 224), (3, 1, 2, 3, 4)])
+@pytest.mark.parametrize("shape", [(224,), (3, 0, 224), (3, 1, 2, 3, 4)])
 def test_bad_input_shape(shape: tuple[int, ...]) -> None:
     with pytest.raises(SpecError, match="expected positive integers"):
         load_model("resnet18", weights="none", input_shape=shape)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from groupify.errors import ArtefactError, ConversionError
-from groupify.models.specs import Preprocessing
+from groupify.models.preprocessing import Preprocessing
 from groupify.onnx.exporting import export_onnx
 from groupify.onnx.tracing import OPSET
 from tests.onnx.nets import INPUT_SHAPE, SmallNet, TwoHeads, randomise
@@ -47,7 +47,12 @@ def test_static_batch_refuses_any_other(net: nn.Module, tmp_path: Path) -> None:
 
 def test_metadata_is_recorded_and_no_path_of_this_machine_leaks(net: nn.Module, tmp_path: Path) -> None:
     preprocessing = Preprocessing(
-        mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2), resize=16, interpolation="bilinear"
+        (12, 12),
+        resize=16,
+        crop="center",
+        mean=(0.5, 0.4, 0.3),
+        std=(0.2, 0.2, 0.2),
+        interpolation="bilinear",
     )
     exported = export_onnx(
         net,
@@ -64,6 +69,7 @@ def test_metadata_is_recorded_and_no_path_of_this_machine_leaks(net: nn.Module, 
         "mean": [0.5, 0.4, 0.3],
         "std": [0.2, 0.2, 0.2],
         "resize": 16,
+        "crop": "center",
         "interpolation": "bilinear",
         "size": [12, 12],
     }

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from groupify.data.images import ImageArrays
 from groupify.data.splits import load_data
 from groupify.models.demo import fashion_resnet18
+from groupify.models.preprocessing import Preprocessing
 from groupify.models.specs import ModelSpec
 from groupify.planning.rules import Rules
 from groupify.planning.uniform import plan
@@ -316,7 +317,9 @@ def test_training_gives_a_row_of_its_own(tmp_path: Path) -> None:
 
 def test_twin_leaves_out_the_same_tenth_as_its_training() -> None:
     images = torch.arange(40, dtype=torch.uint8).reshape(40, 1, 1, 1)
-    whole = ImageArrays(images, torch.arange(40), mean=(0.5,), std=(0.25,), channels=3)
+    whole = ImageArrays(
+        images, torch.arange(40), Preprocessing((1, 1), None, "none", (0.5,) * 3, (0.25,) * 3, "bilinear")
+    )
     kept, left_out = hold_out(whole)
     assert (len(kept), len(left_out)) == (36, 4)
     assert sorted([*kept.labels.tolist(), *left_out.labels.tolist()]) == list(range(40))
