@@ -17,6 +17,7 @@ from groupify.conversion.pictures import BlockPicture
 from groupify.conversion.site_fit import SiteFit
 from groupify.conversion.surgery import restructure
 from groupify.conversion.working_copy import take_values, working_copy
+from groupify.data.batches import Data
 from groupify.errors import ConversionError, GroupifyWarning
 from groupify.graph.forward import equal_outputs, same_outputs
 from groupify.graph.trace import example_input, on_same_graph, trace
@@ -66,7 +67,7 @@ class Conversion:
 def convert(
     model: nn.Module,
     plan: Plan,
-    calibration: Calibration | Tensor | None = None,
+    calibration: Calibration | Tensor | Data | None = None,
     *,
     seed: int = 0,
     progress: bool = False,
@@ -76,8 +77,9 @@ def convert(
     Args:
         model: the dense model; it is left untouched.
         plan: what to replace; see ``groupify.plan``.
-        calibration: unlabelled images of shape (N, C, H, W), or a ``Calibration`` to set how they are
-            used. None = from the weights alone, which does not protect the accuracy.
+        calibration: images as a tensor (N, C, H, W), a data set or an iterable of batches, labels unused; or
+            a ``Calibration`` to set how they are used. None = from the weights alone, which does not
+            protect the accuracy.
         seed: seed of everything random.
         progress: show bars on stderr.
 
@@ -94,7 +96,7 @@ def convert(
         ConversionError: the plan is for another model, or weights or activations are NaN or infinite.
         DataError: no calibration images, or NaN in them.
     """
-    if isinstance(calibration, Tensor):
+    if calibration is not None and not isinstance(calibration, Calibration):
         calibration = Calibration(calibration)
     sites = plan.recipes
     model = unwrapped(model)
