@@ -102,7 +102,7 @@ def convert(
     model = unwrapped(model)
     if calibration is not None:
         calibration.check(plan.input_shape)
-    dense = working_copy(model, plan.input_shape)
+    dense = working_copy(model, plan.input_shape, [site.name for site in sites])
     with torch.random.fork_rng(devices=[]):
         work = _Conversion(dense, sites, calibration, plan, seed, progress)
         student = work.run()

@@ -57,7 +57,7 @@ def why_not_replaceable(conv: Conv) -> LeftAlone | None:
             f"take the replacement off first (del conv.{replaced[0]})",
         )
     own = [name for name in _STATE_METHODS if getattr(type(conv), name) is not getattr(kind, name)]
-    if own or any(getattr(conv, hooks, None) for hooks in _STATE_HOOKS):
+    if own or any(_is_foreign(hook) for hooks in _STATE_HOOKS for hook in getattr(conv, hooks, {}).values()):
         reason = "it saves or loads its weights in a way of its own (state-dict hooks)"
         return LeftAlone("state", reason, "remove its state-dict hooks first")
     return None
@@ -83,6 +83,12 @@ def shared_weights(model: nn.Module) -> dict[str, str]:
             if other is not None and name in ("weight", "bias"):
                 reasons.setdefault(owner, f"it shares its {name} with {'.'.join(filter(None, other[2:]))!r}")
     return {name: reason for name, reason in reasons.items() if isinstance(model.get_submodule(name), CONVS)}
+
+
+def _is_foreign(hook: object) -> bool:
+    """Whether a state-dict hook is not one that torch's own parametrizations leave behind."""
+    function = getattr(hook, "hook", hook)
+    return not str(getattr(function, "__module__", "")).startswith("torch.nn.utils")
 
 
 def removal_of_parametrization(conv: nn.Module) -> str:

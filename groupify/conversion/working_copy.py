@@ -14,27 +14,46 @@ from torch.utils._pytree import tree_leaves
 
 from groupify.errors import ConversionError
 from groupify.graph.forward import equal_outputs
+from groupify.graph.operations import CONVS
 from groupify.graph.trace import example_input
 from groupify.models.weights import first_unsound
 
 _Hooks = MutableMapping[int, Any]
 
 
-def working_copy(model: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
+def working_copy(model: nn.Module, input_shape: tuple[int, ...], sites: Iterable[str]) -> nn.Module:
     """Return a copy of a model in float32, in evaluation mode, without the hooks that only look on.
 
     It is in the memory format of oneDNN's fast path.
 
+    Args:
+        model: the model; left untouched.
+        input_shape: (C, H, W) of one image.
+        sites: names of the convs that will be replaced.
+
     Raises:
-        ConversionError: the weights cannot be worked with, or the copy computes with the model's own.
+        ConversionError: the weights cannot be worked with, a hook on one of the convs does more than look
+            on, or the copy computes with the model's own weights.
     """
     check_weights(model)
     copied = copy.deepcopy(model).float().eval()
     if all(parameter.dim() != 5 for parameter in copied.parameters()):
         # torch refuses to lay out a model with 3-d convs like images.
         copied = copied.to(memory_format=torch.channels_last)
+    for module in copied.modules():
+        if isinstance(module, CONVS):
+            module.requires_grad_(
+                True
+            )  # a frozen conv, too, is reconstructed; the result has the model's flags
     example = example_input(input_shape, like=copied)
-    _clear_onlookers(copied, example)
+    acting = _clear_onlookers(copied, example)
+    modules = dict(copied.named_modules())
+    for name in sites:
+        if modules.get(name) in acting:
+            raise ConversionError(
+                f"layer {name!r} cannot be replaced: a hook on it changes what it computes; plan again, "
+                "which leaves it alone"
+            )
     _check_independence(copied, model, example)
     return copied
 
@@ -99,8 +118,8 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 # hooks -----------------------------------------------------------------------------------------
 
 
-def _clear_onlookers(model: nn.Module, example: Tensor) -> None:
-    """Remove the caller's hooks that only look on; those that the outputs depend on are part of the model.
+def _clear_onlookers(model: nn.Module, example: Tensor) -> set[nn.Module]:
+    """Remove the caller's hooks that only look on; return the modules with others, which are part of them.
 
     A hook that gives something back, or changes a tensor in place, may do so for some inputs alone: it
     counts whatever it does to the example. So do all where the model cannot do without the onlookers, such
@@ -109,21 +128,17 @@ def _clear_onlookers(model: nn.Module, example: Tensor) -> None:
     for module in model.modules():
         for key in [key for key, hook in module._backward_hooks.items() if _is_foreign(hook)]:
             del module._backward_hooks[key]
-    found = [(hooks, key, hook) for hooks, key, hook in _forward_hooks(model) if _is_foreign(hook)]
-    if not found:
-        return
-    before = [(hooks, dict(hooks)) for hooks, _, _ in found]
-    watched = [(hooks, key, _Watched(hook)) for hooks, key, hook in found]
-    for hooks, key, watcher in watched:
-        hooks[key] = watcher
+    watched = [_Watched(*found) for found in _forward_hooks(model) if _is_foreign(found[-1])]
+    if not watched:
+        return set()
+    before = [(watcher.hooks, dict(watcher.hooks)) for watcher in watched]
+    for watcher in watched:
+        watcher.hooks[watcher.key] = watcher
     with torch.no_grad():
         try:
             expected = model(example.clone())
-            for hooks, key, watcher in watched:
-                if watcher.acts:
-                    hooks[key] = watcher.hook
-                else:
-                    hooks.pop(key, None)
+            for watcher in watched:
+                watcher.stay_if_acting()
             needed = not equal_outputs(expected, model(example.clone()))
         except Exception:
             needed = True
@@ -131,14 +146,15 @@ def _clear_onlookers(model: nn.Module, example: Tensor) -> None:
         for hooks, all_of_them in before:
             hooks.clear()
             hooks.update(all_of_them)
+    return {watcher.module for watcher in watched if watcher.acts}
 
 
-def _forward_hooks(model: nn.Module) -> Iterator[tuple[_Hooks, int, Any]]:
+def _forward_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, _Hooks, int, Any]]:
     for module in model.modules():
         hooks: _Hooks
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in hooks.items():
-                yield hooks, key, hook
+                yield module, hooks, key, hook
 
 
 def _is_foreign(hook: object) -> bool:
@@ -147,11 +163,18 @@ def _is_foreign(hook: object) -> bool:
 
 
 class _Watched:
-    """A hook, and whether it has done more than look on."""
+    """A hook under a key of a module's hooks, and whether it has done more than look on."""
 
-    def __init__(self, hook: Any) -> None:
-        self.hook = hook
+    def __init__(self, module: nn.Module, hooks: _Hooks, key: int, hook: Any) -> None:
+        self.module, self.hooks, self.key, self.hook = module, hooks, key, hook
         self.acts = False
+
+    def stay_if_acting(self) -> None:
+        """Put the hook back, or leave it out."""
+        if self.acts:
+            self.hooks[self.key] = self.hook
+        else:
+            self.hooks.pop(self.key, None)
 
     def __call__(self, *args: Any) -> Any:
         """Do what the hook does."""

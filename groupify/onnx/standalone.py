@@ -65,16 +65,23 @@ def grouped(conv: Any, kind: str, groups: int, shuffle: bool) -> nn.Module:
 
 
 def with_groups(model: nn.Module, sites: dict[str, tuple[str, int, bool]]) -> nn.Module:
-    """Return a copy of a dense model with the named convs replaced, under every name that they have."""
+    """Return a copy of a dense model with the named convs replaced."""
     model = copy.deepcopy(model)
     for name, site in sites.items():
-        conv = model.get_submodule(name)
-        replacement = grouped(conv, *site)
-        for alias, module in list(model.named_modules(remove_duplicate=False)):
-            if module is conv:
-                parent, _, attribute = alias.rpartition(".")
-                setattr(model.get_submodule(parent), attribute, replacement)
+        become(model.get_submodule(name), grouped(model.get_submodule(name), *site))
     return model
+
+
+def become(conv: nn.Module, replacement: nn.Module) -> None:
+    """Turn a conv into its replacement; hooks, attributes and layers of its own stay on it."""
+    if type(replacement) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        conv.__class__ = type(replacement)
+    for name in ("weight", "bias"):
+        del conv._parameters[name]
+    conv._parameters.update(replacement._parameters)
+    conv._modules.update(replacement._modules)
+    sizes = {name: value for name, value in vars(replacement).items() if not name.startswith("_")}
+    vars(conv).update(sizes | {"training": conv.training})
 
 
 def read_safetensors(path: str | Path) -> OrderedDict[str, Tensor]:
@@ -104,6 +111,10 @@ def fill(model: nn.Module, state: OrderedDict[str, Tensor], channels_last: bool)
     for name, value in target.items():
         if name in state and value.dtype != state[name].dtype:
             value.data = value.data.to(state[name].dtype)
+    for name in dict(model.named_buffers(remove_duplicate=False)).keys() & state.keys():
+        # Buffers that were no part of the state of the dense model, but have other values here.
+        owner, _, own = name.rpartition(".")
+        model.get_submodule(owner)._non_persistent_buffers_set.discard(own)
     # Some modules (torchvision's MNASNet) refuse a state without their own version number.
     state._metadata = getattr(target, "_metadata", None)  # type: ignore[attr-defined]
     model.load_state_dict(state, strict=True)

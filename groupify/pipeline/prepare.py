@@ -12,7 +12,7 @@ from groupify.errors import SpecError
 from groupify.machine import find_cpu
 from groupify.models.sources import load_model
 from groupify.models.specs import Source
-from groupify.pipeline.inputs import from_recipe, tell_preprocessing, with_data
+from groupify.pipeline.inputs import class_count, from_recipe, tell_preprocessing, with_data
 from groupify.pipeline.planning import Planned, make_plan
 from groupify.pipeline.requests import ConversionRequest, FinetuneRequest
 from groupify.planning.plan_file import PlanFile
@@ -54,8 +54,8 @@ def prepare_conversion(request: ConversionRequest, ranks: Ranks) -> Prepared:
         request.model.load(request.seed), request.data, request.model.preprocessing, seed=request.seed
     )
     tell_preprocessing(source, data)
-    if request.uniform and (data is None or not data.labelled or data.test is None):
-        raise SpecError("--uniform compares accuracies: give --data with labels and a test part")
+    if request.uniform:
+        _check_comparable(request, source, data)
     planned = make_plan(
         request.plan, source, data, calibration_images=request.calibration_images, seed=request.seed
     )
@@ -63,6 +63,21 @@ def prepare_conversion(request: ConversionRequest, ranks: Ranks) -> Prepared:
         PlanFile.of(source.spec.name, planned.plan).write(request.plan.save)
     notes = () if planned.found is None else race_lines(planned.found)
     return Prepared(source, data, planned.plan, _uniform_plans(request, source, planned), notes)
+
+
+def _check_comparable(request: ConversionRequest, source: Source, data: DataSplits | None) -> None:
+    """Refuse to compare accuracies where none can be measured."""
+    start = "--uniform compares accuracies"
+    if data is None:
+        raise SpecError(f"{start}: give --data with labels and a test part")
+    if class_count(source) is None:
+        raise SpecError(
+            f"{start}, and {source.spec.name} gives no logits of shape (N, classes): leave it out"
+        )
+    if not data.labelled:
+        raise SpecError(f"{start}, and {request.data} has no labels: give other --data, or leave it out")
+    if data.test is None:
+        raise SpecError(f"{start}, and {request.data} has no test part: give other --data, or leave it out")
 
 
 def _refuse_what_one_process_measures(request: ConversionRequest) -> None:

@@ -17,7 +17,7 @@ _MIN_IN_CHANNELS = 8
 # stays dense: it lets the groups of one stage mix on the way to the next. Converting the demo's two, 1% of
 # its MACs, costs 1.6 points of accuracy.
 _SHORTCUT_SHARE = 0.01
-_PATTERNS = "patterns"
+_PATTERNS, _FEW_CHANNELS = "patterns", "few channels"
 
 
 def why_left_alone(
@@ -66,7 +66,8 @@ def nothing_fits(reasons: Sequence[LeftAlone]) -> str:
     """
     # What the user left out by a pattern explains nothing, unless there is nothing else.
     telling = [left for left in reasons if left.cause != _PATTERNS] or reasons
-    causes = Counter(left.cause for left in telling).most_common(3)
+    counted = Counter(left.cause for left in telling).items()
+    causes = sorted(counted, key=lambda item: (-item[1], item[0] == _FEW_CHANNELS))[:3]  # the stem comes last
     examples = [next(left for left in telling if left.cause == cause) for cause, _ in causes]
     shown = [f"{left.reason} ({count}×)" for left, (_, count) in zip(examples, causes, strict=True)]
     advice = next((f"; {left.advice}" for left in examples if left.advice), "")
@@ -92,7 +93,7 @@ def _why_it_does_not_pay(conv: Conv, is_first: bool) -> LeftAlone | None:
         )
     if conv.in_channels < _MIN_IN_CHANNELS:
         first = "first conv: " if is_first else ""
-        return LeftAlone("few channels", f"{first}too few input channels ({conv.in_channels})")
+        return LeftAlone(_FEW_CHANNELS, f"{first}too few input channels ({conv.in_channels})")
     if is_first:
         return LeftAlone("first", "first conv: it is always left alone")
     return None

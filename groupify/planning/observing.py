@@ -95,12 +95,12 @@ class _Watch(TorchFunctionMode):
         self.functional: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
         self._running = [_Running("", None)]
         self._before: list[_Values] = []
-        self._owners: dict[int, tuple[str, str, nn.Module]] = {}
+        self._owners: dict[int, list[tuple[str, str, nn.Module]]] = {}
         for name, module in model.named_modules():
             for kind in ("weight", "bias") if isinstance(module, CONVS) else ():
                 tensor = module._parameters.get(kind)
                 if tensor is not None:
-                    self._owners[id(tensor)] = (name, kind, module)
+                    self._owners.setdefault(id(tensor), []).append((name, kind, module))
 
     def hooks(self, name: str, module: nn.Module) -> Iterator[Any]:
         """Register what watches a module; around the hooks that it has, if it is a conv."""
@@ -129,13 +129,15 @@ class _Watch(TorchFunctionMode):
     def _look_for_weights(self, func: Any, args: Any, kwargs: dict[str, Any], running: _Running) -> None:
         for place, value in enumerate((*args, *kwargs.values())):
             for item in value if isinstance(value, (list, tuple)) else (value,):
-                owner = self._owners.get(id(item))
-                if owner is None or owner[2] is running.module:
+                owners = self._owners.get(id(item), ())
+                if any(module is running.module for _, _, module in owners):
                     continue
-                name, kind, _ = owner
-                what = f"its {kind} is used outside of its own call, in {running.name or 'the model itself'}"
                 harmless = func in _SAME_ANSWERS or (place > 0 and func in _LIKE)
-                self._note(name, *((None, what) if harmless else (what, None)))
+                for name, kind, _ in owners:
+                    what = (
+                        f"its {kind} is used outside of its own call, in {running.name or 'the model itself'}"
+                    )
+                    self._note(name, *((None, what) if harmless else (what, None)))
 
     def _note(self, name: str, hindrance: str | None, pair_hindrance: str | None = None) -> None:
         """Keep the first reason not to replace a conv, or not by two."""

@@ -84,7 +84,8 @@ def measure_sensitivity(
         ConversionError: activations are NaN or infinite.
 
     Warns:
-        GroupifyWarning: the outputs are no class scores; then all outputs of a conv weigh the same.
+        GroupifyWarning: the outputs are no class scores, or the model runs without gradients; then all
+            outputs of a conv weigh the same.
     """
     if len(images) == 0:
         raise DataError("no images to measure the sensitivity on; expected at least one")

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from groupify.errors import ConversionError
 from groupify.graph.forward import evaluating
 from groupify.graph.operations import CONVS, Conv
 from groupify.graph.parts import find_parts, given_up
@@ -73,7 +74,7 @@ def describe(model: nn.Module, recipes: Sequence[SiteRecipe], input_shape: tuple
         cpu: the processor that they were planned for.
 
     Raises:
-        ConversionError: the model does not run on that input shape.
+        ConversionError: the model does not run on that input shape, or does more with a conv than call it.
     """
     observed = observe(model, example_input(input_shape, like=model))
     replaced = {recipe.name: recipe for recipe in recipes}
@@ -82,9 +83,19 @@ def describe(model: nn.Module, recipes: Sequence[SiteRecipe], input_shape: tuple
         recipe, reason = replaced.get(name), None
         if recipe is None:
             recipe, reason = SiteRecipe(name, DENSE, conv.groups), "left alone by the recipe"
+        else:
+            _refuse_hindered(recipe, observed.get(name))
         sites.append(site_plan(conv, recipe, observed.get(name), reason))
     groups = max((recipe.groups for recipe in recipes), default=1)
     return Plan(tuple(sites), tuple(input_shape), groups, cpu)
+
+
+def _refuse_hindered(recipe: SiteRecipe, run: Observed | None) -> None:
+    if run is None or recipe.kind == DENSE:
+        return
+    hindrance = run.hindrance or (run.pair_hindrance if recipe.kind == GROUPED_POINTWISE else None)
+    if hindrance is not None:
+        raise ConversionError(f"layer {recipe.name!r} cannot be replaced as planned: {hindrance}")
 
 
 def limits(model: nn.Module, sites: Sequence[str], example: Tensor) -> tuple[str, ...]:

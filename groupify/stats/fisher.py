@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from groupify.errors import ConversionError
+from groupify.errors import ConversionError, DataError
 from groupify.graph.operations import CONVS, Conv
 from groupify.scores import class_scores
 from groupify.stats.moments import InputMoments
@@ -67,7 +67,7 @@ def observe_sites(
 
     Raises:
         ConversionError: an output is NaN or infinite.
-        DataError: the model's outputs are no class scores in dimension 1.
+        DataError: the model's outputs are no class scores in dimension 1, or get no gradients.
     """
     work = _Pass(model, len(images), whole, samples_per_input, samples_minimum, seed, importance)
     handles = [
@@ -109,6 +109,7 @@ class _Pass:
         self.moments: dict[str, InputMoments] = {}
         self.importance: dict[str, Tensor] = {}
         self.seen = 0
+        self._cut: str | None = None  # the first conv whose outputs get no gradient
 
     def run(self, batch: Tensor) -> None:
         """Add one batch."""
@@ -119,6 +120,12 @@ class _Pass:
             # A leaf that needs gradients makes all that depends on it have one; the weights need none.
             with torch.enable_grad():
                 scores = class_scores(self._model(batch.requires_grad_()), per_pixel=True)
+                if self._cut is not None or not scores.requires_grad:
+                    where = "the model's outputs" if self._cut is None else f"layer {self._cut!r}"
+                    raise DataError(
+                        f"no gradient comes to {where}: the model's forward runs without gradients, at least "
+                        "in part"
+                    )
                 scores.backward(score_directions(scores.detach(), self._generator))
         self.seen += len(batch)
 
@@ -129,6 +136,8 @@ class _Pass:
             self._add_inputs(name, module, source.detach(), output.shape)
             if output.requires_grad:
                 output.register_hook(lambda gradient: self._add_gradient(name, gradient))
+            elif self._backward:
+                self._cut = self._cut or name
 
         return watch
 

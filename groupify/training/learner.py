@@ -104,6 +104,11 @@ class Learner:
         inputs = as_input(images, self.model, self.settings)
         wanted = labels.to(inputs.device) if self.settings.labels else None
         loss, correct = self.objective(self.wrapped, inputs, wanted)
+        if not loss.requires_grad:
+            raise SpecError(
+                "the loss has no gradient: the model's forward runs under torch.no_grad or inference_mode, "
+                "or detaches what it computes; fine-tuning needs one that does not"
+            )
         # Gradients are averaged over the ranks, so this gives the mean over the whole batch.
         share = len(images) * self.ranks.world / whole
         (loss * share if share != 1 else loss).backward()

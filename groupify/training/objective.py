@@ -55,7 +55,7 @@ class Objective:
             if self.layers:
                 attention = attention_loss(
                     [ours[name] for name in self.layers],
-                    [theirs[name].to(images.device) for name in self.layers],
+                    [_usable_in_training(theirs[name].to(images.device)) for name in self.layers],
                 )
                 loss = loss + self.settings.attention_weight * attention
         if labels is None:
@@ -69,7 +69,13 @@ class Objective:
         if self.teacher is None or not needed:
             return None
         with torch.no_grad():
-            return class_scores(self.teacher(as_input(images, self.teacher))).to(images.device)
+            logits = class_scores(self.teacher(as_input(images, self.teacher))).to(images.device)
+        return _usable_in_training(logits)
+
+
+def _usable_in_training(values: Tensor) -> Tensor:
+    """A teacher whose forward runs in inference mode gives tensors that autograd refuses to keep."""
+    return values.clone() if values.is_inference() else values
 
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

@@ -142,34 +142,14 @@ def test_code_that_asks_for_the_class_of_a_layer_is_heard() -> None:
 
 
 class AskingWeight(Straight):
-    """Uses the weight of a conv outside of its call."""
-
-    how = "type"
+    """Asks the weight of a conv for its type and device."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.stem(x))
         weight = self.c1.weight
-        if self.how == "type":
-            x = torch.relu(self.c1(x.to(weight).to(weight.dtype))) + weight.new_zeros(())
-        elif self.how == "transposed":
-            x = torch.relu(F.conv_transpose2d(torch.relu(self.c1(x)), weight, padding=1))
-        elif self.how == "function":
-            x = torch.relu(F.conv2d(x, weight, self.c1.bias, padding=1))
-        elif self.how == "forward":
-            x = torch.relu(self.c1.forward(x))
+        x = torch.relu(self.stem(x)).to(weight).to(weight.dtype)
+        x = torch.relu(self.c1(x)) + weight.new_zeros(())
         result: Tensor = self.head(torch.relu(self.rest[0](x)).mean((2, 3)))
         return result
-
-
-@pytest.mark.parametrize("how", ["transposed", "function", "forward"])
-def test_a_conv_whose_weight_is_used_elsewhere_is_left_alone(how: str) -> None:
-    net = grouped_already(AskingWeight())
-    net.how = how
-    plan = planned(net)
-    assert (reason_of(plan, "c1") or "").endswith("is used outside of its own call, in the model itself")
-    assert converted_names(plan) == ["rest.0"]
-    if how != "transposed":  # channels are the graph's
-        assert_exact(converted(net, plan=plan).model, net)
 
 
 def test_a_weight_that_is_asked_for_its_type_alone_may_be_grouped() -> None:
@@ -179,6 +159,24 @@ def test_a_weight_that_is_asked_for_its_type_alone_may_be_grouped() -> None:
     assert_exact(converted(net, plan=plan).model, net)
     pairs = planned(net, structures=(GROUPED_POINTWISE,))
     assert converted_names(pairs) == ["rest.0"]
+    reason = "its weight is used outside of its own call, in the model itself"
+    assert reason_of(pairs, "c1") == reason
+
+
+class CallingForward(Straight):
+    """Calls the forward of a conv, not the conv."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.c1.forward(torch.relu(self.stem(x))))
+        result: Tensor = self.head(torch.relu(self.rest[0](x)).mean((2, 3)))
+        return result
+
+
+def test_a_conv_that_is_not_called_as_a_module_is_left_alone() -> None:
+    net = grouped_already(CallingForward())
+    plan = planned(net)
+    assert (reason_of(plan, "c1") or "").endswith("is used outside of its own call, in the model itself")
+    assert_exact(converted(net, plan=plan).model, net)
 
 
 class Listed(Straight):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import groupify
+from groupify.planning.plan_file import PlanFile
 from groupify.structures import GROUPED_POINTWISE
 from tests.cases.nets import (
     Straight,
@@ -205,6 +206,17 @@ def test_a_function_that_holds_on_to_the_model_itself_is_refused(add: Callable[[
     net = grouped_already(Straight())
     add(net.c1)
     assert "still computes with 'c1.weight' of the model given" in refusal(lambda: converted(net))
+
+
+def test_a_hook_that_acts_since_the_plan_was_made_is_noticed() -> None:
+    net = grouped_already(Straight())
+    plan = planned(net)
+    saved = PlanFile.of("net", plan)
+    rescaled(net.c1)
+    assert "a hook on it changes what it computes; plan again" in refusal(lambda: converted(net, plan=plan))
+    assert "layer 'c1' cannot be replaced as planned: a forward hook changes its output" in refusal(
+        lambda: saved.apply(net, (3, 16, 16))
+    )
 
 
 def test_hooks_of_the_layers_around_stay_where_they_are() -> None:
