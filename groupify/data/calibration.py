@@ -1,16 +1,18 @@
-"""Inputs to calibrate with, from data of any kind, read once."""
+"""Data that is read once and then kept: inputs to calibrate with, and what a generator gives."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
-from typing import IO
+from collections.abc import Iterable, Mapping
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from groupify.data.batches import Data, iterate_batches
+from groupify.data.items import as_batch
 from groupify.errors import DataError
 
 _BATCH_SIZE = 64
@@ -43,6 +45,27 @@ def calibration_inputs(data: Tensor | Data) -> Tensor:
     for images, _ in iterate_batches(data, _BATCH_SIZE, labelled=False):
         store.add(images)
     return store.whole()
+
+
+def read_once(batches: Iterable[Any]) -> TensorDataset:
+    """Return a data set of what can be read only once, such as a generator; it is kept as for calibration.
+
+    Labels that are no class numbers count as none.
+
+    Raises:
+        DataError: as :func:`calibration_inputs`.
+    """
+    store, labels = _Store(), []
+    for item in batches:
+        images, none = as_batch(item, labelled=False)
+        store.add(images)
+        try:
+            labels.append(as_batch(item, labelled=True)[1])
+        except DataError:
+            labels.append(none)
+    if not labels:
+        raise DataError("the data set is empty: expected at least one batch")
+    return TensorDataset(store.whole(), torch.cat(labels))
 
 
 class _Store:

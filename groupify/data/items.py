@@ -50,13 +50,18 @@ def as_batch(item: Any, *, labelled: bool) -> Batch:
             f"a batch of images has shape {tuple(images.shape)}: expected (N, C, H, W), or (N, C, L) of 1-d "
             "inputs; give single samples as a Dataset or an IterableDataset"
         )
+    if isinstance(labels, int) or (isinstance(labels, Tensor) and labels.dim() == 0):
+        raise DataError(
+            f"an image of shape {tuple(images.shape)} with one label, where a batch was expected: give "
+            "single samples as a Dataset or an IterableDataset"
+        )
     if labels is None or not labelled:
         return images, torch.full((len(images),), UNLABELLED)
     labels = _as_labels(labels)
     if labels.shape != (len(images),):
         raise DataError(
             f"a batch of {len(images)} images has labels of shape {tuple(labels.shape)}: "
-            f"expected one class number per image, ({len(images)},); give single samples as a Dataset"
+            f"expected one class number per image, ({len(images)},)"
         )
     return images, labels
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 from groupify.data.batches import UNLABELLED, Data, check_labels
+from groupify.data.calibration import read_once
 from groupify.data.files import find_fashion_mnist, read_cifar10, read_fashion_mnist
 from groupify.data.images import CropAndFlip, FlipAndShift, ImageArrays, read_image_folder, size_in_common
 from groupify.errors import DataError, GroupifyError, GroupifyWarning, SpecError, near_names
@@ -89,7 +90,8 @@ def load_data(
         spec: ``demo``, ``fashion-mnist[:ROOT]``, ``cifar10:ROOT``, ``imagefolder:ROOT``, ``synthetic``,
             or ``package.module:function``, a function without arguments that returns a
             :class:`DataSplits`, a pair ``(train, test)``, a dict with these keys, or one data set (the
-            test part); each part a Dataset or a DataLoader.
+            test part); each part a Dataset, a DataLoader, another iterable of batches, or a tensor.
+            What can be read only once is read at once and kept.
         model_spec: gives the input shape, to which images are resized and grey ones repeated, and the
             preprocessing of ``imagefolder``. The other data sets are normalised with their own statistics.
         num_classes: number of the model's outputs, to be checked against the labels.
@@ -232,22 +234,24 @@ def _from_function(spec: str) -> DataSplits:
         splits = DataSplits(spec, result[0], result[1], None, None, labelled=True)
     else:
         splits = DataSplits(spec, None, result, None, None, labelled=True)
-    for name, part in (("train", splits.train), ("test", splits.test)):
-        _check_part(spec, name, part)
-    return splits
+    train, test = (_readable(spec, name, getattr(splits, name)) for name in ("train", "test"))
+    return replace(splits, train=train, test=test)
 
 
-def _check_part(spec: str, name: str, part: Any) -> None:
+def _readable(spec: str, name: str, part: Any) -> Data | None:
+    """Return a part that can be read again and again."""
     if part is None:
-        return
+        return None
+    if isinstance(part, Tensor):
+        part = TensorDataset(part)
     if isinstance(part, Iterator):
+        part = read_once(part)
+    if isinstance(part, str) or not (hasattr(part, "__iter__") or hasattr(part, "__getitem__")):
         raise SpecError(
-            f"data {spec!r} returned a {type(part).__name__} for {name}, which can be read only once: "
-            "return a Dataset or a DataLoader"
-        )
-    if isinstance(part, Tensor | str) or not (hasattr(part, "__iter__") or hasattr(part, "__getitem__")):
-        raise SpecError(
-            f"data {spec!r} returned a {type(part).__name__} for {name}: expected a Dataset or a DataLoader"
+            f"data {spec!r} returned a {type(part).__name__} for {name}: expected a Dataset, a DataLoader, "
+            "another iterable of batches, or a tensor of images"
         )
     if hasattr(part, "__len__") and len(part) == 0:
         raise DataError(f"data {spec!r}: the {name} part is empty; expected at least one image")
+    readable: Data = part
+    return readable

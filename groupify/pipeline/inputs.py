@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from groupify.data.batches import Data, first_input
+from groupify.data.batches import UNLABELLED, Data, first_input, iterate_batches
 from groupify.data.images import size_in_common
 from groupify.data.splits import DataSplits, check_classes, is_function, load_data
 from groupify.errors import DataError, GroupifyWarning, SpecError
@@ -154,15 +154,30 @@ def _classified(source: Source, splits: DataSplits) -> DataSplits:
     classes = class_count(source)
     if classes is not None:
         check_classes(splits, classes)
-    elif splits.labelled:
-        warnings.warn(
-            f"{source.spec.name} gives no logits of shape (N, classes), so the labels of {splits.spec} are "
-            "not used and no accuracy is measured",
-            GroupifyWarning,
-            stacklevel=3,
-        )
-        return replace(splits, labelled=False)
-    return splits
+    if not splits.labelled:
+        return splits
+    problem = _no_labels(splits)
+    if problem is None and classes is None:
+        problem = f"{source.spec.name} gives no logits of shape (N, classes)"
+    if problem is None:
+        return splits
+    warnings.warn(
+        f"the labels of {splits.spec} are not used, and no accuracy is measured: {problem}",
+        GroupifyWarning,
+        stacklevel=3,
+    )
+    return replace(splits, labelled=False)
+
+
+def _no_labels(splits: DataSplits) -> str | None:
+    """Return why the labels of the user's own data are of no use, or None."""
+    if splits.test is None or not is_function(splits.spec):
+        return None
+    try:
+        _, labels = next(iterate_batches(splits.test, 1, limit=1))
+    except DataError as error:  # of the labels: the inputs have been looked at
+        return str(error)
+    return "the test images have no labels" if int(labels[0]) == UNLABELLED else None
 
 
 def class_count(source: Source) -> int | None:

@@ -161,7 +161,7 @@ IMAGE = torch.zeros(1, 4, 4)
         (Loop([(IMAGE, "cat")]), "expected class numbers"),
         (Loop([()]), "an item of the data is empty"),
         ([(IMAGE[0], torch.zeros(4).long())], r"batch of images has shape \(4, 4\)"),
-        ([(IMAGE, 3)], r"labels of shape \(\): .* give single samples as a Dataset"),
+        ([(IMAGE, 3)], r"shape \(1, 4, 4\) with one label, where a batch was expected: give single samples"),
         ([(IMAGE[None], torch.zeros(2).long())], r"batch of 1 images has labels of shape \(2,\)"),
         (3, "data of type int"),
     ],
@@ -828,7 +828,10 @@ def user_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
         "def pair():\n    return one(), DataLoader(one(), batch_size=2)\n"
         "def named():\n    return {'train': one(), 'val': one()}\n"
         "def splits():\n    return DataSplits('', one(), one(), 3, None, False)\n"
-        "def generator():\n    return (item for item in one())\n"
+        "def samples():\n    return (item for item in one())\n"
+        "def nothing_to_read():\n    return iter(())\n"
+        "def generator():\n    return (batch for batch in DataLoader(one(), batch_size=3))\n"
+        "def tensor():\n    return torch.zeros(4, 1, 2, 2)\n"
         "def odd():\n    return {'tset': one()}\n"
         "def number():\n    return 3\n"
         "def text():\n    return 'demo'\n"
@@ -849,6 +852,13 @@ def test_user_data(user_data: str, name: str, has_train: bool) -> None:
     assert sum(len(labels) for _, labels in iterate_batches(splits.test or [], 3)) == 4
 
 
+def test_user_data_that_is_read_only_once(user_data: str) -> None:
+    for name in ("generator", "tensor"):
+        part = load_data(f"{user_data}:{name}", SPEC).test
+        for _ in range(2):
+            assert sum(len(images) for images, _ in iterate_batches(part or [], 3)) == 4
+
+
 def test_user_data_splits(user_data: str) -> None:
     splits = load_data("user_data:splits", SPEC)
     assert isinstance(splits, DataSplits)
@@ -860,7 +870,8 @@ def test_user_data_splits(user_data: str) -> None:
 @pytest.mark.parametrize(
     ("name", "kind", "match"),
     [
-        ("generator", SpecError, "returned a generator for test, which can be read only once"),
+        ("samples", DataError, r"an image of shape \(1, 2, 2\) with one label, where a batch was expected"),
+        ("nothing_to_read", DataError, "the data set is empty"),
         ("odd", SpecError, r"returned the keys \['tset'\]: expected train, test"),
         ("number", SpecError, "returned a int for test"),
         ("text", SpecError, "returned a str for test"),

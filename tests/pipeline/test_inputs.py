@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,14 @@ def images_of_16() -> TensorDataset:
 
 def two_sizes() -> tuple[TensorDataset, TensorDataset]:
     return TensorDataset(torch.rand(4, 3, 12, 12), torch.zeros(4).long()), images_of_16()
+
+
+def unlabelled() -> tuple[Tensor, Iterator[Tensor]]:
+    return torch.rand(12, 3, 16, 16), iter(torch.rand(12, 3, 16, 16).split(5))
+
+
+def labelled_otherwise() -> Iterator[tuple[Tensor, list[str]]]:
+    return ((batch, ["a car"] * len(batch)) for batch in torch.rand(12, 3, 16, 16).split(4))
 
 
 def waves() -> TensorDataset:
@@ -309,6 +318,18 @@ def test_inputs_that_come_ready_made(run: Run, tmp_path: Path) -> None:
         for name in ("one.onnx", "two.onnx")
     ]
     assert ["preprocessing" in keys for keys in entries] == [False, True]
+
+
+@pytest.mark.parametrize("name", ["unlabelled", "labelled_otherwise"])
+def test_data_without_class_numbers_serve_all_the_same(name: str, run: Run) -> None:
+    data = ("--data", f"tests.pipeline.test_inputs:{name}")
+    options = ("--groups", 2, "--include", "other", "--calibrate", 8, "-o", "out", "--json")
+    outcome = run("convert", NET, *data, *options)
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["accuracy"]["images"] is None
+    problem = "the test images have no labels"  # that is, none that are class numbers
+    assert f"no accuracy is measured: {problem}" in outcome.err
+    assert "no labelled test part" in run("evaluate", NET, *data).err
 
 
 def test_more_outputs_than_classes_are_said_by_every_command(folder: Path, run: Run) -> None:
