@@ -12,13 +12,15 @@ from torch import Tensor
 
 from groupify.decomposition.factors import Factors
 from groupify.decomposition.moments import Moments
-from groupify.decomposition.problem import Problem, joined
+from groupify.decomposition.problem import Part, Problem, joined
 from groupify.errors import ConversionError
 from groupify.structures import ConvShape, Structure
 
 EVALUATIONS = 60
 # An output that the next layer hardly reads is still wanted, a little.
 _LEAST_SCALE = 1e-3
+# What the evaluations to come gain, as a multiple of what the second half of those so far gained.
+_STILL_TO_GAIN = 1.3
 
 
 def decompose(
@@ -82,9 +84,7 @@ class Decomposer:
         Raises:
             PlanError: the structure does not suit the conv.
         """
-        structure.check(self.conv)
-        share = structure.share(self.conv.groups)
-        part = joined([problem.fit(share, evaluations) for problem in self._problems])
+        part = self._fit(structure, evaluations)
         kernel = self.conv.kernel_size
         ones = [1] * len(kernel)
         core, expand = part.core.unflatten(2, kernel), part.expand
@@ -93,5 +93,26 @@ class Decomposer:
         else:
             expand = (expand / self._scale.reshape(-1, 1)).unflatten(1, (-1, *ones))
         reduce = None if part.reduce is None else part.reduce.unflatten(1, (-1, *ones))
-        error = max(part.left[-1], 0.0) / self._energy if self._energy > 0 else 0.0
-        return Factors(reduce, core, expand, structure.groups, self.conv.groups, error)
+        return Factors(
+            reduce, core, expand, structure.groups, self.conv.groups, self._relative(part.left[-1])
+        )
+
+    def estimate(self, structure: Structure, evaluations: int) -> float:
+        """Return the error that a fit to the end is expected to leave, from the first few evaluations.
+
+        Raises:
+            PlanError: the structure does not suit the conv.
+        """
+        left = self._fit(structure, evaluations).left
+        if len(left) < evaluations:  # it has settled before
+            return self._relative(left[-1])
+        gained = left[evaluations // 2 - 1] - left[-1]
+        return self._relative(max(left[-1] - _STILL_TO_GAIN * gained, left[-1] / 2))
+
+    def _fit(self, structure: Structure, evaluations: int) -> Part:
+        structure.check(self.conv)
+        share = structure.share(self.conv.groups)
+        return joined([problem.fit(share, evaluations) for problem in self._problems])
+
+    def _relative(self, left: float) -> float:
+        return max(left, 0.0) / self._energy if self._energy > 0 else 0.0

@@ -46,6 +46,18 @@ class Expand:
         weight = torch.cholesky_solve(cross, factor)
         return cls(weight, weight @ weight.T, 1 - float((weight.double() * cross.double()).sum()))
 
+    def slope(self, seen: Tensor, cross: Tensor) -> Tensor:
+        """Return the error's slope along the latents' maps, ``2 Bᵀ (B E[h xᵀ] − E[y xᵀ])``, shape (S, n).
+
+        Args:
+            seen: ``E[h xᵀ]``, shape (S, n).
+            cross: ``E[y xᵀ]``, shape (O, n).
+        """
+        latents, outputs = self.weight.shape
+        if outputs < latents:
+            return 2 * self.weight @ (self.weight.T @ seen - cross)
+        return 2 * (self.gram @ seen - self.weight @ cross)
+
 
 def _added(matrix: Tensor, strength: Tensor) -> Tensor:
     return matrix + strength * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
@@ -81,17 +93,28 @@ class Mixing:
         """Return the error at a point, and what a step from it needs."""
         expand, seen = self._solve(point)
         mixture, core = self.split(point)
-        slope = 2 * (expand.gram @ seen - expand.weight @ self._cross.T)
-        slope = slope.reshape(self._groups, -1, self._channels)
+        slope = expand.slope(seen, self._cross.T).reshape(self._groups, -1, self._channels)
         gradient = _joined(core.transpose(1, 2) @ slope, slope @ mixture.transpose(1, 2))
         return Evaluation(point, expand.error, gradient, self._preconditioner(point, expand))
 
     def _solve(self, point: Tensor) -> tuple[Expand, Tensor]:
         """The expand, and ``E[h xᵀ]``, shape (S, K·I)."""
         mixture, core = self.split(point)
-        maps = (core @ mixture).reshape(-1, self._positions * self._channels)
-        seen = maps @ self._covariance
-        return Expand.solve(seen @ maps.T, maps @ self._cross), seen
+        core = core.reshape(self._groups, self._outputs, -1)
+        seen = (core @ self._read(mixture, self._covariance)).flatten(0, 1)
+        latents = core @ self._read(mixture, seen.T)
+        return Expand.solve(
+            latents.flatten(0, 1), (core @ self._read(mixture, self._cross)).flatten(0, 1)
+        ), seen
+
+    def _read(self, mixture: Tensor, columns: Tensor) -> Tensor:
+        """``(A_g ⊗ 1)`` times a matrix, shape (K·I, m), of each group; shape (G, K·r, m).
+
+        There are fewer channels to read than latents to write, so this comes before the core.
+        """
+        read: Tensor = mixture.flatten(0, 1) @ columns.reshape(self._positions, self._channels, -1)
+        read = read.unflatten(1, (self._groups, self._width)).transpose(0, 1)
+        return read.flatten(1, 2)
 
     def _preconditioner(self, point: Tensor, expand: Expand) -> Callable[[Tensor], Tensor]:
         """Blocks of the Hessian for inputs of covariance 1, which these nearly have."""
