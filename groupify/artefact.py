@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import os
 import stat
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from groupify.conversion.surgery import restructure
-from groupify.conversion.working_copy import make_persistent
-from groupify.errors import ArtefactError, CheckpointError, GroupifyError
+from groupify.conversion.working_copy import is_foreign, make_persistent
+from groupify.errors import ArtefactError, CheckpointError, GroupifyError, GroupifyWarning
 from groupify.files import MAX_RECIPE_BYTES, RECIPE_FILE, folder_exists, writing_folder
 from groupify.models.sources import build_model
 from groupify.models.specs import ModelSpec
@@ -47,7 +48,7 @@ def save(folder: str | Path, model: nn.Module, recipe: Recipe, *, force: bool = 
     Args:
         folder: the folder to write.
         model: the converted model.
-        recipe: what describes it; its ``sha256`` and ``memory_format`` are filled in.
+        recipe: what describes it; its ``sha256``, ``memory_format`` and ``hooked`` are filled in.
         force: replace an existing artefact folder.
 
     Returns:
@@ -62,13 +63,17 @@ def save(folder: str | Path, model: nn.Module, recipe: Recipe, *, force: bool = 
 
 def write_artefact(folder: Path, model: nn.Module, recipe: Recipe) -> Recipe:
     """Write ``recipe.json`` and ``model.safetensors`` into an existing folder; see ``save``."""
-    state = _tensors(unwrapped(model))
+    model = unwrapped(model)
+    state = _tensors(model)
     if ":" not in recipe.model.name:
         with torch.random.fork_rng(devices=[]):
             _check_state(_skeleton(recipe, trust=True), state, "the recipe does not describe this model")
     content = safetensors.torch.save(_unshared(state), metadata={"format": "pt"})
     recipe = dataclasses.replace(
-        recipe, memory_format=_memory_format(state), sha256=hashlib.sha256(content).hexdigest()
+        recipe,
+        memory_format=_memory_format(state),
+        hooked=_hooked(model),
+        sha256=hashlib.sha256(content).hexdigest(),
     )
     text = recipe.dumps().encode()
     if len(text) > MAX_RECIPE_BYTES:
@@ -115,6 +120,9 @@ def load(folder: str | Path, *, model: nn.Module | None = None, trust: bool = Fa
         CheckpointError: the weights are missing, corrupt, or belong to another model.
         ConversionError: ``model`` does not have the recipe's convs.
         SpecError: the recipe's model cannot be built.
+
+    Warns:
+        GroupifyWarning: the saved model had forward hooks that this one has not.
     """
     recipe = read_recipe(folder)
     path = Path(folder) / WEIGHTS_FILE
@@ -131,7 +139,29 @@ def load(folder: str | Path, *, model: nn.Module | None = None, trust: bool = Fa
     _fill(converted, state, path)
     if recipe.memory_format == "channels_last":
         converted = converted.to(memory_format=torch.channels_last)
+    _warn_of_lost_hooks(converted, recipe)
     return converted.eval()
+
+
+def _hooked(model: nn.Module) -> tuple[str, ...]:
+    """Names of the modules whose outputs may depend on what no state dict holds; "." is the model itself."""
+    found = []
+    for name, module in model.named_modules():
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if "forward" in vars(module) or any(is_foreign(hook) for hook in hooks):
+            found.append(name or ".")
+    return tuple(found)
+
+
+def _warn_of_lost_hooks(model: nn.Module, recipe: Recipe) -> None:
+    lost = sorted(set(recipe.hooked) - set(_hooked(model)))
+    if lost:
+        warnings.warn(
+            f"the saved model had hooks, or a forward of its own, on {', '.join(map(repr, lost[:3]))}, which "
+            "are not saved: outputs may differ; load(folder, model=…) takes a dense model that has them",
+            GroupifyWarning,
+            stacklevel=3,
+        )
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -75,6 +75,8 @@ class Recipe(Document):
         versions: package name → version, at the time of the conversion.
         memory_format: how the weights lie in memory, one of ``MEMORY_FORMATS``; kernels round
             differently for each. Filled in when the recipe is saved.
+        hooked: names of the modules that had forward hooks, or a forward of their own, which are not saved:
+            whatever rebuilds the model has to bring them. Filled in when the recipe is saved.
         sha256: hash of ``model.safetensors`` in hexadecimal digits; None until the recipe is saved.
     """
 
@@ -96,4 +98,5 @@ class Recipe(Document):
     cpu: Text | None = None
     versions: Mapping[str, str] = field(default_factory=current_versions)
     memory_format: Annotated[str, OneOf(*MEMORY_FORMATS)] = "contiguous"
+    hooked: Annotated[tuple[Text, ...], Field(max_length=MAX_SITES)] = ()
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None

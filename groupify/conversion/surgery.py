@@ -5,7 +5,6 @@ A converted model is made of plain PyTorch layers, plus a channel shuffle behind
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from groupify.conversion.replaceable import shared_weights, why_not_replaceable
 from groupify.errors import ConversionError, near_names
 from groupify.graph.operations import CONVS, Conv, conv_kind
 from groupify.graph.permute import row_channels
+from groupify.models.copying import copy_of
 from groupify.models.wrappers import unwrapped
 from groupify.structures import GROUPED, GROUPED_POINTWISE, KINDS, SiteRecipe
 
@@ -212,7 +212,7 @@ def restructure(model: nn.Module, sites: Sequence[SiteRecipe]) -> nn.Module:
         ConversionError: a site does not name a dense conv that can be replaced, or its groups do not
             divide the channels.
     """
-    converted = copy.deepcopy(unwrapped(model))
+    converted = copy_of(unwrapped(model))
     shared = shared_weights(converted) if sites else {}
     for site in sites:
         conv = _find(site.name, converted)

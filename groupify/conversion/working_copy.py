@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from groupify.errors import ConversionError
 from groupify.graph.forward import equal_outputs
 from groupify.graph.operations import CONVS
 from groupify.graph.trace import example_input
+from groupify.models.copying import copy_of
 from groupify.models.weights import first_unsound
 
 _Hooks = MutableMapping[int, Any]
@@ -36,7 +36,7 @@ def working_copy(model: nn.Module, input_shape: tuple[int, ...], sites: Iterable
             on, or the copy computes with the model's own weights.
     """
     check_weights(model)
-    copied = copy.deepcopy(model).float().eval()
+    copied = copy_of(model).float().eval()
     if all(parameter.dim() != 5 for parameter in copied.parameters()):
         # torch refuses to lay out a model with 3-d convs like images.
         copied = copied.to(memory_format=torch.channels_last)
@@ -126,9 +126,9 @@ def _clear_onlookers(model: nn.Module, example: Tensor) -> set[nn.Module]:
     as Hugging Face's, which collect hidden states in hooks of their own.
     """
     for module in model.modules():
-        for key in [key for key, hook in module._backward_hooks.items() if _is_foreign(hook)]:
+        for key in [key for key, hook in module._backward_hooks.items() if is_foreign(hook)]:
             del module._backward_hooks[key]
-    watched = [_Watched(*found) for found in _forward_hooks(model) if _is_foreign(found[-1])]
+    watched = [_Watched(*found) for found in _forward_hooks(model) if is_foreign(found[-1])]
     if not watched:
         return set()
     before = [(watcher.hooks, dict(watcher.hooks)) for watcher in watched]
@@ -157,7 +157,8 @@ def _forward_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, _Hooks, int, A
                 yield module, hooks, key, hook
 
 
-def _is_foreign(hook: object) -> bool:
+def is_foreign(hook: object) -> bool:
+    """Whether a hook is the caller's."""
     # Those of torch itself compute the weight (weight_norm, spectral_norm, pruning).
     return not type(hook).__module__.startswith("torch.nn.utils")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import fx, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from groupify.errors import ConversionError
+from groupify.models.copying import copy_of
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -36,8 +36,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
     # Innermost first; whatever refers to a wrapper refers to the copy of what is in it.
     copies: dict[int, Any] = {}
     for wrapper in reversed(wrappers):
-        copies[id(wrapper)] = copy.deepcopy(_inside(wrapper), copies)
-    return copy.deepcopy(model, copies)  # a copy is not compiled
+        inner = _inside(wrapper)
+        assert inner is not None
+        copies[id(wrapper)] = copy_of(inner, copies)
+    return copy_of(model, copies)  # a copy is not compiled
 
 
 def unseen_layers(model: nn.Module) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from torch import nn
 from groupify.errors import ArtefactError, ConversionError
 from groupify.graph.forward import evaluating
 from groupify.machine import package_version
+from groupify.models.wrappers import unwrapped
 from groupify.onnx.lowering import optimise
 from groupify.onnx.tracing import INPUT_NAME, quiet_exporter, trace_to_onnx
 
@@ -68,6 +69,7 @@ def export_onnx(
         ArtefactError: the file cannot be written.
     """
     file = Path(path)
+    model = unwrapped(model)
     with evaluating(model):
         traced = trace_to_onnx(model, input_shape, static_batch=static_batch, opset=opset)
     folding = optimise(traced.program.model.graph)

@@ -12,6 +12,7 @@ from groupify.conversion.surgery import restructure
 from groupify.documents import Document, OneOf, Text
 from groupify.errors import PlanError
 from groupify.machine import KNOWN_CPUS
+from groupify.models.wrappers import unwrapped
 from groupify.planning.sites import describe, find_convs
 from groupify.recipe import MAX_GROUPS, MAX_SITES, each_once
 from groupify.structures import DENSE, KINDS, Plan, SiteRecipe
@@ -81,6 +82,7 @@ class PlanFile(Document):
         """
         if not self.recipes:
             raise PlanError('the plan leaves every conv dense; give at least one the kind "grouped"')
+        model = unwrapped(model)
         convs = find_convs(model)
         for site in self.sites:
             if site.kind == DENSE:

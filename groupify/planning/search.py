@@ -15,6 +15,7 @@ from groupify.errors import SpecError
 from groupify.graph.trace import example_input
 from groupify.measure.latency_table import LatencyTable, cached_table, look_up
 from groupify.measure.plan_timer import PlanTimer
+from groupify.models.wrappers import unwrapped
 from groupify.planning.budget import LATENCY, Budget
 from groupify.planning.candidates import candidates
 from groupify.planning.costing import Costing, Finder
@@ -121,6 +122,7 @@ def plan_for_budget(
         SpecError: the budget or an option cannot be understood, or a limit on the drop comes without images.
         ConversionError: the model does not run on that input shape, or cannot be converted.
     """
+    model = unwrapped(model)
     if isinstance(budget, str):
         budget = Budget.parse(budget)
     if isinstance(images, Tensor):

@@ -7,7 +7,6 @@ it is in nats for each image. The losses of several convs are taken to add up.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from groupify.graph.channels import channel_classes
 from groupify.graph.permute import layer_orders
 from groupify.graph.trace import example_input, trace
 from groupify.machine import chunks
+from groupify.models.copying import copy_of
 from groupify.planning.layer_error import LayerMoments
 from groupify.scores import Judge
 from groupify.stats.fisher import SiteStatistics, observe_sites
@@ -91,7 +91,7 @@ def measure_sensitivity(
         raise DataError("no images to measure the sensitivity on; expected at least one")
     convs = choices.open_sites
     store = _store(cache, _key(model, images, seed))
-    dense = copy.deepcopy(model).float().eval().requires_grad_(False)
+    dense = copy_of(model).float().eval().requires_grad_(False)
     work = _Measurement(dense, choices, images.float(), seed, progress)
     missing = [options for options in convs if any(c.key not in store.numbers for c in options[1:])]
     with torch.random.fork_rng(devices=[]):
@@ -112,7 +112,7 @@ def weight_sensitivity(
 
     All inputs count as alike and independent, and all convs as equally important.
     """
-    dense = copy.deepcopy(model).float().eval()
+    dense = copy_of(model).float().eval()
     convs = choices.open_sites
     names = [options[0].site.name for options in convs]
     weights = {n: dense.get_submodule(n).get_parameter("weight").detach().flatten(2) for n in names}

@@ -12,7 +12,7 @@ from groupify.graph.forward import evaluating
 from groupify.graph.operations import CONVS, Conv
 from groupify.graph.parts import find_parts, given_up
 from groupify.graph.trace import example_input, trace
-from groupify.models.wrappers import unseen_layers
+from groupify.models.wrappers import unseen_layers, unwrapped
 from groupify.planning.observing import functional_convs, observe
 from groupify.scores import conv_params
 from groupify.structures import DENSE, GROUPED_POINTWISE, Change, Observed, Plan, SitePlan, SiteRecipe
@@ -76,6 +76,7 @@ def describe(model: nn.Module, recipes: Sequence[SiteRecipe], input_shape: tuple
     Raises:
         ConversionError: the model does not run on that input shape, or does more with a conv than call it.
     """
+    model = unwrapped(model)
     observed = observe(model, example_input(input_shape, like=model))
     replaced = {recipe.name: recipe for recipe in recipes}
     sites = []

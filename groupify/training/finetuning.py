@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 import warnings
 from collections.abc import Mapping
@@ -16,6 +15,8 @@ from groupify.data.ranks import ALONE, current_ranks
 from groupify.data.splits import DataSplits
 from groupify.errors import DataError, GroupifyWarning, SpecError
 from groupify.machine import bfloat16_is_slow
+from groupify.models.copying import copy_of
+from groupify.models.wrappers import unwrapped
 from groupify.training.history import FinetuneRow, LogSettings
 from groupify.training.holdout import generators_of, hold_out
 from groupify.training.learner import Learner
@@ -117,8 +118,8 @@ def finetune(
         seed_all(settings.seed)
         part, held_out = hold_out(train, validation, settings)
         learner = Learner(
-            copy.deepcopy(student),
-            None if teacher is None else copy.deepcopy(teacher).eval(),
+            copy_of(unwrapped(student)),
+            None if teacher is None else copy_of(unwrapped(teacher)).eval(),
             settings,
             example=next(iterate_batches(held_out, 2))[0][:2],
             augment=data.augment if settings.augment else None,
@@ -167,6 +168,6 @@ def _warn(data: DataSplits, settings: FinetuneSettings, device: torch.device) ->
 
 
 def _with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    copied = copy.deepcopy(model)
+    copied = copy_of(unwrapped(model))
     copied.load_state_dict(state)
     return copied.eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import groupify
+from groupify.errors import GroupifyWarning
+from groupify.models.specs import ModelSpec, WeightsOrigin
 from groupify.planning.plan_file import PlanFile
 from groupify.structures import GROUPED_POINTWISE
 from tests.cases.nets import (
@@ -217,6 +220,18 @@ def test_a_hook_that_acts_since_the_plan_was_made_is_noticed() -> None:
     assert "layer 'c1' cannot be replaced as planned: a forward hook changes its output" in refusal(
         lambda: saved.apply(net, (3, 16, 16))
     )
+
+
+def test_hooks_that_are_lost_between_saving_and_loading_are_named(tmp_path: Path) -> None:
+    net = grouped_already(Straight())
+    rescaled(net.stem)
+    plan = planned(net)
+    model = converted(net, plan=plan).model
+    spec = ModelSpec("tests.cases.nets:Straight", {}, (3, 16, 16), None)
+    groupify.save(tmp_path / "out", model, groupify.Recipe(spec, WeightsOrigin("factory"), plan.recipes))
+    assert_exact(groupify.load(tmp_path / "out", model=net), model)
+    with pytest.warns(GroupifyWarning, match=r"or a forward of its own, on 'stem', which are not saved"):
+        groupify.load(tmp_path / "out", trust=True)
 
 
 def test_hooks_of_the_layers_around_stay_where_they_are() -> None:

@@ -85,6 +85,27 @@ def _wrapped_state(net: nn.Module, plain: nn.Module) -> dict[str, Tensor]:
     return dict(zip(net.state_dict(), plain.state_dict().values(), strict=True))
 
 
+@pytest.mark.parametrize("wrap", [nn.DataParallel, compiled])
+def test_a_budget_and_a_plan_file_look_through_them_too(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    net = grouped_already(Straight())
+    rules, options = groupify.Rules(min_group_width=1), groupify.SearchOptions(verify=False)
+    images = noise(16)
+    found = groupify.plan_for_budget(wrap(net), SHAPE, "macs=80%", images, rules=rules, options=options)
+    assert found.plan.converted
+    saved = groupify.PlanFile.of("net", found.plan)
+    assert saved.apply(wrap(net), SHAPE).recipes == found.plan.recipes
+
+
+def test_what_is_in_a_wrapper_and_beside_it_stays_one() -> None:
+    net = Outer(nn.DataParallel)
+    inner = net.body.get_submodule("module")
+    net.beside = inner.get_submodule("c1")
+    again: Any = unwrapped(net)
+    assert again.beside is again.body.c1
+    assert again.beside is not net.beside
+    assert again.again[0] is again.body
+
+
 def test_nothing_to_look_through_is_the_model_itself() -> None:
     net = Outer()
     assert unwrapped(net) is net
@@ -134,6 +155,7 @@ def test_what_has_no_layers_is_refused(make: Callable[[nn.Module], Any], words: 
     assert words in refusal(lambda: planned(thing))
     assert words in refusal(lambda: groupify.convert(thing, plan))
     assert words in refusal(lambda: groupify.plan_for_budget(thing, SHAPE, "macs=50%"))
+    assert words in refusal(lambda: groupify.export(thing, "net.onnx", input_shape=SHAPE))
 
 
 def test_a_scripted_part_is_named() -> None:
