@@ -16,7 +16,6 @@ from groupify.onnx.parity import check_parity
 from tests.cases.nets import assert_exact, grouped_already, noise
 from tests.cases.small import (
     CHANNELS,
-    GRAPH,
     PAIRS,
     TINY,
     Between,
@@ -254,7 +253,6 @@ def test_the_callers_images_are_used_once_and_stay_as_they_are(kind: tuple[Funct
     assert_exact(conversion.model, net, example)
 
 
-@GRAPH
 def test_a_file_computes_the_same_of_images_that_are_normalised_in_place(tmp_path: Path) -> None:
     net = grouped_already(Normalised(1, INPUTS["sub_ and div_"]), PAIRS)
     images = noise(4, (1, 8, 8))
