@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle  # for its exception alone
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -23,6 +24,8 @@ _PLAIN = ("state_dict", "model_state_dict", "model_state", "model", "net", "netw
 # What wrappers of torch put into keys, wherever they wrap: torch.compile, FSDP, activation checkpointing.
 _WRAPPED = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _PARALLEL = "module."
+# How torch names a class that it does not make from a file.
+_REFUSED = re.compile(r"GLOBAL ([\w.]+) was not an allowed global")
 # The counter of torch's AveragedModel.
 _AVERAGED_COUNT = "n_averaged"
 
@@ -47,6 +50,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
             content: Any = read_tensors(path)[0]
         else:
             content = _read_torch_file(path)
+    except CheckpointError:
+        raise
     except (SafetensorError, OSError, EOFError) as error:
         raise CheckpointError(f"{path} is corrupt or no checkpoint: {one_line(error)}") from error
     except Exception as error:  # torch.load raises UnpicklingError, RuntimeError, KeyError, ...
@@ -71,18 +76,35 @@ def _read_torch_file(path: Path) -> Any:
     """Read a file with ``weights_only=True``; what is neither tensor nor container becomes a stand-in.
 
     So an ``argparse.Namespace`` or a number of NumPy beside the tensors is no obstacle, and neither is
-    imported or called. Files from before torch 1.6 hold tensors alone.
+    imported or called.
     """
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except ValueError:  # the old format
-        names = []
-    stand_ins: list[Any] = [
-        (type(name.rpartition(".")[2], (_StandIn,), {"__module__": name.rpartition(".")[0]}), name)
-        for name in names
-    ]
-    with torch.serialization.safe_globals(stand_ins):
-        return torch.load(path, map_location="cpu", weights_only=True)
+    except ValueError as error:
+        if "torchscript" in str(error):
+            raise CheckpointError(
+                f"{path} is a TorchScript archive, a whole program: save model.state_dict(), best as "
+                "safetensors"
+            ) from error
+        names = []  # the format from before torch 1.6, which names them one by one
+    while True:
+        try:
+            with torch.serialization.safe_globals([_stand_in(name) for name in names]):
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            refused = _REFUSED.search(str(error))
+            if refused is None:
+                raise
+            name = refused[1] if "." in refused[1] else f"builtins.{refused[1]}"
+            if name in names:
+                raise
+            names.append(name)
+
+
+def _stand_in(name: str) -> Any:
+    """Return a class that is made in the place of another, as torch wants it."""
+    module, _, own = name.rpartition(".")
+    return type(own, (_StandIn,), {"__module__": module}), name
 
 
 def _unwrapped(content: Any, path: Path) -> Any:

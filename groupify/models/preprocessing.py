@@ -132,6 +132,11 @@ class PreprocessingOptions:
         std = self.std or (None if base is None else base.std)
         if mean is None or std is None:
             raise SpecError(f"{unknown(owner)}: give both, --mean and --std")
+        if max(mean) > 1:
+            raise SpecError(
+                f"--mean {max(mean):g}: expected values for pixels in [0, 1]; divide those of pixels up to "
+                "255 by 255, and --std likewise"
+            )
         crop, resize = self._cut(base, max(height, width))
         found = Preprocessing(
             size=(height, width),

@@ -40,6 +40,21 @@ class ModelRequest:
     trust: bool = False
     preprocessing: PreprocessingOptions = PreprocessingOptions()
 
+    def check_for_folder(self) -> None:
+        """Refuse what is said about a dense model where the name is that of an output folder.
+
+        Raises:
+            SpecError: names the option.
+        """
+        said = {
+            "--weights": self.weights != "auto",
+            "--checkpoint": self.checkpoint is not None,
+            "--model-args": bool(self.arguments),
+            "--input-size": self.input_shape is not None,
+        }
+        for option in (option for option, given in said.items() if given):
+            raise SpecError(f"{option} is for a dense model: the recipe of {self.name} says it; leave it out")
+
     def load(self, seed: int) -> Source:
         """Load the dense model."""
         return load_model(

@@ -39,6 +39,7 @@ def open_target(
 
 def _load_target(target: ModelRequest, seed: int) -> tuple[Source, str | None]:
     if folder_exists(target.name):
+        target.check_for_folder()
         recipe = read_recipe(target.name)
         source = Source(load(target.name, trust=target.trust), recipe.model, recipe.weights)
         return from_recipe(source), recipe.sha256
@@ -133,6 +134,7 @@ def run_table(
         GroupifyError: the model cannot be had, or the file holds something else.
     """
     if folder_exists(target.name):
+        target.check_for_folder()
         spec = read_recipe(target.name).model
         model = build_model(spec, trust=target.trust)
     else:

@@ -461,9 +461,19 @@ def test_what_lies_beside_the_tensors_is_neither_an_obstacle_nor_run(
         "options": [collections.Counter(a=1)],
         "callback": Bomb(),
     }
-    torch.save({"model": full(small_model()), **beside}, "x.pth")
-    load_checkpoint(small_model(), "x.pth")
+    for new in (True, False):
+        content = {"model": full(small_model()), **beside}
+        torch.save(content, "x.pth", _use_new_zipfile_serialization=new)
+        load_checkpoint(small_model(), "x.pth")
     assert not (tmp_path / "exploded").exists()
+
+
+def test_a_program_is_no_checkpoint(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.trace(nn.Conv2d(3, 4, 1), torch.zeros(1, 3, 2, 2)).save(tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"x.pt is a TorchScript archive, .*: save model.state"):
+        load_checkpoint(small_model(), tmp_path / "x.pt")
 
 
 def test_old_checkpoint_without_counters(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from groupify.models import demo
 from groupify.models.preprocessing import Preprocessing, PreprocessingOptions, of_timm
 from groupify.models.specs import ModelSpec, Source, WeightsOrigin
 from groupify.pipeline.inputs import from_recipe, with_data
+from groupify.pipeline.requests import ModelRequest
 from tests.conftest import ROOT, Run
 
 NET = "tests.pipeline.test_inputs:brightness"
@@ -126,6 +127,7 @@ def test_options_in_place_of_what_is_known() -> None:
         (PreprocessingOptions(mean=(0.5,)), "nothing says how .* give both, --mean and --std"),
         (PreprocessingOptions(resize=80), "give both, --mean and --std"),
         (PreprocessingOptions((0.5, 0.5), (0.5,)), "--mean has 2 values, the model 3 channels"),
+        (PreprocessingOptions((123.7,), (58.4,)), "--mean 123.7: expected values for pixels in"),
         (PreprocessingOptions((0.5,), (0.0,)), "expected standard deviations above 0"),
         (PreprocessingOptions((0.5,), (0.5,), resize=63), "expected a resize of at least 64"),
         (PreprocessingOptions((0.5,), (0.5,), resize=80, crop="none"), "expected no resize where nothing is"),
@@ -252,24 +254,19 @@ def test_a_shape_that_nothing_says(data: str | None) -> None:
         with_data(source((3, 224, 224), known=False), data, NOTHING, seed=0)
 
 
-@pytest.mark.parametrize(
-    ("name", "size", "data"),
-    [("wave_net", "2,64", "tests.pipeline.test_inputs:waves"), ("volume_net", "1,8,8,8", "synthetic")],
-)
-def test_inputs_of_other_dimensions_on_the_command_line(
-    name: str, size: str, data: str, run: Run, tmp_path: Path
-) -> None:
-    model = (f"tests.pipeline.test_inputs:{name}", "--weights", "none", "--input-size", size)
-    options = ("--groups", 2, "--min-group-width", 1, "--calibrate", 8)
-    outcome = run("convert", *model, *options, "--data", data, "-o", "out", "--json")
+def test_inputs_of_other_dimensions_on_the_command_line(run: Run) -> None:
+    waves = ("tests.pipeline.test_inputs:wave_net", "--weights", "none", "--input-size")
+    plan = ("--groups", 2, "--min-group-width", 1)
+    options = (*plan, "--calibrate", 8, "--data", "tests.pipeline.test_inputs:waves", "-o", "out", "--json")
+    outcome = run("convert", *waves, "2,64", *options)
     assert outcome.code == 0, outcome.err
     assert not outcome.notes
-    if name == "wave_net":
-        assert json.loads(outcome.out)["accuracy"]["images"] == 40
-        wrong = run("convert", *model[:-1], "2,60", *options, "--data", data, "-o", "other")
-        assert "of shape (2, 64), " in wrong.err
-    refused = run("plan", *model, "--mean", "0.5", "--std", "0.5")
-    assert "are for images" in refused.err
+    assert json.loads(outcome.out)["accuracy"]["images"] == 40
+    assert "of shape (2, 64), " in run("convert", *waves, "2,60", *options, "--force").err
+    assert "are for images" in run("plan", *waves, "2,64", "--mean", "0.5", "--std", "0.5").err
+    volumes = ("tests.pipeline.test_inputs:volume_net", "--input-size", "1,8,8,8")
+    planned = run("plan", *volumes, *plan)
+    assert (planned.code, planned.notes) == (0, "")
 
 
 # ---- the whole way
@@ -307,6 +304,21 @@ def test_a_factory_s_model_on_a_folder_of_images(folder: Path, run: Run, tmp_pat
     assert np.argmax(probabilities) == 2
 
 
+def test_what_a_recipe_says_is_not_said_again(run: Run, tmp_path: Path) -> None:
+    for said, option in (
+        ({"input_shape": (3, 8, 8)}, "--input-size"),
+        ({"weights": "none"}, "--weights"),
+        ({"checkpoint": Path("x.pth")}, "--checkpoint"),
+        ({"arguments": {"a": 1}}, "--model-args"),
+    ):
+        with pytest.raises(SpecError, match=f"{option} is for a dense model: the recipe of out says it"):
+            ModelRequest("out", **said).check_for_folder()
+    (tmp_path / "out").mkdir()
+    assert (
+        "--weights is for a dense model" in run("evaluate", "out", "--data", "demo", "--weights", "none").err
+    )
+
+
 def test_inputs_that_come_ready_made(run: Run, tmp_path: Path) -> None:
     data = ("--data", "tests.pipeline.test_inputs:images_of_16")
     unsaid = run("export", NET, *data, "-o", "one.onnx")
@@ -320,16 +332,15 @@ def test_inputs_that_come_ready_made(run: Run, tmp_path: Path) -> None:
     assert ["preprocessing" in keys for keys in entries] == [False, True]
 
 
-@pytest.mark.parametrize("name", ["unlabelled", "labelled_otherwise"])
-def test_data_without_class_numbers_serve_all_the_same(name: str, run: Run) -> None:
-    data = ("--data", f"tests.pipeline.test_inputs:{name}")
-    options = ("--groups", 2, "--include", "other", "--calibrate", 8, "-o", "out", "--json")
-    outcome = run("convert", NET, *data, *options)
-    assert outcome.code == 0, outcome.err
-    assert json.loads(outcome.out)["accuracy"]["images"] is None
-    problem = "the test images have no labels"  # that is, none that are class numbers
-    assert f"no accuracy is measured: {problem}" in outcome.err
-    assert "no labelled test part" in run("evaluate", NET, *data).err
+def test_data_without_class_numbers_serve_all_the_same() -> None:
+    for name in ("unlabelled", "labelled_otherwise"):
+        spec = f"tests.pipeline.test_inputs:{name}"
+        # The same problem: labels that are no class numbers count as none where data are read only once.
+        with pytest.warns(GroupifyWarning, match="no accuracy is measured: the test images have no labels"):
+            _, data = with_data(source((3, 16, 16)), spec, NOTHING, seed=0)
+        assert data is not None
+        assert not data.labelled
+        assert groupify.calibration_images(data.for_calibration, 8, seed=0).shape == (8, 3, 16, 16)
 
 
 def test_more_outputs_than_classes_are_said_by_every_command(folder: Path, run: Run) -> None:
