@@ -1,4 +1,4 @@
-"""Convert a model that cannot be traced: its traceable parts in order, the convs outside by module."""
+"""Convert a model that cannot be captured as a whole: its parts in order, the convs outside by module."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from groupify.conversion.fit import Clock
 from groupify.conversion.in_order import Calibration, TracedConversion, convert_from_weights, convert_in_order
 from groupify.conversion.site_fit import FitOptions, SiteFit, Target, fit_site
 from groupify.conversion.surgery import restructure
-from groupify.graph.forward import same_outputs
-from groupify.graph.operations import CONVS
-from groupify.graph.parts import Part, find_parts, given_up, part_inputs, shown_names
+from groupify.graph.call import Call
+from groupify.graph.model_graph import computes_the_same
+from groupify.graph.parts import Part, find_parts, fitting, given_up, part_inputs, shown_names
+from groupify.graph.plain_layers import CONVS
 from groupify.stats.samples import SampleBudget, SiteSampler
 from groupify.structures import SiteRecipe
 
 
 def convert_by_part(
     dense: nn.Module,
-    batches: Sequence[Tensor],
+    batches: Sequence[Call],
     sites: Mapping[str, SiteRecipe],
     calibration: Calibration,
     *,
@@ -35,7 +36,7 @@ def convert_by_part(
 ) -> TracedConversion:
     """Convert a model whose graph as a whole is not known.
 
-    Each traceable part is clustered and fitted in order, on what the dense model feeds it: a path that
+    Each part is clustered and fitted in order, on what the dense model feeds it: a path that
     depends on values may take the student elsewhere, so that its own inputs would not match.
 
     Args:
@@ -43,21 +44,22 @@ def convert_by_part(
         batches: calibration images, float32.
         sites: the convs to replace, by name.
         calibration: how they are used.
-        problem: why the model cannot be traced, one line.
+        problem: why the model cannot be captured, one line.
         seed: seed of everything random.
         clock: takes the time of the parts.
         progress: show bars on stderr.
     """
-    parts = find_parts(dense, sites, batches[0][:1])
+    parts = find_parts(dense, sites, batches[0].head(2))
     clock.lap("parts")
     student, done, notes = copy.deepcopy(dense), [], []
     fits = []
     for part, inputs in part_inputs(dense, parts, batches):
         module = dense.get_submodule(part.name)
-        if not inputs or not same_outputs(module, part.traced, inputs[0][:1]):
+        graph = fitting(dense, part, inputs)
+        if graph is None or not computes_the_same(module, graph, inputs[0]):
             continue
         found = convert_in_order(
-            module, part.traced, inputs, _inside(part, sites), calibration,
+            module, graph, inputs, _inside(part, sites), calibration,
             seed=seed, clock=clock, progress=progress,
         )  # fmt: skip
         _set(student, part.name, found.student)
@@ -80,16 +82,17 @@ def convert_by_part(
 
 
 def convert_parts_from_weights(
-    dense: nn.Module, example: Tensor, sites: Mapping[str, SiteRecipe], *, problem: str, seed: int
+    dense: nn.Module, example: Call, sites: Mapping[str, SiteRecipe], *, problem: str, seed: int
 ) -> TracedConversion:
     """Convert a model whose graph as a whole is not known without data; args as in ``convert_by_part``."""
     parts = find_parts(dense, sites, example)
     student, done, before, kept = copy.deepcopy(dense), [], 0.0, 0.0
     for part, inputs in part_inputs(dense, parts, [example]):
         module = dense.get_submodule(part.name)
-        if not inputs or not same_outputs(module, part.traced, inputs[0][:1]):
+        graph = fitting(dense, part, inputs)
+        if graph is None or not computes_the_same(module, graph, inputs[0]):
             continue
-        found = convert_from_weights(module, part.traced, inputs[0][:1], _inside(part, sites), seed=seed)
+        found = convert_from_weights(module, graph, inputs[0], _inside(part, sites), seed=seed)
         _set(student, part.name, found.student)
         done.append(part)
         before += (found.kept_before or 0.0) * len(part.sites)
@@ -124,7 +127,7 @@ def _set(model: nn.Module, name: str, replacement: nn.Module) -> None:
 def fit_by_module(
     student: nn.Module,
     dense: nn.Module,
-    batches: Sequence[Tensor],
+    batches: Sequence[Call],
     sites: Mapping[str, SiteRecipe],
     budget: SampleBudget,
     options: FitOptions,
@@ -167,31 +170,34 @@ def fit_by_module(
 
 
 def _sample_by_hooks(
-    dense: nn.Module, batches: Sequence[Tensor], names: Iterable[str], sampler: SiteSampler, progress: bool
+    dense: nn.Module, batches: Sequence[Call], names: Iterable[str], sampler: SiteSampler, progress: bool
 ) -> None:
     """Run the dense model over all batches and sample the convs that are reached."""
 
     def watch(name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
             assert isinstance(module, CONVS)
+            inputs = args[0] if args else kwargs["input"]
             if output.numel():
-                sampler.sample(name, module, inputs[0], output)
+                sampler.sample(name, module, inputs.float(), output.float())
 
         return hook
 
-    handles = [dense.get_submodule(name).register_forward_hook(watch(name)) for name in names]
+    handles = [
+        dense.get_submodule(name).register_forward_hook(watch(name), with_kwargs=True) for name in names
+    ]
     try:
         with torch.no_grad():
             for batch in tqdm(batches, desc="dense model", disable=None if progress else True, leave=False):
-                sampler.start_batch()
-                dense(batch)
+                sampler.start_batch(batch.batch_size)
+                batch.run(dense)
     finally:
         for handle in handles:
             handle.remove()
 
 
 def refresh_batch_norms(
-    model: nn.Module, batches: Sequence[Tensor], *, keep: Container[nn.Module] = ()
+    model: nn.Module, batches: Sequence[Call | Tensor], *, keep: Container[nn.Module] = ()
 ) -> None:
     """Replace the statistics of every batch norm by their average over the batches, in place.
 
@@ -209,9 +215,9 @@ def refresh_batch_norms(
         norm.momentum = None  # cumulative average
         norm.train()
     with torch.no_grad():
-        for batch in batches:
-            if len(batch) > 1:
-                model(batch)
+        for call in map(Call.of, batches):
+            if call.batch_size > 1:
+                call.run(model)
     for norm, (training, momentum), buffers in zip(norms, before, statistics, strict=True):
         norm.momentum = momentum
         norm.train(training)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from groupify.conversion.assignment import balanced_assignment
-from groupify.graph.channels import CONV_INPUT, CONV_OUTPUT, Channels
+from groupify.graph.channels import Channels
 from groupify.structures import SiteRecipe
 
 _MAX_SWEEPS = 20
@@ -149,10 +149,11 @@ class _Problem:
         self._sides: dict[int, list[_Side]] = {}
         for class_index, channel_class in enumerate(channels.classes):
             for use, places in channel_class.places.items():
-                kind, number = channels.uses[use].kind, numbers.get(channels.uses[use].name)
-                if number is None or kind not in (CONV_INPUT, CONV_OUTPUT):
+                name, dim = channels.uses[use].name, channels.uses[use].dim
+                number = numbers.get(name.removesuffix(".weight"))
+                if number is None or dim is None:
                     continue
-                side = _Side(number, places.numpy(), kind == CONV_INPUT)
+                side = _Side(number, places.numpy(), dim == 1)
                 self._sides.setdefault(class_index, []).append(side)
                 end = self._inputs[number] if side.is_input else self._outputs[number]
                 end.classes.append((class_index, side.positions))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from groupify.conversion.by_part import convert_by_part, convert_parts_from_weights
 from groupify.conversion.fit import Clock
@@ -19,8 +19,9 @@ from groupify.conversion.surgery import restructure
 from groupify.conversion.working_copy import take_values, working_copy
 from groupify.data.batches import Data
 from groupify.errors import ConversionError, GroupifyWarning
-from groupify.graph.forward import equal_outputs, same_outputs
-from groupify.graph.trace import example_input, on_same_graph, trace
+from groupify.graph.call import Call, example_input
+from groupify.graph.capture import capture
+from groupify.graph.model_graph import ModelGraph, computes_the_same
 from groupify.models.wrappers import unwrapped
 from groupify.structures import Plan, SiteRecipe
 
@@ -102,7 +103,8 @@ def convert(
     model = unwrapped(model)
     if calibration is not None:
         calibration.check(plan.input_shape)
-    dense = working_copy(model, plan.input_shape, [site.name for site in sites])
+    call = Call((example_input(plan.input_shape, batch=2, like=model),))
+    dense = working_copy(model, call, [site.name for site in sites])
     with torch.random.fork_rng(devices=[]):
         work = _Conversion(dense, sites, calibration, plan, seed, progress)
         student = work.run()
@@ -128,7 +130,7 @@ def _with_weights(model: nn.Module, sites: Sequence[SiteRecipe], student: nn.Mod
 
 
 @torch.no_grad()
-def _check_student(student: nn.Module, traced: fx.GraphModule | None, example: Tensor) -> None:
+def _check_student(student: nn.Module, graph: ModelGraph | None, call: Call) -> None:
     """Refuse a converted model whose own code does something else with its convs than the graph says.
 
     Code may ask a layer for its class, sizes or weight, and those of a replacement are others.
@@ -137,9 +139,9 @@ def _check_student(student: nn.Module, traced: fx.GraphModule | None, example: T
         ConversionError: the model does not run, or gives other outputs than its graph.
     """
     try:
-        outputs = student(example.clone())
-        graph = None if traced is None else on_same_graph(traced, student)
-        same = graph is None or equal_outputs(outputs, graph(example.clone()))
+        if graph is None:
+            call.head(2).run(student)
+        same = graph is None or computes_the_same(student, graph.on(student), call)
     except Exception as error:  # the user's model can raise anything
         reason = " ".join(str(error).split()) or "no message"
         raise ConversionError(
@@ -194,28 +196,49 @@ class _Conversion:
     def run(self) -> nn.Module:
         """Return the student."""
         restructure(self._dense, list(self._sites.values()))  # refuses a wrong plan before any work
-        traced = trace(self._dense)
-        self.clock.lap("trace")
         if self._calibration is None:
-            return self._from_weights(traced.module, traced.problem)
+            return self._from_weights()
         batches = self._batches(self._calibration)
-        problem = traced.problem
-        if traced.module is not None:
-            if same_outputs(self._dense, traced.module, batches[0][:1]):
-                return self._in_order(traced.module, batches, self._calibration)
-            problem = _VALUE_DEPENDENT
-        return self._by_part(problem or "", batches, self._calibration)
+        graph, problem = self._whole(batches)
+        self.clock.lap("graph")
+        if graph is not None:
+            return self._in_order(graph, self._equal(graph, batches), self._calibration)
+        return self._by_part(problem, batches, self._calibration)
 
-    def _batches(self, calibration: Calibration) -> list[Tensor]:
+    def _batches(self, calibration: Calibration) -> list[Call]:
         parameter = next(self._dense.parameters())
-        batches = calibration.images.to(parameter.device).float().split(calibration.batch_size)
-        if calibration.images.dim() != 4:
-            return list(batches)
-        return [batch.contiguous(memory_format=torch.channels_last) for batch in batches]
+        images = calibration.images.to(parameter.device).float()
+        return [Call((batch,)) for batch in images.split(calibration.batch_size)]
 
-    def _in_order(self, traced: fx.GraphModule, batches: list[Tensor], calibration: Calibration) -> nn.Module:
+    def _whole(self, batches: Sequence[Call]) -> tuple[ModelGraph | None, str]:
+        """The graph of the whole model, if it computes the same; else None and why."""
+        captured = capture(self._dense, batches[0].head(2))
+        if captured.graph is not None and captured.graph.batch is not None:
+            captured = capture(self._dense, batches[0])  # for the batch size of the calibration only
+        graph = captured.graph
+        if graph is None:
+            return None, captured.problem or ""
+        missing = [name for name in self._sites if name not in graph.calls]
+        if missing:
+            return None, f"{missing[0]!r}: {graph.pinned.get(missing[0], 'it does not run')}"
+        if not computes_the_same(self._dense, graph, batches[0]):
+            return None, _VALUE_DEPENDENT
+        return graph, ""
+
+    def _equal(self, graph: ModelGraph, batches: list[Call]) -> list[Call]:
+        """The batches that the graph holds for."""
+        fitting = [batch for batch in batches if graph.accepts(batch)]
+        left_out = sum(batch.batch_size for batch in batches) - sum(batch.batch_size for batch in fitting)
+        if left_out:
+            self.notes.append(
+                f"the model can only be exported for a fixed batch size: {left_out} images that do not fill "
+                "a batch were left out"
+            )
+        return fitting
+
+    def _in_order(self, graph: ModelGraph, batches: list[Call], calibration: Calibration) -> nn.Module:
         found = convert_in_order(
-            self._dense, traced, batches, self._sites, calibration,
+            self._dense, graph, batches, self._sites, calibration,
             seed=self._seed, clock=self.clock, progress=self._progress,
         )  # fmt: skip
         self.fits, self.kept_before, self.kept = found.fits, found.kept_before, found.kept
@@ -225,10 +248,10 @@ class _Conversion:
         steps = calibration.reconstruction.steps
         if steps:
             self.method += f", then {steps} steps of reconstruction for each block"
-        _check_student(found.student, traced, batches[0][:1])
+        _check_student(found.student, graph, batches[0])
         return found.student
 
-    def _by_part(self, problem: str, batches: list[Tensor], calibration: Calibration) -> nn.Module:
+    def _by_part(self, problem: str, batches: list[Call], calibration: Calibration) -> nn.Module:
         found = convert_by_part(
             self._dense, batches, self._sites, calibration,
             problem=problem, seed=self._seed, clock=self.clock, progress=self._progress,
@@ -236,27 +259,26 @@ class _Conversion:
         self.fits = found.fits
         self.notes.extend(found.notes)
         self.method = f"least squares by module, {len(calibration.images)} unlabelled images"
-        _check_student(found.student, None, batches[0][:1])
+        _check_student(found.student, None, batches[0])
         return found.student
 
-    def _from_weights(self, traced: fx.GraphModule | None, problem: str | None) -> nn.Module:
+    def _from_weights(self) -> nn.Module:
         self.notes.append(
             "no calibration images: accuracy is not protected; give --data or calibration images"
         )
         self.method = "from the weights alone: clustering by weight norm, truncation, corrected batch norms"
-        example = example_input(self._plan.input_shape, like=self._dense)
-        if traced is not None and not same_outputs(self._dense, traced, example):
-            traced, problem = None, _VALUE_DEPENDENT
-        if traced is None:
+        example = Call((example_input(self._plan.input_shape, batch=2, like=self._dense),))
+        graph, problem = self._whole([example])
+        if graph is None:
             found = convert_parts_from_weights(
-                self._dense, example, self._sites, problem=problem or "", seed=self._seed
+                self._dense, example, self._sites, problem=problem, seed=self._seed
             )
             if found.kept is None:
                 self.method = "from the weights alone: truncation"
         else:
-            found = convert_from_weights(self._dense, traced, example, self._sites, seed=self._seed)
+            found = convert_from_weights(self._dense, graph, example, self._sites, seed=self._seed)
         self.notes.extend(found.notes)
         self.kept_before, self.kept = found.kept_before, found.kept
         self.clock.lap("weights")
-        _check_student(found.student, traced, example)
+        _check_student(found.student, graph, example)
         return found.student

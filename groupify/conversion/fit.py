@@ -9,7 +9,6 @@ residual sum, the target also holds what the other term of the student is off by
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -18,9 +17,12 @@ from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 from groupify.conversion.site_fit import FitOptions, SiteFit, Target, fit_site, refit_layer
+from groupify.graph.call import Call
 from groupify.graph.execute import BatchedRun
-from groupify.graph.neighbours import is_relu
-from groupify.graph.operations import CONVS, ELEMENTWISE_MODULES, BatchNorm, Conv, is_batch_norm
+from groupify.graph.model_graph import ModelGraph, Norm
+from groupify.graph.neighbours import is_relu, only_reader
+from groupify.graph.operators import Effect, effect
+from groupify.graph.plain_layers import CONVS, Conv
 from groupify.stats.positions import compact, input_patches, pick
 from groupify.stats.samples import SiteSamples
 from groupify.structures import SiteRecipe
@@ -60,12 +62,12 @@ class Clock:
 
 
 def fit_student(
-    student: fx.GraphModule,
+    student: ModelGraph,
     dense: nn.Module,
-    batches: Sequence[Tensor],
+    batches: Sequence[Call],
     sites: Mapping[str, SiteRecipe],
     samples: Mapping[str, SiteSamples],
-    sums: Mapping[str, str],
+    sums: Mapping[str, fx.Node],
     options: FitOptions,
     *,
     clock: Clock,
@@ -74,12 +76,12 @@ def fit_student(
     """Fit all sites of ``student`` in place.
 
     Args:
-        student: traced model with grouped convs (its weights are overwritten).
+        student: graph of the model with grouped convs (whose weights are overwritten).
         dense: the dense model with the same channel order.
         batches: calibration images, the same as the teacher saw.
         sites: the converted sites by name.
         samples: what the teacher computed, in the student's channel order; used up.
-        sums: site → name of the fx node of the residual sum that it feeds.
+        sums: site → node of the residual sum that it feeds.
         options: what to do.
         clock: takes the time of the parts.
         progress: show a bar on stderr.
@@ -95,12 +97,12 @@ def fit_student(
 class _Fitter:
     def __init__(
         self,
-        student: fx.GraphModule,
+        student: ModelGraph,
         dense: nn.Module,
-        batches: Sequence[Tensor],
+        batches: Sequence[Call],
         sites: Mapping[str, SiteRecipe],
         samples: Mapping[str, SiteSamples],
-        sums: Mapping[str, str],
+        sums: Mapping[str, fx.Node],
         options: FitOptions,
         clock: Clock,
     ) -> None:
@@ -116,10 +118,7 @@ class _Fitter:
                 part.patches.clear()
                 part.patch_outputs.clear()
         self._run = BatchedRun(student, batches, compact)
-        self._images = sum(len(batch) for batch in batches)
-        # A norm that runs at several places has the statistics of none of them.
-        self._calls = Counter(str(node.target) for node in student.graph.nodes if node.op == "call_module")
-        self._nodes = {node.name: node for node in student.graph.nodes}
+        self._images = sum(batch.batch_size for batch in batches)
         self._started: set[fx.Node] = set()
         self._changed: set[fx.Node] = set()
         self._aimed: set[fx.Node] = set()
@@ -137,25 +136,22 @@ class _Fitter:
             refits = self._options.refit_dense and self._options.in_order and name in self._samples
             if node.op == "call_module" and name not in self.fits and (is_site or refits):
                 self._fit(node, name)
-            if self._options.refresh_batch_norm and node.op == "call_module":
-                module = self._student.get_submodule(name)
-                if is_batch_norm(module) and self._calls[name] == 1:
-                    with self._clock.part("fit: batch norms"):
-                        self._refresh(module, node.all_input_nodes[0])
+            norm = self._student.norm(node) if self._options.refresh_batch_norm else None
+            if norm is not None:
+                with self._clock.part("fit: batch norms"):
+                    self._refresh(norm, node.all_input_nodes[0])
         with self._clock.part("fit: student forward"):
             self._run.run(node, defer=self._is_cheap_to_repeat(node))
 
     def _is_cheap_to_repeat(self, node: fx.Node) -> bool:
         """Whether only a batch norm or activation reads the node, once, so that keeping it would not pay."""
-        reader = next(iter(node.users), None)
-        if len(node.users) != 1 or reader is None or reader.op != "call_module" or node.op == "placeholder":
+        reader = only_reader(node)
+        if reader is None or node.op == "placeholder":
             return False
-        name = str(reader.target)
-        module = self._student.get_submodule(name)
-        if is_batch_norm(module):
+        if self._student.norm(reader) is not None:
             # Refreshing its statistics reads the node once more.
             return not self._options.refresh_batch_norm or node not in self._changed
-        return isinstance(module, ELEMENTWISE_MODULES)
+        return effect(reader) is Effect.ELEMENTWISE and len(reader.all_input_nodes) == 1
 
     # one site ----------------------------------------------------------------------------------
 
@@ -174,7 +170,7 @@ class _Fitter:
             inputs = [self._patches(node, dense_layer, samples, call) for call in calls]
         if targets[0].thresholds is not None:
             self._aimed.add(node)
-        module, site = self._student.get_submodule(name), self._sites.get(name)
+        module, site = self._student.layer(node), self._sites.get(name)
         with self._clock.part("fit: moments and solve"):
             if site is None:
                 refit_layer(module, inputs, targets, norm, self._options)
@@ -197,7 +193,7 @@ class _Fitter:
         self,
         samples: SiteSamples,
         call: int,
-        norm: BatchNorm | None,
+        norm: Norm | None,
         other: fx.Node | None,
         relu: bool,
     ) -> Target:
@@ -220,21 +216,21 @@ class _Fitter:
             return Target(outputs)
         return Target(outputs, (-offset / scale).expand(outputs.shape), torch.sign(scale))
 
-    def _feeds_relu(self, node: fx.Node, norm: BatchNorm | None, other: fx.Node | None) -> bool:
+    def _feeds_relu(self, node: fx.Node, norm: Norm | None, other: fx.Node | None) -> bool:
         """Whether a ReLU alone reads the output, behind its batch norm and residual sum."""
         last = node
         if norm is not None:
             last = next(iter(last.users))
         if other is not None:
             last = next(iter(last.users))
-        reader = next(iter(last.users), None)
-        return len(last.users) == 1 and reader is not None and is_relu(self._student, reader)
+        reader = only_reader(last)
+        return reader is not None and is_relu(reader)
 
     def _other_term(self, node: fx.Node, name: str) -> fx.Node | None:
         """The other term of the residual sum behind a site, run first if it can be."""
         if name not in self._sums or not self._options.compensate_residual or not self._has_sums(name):
             return None
-        total = self._nodes[self._sums[name]]
+        total = self._sums[name]
         own = next(source for source in total.all_input_nodes if self._reaches(node, source))
         other: fx.Node = next(source for source in total.all_input_nodes if source is not own)
         needed = self._run.requirements(other)
@@ -252,24 +248,17 @@ class _Fitter:
     def _reaches(node: fx.Node, target: fx.Node) -> bool:
         return target is node or target in node.users
 
-    def _batch_norm_behind(self, node: fx.Node) -> BatchNorm | None:
-        if len(node.users) != 1:
-            return None
-        reader = next(iter(node.users))
-        if reader.op != "call_module":
-            return None
-        module = self._student.get_submodule(str(reader.target))
-        return module if is_batch_norm(module) else None
+    def _batch_norm_behind(self, node: fx.Node) -> Norm | None:
+        reader = only_reader(node)
+        return None if reader is None else self._student.norm(reader)
 
-    def _refresh(self, norm: BatchNorm, source: fx.Node) -> None:
+    def _refresh(self, norm: Norm, source: fx.Node) -> None:
         """Set the statistics of a batch norm to those of the student's own activations.
 
         Where the fit aimed at a ReLU's input, other statistics would move it off the target: there
         weight and bias make up for them, so that inference stays as it is and training, which uses
         the batch's own statistics, starts from the same function.
         """
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
         count, total = 0, torch.zeros_like(norm.running_mean, dtype=torch.float64)
         squares = torch.zeros_like(total)
         for batch in range(self._run.batch_count):
@@ -284,13 +273,15 @@ class _Fitter:
         mean = total / count
         variance = (squares / count - mean.square()).clamp(min=0) * count / (count - 1)
         keeps_function = source in self._aimed
-        if keeps_function and not _is_affine(norm):
+        if keeps_function and (norm.weight is None or norm.bias is None):
             return
         before = _affine(norm)
         norm.running_mean.add_(mean)
         norm.running_var.copy_(variance)
         if keeps_function:
             scale, shift = before
+            assert norm.weight is not None
+            assert norm.bias is not None
             norm.weight.copy_(scale * torch.sqrt(norm.running_var + norm.eps))
             norm.bias.copy_(shift + scale * norm.running_mean)
 
@@ -304,16 +295,10 @@ class _Fitter:
         return values
 
 
-def _is_affine(norm: BatchNorm) -> bool:
-    return norm.weight is not None
-
-
-def _affine(norm: BatchNorm) -> tuple[Tensor, Tensor]:
+def _affine(norm: Norm) -> tuple[Tensor, Tensor]:
     """Scale and shift that a batch norm applies in inference, shape (C,) each."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
     scale = torch.rsqrt(norm.running_var + norm.eps)
-    if not _is_affine(norm):
-        return scale, -norm.running_mean * scale
-    scale = scale * norm.weight
-    return scale, norm.bias - norm.running_mean * scale
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = -norm.running_mean * scale
+    return scale, shift if norm.bias is None else norm.bias + shift

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from groupify.conversion.clustering import SiteScore, cluster
 from groupify.conversion.fit import Clock, fit_student
@@ -16,13 +16,16 @@ from groupify.conversion.reconstruct import ReconstructionOptions, reconstruct
 from groupify.conversion.site_fit import FitOptions, SiteFit
 from groupify.conversion.surgery import restructure
 from groupify.conversion.weights_only import correct_batch_norms
+from groupify.conversion.working_copy import take_values
 from groupify.data.calibration import calibration_inputs
 from groupify.errors import ConversionError, DataError
+from groupify.graph.call import Call
 from groupify.graph.channels import Channels, channel_classes
+from groupify.graph.copying import copy_of
 from groupify.graph.forward import same_outputs
+from groupify.graph.model_graph import ModelGraph
 from groupify.graph.neighbours import refittable, residual_sums
 from groupify.graph.permute import apply_orders, layer_orders
-from groupify.graph.trace import on_same_graph
 from groupify.stats.flow import fitted_error, norm_score, sampled_score
 from groupify.stats.samples import SampleBudget, SiteSamples, observe_teacher
 from groupify.structures import SiteRecipe
@@ -103,8 +106,8 @@ class TracedConversion:
 
 def convert_in_order(
     dense: nn.Module,
-    traced: fx.GraphModule,
-    batches: Sequence[Tensor],
+    graph: ModelGraph,
+    batches: Sequence[Call],
     sites: Mapping[str, SiteRecipe],
     calibration: Calibration,
     *,
@@ -112,11 +115,11 @@ def convert_in_order(
     clock: Clock,
     progress: bool,
 ) -> TracedConversion:
-    """Convert a traced module by its inputs.
+    """Convert a module whose graph is known by its inputs.
 
     Args:
         dense: the dense module, in evaluation mode; left untouched.
-        traced: its graph.
+        graph: its graph.
         batches: what it is fed, float32.
         sites: the convs to replace, by name.
         calibration: how the inputs are used.
@@ -124,60 +127,82 @@ def convert_in_order(
         clock: takes the time of the parts.
         progress: show bars on stderr.
     """
-    sums = residual_sums(traced, sites)
+    batches = [batch.channels_last() for batch in batches]
+    sums = residual_sums(graph, sites)
     groups = {name: site.groups for name, site in sites.items()}
     if calibration.fit.refit_dense:
-        groups |= dict.fromkeys(refittable(traced, sites, calibration.fit.refit_max_inputs), 1)
-        sums = residual_sums(traced, groups)
-    samples = observe_teacher(traced, batches, groups, sums, calibration.budget, seed=seed, progress=progress)
+        groups |= dict.fromkeys(refittable(graph, sites, calibration.fit.refit_max_inputs), 1)
+        sums = residual_sums(graph, groups)
+    samples = observe_teacher(graph, batches, groups, sums, calibration.budget, seed=seed, progress=progress)
     clock.lap("dense model")
     found = TracedConversion(dense)
     if calibration.clustering != "none":
-        found = _clustered(dense, traced, batches[0][:1], samples, sites, calibration, seed, clock)
+        found = _clustered(dense, graph, batches[0], samples, sites, calibration, seed, clock)
     student = restructure(found.student, list(sites.values()))
-    graph = on_same_graph(traced, student)
-    names = {str(conv.target): total.name for conv, total in sums.items()}
+    worked_on = _in_fast_layout(student)
+    totals = {str(conv.target): total for conv, total in sums.items()}
     fits = fit_student(
-        graph, found.student, batches, sites, samples, names, calibration.fit, clock=clock, progress=progress
-    )
+        graph.on(worked_on), found.student, batches, sites, samples, totals, calibration.fit,
+        clock=clock, progress=progress,
+    )  # fmt: skip
     clock.lap("fit")
     del samples
     notes = found.notes
     options = calibration.reconstruction
-    if options.steps and len({batch.shape[1:] for batch in batches}) == 1:
-        teacher = on_same_graph(traced, found.student)
-        reconstruct(graph, teacher, torch.cat(list(batches)), sites, options, seed=seed, progress=progress)
+    if options.steps and _are_images_of_one_size(batches):
+        images = torch.cat([batch.tensors[0] for batch in batches])
+        reconstruct(
+            graph.on(worked_on), graph.on(found.student), images, sites, options, seed=seed, progress=progress
+        )
         clock.lap("reconstruction")
     elif options.steps:
-        notes = (*notes, "inputs of several sizes: no block reconstruction")
+        notes = (*notes, "several inputs, or of several sizes: no block reconstruction")
+    take_values(student, worked_on)
     return replace(found, student=student, fits=tuple(fits.values()), notes=notes)
 
 
+def _in_fast_layout(student: nn.Module) -> nn.Module:
+    """A copy with weights laid out like images, for oneDNN; only its graph runs, which no layout confuses."""
+    copied = copy_of(student)
+    if any(parameter.dim() == 5 for parameter in copied.parameters()):
+        return copied  # torch refuses to lay out a model with 3-d convs like images
+    return copied.to(memory_format=torch.channels_last)
+
+
+def _are_images_of_one_size(batches: Sequence[Call]) -> bool:
+    tensors = [batch.tensors for batch in batches]
+    return all(len(found) == 1 for found in tensors) and len({found[0].shape[1:] for found in tensors}) == 1
+
+
+def _contiguous(call: Call) -> Call:
+    return call.map(Tensor.contiguous)
+
+
 def convert_from_weights(
-    dense: nn.Module, traced: fx.GraphModule, example: Tensor, sites: Mapping[str, SiteRecipe], *, seed: int
+    dense: nn.Module, graph: ModelGraph, example: Call, sites: Mapping[str, SiteRecipe], *, seed: int
 ) -> TracedConversion:
-    """Convert a traced module without data: cluster by weight norm, truncate, correct the batch norms.
+    """Convert a module without data: cluster by weight norm, truncate, correct the batch norms.
 
     Args:
         dense: the dense module, in evaluation mode; left untouched.
-        traced: its graph.
-        example: an input.
+        graph: its graph.
+        example: one batch.
         sites: the convs to replace, by name.
         seed: seed of the clustering.
     """
-    channels = channel_classes(traced, example)
+    channels = channel_classes(graph, example)
     scores = [SiteScore(site, norm_score(dense.get_submodule(name))) for name, site in sites.items()]
     found = cluster(channels, scores, restarts=0, seed=seed)
     permuted = apply_orders(dense, channels, found.orders)
     student = restructure(permuted, list(sites.values()))
-    correct_batch_norms(on_same_graph(traced, student), permuted, sites)
+    correct_batch_norms(graph.on(student), permuted, sites)
     return TracedConversion(student, kept_before=found.kept_before, kept=found.kept)
 
 
 def _clustered(
     dense: nn.Module,
-    traced: fx.GraphModule,
-    example: Tensor,
+    graph: ModelGraph,
+    batch: Call,
     samples: dict[str, SiteSamples],
     sites: Mapping[str, SiteRecipe],
     calibration: Calibration,
@@ -185,7 +210,8 @@ def _clustered(
     clock: Clock,
 ) -> TracedConversion:
     """Reorder the channels, of the samples too, if that lowers the fitted error."""
-    channels = channel_classes(traced, example.clone())
+    example = batch if graph.batch is not None else batch.head(2)
+    channels = channel_classes(graph, example)
     clock.lap("graph")
     scores = []
     for name, site in sites.items():
@@ -198,7 +224,7 @@ def _clustered(
     _permute_samples(samples, channels, orders)
     after = sum(fitted_error(site, samples[name]) for name, site in sites.items())
     permuted = apply_orders(dense, channels, orders)
-    if after < before and same_outputs(dense, permuted, example):
+    if after < before and same_outputs(dense, permuted, _contiguous(example)):
         clock.lap("clustering")
         pictures = block_pictures(scores, channels, orders)
         return TracedConversion(permuted, kept_before=found.kept_before, kept=found.kept, pictures=pictures)

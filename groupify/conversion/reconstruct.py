@@ -18,7 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
+from groupify.graph.call import Call
 from groupify.graph.execute import BatchedRun
+from groupify.graph.model_graph import ModelGraph
+from groupify.graph.operators import Effect, effect
 from groupify.stats.positions import compact
 
 
@@ -56,11 +59,16 @@ def cut_nodes(graph: fx.Graph) -> list[fx.Node]:
                 waiting[source] -= 1
                 if waiting[source] == 0:
                     del waiting[source]
-        if node.users and node.op != "get_attr":  # parameters are there anyway
+        if node.users and not _is_there_anyway(node):
             waiting[node] = len(node.users)
             if list(waiting) == [node]:
                 cuts.append(node)
     return cuts
+
+
+def _is_there_anyway(node: fx.Node) -> bool:
+    """Parameters, and sizes."""
+    return node.op == "get_attr" or (node.op == "call_function" and effect(node) is Effect.SIZES)
 
 
 def find_blocks(graph: fx.Graph, sites: Iterable[str]) -> list[Block]:
@@ -87,8 +95,8 @@ def _is_pointwise_tail(end: fx.Node, limit: fx.Node, position: dict[fx.Node, int
 
 
 def reconstruct(
-    student: fx.GraphModule,
-    teacher: fx.GraphModule,
+    student: ModelGraph,
+    teacher: ModelGraph,
     images: Tensor,
     sites: Iterable[str],
     options: ReconstructionOptions,
@@ -99,8 +107,8 @@ def reconstruct(
     """Train the converted blocks of ``student`` in place, in order; batch norms keep their statistics.
 
     Args:
-        student: traced converted model.
-        teacher: the traced dense model; the same graph.
+        student: graph of the converted model.
+        teacher: the same graph over the dense model.
         images: unlabelled images, shape (N, C, H, W).
         sites: names of the converted convs.
         options: what to do.
@@ -108,26 +116,23 @@ def reconstruct(
         progress: show a bar on stderr.
     """
     generator = torch.Generator().manual_seed(seed)
-    student.eval()
-    teacher.eval()
-    batches = images.split(options.batch_size)
+    batches = [Call((batch,)) for batch in images.split(options.batch_size)]
     student_run, teacher_run = BatchedRun(student, batches, compact), BatchedRun(teacher, batches, compact)
-    twins = {node.name: node for node in teacher.graph.nodes}
     blocks = {block.start: block for block in find_blocks(student.graph, sites)}
     for block in blocks.values():
         student_run.pin(block.start)
-        teacher_run.pin(twins[block.end.name])
+        teacher_run.pin(block.end)
     nodes = list(student.graph.nodes)
     for node in tqdm(nodes, desc="reconstruct", disable=None if progress else True, leave=False):
         block_here = blocks.get(node)
         with torch.no_grad():
             student_run.run(node)
             for ahead in (node, *(block_here.nodes if block_here else ())):
-                if not teacher_run.done(twins[ahead.name]):
-                    teacher_run.run(twins[ahead.name])
+                if not teacher_run.done(ahead):
+                    teacher_run.run(ahead)
         if block_here is None:
             continue
-        end = twins[block_here.end.name]
+        end = block_here.end
         inputs = torch.cat([compact(student_run.value(node, batch)) for batch in range(len(batches))])
         targets = torch.cat([compact(teacher_run.value(end, batch)) for batch in range(len(batches))])
         student_run.release(node)
@@ -136,7 +141,7 @@ def reconstruct(
 
 
 def _train_block(
-    student: fx.GraphModule,
+    student: ModelGraph,
     block: Block,
     inputs: Tensor,
     targets: Tensor,
@@ -158,21 +163,25 @@ def _train_block(
         parameter.grad = None
 
 
-def _run_block(student: fx.GraphModule, block: Block, inputs: Tensor) -> Any:
-    run = BatchedRun(student, [inputs])
+def _run_block(student: ModelGraph, block: Block, inputs: Tensor) -> Any:
+    run = BatchedRun(student, [Call((inputs,))])  # sizes are read from the input
     run.preset(block.start, [inputs])
     for node in run.requirements(block.end):
         run.run(node)
     return run.value(block.end, 0)
 
 
-def _parameters(student: nn.Module, nodes: Sequence[fx.Node]) -> list[nn.Parameter]:
+def _parameters(student: ModelGraph, nodes: Sequence[fx.Node]) -> list[nn.Parameter]:
     found: dict[int, nn.Parameter] = {}
     for node in nodes:
+        tensors: Iterable[Tensor] = ()
         if node.op == "call_module":
-            for parameter in student.get_submodule(str(node.target)).parameters():
-                if parameter.requires_grad:
-                    found[id(parameter)] = parameter
+            tensors = student.layer(node).parameters()
+        elif node.op == "call_function":
+            tensors = [student.tensor(str(s.target)) for s in node.all_input_nodes if s.op == "get_attr"]
+        for tensor in tensors:
+            if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
+                found[id(tensor)] = tensor
     return list(found.values())
 
 

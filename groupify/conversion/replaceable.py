@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from groupify.graph.operations import CONVS, Conv, conv_kind
+from groupify.graph.plain_layers import CONVS, Conv, conv_kind
 
 # An entry of this name on the module itself, and not on its class, replaces what the layer computes.
 _COMPUTING = ("forward", "_conv_forward", "_call_impl")

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from groupify.documents import Amount, Count
-from groupify.graph.operations import CONVS, BatchNorm, Conv
+from groupify.graph.model_graph import Norm
 from groupify.graph.permute import row_channels
+from groupify.graph.plain_layers import CONVS, Conv
 from groupify.stats.moments import GroupedFit, GroupedMoments, InputMoments, principal_maps
 from groupify.structures import GROUPED, SiteRecipe
 
@@ -89,7 +90,7 @@ def fit_site(
     site: SiteRecipe,
     inputs: Sequence[Tensor],
     targets: Sequence[Target],
-    norm: BatchNorm | None,
+    norm: Norm | None,
     options: FitOptions,
 ) -> SiteFit:
     """Fit the replacement of one conv in place.
@@ -123,7 +124,7 @@ def refit_layer(
     layer: nn.Module,
     inputs: Sequence[Tensor],
     targets: Sequence[Target],
-    norm: BatchNorm | None,
+    norm: Norm | None,
     options: FitOptions,
 ) -> None:
     """Fit a dense conv or linear layer again in place, staying near its present weights.
@@ -143,11 +144,11 @@ def refit_layer(
     _set_bias(layer, bias, norm, torch.arange(len(bias)))
 
 
-def _set_bias(layer: Conv | nn.Linear, bias: Tensor, norm: BatchNorm | None, channels: Tensor) -> None:
+def _set_bias(layer: Conv | nn.Linear, bias: Tensor, norm: Norm | None, channels: Tensor) -> None:
     """Give a layer its bias (of output ``channels``), or fold it into the batch norm behind."""
     if layer.bias is not None:
         layer.bias.copy_(bias)
-    elif norm is not None and norm.running_mean is not None:
+    elif norm is not None:
         of_channel = torch.empty_like(bias)
         of_channel[channels] = bias
         norm.running_mean.sub_(of_channel)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from groupify.conversion.replaceable import shared_weights, why_not_replaceable
 from groupify.errors import ConversionError, near_names
-from groupify.graph.operations import CONVS, Conv, conv_kind
+from groupify.graph.copying import copy_of
 from groupify.graph.permute import row_channels
-from groupify.models.copying import copy_of
+from groupify.graph.plain_layers import CONVS, Conv, conv_kind
 from groupify.models.wrappers import unwrapped
 from groupify.structures import GROUPED, GROUPED_POINTWISE, KINDS, SiteRecipe
 

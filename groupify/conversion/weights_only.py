@@ -8,8 +8,7 @@ truncation takes away.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from groupify.graph.operations import (
-    ELEMENTWISE_FUNCTIONS,
-    ELEMENTWISE_MODULES,
-    SPATIAL_FUNCTIONS,
-    SPATIAL_MODULES,
-    is_batch_norm,
-)
+from groupify.graph.model_graph import ModelGraph
+from groupify.graph.operators import ADDITION, CONCATENATIONS, Effect, argument, effect, operator_name
 from groupify.graph.permute import row_channels
 from groupify.structures import GROUPED, SiteRecipe
 
@@ -39,12 +33,12 @@ class _Channels:
 
 
 def correct_batch_norms(
-    student: fx.GraphModule, dense: nn.Module, sites: Mapping[str, SiteRecipe]
+    student: ModelGraph, dense: nn.Module, sites: Mapping[str, SiteRecipe]
 ) -> tuple[str, ...]:
     """Correct the batch norms behind truncated convs, in place.
 
     Args:
-        student: traced converted model with truncated weights.
+        student: graph of the converted model with truncated weights.
         dense: the dense model in the same channel order.
         sites: the converted convs by name.
 
@@ -58,20 +52,16 @@ def correct_batch_norms(
     with torch.no_grad():
         for node in student.graph.nodes:
             states[node] = _carry(student, node, states)
-            if node.op != "call_module":
-                continue
-            name, source = str(node.target), node.all_input_nodes[0] if node.all_input_nodes else None
-            state = states.get(source) if source is not None else None
-            site = sites.get(name)
-            if site is not None and site.kind == GROUPED and state is not None:
-                changes[node] = _change(student.get_submodule(name), dense.get_submodule(name), site, state)
-            module = student.get_submodule(name)
-            if is_batch_norm(module) and module.running_mean is not None and source in changes:
+            name, source = str(node.target), next(iter(node.all_input_nodes), None)
+            state, site = (states.get(source) if source is not None else None), sites.get(name)
+            if node.op == "call_module" and site is not None and site.kind == GROUPED and state is not None:
+                changes[node] = _change(student.layer(node), dense.get_submodule(name), site, state)
+            norm = student.norm(node)
+            if norm is not None and source in changes:
                 shift, ratio = changes[source]
-                assert module.running_var is not None
-                module.running_mean.add_(shift)
-                module.running_var.mul_(ratio)
-                corrected.append(name)
+                norm.running_mean.add_(shift)
+                norm.running_var.mul_(ratio)
+                corrected.append(str(argument(node, 3, "running_mean").target).removesuffix(".running_mean"))
     return tuple(corrected)
 
 
@@ -95,33 +85,42 @@ def _change(
 
 
 def _carry(
-    student: fx.GraphModule, node: fx.Node, states: Mapping[fx.Node, _Channels | None]
+    student: ModelGraph, node: fx.Node, states: Mapping[fx.Node, _Channels | None]
 ) -> _Channels | None:
     """Mean and variance of a node's channels; None where they are not known."""
-    inputs = [states.get(source) for source in node.all_input_nodes]
+    norm = student.norm(node)
+    if norm is not None and norm.weight is not None and norm.bias is not None:
+        return _Channels(norm.bias.detach().clone(), norm.weight.detach().square())
+    sources = node.all_input_nodes
+    inputs = [states.get(source) for source in sources]
     known = [state for state in inputs if state is not None]
-    if node.op == "call_module":
-        module = student.get_submodule(str(node.target))
-        if is_batch_norm(module) and module.weight is not None:
-            return _Channels(module.bias.detach().clone(), module.weight.detach().square())
-        if isinstance(module, SPATIAL_MODULES) and known:
-            return known[0]
-        if isinstance(module, ELEMENTWISE_MODULES) and known:
-            return _through(module, known[0])
+    if not known or len(known) != len(inputs):
         return None
-    if node.op not in ("call_function", "call_method") or len(known) != len(inputs) or not known:
-        return None
-    if node.target in (operator.add, operator.iadd, torch.add, "add", "add_") and len(known) == 2:
-        return _Channels(known[0].mean + known[1].mean, known[0].variance + known[1].variance)
-    if node.target in (torch.cat, torch.concat):
-        return _Channels(torch.cat([s.mean for s in known]), torch.cat([s.variance for s in known]))
-    if node.target in SPATIAL_FUNCTIONS:
+    kind, name = effect(node), operator_name(node)
+    if kind in (Effect.WITHIN_CHANNELS, Effect.SAME):
         return known[0]
-    if node.target in ELEMENTWISE_FUNCTIONS and len(known) == 1:
-        function: Callable[..., Any] = node.target  # type: ignore[assignment]
-        rest = node.args[1:]
-        return _through(lambda values: function(values, *rest, **node.kwargs), known[0])
+    if name in CONCATENATIONS:
+        return _joined(known) if argument(node, 1, "dim", 0) == 1 else None
+    if kind is not Effect.ELEMENTWISE:
+        return None
+    if len(known) == 1:
+        return _through(lambda values: _evaluate(node, values), known[0])
+    if name == ADDITION and len(known) == 2 and len(node.args) == 2 and not node.kwargs:
+        return _Channels(known[0].mean + known[1].mean, known[0].variance + known[1].variance)
     return None
+
+
+def _joined(states: Sequence[_Channels]) -> _Channels:
+    return _Channels(torch.cat([s.mean for s in states]), torch.cat([s.variance for s in states]))
+
+
+def _evaluate(node: fx.Node, values: Tensor) -> Tensor:
+    """Run an elementwise operator with ``values`` in the place of the one tensor that it reads."""
+    function: Any = node.target
+    args: Any = fx.node.map_arg(node.args, lambda source: values)
+    kwargs: Any = fx.node.map_arg(node.kwargs, lambda source: values)
+    result: Tensor = function(*args, **kwargs)
+    return result
 
 
 def _through(function: Callable[[Tensor], Tensor], state: _Channels) -> _Channels:

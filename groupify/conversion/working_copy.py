@@ -12,23 +12,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from groupify.errors import ConversionError
+from groupify.graph.call import Call
+from groupify.graph.copying import copy_of
 from groupify.graph.forward import equal_outputs
-from groupify.graph.operations import CONVS
-from groupify.graph.trace import example_input
-from groupify.models.copying import copy_of
+from groupify.graph.plain_layers import CONVS
 from groupify.models.weights import first_unsound
 
 _Hooks = MutableMapping[int, Any]
 
 
-def working_copy(model: nn.Module, input_shape: tuple[int, ...], sites: Iterable[str]) -> nn.Module:
+def working_copy(model: nn.Module, call: Call, sites: Iterable[str]) -> nn.Module:
     """Return a copy of a model in float32, in evaluation mode, without the hooks that only look on.
-
-    It is in the memory format of oneDNN's fast path.
 
     Args:
         model: the model; left untouched.
-        input_shape: (C, H, W) of one image.
+        call: a way in which it is called.
         sites: names of the convs that will be replaced.
 
     Raises:
@@ -37,16 +35,12 @@ def working_copy(model: nn.Module, input_shape: tuple[int, ...], sites: Iterable
     """
     check_weights(model)
     copied = copy_of(model).float().eval()
-    if all(parameter.dim() != 5 for parameter in copied.parameters()):
-        # torch refuses to lay out a model with 3-d convs like images.
-        copied = copied.to(memory_format=torch.channels_last)
     for module in copied.modules():
         if isinstance(module, CONVS):
-            module.requires_grad_(
-                True
-            )  # a frozen conv, too, is reconstructed; the result has the model's flags
-    example = example_input(input_shape, like=copied)
-    acting = _clear_onlookers(copied, example)
+            # A frozen conv, too, is reconstructed; the result has the model's flags.
+            module.requires_grad_(True)
+    call = call.map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+    acting = _clear_onlookers(copied, call)
     modules = dict(copied.named_modules())
     for name in sites:
         if modules.get(name) in acting:
@@ -54,7 +48,7 @@ def working_copy(model: nn.Module, input_shape: tuple[int, ...], sites: Iterable
                 f"layer {name!r} cannot be replaced: a hook on it changes what it computes; plan again, "
                 "which leaves it alone"
             )
-    _check_independence(copied, model, example)
+    _check_independence(copied, model, call)
     return copied
 
 
@@ -83,14 +77,18 @@ def check_weights(model: nn.Module) -> None:
 def take_values(model: nn.Module, source: nn.Module) -> None:
     """Copy the parameters and buffers of a module into another one of the same names, in its own types.
 
-    A buffer outside the state dict that has other values than before becomes part of it, or it would be
-    lost when the model is saved.
+    A buffer outside the state dict, or a tensor in a plain attribute, that has other values than before
+    becomes part of it, or it would be lost when the model is saved.
     """
     values = {**_named(source.named_parameters), **_named(source.named_buffers)}
     for name, parameter in _named(model.named_parameters).items():
         parameter.copy_(values[name])
+    for name, tensor in plain_tensors(source).items():
+        before = plain_tensors(model).get(name)
+        if before is not None and before.shape == tensor.shape and not _equal(tensor, before):
+            _make_buffer(model, name)
     for name, buffer in _named(model.named_buffers).items():
-        value = values.get(name)
+        value = values.get(name, plain_tensors(source).get(name))
         # What has another shape was made by running the model, and will be again.
         if value is None or value.shape != buffer.shape or _equal(value, buffer):
             continue
@@ -100,11 +98,29 @@ def take_values(model: nn.Module, source: nn.Module) -> None:
 
 def make_persistent(model: nn.Module, names: Iterable[str]) -> None:
     """Make those buffers part of a model's state dict; other names are let be."""
-    buffers = _named(model.named_buffers)
     for name in names:
+        if name in plain_tensors(model):
+            _make_buffer(model, name)
         owner, _, own_name = name.rpartition(".")
-        if name in buffers:
+        if name in _named(model.named_buffers):
             model.get_submodule(owner)._non_persistent_buffers_set.discard(own_name)
+
+
+def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors that modules hold as plain attributes, neither parameters nor buffers, by name."""
+    return {
+        f"{name}.{attribute}" if name else attribute: value
+        for name, module in model.named_modules()
+        for attribute, value in vars(module).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _make_buffer(model: nn.Module, name: str) -> None:
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_submodule(owner)
+    tensor = vars(module).pop(attribute)
+    module.register_buffer(attribute, tensor.detach())
 
 
 def _named(listed: Any) -> dict[str, Tensor]:
@@ -118,7 +134,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 # hooks -----------------------------------------------------------------------------------------
 
 
-def _clear_onlookers(model: nn.Module, example: Tensor) -> set[nn.Module]:
+def _clear_onlookers(model: nn.Module, call: Call) -> set[nn.Module]:
     """Remove the caller's hooks that only look on; return the modules with others, which are part of them.
 
     A hook that gives something back, or changes a tensor in place, may do so for some inputs alone: it
@@ -136,10 +152,10 @@ def _clear_onlookers(model: nn.Module, example: Tensor) -> set[nn.Module]:
         watcher.hooks[watcher.key] = watcher
     with torch.no_grad():
         try:
-            expected = model(example.clone())
+            expected = call.run(model)
             for watcher in watched:
                 watcher.stay_if_acting()
-            needed = not equal_outputs(expected, model(example.clone()))
+            needed = not equal_outputs(expected, call.run(model))
         except Exception:
             needed = True
     if needed:
@@ -193,7 +209,7 @@ def _versions(values: Any) -> list[int]:
 # the copy and the original ---------------------------------------------------------------------
 
 
-def _check_independence(copied: nn.Module, model: nn.Module, example: Tensor) -> None:
+def _check_independence(copied: nn.Module, model: nn.Module, call: Call) -> None:
     """Refuse a model whose copy computes with the weights of the original.
 
     A function that was put on a layer, or a hook, may refer to the module that it was made for; a copy of
@@ -202,7 +218,7 @@ def _check_independence(copied: nn.Module, model: nn.Module, example: Tensor) ->
     owned = {**_named(model.named_parameters), **_named(model.named_buffers)}
     watch = _Reads({tensor.untyped_storage()._cdata: name for name, tensor in owned.items()})
     with torch.no_grad(), watch:
-        copied(example.clone())
+        call.run(copied)
     if watch.found is not None:
         raise ConversionError(
             f"a copy of the model still computes with {watch.found!r} of the model given: a hook or function "

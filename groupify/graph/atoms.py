@@ -36,9 +36,12 @@ class Atoms:
         self._parents.extend(range(start, start + count))
         return torch.arange(start, start + count)
 
-    def freeze(self, labels: Tensor) -> None:
-        """Forbid the atoms of ``labels`` to move."""
-        self._frozen.update(distinct(labels))
+    def freeze(self, labels: Tensor) -> bool:
+        """Forbid the atoms of ``labels`` to move; say whether that is news for one of them."""
+        atoms = distinct(labels)
+        news = any(atom not in self._frozen for atom in atoms)
+        self._frozen.update(atoms)
+        return news
 
     def mark(self, labels: Tensor) -> None:
         """Note that one operation gives out these atoms, so that they differ from all that it does not."""
@@ -84,6 +87,8 @@ class Atoms:
         if left_repeats and right_repeats:
             return self._give_up(left, right, shape)
         self.tie(wide_left, wide_right)
+        if left_repeats and _is_one_to_one(vector(wide_left, 1)):
+            return wide_left  # a map over the image goes along with the channels
         return wide_right if left_repeats else wide_left
 
     def _meet(self, many: Tensor, one: Tensor) -> None:
@@ -192,6 +197,10 @@ def vector(labels: Tensor, dim: int) -> Tensor | None:
     for axis in others:
         first = first.narrow(axis, 0, 1)
     return first.reshape(-1)
+
+
+def _is_one_to_one(atoms: Tensor | None) -> bool:
+    return atoms is not None and FIXED not in atoms and len(torch.unique(atoms)) == len(atoms)
 
 
 def along(atoms: Tensor, dim: int, shape: torch.Size) -> Tensor:

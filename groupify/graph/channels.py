@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor
 
 from groupify.graph.atoms import Atoms
-from groupify.graph.labelling import Labeller
-from groupify.graph.uses import (
-    CONV_INPUT,
-    CONV_OUTPUT,
-    LINEAR_INPUT,
-    LINEAR_OUTPUT,
-    PER_CHANNEL,
-    ChannelUse,
-)
-
-__all__ = [
-    "CONV_INPUT",
-    "CONV_OUTPUT",
-    "LINEAR_INPUT",
-    "LINEAR_OUTPUT",
-    "PER_CHANNEL",
-    "ChannelClass",
-    "ChannelUse",
-    "Channels",
-    "channel_classes",
-]
+from groupify.graph.call import Call
+from groupify.graph.labelling import ChannelUse, Labeller
+from groupify.graph.model_graph import ModelGraph
 
 
 @dataclass(frozen=True)
@@ -54,31 +36,38 @@ class ChannelClass:
 
 @dataclass(frozen=True)
 class Channels:
-    """All uses, and the classes of two or more channels."""
+    """All uses, and the classes of two or more channels.
+
+    Attributes:
+        uses: where channels meet tensors.
+        classes: channels that may change places.
+        pinned_by: operators that are not known, and so keep the channels that they read in their order.
+    """
 
     uses: tuple[ChannelUse, ...]
     classes: tuple[ChannelClass, ...]
+    pinned_by: tuple[str, ...] = ()
 
 
-def channel_classes(traced: fx.GraphModule, example: Tensor) -> Channels:
-    """Find the permutation classes of a traced model.
+def channel_classes(graph: ModelGraph, call: Call) -> Channels:
+    """Find the permutation classes of a model.
 
     Args:
-        traced: the model's graph, in inference mode.
-        example: an input, shape (N, C, H, W); one forward pass is run on it.
+        graph: the model's graph.
+        call: one batch; one forward pass is run on it.
     """
-    labeller = Labeller(traced)
+    labeller = Labeller(graph)
     with torch.no_grad():
-        labeller.run(example)
-    untouchable = _untouchable(traced, labeller)
+        labeller.run(call)
+    untouchable = _untouchable(graph, labeller)
     for use in labeller.uses.values():
-        if use.name in untouchable:
+        if use.name in untouchable or not graph.is_state(use.name):
             labeller.atoms.freeze(use.atoms)
-    return _group(labeller.atoms, list(labeller.uses.values()))
+    return _group(labeller.atoms, list(labeller.uses.values()), tuple(labeller.pinned_by))
 
 
-def _group(atoms: Atoms, uses: Sequence[ChannelUse]) -> Channels:
-    """Put the components that meet the same parameters in the same way into one class."""
+def _group(atoms: Atoms, uses: Sequence[ChannelUse], pinned_by: tuple[str, ...]) -> Channels:
+    """Put the components that meet the same tensors in the same way into one class."""
     components = atoms.components()
     # component of each atom that may move, and the atom's number inside it
     owner = {atom: (number, rank) for number, c in enumerate(components) for rank, atom in enumerate(c)}
@@ -107,34 +96,26 @@ def _group(atoms: Atoms, uses: Sequence[ChannelUse]) -> Channels:
         members.sort(key=lambda number: next(iter(places[number].values())))
         where = {index: torch.tensor([places[n][index] for n in members]) for index in places[members[0]]}
         classes.append(ChannelClass(torch.tensor([components[n][0] for n in members]), where))
-    return Channels(tuple(relabelled), tuple(classes))
+    return Channels(tuple(relabelled), tuple(classes), pinned_by)
 
 
-def _untouchable(traced: nn.Module, labeller: Labeller) -> set[str]:
-    """Names of uses whose parameters are also used in another way, so that they would be permuted twice."""
-    modules = dict(traced.named_modules())
-    regions: list[tuple[int, int, str]] = []
-    for name in dict.fromkeys((*(use.name for use in labeller.uses.values()), *labeller.opaque)):
-        recurse = name in labeller.opaque
-        for tensor in _tensors_of(modules, name, recurse):
-            if tensor.numel():
-                start = tensor.data_ptr()
-                regions.append((start, start + tensor.numel() * tensor.element_size(), name))
-    regions.sort()
+def _untouchable(graph: ModelGraph, labeller: Labeller) -> set[str]:
+    """Names of tensors that are also read in another way, so that they would be permuted twice or wrongly."""
     found = set(labeller.opaque)
+    sides: dict[str, set[bool]] = defaultdict(set)
+    for use in labeller.uses.values():
+        sides[use.name].add(use.dim is None)
+    found |= {name for name, kinds in sides.items() if len(kinds) > 1}
+    regions: list[tuple[int, int, str]] = []
+    for name in dict.fromkeys((*sides, *labeller.opaque)):
+        tensor = graph.tensor(name)
+        if tensor.numel():
+            start = tensor.data_ptr()
+            regions.append((start, start + tensor.numel() * tensor.element_size(), name))
+    regions.sort()
     for index, (_, end, name) in enumerate(regions):
         for start, _, other in regions[index + 1 :]:
             if start >= end:
                 break
-            if other != name:
-                found |= {name, other}
+            found |= {name, other}
     return found
-
-
-def _tensors_of(modules: dict[str, nn.Module], name: str, recurse: bool) -> Iterable[Tensor]:
-    module = modules.get(name)
-    if module is not None:
-        return (*module.parameters(recurse), *module.buffers(recurse))
-    owner, _, attribute = name.rpartition(".")
-    tensor = getattr(modules.get(owner), attribute, None)
-    return (tensor,) if isinstance(tensor, Tensor) else ()

@@ -1,41 +1,56 @@
-"""Run a traced graph node by node over many batches at once.
+"""Run a graph node by node over many batches at once.
 
 Layer-wise calibration needs every image at one layer before the next layer runs. Running node by
 node does that in a single pass: no prefix of the network is ever run again, and what waits between
-nodes is kept in half precision and dropped at its last use.
+nodes is kept in half precision, where nobody would notice, and dropped at its last use.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from groupify.graph.call import Call
+from groupify.graph.model_graph import ModelGraph
+from groupify.graph.operators import Effect, effect
+
+
+@dataclass(frozen=True)
+class _Halved:
+    """A float32 value that waits in half precision."""
+
+    values: Tensor
 
 
 class BatchedRun:
     """The values of a graph's nodes, for every batch.
 
     Args:
-        module: traced model.
-        batches: inputs, each of shape (N, C, H, W).
-        compact: how values are kept while they wait.
+        graph: the graph.
+        batches: its inputs.
+        compact: gives a float32 tensor in half precision, or as it is where that cannot hold it; None = keep
+            everything as it is.
     """
 
     def __init__(
         self,
-        module: fx.GraphModule,
-        batches: Sequence[Tensor],
+        graph: ModelGraph,
+        batches: Sequence[Call],
         compact: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.module = module
+        self.graph = graph
         self.batch_count = len(batches)
-        self._batches = batches
+        self._inputs = [batch.leaves for batch in batches]
+        self._number = {node: number for number, node in enumerate(graph.placeholders)}
         self._compact = compact
+        self._exact = needs_exact_values(graph.graph) if compact is not None else set()
         self._values: dict[fx.Node, list[Any]] = {}
-        self._waiting = Counter({node: len(node.users) for node in module.graph.nodes})
+        self._waiting = Counter({node: len(node.users) for node in graph.graph.nodes})
         self._deferred: set[fx.Node] = set()
         self._pinned: set[fx.Node] = set()
 
@@ -55,11 +70,16 @@ class BatchedRun:
 
     def value(self, node: fx.Node, batch: int) -> Any:
         """Return the value of a node for one batch, in full precision."""
-        return _map(_restore, self.stored(node, batch))
+        return pytree.tree_map_only(_Halved, lambda kept: kept.values.float(), self._kept(node, batch))
 
     def stored(self, node: fx.Node, batch: int) -> Any:
         """Return the value of a node for one batch as it is kept, perhaps in half precision."""
-        return self.compute(node, batch) if node in self._deferred else self._values[node][batch]
+        return pytree.tree_map_only(_Halved, lambda kept: kept.values, self._kept(node, batch))
+
+    def _kept(self, node: fx.Node, batch: int) -> Any:
+        if node in self._deferred or node.op == "get_attr":
+            return self.compute(node, batch)
+        return self._values[node][batch]
 
     def preset(self, node: fx.Node, values: Sequence[Any]) -> None:
         """Give the values of a node, one for each batch, instead of running it."""
@@ -74,7 +94,7 @@ class BatchedRun:
             if current not in needed and not self.done(current):
                 needed.add(current)
                 stack.extend(current.all_input_nodes)
-        return [candidate for candidate in self.module.graph.nodes if candidate in needed]
+        return [candidate for candidate in self.graph.graph.nodes if candidate in needed]
 
     def run(self, node: fx.Node, *, defer: bool = False) -> None:
         """Run one node, whose inputs have been run, on every batch.
@@ -84,7 +104,7 @@ class BatchedRun:
             defer: compute its value anew whenever it is asked for, instead of keeping it; right where a
                 single cheap reader follows.
         """
-        if defer:
+        if defer or node.op == "get_attr":
             self._deferred.add(node)
             self._values[node] = []
             return
@@ -92,7 +112,7 @@ class BatchedRun:
         reads = Counter(self._kept_sources(node))
         last_use = [source for source, count in reads.items() if self._waiting[source] == count]
         for batch in range(self.batch_count):
-            results.append(self._keep(self.compute(node, batch)))
+            results.append(self._keep(node, self.compute(node, batch)))
             for source in last_use:
                 if source not in self._pinned:
                     self._values[source][batch] = None
@@ -110,44 +130,39 @@ class BatchedRun:
     def compute(self, node: fx.Node, batch: int) -> Any:
         """Return the output of a node for one batch without keeping it."""
         if node.op == "placeholder":
-            return self._batches[batch]
-        if node.op == "get_attr":
-            return _attribute(self.module, str(node.target))
-        args = fx.node.map_arg(node.args, lambda source: self.value(source, batch))
-        kwargs = fx.node.map_arg(node.kwargs, lambda source: self.value(source, batch))
-        if node.op == "output":
-            return args[0]
-        if node.op == "call_module":
-            return self.module.get_submodule(str(node.target))(*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        function: Callable[..., Any] = node.target  # type: ignore[assignment]
-        return function(*args, **kwargs)
+            return self._inputs[batch][self._number[node]]
+        return self.graph.compute(node, lambda source: self.value(source, batch))
 
-    def _keep(self, value: Any) -> Any:
-        return value if self._compact is None else _map(self._compact, value)
+    def _keep(self, node: fx.Node, value: Any) -> Any:
+        if self._compact is None or node in self._exact:
+            return value
+        return pytree.tree_map_only(Tensor, self._halve, value)
+
+    def _halve(self, value: Tensor) -> Any:
+        assert self._compact is not None
+        kept = self._compact(value)
+        return kept if kept.dtype == value.dtype else _Halved(kept)
 
 
-def _restore(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype == torch.float16 else tensor
+_PASSES_ON = {
+    Effect.ELEMENTWISE,
+    Effect.SAME,
+    Effect.MOVES,
+    Effect.REDUCES,
+    Effect.PAD,
+    Effect.WITHIN_CHANNELS,
+}
 
 
-def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, torch.Size):
-        return value
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_map(function, item) for item in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(_map(function, item) for item in value)
-    if isinstance(value, dict):
-        return {key: _map(function, item) for key, item in value.items()}
-    return value
+def needs_exact_values(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes whose values reach an operator that is not known to bear rounding, such as an index.
 
-
-def _attribute(module: nn.Module, name: str) -> Any:
-    value: Any = module
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
+    A layer or norm bears it; what lies between one and, say, ``grid_sample`` may be coordinates.
+    """
+    exact: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        for reader in node.users:
+            sensitive = reader.op == "call_function" and effect(reader) is Effect.UNKNOWN
+            if sensitive or (reader in exact and effect(reader) in _PASSES_ON):
+                exact.add(node)
+    return exact

@@ -1,285 +1,386 @@
 """Run a graph once and label every element of every tensor with the atom whose value it carries.
 
-An atom is one channel of some producer. Operations that only move data are run on the labels
+An atom is one channel of some producer. Operators that only move data are run on the labels
 themselves, so that ``view``, ``cat``, ``chunk`` or a channel shuffle need no rules of their own;
-elementwise operations tie the labels of their operands together; convs, linears and norms record
-where the labels meet a parameter. An operation that is not known freezes the atoms that it reads,
+elementwise operators tie the labels of their operands together; convs, linears and norms record
+where the labels meet a parameter. An operator that is not known freezes the atoms that it reads,
 which is always safe.
 """
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from groupify.graph import operations as ops
 from groupify.graph.atoms import FIXED, Atoms, along, compress, fixed_labels, varies, vector
-from groupify.graph.uses import (
-    CONV_INPUT,
-    CONV_OUTPUT,
-    LINEAR_INPUT,
-    LINEAR_OUTPUT,
-    PER_CHANNEL,
-    ChannelUse,
-)
+from groupify.graph.call import Call
+from groupify.graph.model_graph import Fetch, ModelGraph
+from groupify.graph.operators import CONCATENATIONS, Effect, argument, effect, operator_name
 
-# A larger bare parameter is hardly one element per channel.
-_MAX_ATTRIBUTE_ELEMENTS = 1_000_000
+# A larger tensor is hardly one element per channel.
+_MAX_ELEMENTS = 1 << 18
 
 
-class Labeller(fx.Interpreter):
+@dataclass(frozen=True)
+class ChannelUse:
+    """A place where channels meet a tensor of the model.
+
+    Attributes:
+        name: qualified name of the tensor.
+        dim: the dimension of the tensor that the channels are; the elements of the whole where None, as for
+            norms, biases, scales and maps.
+        atoms: atom at each position of that dimension, shape (length,).
+        blocks: number of equal blocks whose border no channel may cross (the groups of a grouped conv).
+    """
+
+    name: str
+    dim: int | None
+    atoms: Tensor
+    blocks: int = 1
+
+
+class Labeller:
     """Runs the graph once and carries the labels along with the values.
 
     Attributes:
         atoms: the atoms and what holds between them.
-        uses: where they meet parameters, by kind and name.
-        opaque: modules and parameters that some operation reads in a way that is not known.
+        uses: where they meet tensors, by name and dimension.
+        opaque: tensors that some operator reads in a way that is not known.
+        pinned_by: names of operators that froze channels because they are not known.
     """
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module, garbage_collect_values=True)
+    def __init__(self, graph: ModelGraph) -> None:
         self.atoms = Atoms()
-        self.uses: dict[tuple[str, str], ChannelUse] = {}
+        self.uses: dict[tuple[str, int | None], ChannelUse] = {}
         self.opaque: set[str] = set()
+        self.pinned_by: dict[str, None] = {}
+        self._graph = graph
         self._labels: dict[fx.Node, Any] = {}
-        self._last_use = {source: node for node in module.graph.nodes for source in node.all_input_nodes}
+        self._fetch: Fetch
+        self._rules: dict[Effect, Callable[[fx.Node, Any], Any]] = {
+            Effect.ELEMENTWISE: self._combine,
+            Effect.SAME: self._same,
+            Effect.WITHIN_CHANNELS: self._within_channels,
+            Effect.MOVES: self._move,
+            Effect.REDUCES: self._reduce,
+            Effect.CONV: self._conv_operator,
+            Effect.TRANSPOSED_CONV: self._transposed_conv,
+            Effect.LINEAR: self._linear_operator,
+            Effect.CHANNEL_NORM: self._channel_norm,
+            Effect.GROUP_NORM: self._group_norm,
+            Effect.LAYER_NORM: self._layer_norm,
+            Effect.PAD: self._pad,
+        }
 
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node and label its output."""
-        value = super().run_node(n)
-        labels = self._label(n, value)
-        self._labels[n] = labels
-        for tensor in _tensors(labels):
-            self.atoms.mark(tensor)
-        for source in n.all_input_nodes:
-            if self._last_use.get(source) is n:
-                self._labels.pop(source, None)
-        return value
+    def run(self, call: Call) -> None:
+        """Run on one batch."""
+        last_reader = {source: node for node in self._graph.graph.nodes for source in node.all_input_nodes}
+        for node, value, fetch in self._graph.walk(call):
+            self._fetch = fetch
+            labels = self._label(node, value)
+            self._labels[node] = labels
+            for tensor in _tensors(labels):
+                self.atoms.mark(tensor)
+            for source in node.all_input_nodes:
+                if last_reader[source] is node:
+                    self._labels.pop(source, None)
 
     def _label(self, node: fx.Node, value: Any) -> Any:
         if node.op == "get_attr":
-            return self._label_attribute(node, value)
+            return None  # see _operand
         if node.op == "call_module":
-            return self._label_module(node, value)
-        if node.op in ("call_function", "call_method"):
-            return self._label_call(node, value)
-        return self._unknown(node, value)  # the input and the output of the model
+            return self._layer(node, value)
+        if node.op != "call_function":
+            return self._unknown(node, value)  # an input, or the output of the model
+        if not any(True for _ in _tensors(value)):
+            if effect(node) is not Effect.SIZES:
+                self._unknown(node, value)  # a number that was read from the values
+            return None
+        if effect(node) is Effect.SIZES:
+            return _map(lambda item: fixed_labels(item.shape), value)  # new values
+        rule = self._rules.get(effect(node))
+        found = None if rule is None else rule(node, value)
+        return self._unknown(node, value) if found is None else found
 
     def _unknown(self, node: fx.Node, value: Any) -> Any:
         """Freeze what the node reads; its outputs stay where they are."""
         for source in node.all_input_nodes:
+            if source.op == "get_attr":
+                self.opaque.add(str(source.target))
             for labels in _tensors(self._labels.get(source)):
-                self.atoms.freeze(labels)
-        if node.op in ("call_module", "get_attr"):
-            self.opaque.add(str(node.target))
+                if self.atoms.freeze(labels) and node.op == "call_function":
+                    self.pinned_by[operator_name(node) or str(node.target)] = None
         if node.op == "output":
             return None
         return _map(lambda item: fixed_labels(item.shape) if isinstance(item, Tensor) else None, value)
 
-    # where channels meet parameters ------------------------------------------------------------
+    # where channels meet tensors ----------------------------------------------------------------
 
-    def _record(self, kind: str, name: str, atoms: Tensor, blocks: int = 1) -> None:
-        known = self.uses.get((kind, name))
+    def _record(self, name: str, dim: int | None, atoms: Tensor, blocks: int = 1) -> None:
+        known = self.uses.get((name, dim))
         if known is None:
-            self.uses[kind, name] = ChannelUse(kind, name, atoms, blocks)
-        elif len(known.atoms) == len(atoms):
-            self.atoms.tie(known.atoms, atoms)  # a shared module: all its callers keep one order
+            self.uses[name, dim] = ChannelUse(name, dim, atoms, blocks)
+        elif len(known.atoms) == len(atoms) and known.blocks == blocks:
+            self.atoms.tie(known.atoms, atoms)  # a shared layer: all its callers keep one order
         else:
             self.atoms.freeze(known.atoms)
             self.atoms.freeze(atoms)
 
-    def _outputs(self, kind: str, name: str, count: int, blocks: int = 1) -> Tensor:
-        if (kind, name) not in self.uses:
-            self._record(kind, name, self.atoms.new(count), blocks)
-        return self.uses[kind, name].atoms
+    def _produced(self, name: str, dim: int | None, count: int, blocks: int = 1) -> Tensor:
+        if (name, dim) not in self.uses:
+            self._record(name, dim, self.atoms.new(count), blocks)
+        return self.uses[name, dim].atoms
 
-    def _label_attribute(self, node: fx.Node, value: Any) -> Any:
-        if (
-            not isinstance(value, Tensor)
-            or not value.is_floating_point()
-            or value.dim() == 0
-            or value.numel() > _MAX_ATTRIBUTE_ELEMENTS
-        ):
-            return self._unknown(node, value)
-        return self._outputs(PER_CHANNEL, str(node.target), value.numel()).reshape(value.shape)
+    def _operand(self, source: Any) -> Any:
+        """Labels of what an operator reads; a tensor of the model has one atom for each element."""
+        if not isinstance(source, fx.Node) or source.op != "get_attr":
+            return self._labels.get(source) if isinstance(source, fx.Node) else None
+        name, tensor = str(source.target), self._fetch(source)
+        if not self._has_an_atom_for_each_element(name, tensor):
+            self.opaque.add(name)
+            return fixed_labels(tensor.shape)
+        return self._produced(name, None, tensor.numel()).reshape(tensor.shape)
 
-    # modules -----------------------------------------------------------------------------------
+    def _has_an_atom_for_each_element(self, name: str, tensor: Tensor) -> bool:
+        if not tensor.is_floating_point() or tensor.numel() < 2 or tensor.numel() > _MAX_ELEMENTS:
+            return False
+        if not self._graph.is_state(name):
+            return False  # made anew by each forward pass
+        sizes = [size for size in tensor.shape if size > 1]
+        # Weights that something computes with: as much as a layer has, and never one for each channel.
+        return len(sizes) == 1 or tensor.shape[0] == 1
 
-    def _label_module(self, node: fx.Node, value: Any) -> Any:
-        name = str(node.target)
-        module = self.module.get_submodule(name)
-        labels = self._labels.get(node.all_input_nodes[0]) if node.all_input_nodes else None
-        if len(node.all_input_nodes) != 1 or not isinstance(labels, Tensor) or not isinstance(value, Tensor):
-            return self._unknown(node, value)
-        if isinstance(module, ops.ELEMENTWISE_MODULES):
-            return labels
-        if isinstance(module, ops.MOVING_MODULES):
-            return compress(module(labels))
-        if isinstance(module, ops.SPATIAL_MODULES):
-            return self._keep_channels(node, type(module).__name__, labels, value)
-        result = self._label_norm(name, module, labels)
-        if result is None and _has_plain_weight(module):
-            result = self._label_product(name, module, labels, value)
-        return self._unknown(node, value) if result is None else result
+    def _elements(self, source: Any, atoms: Tensor, blocks: int = 1) -> bool:
+        """Tie the elements of a vector that goes along with channels to these; False if it is none."""
+        if source is None:
+            return True
+        if source.op == "get_attr":
+            if self._fetch(source).numel() != len(atoms):
+                return False
+            self._record(str(source.target), None, atoms, blocks)
+            return True
+        labels = self._labels.get(source)
+        if not isinstance(labels, Tensor) or labels.numel() != len(atoms):
+            return False
+        self.atoms.tie(labels.reshape(-1), atoms)
+        return True
 
-    def _label_norm(self, name: str, module: nn.Module, labels: Tensor) -> Tensor | None:
-        channels, features = vector(labels, 1), vector(labels, labels.dim() - 1)
-        is_prelu = isinstance(module, nn.PReLU)
-        if is_prelu and module.num_parameters == 1:
-            return labels
-        if channels is not None and (isinstance(module, ops.BATCH_NORMS) or is_prelu):
-            self._record(PER_CHANNEL, name, channels)
-        elif channels is not None and isinstance(module, nn.GroupNorm):
-            self._record(PER_CHANNEL, name, channels, module.num_groups)
-        elif features is not None and isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
-            self._record(PER_CHANNEL, name, features)
+    # layers ---------------------------------------------------------------------------------------
+
+    def _layer(self, node: fx.Node, value: Any) -> Any:
+        layer: Any = self._graph.layer(node)
+        labels, name = self._operand(node.args[0]), str(node.target)
+        bias = f"{name}.bias" if layer.bias is not None else None
+        if isinstance(layer, nn.Linear):
+            found = self._linear(labels, f"{name}.weight", value)
         else:
+            found = self._conv(labels, f"{name}.weight", layer.weight.shape, layer.groups)
+        if found is None:
+            self.opaque |= {f"{name}.weight"} | ({bias} if bias else set())
+            return self._unknown(node, value)
+        if bias:
+            self._record(bias, None, found)
+        return self._spread(found, value, isinstance(layer, nn.Linear))
+
+    @staticmethod
+    def _spread(atoms: Tensor, value: Tensor, last: bool) -> Tensor:
+        return atoms.expand(value.shape) if last else along(atoms, 1, value.shape)
+
+    def _linear(self, labels: Any, weight: str, value: Tensor) -> Tensor | None:
+        if not isinstance(labels, Tensor):
+            return None
+        self._record(weight, 1, self._input_atoms(labels, labels.dim() - 1))
+        return self._produced(weight, 0, value.shape[-1])
+
+    def _input_atoms(self, labels: Tensor, dim: int) -> Tensor:
+        """The atoms along the inputs of a layer; fixed ones where an input is more than one atom."""
+        atoms = vector(labels, dim)
+        if atoms is not None:
+            return atoms
+        self.atoms.freeze(labels)
+        return torch.full((labels.shape[dim],), FIXED, dtype=torch.long)
+
+    def _conv(self, labels: Any, weight: str, shape: torch.Size, groups: int) -> Tensor | None:
+        if not isinstance(labels, Tensor) or labels.dim() != len(shape):
+            return None
+        channels = self._input_atoms(labels, 1)
+        if groups > 1 and shape[1] == 1:
+            # Depthwise: an output channel goes wherever its input channel goes.
+            atoms = channels.repeat_interleave(shape[0] // groups)
+            self._record(weight, 0, atoms)
+            return atoms
+        self._record(weight, 1, channels, groups)
+        return self._produced(weight, 0, shape[0], groups)
+
+    def _conv_operator(self, node: fx.Node, value: Any) -> Any:
+        weight = node.args[1]
+        if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+            return None
+        shape, groups = self._fetch(weight).shape, argument(node, 6, "groups", 1)
+        atoms = self._conv(self._operand(node.args[0]), str(weight.target), shape, groups)
+        return self._with_bias(node, atoms, value, last=False)
+
+    def _linear_operator(self, node: fx.Node, value: Any) -> Any:
+        weight = node.args[1]
+        if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+            return None
+        return self._with_bias(
+            node, self._linear(self._operand(node.args[0]), str(weight.target), value), value, last=True
+        )
+
+    def _transposed_conv(self, node: fx.Node, value: Any) -> Any:
+        weight, labels = node.args[1], self._operand(node.args[0])
+        channels = vector(labels, 1) if isinstance(labels, Tensor) else None
+        dense = argument(node, 6, "groups", 1) == 1
+        if not isinstance(weight, fx.Node) or weight.op != "get_attr" or channels is None or not dense:
+            return None
+        if labels.dim() != self._fetch(weight).dim():
+            return None
+        self._record(str(weight.target), 0, channels)  # its weight is (inputs, outputs, *kernel)
+        atoms = self._produced(str(weight.target), 1, value.shape[1])
+        return self._with_bias(node, atoms, value, last=False)
+
+    def _with_bias(self, node: fx.Node, atoms: Tensor | None, value: Tensor, *, last: bool) -> Any:
+        if atoms is None or not self._elements(argument(node, 2, "bias"), atoms):
+            return None
+        return self._spread(atoms, value, last)
+
+    # norms ----------------------------------------------------------------------------------------
+
+    def _channel_norm(self, node: fx.Node, value: Any) -> Any:
+        labels = self._operand(node.args[0])
+        channels = vector(labels, 1) if isinstance(labels, Tensor) else None
+        vectors = [arg for arg in node.args[1:5] if isinstance(arg, fx.Node)]
+        if operator_name(node) == "prelu" and self._fetch(vectors[0]).numel() == 1:
+            return labels
+        if channels is None or not all(self._elements(source, channels) for source in vectors):
             return None
         return labels
 
-    def _label_product(self, name: str, module: nn.Module, labels: Tensor, value: Tensor) -> Tensor | None:
-        channels, features = vector(labels, 1), vector(labels, labels.dim() - 1)
-        if type(module) is nn.Linear and features is not None:
-            self._record(LINEAR_INPUT, name, features)
-            return self._outputs(LINEAR_OUTPUT, name, module.out_features).expand(value.shape)
-        if ops.conv_kind(module) is not None and channels is not None:
-            return self._label_conv(name, module, channels, value)
-        return None
-
-    def _label_conv(self, name: str, module: Any, channels: Tensor, value: Tensor) -> Tensor:
-        if module.groups > 1 and module.groups == module.in_channels:
-            # Depthwise: an output channel goes wherever its input channel goes.
-            self._record(CONV_INPUT, name, channels)
-            atoms = channels.repeat_interleave(module.out_channels // module.in_channels)
-            self._record(CONV_OUTPUT, name, atoms)
-        else:
-            self._record(CONV_INPUT, name, channels, module.groups)
-            atoms = self._outputs(CONV_OUTPUT, name, module.out_channels, module.groups)
-        return along(atoms, 1, value.shape)
-
-    def _keep_channels(self, node: fx.Node, operation: str, labels: Tensor, value: Any) -> Any:
-        """An operation within each channel: pooling, resizing, padding."""
-        channels = vector(labels, 1)
-        spatial = re.search(r"([123])d", operation)
-        if (
-            channels is None
-            or not isinstance(value, Tensor)
-            or value.shape[1] != len(channels)
-            or labels.dim() != (int(spatial[1]) + 2 if spatial else value.dim())
-        ):
-            return self._unknown(node, value)
-        return along(channels, 1, value.shape)
-
-    # functions and methods ---------------------------------------------------------------------
-
-    def _label_call(self, node: fx.Node, value: Any) -> Any:
-        target: Any = node.target
-        is_method = node.op == "call_method"
-        sources = node.all_input_nodes
-        known = [self._labels.get(source) for source in sources]
-        if not any(True for _ in _tensors(value)):
-            if target not in ops.METADATA:
-                self._unknown(node, value)  # a number that was read from the values
+    def _group_norm(self, node: fx.Node, value: Any) -> Any:
+        labels, groups = self._operand(node.args[0]), node.args[1]
+        channels = vector(labels, 1) if isinstance(labels, Tensor) else None
+        vectors = [argument(node, 2, "weight"), argument(node, 3, "bias")]
+        if channels is None or not isinstance(groups, int):
             return None
-        # Whatever was a tensor must have labels; numbers and sizes need none.
-        complete = all(
-            labels is not None or not any(True for _ in _tensors(self.env.get(source)))
-            for source, labels in zip(sources, known, strict=True)
-        )
-        labelled = [labels for labels in known if isinstance(labels, Tensor)]
-        if not complete or not any(True for labels in known for _ in _tensors(labels)):
-            return self._unknown(node, value)
-        if target in (ops.MOVING_METHODS if is_method else ops.MOVING_FUNCTIONS):
-            return self._move(node, value)
-        if target is F.pad:
-            return self._pad(node, labelled, value)
-        if is_method and target in ops.PASSING_METHODS and isinstance(known[0], Tensor):
-            return known[0]
-        if target in (ops.ELEMENTWISE_METHODS if is_method else ops.ELEMENTWISE_FUNCTIONS):
-            return self._combine(node, labelled, value)
-        if not is_method and target in ops.SPATIAL_FUNCTIONS and len(labelled) == 1:
-            return self._keep_channels(node, str(getattr(target, "__name__", target)), labelled[0], value)
-        if target in ops.REDUCTIONS and len(labelled) == 1 and isinstance(value, Tensor):
-            return self._reduce(node, labelled[0], value)
-        if target is F.layer_norm:
-            return self._layer_norm(node, value)
-        return self._unknown(node, value)
+        if not all(self._elements(source, channels, groups) for source in vectors):
+            return None
+        if groups > 1 and vectors == [None, None]:
+            self.atoms.freeze(channels)  # there is no tensor that would show the borders
+        return labels
 
-    def _combine(self, node: fx.Node, operands: list[Tensor], value: Any) -> Any:
+    def _layer_norm(self, node: fx.Node, value: Any) -> Any:
+        labels, shape = self._operand(node.args[0]), node.args[1]
+        features = vector(labels, labels.dim() - 1) if isinstance(labels, Tensor) else None
+        vectors = [arg for arg in node.args[2:4] if isinstance(arg, fx.Node)]
+        if features is None or not isinstance(shape, (list, tuple)) or len(shape) != 1:
+            return None
+        return labels if all(self._elements(source, features) for source in vectors) else None
+
+    # everything else ------------------------------------------------------------------------------
+
+    def _operands(self, node: fx.Node) -> list[Tensor] | None:
+        """Labels of the tensors that a node reads; None if those of one are not known."""
+        found = []
+        for source in _sources(node):
+            labels = self._operand(source)
+            if isinstance(labels, Tensor):
+                found.append(labels)
+            elif labels is not None or any(True for _ in _tensors(self._fetch(source))):
+                return None
+        return found or None
+
+    def _combine(self, node: fx.Node, value: Any) -> Any:
+        operands = self._operands(node)
+        if operands is None or not isinstance(value, Tensor):
+            return None
         labels = operands[0]
         for other in operands[1:]:
             labels = self.atoms.combine(labels, other)
-        return labels if labels.shape == value.shape else self._unknown(node, value)
+        return labels if labels.shape == value.shape else None
+
+    def _same(self, node: fx.Node, value: Any) -> Any:
+        labels = self._operand(node.args[0])
+        if not isinstance(labels, Tensor) or not isinstance(value, Tensor):
+            return None
+        return labels if labels.shape == value.shape else None
+
+    def _within_channels(self, node: fx.Node, value: Any) -> Any:
+        """An operator within each channel: pooling, resizing, padding."""
+        labels = self._operand(node.args[0])
+        spatial = re.search(r"([123])d", operator_name(node))
+        if isinstance(value, (list, tuple)):  # with the places of the maxima
+            found = [self._keep_channels(labels, item, spatial) for item in value]
+            return None if any(item is None for item in found) else found
+        return self._keep_channels(labels, value, spatial)
+
+    @staticmethod
+    def _keep_channels(labels: Any, value: Tensor, spatial: re.Match[str] | None) -> Tensor | None:
+        channels = vector(labels, 1) if isinstance(labels, Tensor) else None
+        if channels is None or value.dim() < 2 or value.shape[1] != len(channels):
+            return None
+        if labels.dim() != (int(spatial[1]) + 2 if spatial else value.dim()):
+            return None
+        return along(channels, 1, value.shape)
 
     def _move(self, node: fx.Node, value: Any) -> Any:
-        """Run an operation that only moves data on the labels themselves."""
-        target: Any = node.target
-        if target is operator.getitem and any(isinstance(i, Tensor) for i in self._indices(node)):
-            return self._unknown(node, value)  # moved by a tensor of indices
+        """Run an operator that only moves data on the labels themselves."""
+        if any(isinstance(arg, torch.dtype) for arg in node.args):
+            return None  # view(dtype) reads bytes
 
         def substitute(source: fx.Node) -> Any:
-            labels = self._labels.get(source)
-            return self.env[source] if labels is None else labels
+            labels = self._operand(source)
+            return self._fetch(source) if labels is None else labels
 
         args: Any = fx.node.map_arg(node.args, substitute)
         kwargs: Any = fx.node.map_arg(node.kwargs, substitute)
-        if target in ops.CONCATENATIONS:
+        target: Any = node.target
+        name = operator_name(node)
+        if name in CONCATENATIONS:
             return _concatenate(*args, **kwargs)
-        if target == "view" and not isinstance(args[1], torch.dtype):
-            target = "reshape"  # labels may be laid out differently in memory
-        moved = getattr(args[0], target)(*args[1:], **kwargs) if isinstance(target, str) else None
-        return _map(_compressed, target(*args, **kwargs) if moved is None else moved)
+        if name in ("view", "_unsafe_view", "view_copy"):
+            target = torch.reshape  # labels may be laid out differently in memory
+        return _map(_compressed, target(*args, **kwargs))
 
-    def _indices(self, node: fx.Node) -> Iterable[Any]:
-        index = fx.node.map_arg(node.args[1:], lambda source: self.env[source])
-        return _flatten(index)
-
-    def _pad(self, node: fx.Node, labelled: list[Tensor], value: Any) -> Any:
-        amounts = node.args[1] if len(node.args) > 1 else node.kwargs.get("pad")
-        if not isinstance(amounts, (list, tuple)) or len(labelled) != 1:
-            return self._unknown(node, value)
+    def _pad(self, node: fx.Node, value: Any) -> Any:
+        labels, amounts = self._operand(node.args[0]), node.args[1]
+        if not isinstance(labels, Tensor) or not isinstance(amounts, (list, tuple)):
+            return None
         if len(amounts) <= 2 * (value.dim() - 2):
-            return self._keep_channels(node, "pad", labelled[0], value)
-        mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
-        if mode != "constant" or any(amounts[: 2 * (value.dim() - 2)]):
-            return self._unknown(node, value)
-        return compress(F.pad(labelled[0], list(amounts), value=FIXED))
+            return self._keep_channels(labels, value, None)
+        constant = (
+            operator_name(node) == "constant_pad_nd" or argument(node, 2, "mode", "constant") == "constant"
+        )
+        if not constant or any(amounts[: 2 * (value.dim() - 2)]):
+            return None
+        return compress(F.pad(labels, list(amounts), value=FIXED))  # type: ignore[arg-type]
 
-    def _reduce(self, node: fx.Node, labels: Tensor, value: Tensor) -> Any:
-        dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    def _reduce(self, node: fx.Node, value: Any) -> Any:
+        labels, dims = self._operand(node.args[0]), argument(node, 1, "dim")
         dims = (dims,) if isinstance(dims, int) else dims
+        if not isinstance(labels, Tensor) or not isinstance(value, Tensor):
+            return None
         if not isinstance(dims, (list, tuple)) or not all(isinstance(dim, int) for dim in dims):
-            return self._unknown(node, value)
+            return None
         for dim in dims:
             assert isinstance(dim, int)
             if varies(labels, dim % labels.dim()):
-                return self._unknown(node, value)
+                return None
             labels = labels.narrow(dim, 0, 1)
         return labels.reshape(value.shape)
 
-    def _layer_norm(self, node: fx.Node, value: Any) -> Any:
-        labels = self._labels.get(node.all_input_nodes[0])
-        shape = node.args[1] if len(node.args) > 1 else node.kwargs.get("normalized_shape")
-        features = vector(labels, labels.dim() - 1) if isinstance(labels, Tensor) else None
-        if features is None or not isinstance(shape, (list, tuple)) or len(shape) != 1:
-            return self._unknown(node, value)
-        for parameter in node.all_input_nodes[1:]:
-            atoms = self._labels.get(parameter)
-            if not isinstance(atoms, Tensor) or atoms.shape != features.shape:
-                return self._unknown(node, value)
-            self.atoms.tie(features, atoms)
-        return labels
 
-
-def _has_plain_weight(module: nn.Module) -> bool:
-    """Whether ``weight`` is a parameter, not computed from others before each forward pass."""
-    return isinstance(module._parameters.get("weight"), nn.Parameter) and not module._forward_pre_hooks
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """The nodes that a node reads, as often as it does so."""
+    found: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), lambda source: found.append(source))
+    return found
 
 
 def _concatenate(tensors: Any, dim: int = 0) -> Tensor:
@@ -288,7 +389,7 @@ def _concatenate(tensors: Any, dim: int = 0) -> Tensor:
     if any(x.dim() != tensors[0].dim() for x in tensors):
         return torch.cat(tensors, dim)
     # Along the other dimensions one place stands for all where no operand changes there.
-    thinned = [x.narrow(dim, 0, 1) for x in tensors]
+    thinned = [x.narrow(dim, 0, 1) for x in tensors if x.shape[dim]]
     sizes = list(tensors[0].shape)
     sizes[dim] = sum(x.shape[dim] for x in tensors)
     for axis in range(len(sizes)):
@@ -301,24 +402,15 @@ def _compressed(item: Any) -> Any:
     return compress(item) if isinstance(item, Tensor) else item
 
 
-def _flatten(value: Any) -> Iterable[Any]:
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _flatten(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _flatten(item)
-    else:
-        yield value
-
-
 def _tensors(value: Any) -> Iterable[Tensor]:
-    return (item for item in _flatten(value) if isinstance(item, Tensor))
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
 
 
 def _map(function: Callable[[Any], Any], value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_map(function, item) for item in value]
-    if isinstance(value, dict):
-        return {key: _map(function, item) for key, item in value.items()}
     return function(value)

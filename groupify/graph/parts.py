@@ -1,6 +1,6 @@
-"""The traceable parts of a model that cannot be traced as a whole, such as a detector's backbone.
+"""The parts of a model that can be captured where the whole cannot be, such as a detector's backbone.
 
-A part is a submodule, as large as possible, that can be traced, is given one tensor, and is used as one
+A part is a submodule, as large as possible, that can be exported by itself, and is used as one
 piece: nothing inside it runs, or shares parameters with anything, outside of a call of the whole part. So
 its channels may be reordered inside without anyone noticing.
 """
@@ -8,14 +8,16 @@ its channels may be reordered inside without anyone noticing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from groupify.graph.operations import CONVS
-from groupify.graph.trace import trace
+from groupify.graph.call import Call
+from groupify.graph.capture import capture
+from groupify.graph.model_graph import ModelGraph
+from groupify.graph.plain_layers import CONVS
 
 # Inputs of parts that are kept at the same time.
 _MAX_BYTES = 2 * 2**30
@@ -24,57 +26,44 @@ _NAMES_SHOWN = 4
 
 @dataclass(frozen=True)
 class Part:
-    """A traceable part of a model.
+    """A part of a model.
 
     Attributes:
         name: qualified name of the submodule.
-        traced: its graph.
+        graph: its graph.
         sites: names inside the part of the convs to be converted.
         input_bytes: size of its inputs for one image, float32, over all calls.
     """
 
     name: str
-    traced: fx.GraphModule
+    graph: ModelGraph
     sites: tuple[str, ...]
     input_bytes: int
 
 
-def find_parts(model: nn.Module, sites: Iterable[str], example: Tensor) -> tuple[Part, ...]:
+def find_parts(model: nn.Module, sites: Iterable[str], call: Call) -> tuple[Part, ...]:
     """Find the parts of a model in evaluation mode, in the order in which they first run.
 
     Args:
-        model: the model; run on ``example``, perhaps a few times.
+        model: the model; run once.
         sites: names of the convs to be converted; parts without any are of no interest.
-        example: an input.
+        call: how it is called, with two or more examples.
     """
     wanted = tuple(sites)
-    found = list(_descend(model, "", wanted))
-    while True:
-        watches = _watch(model, [part.name for part in found], example)
-        if all(watch.usable for watch in watches.values()):
-            order = list(watches)
-            found.sort(key=lambda part: order.index(part.name))
-            return tuple(
-                Part(part.name, part.traced, part.sites, watches[part.name].bytes // max(1, len(example)))
-                for part in found
-            )
-        smaller = []
-        for part in found:
-            if watches[part.name].usable:
-                smaller.append(part)
-            else:
-                smaller.extend(_children(model, part.name, wanted))
-        found = smaller
+    watches = _watch(model, _candidates(model, wanted), call)
+    found = list(_descend(model, "", wanted, watches, call.batch_size))
+    order = list(watches)
+    return tuple(sorted(found, key=lambda part: order.index(part.name)))
 
 
 def part_inputs(
-    model: nn.Module, parts: Sequence[Part], batches: Sequence[Tensor]
-) -> Iterator[tuple[Part, list[Tensor]]]:
-    """Run the model on all batches and give each part with its inputs, one tensor for each call.
+    model: nn.Module, parts: Sequence[Part], batches: Sequence[Call]
+) -> Iterator[tuple[Part, list[Call]]]:
+    """Run the model on all batches and give each part with its inputs, one for each of its calls.
 
     As many parts are watched in one pass as their inputs fit into memory.
     """
-    images = sum(len(batch) for batch in batches)
+    images = sum(batch.batch_size for batch in batches)
     waiting = list(parts)
     while waiting:
         watched = [waiting.pop(0)]
@@ -82,22 +71,24 @@ def part_inputs(
         while waiting and waiting[0].input_bytes * images <= room:
             room -= waiting[0].input_bytes * images
             watched.append(waiting.pop(0))
-        inputs: dict[str, list[Tensor]] = {part.name: [] for part in watched}
+        inputs: dict[str, list[Call]] = {part.name: [] for part in watched}
 
-        def keep(name: str, kept: dict[str, list[Tensor]] = inputs) -> Any:
-            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-                if args[0].numel():
-                    kept[name].append(args[0].detach().clone())  # what follows may work in place
+        def keep(name: str, kept: dict[str, list[Call]] = inputs) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                call = Call(args, kwargs)
+                if all(tensor.numel() for tensor in call.tensors):
+                    kept[name].append(call.map(_full_precision))  # a copy: what follows may work in place
 
             return hook
 
         handles = [
-            model.get_submodule(part.name).register_forward_pre_hook(keep(part.name)) for part in watched
+            model.get_submodule(part.name).register_forward_pre_hook(keep(part.name), with_kwargs=True)
+            for part in watched
         ]
         try:
             with torch.no_grad():
                 for batch in batches:
-                    model(batch.clone())
+                    batch.run(model)
         finally:
             for handle in handles:
                 handle.remove()
@@ -105,15 +96,26 @@ def part_inputs(
             yield part, inputs.pop(part.name)
 
 
+def fitting(model: nn.Module, part: Part, inputs: Sequence[Call]) -> ModelGraph | None:
+    """Return a graph of a part that holds for all its inputs; None if there is none."""
+    if not inputs:
+        return None
+    if all(part.graph.accepts(call) for call in inputs):
+        return part.graph
+    sizes = {call.shapes(): call for call in inputs}
+    graph = capture(model.get_submodule(part.name), list(sizes.values())).graph
+    return graph if graph is not None and all(graph.accepts(call) for call in inputs) else None
+
+
 def given_up(problem: str, parts: Sequence[str], outside: int) -> str:
-    """Say in one line what a model that cannot be traced has to do without.
+    """Say in one line what a model that cannot be captured has to do without.
 
     Args:
-        problem: why it cannot be traced.
-        parts: names of its traceable parts.
+        problem: why it cannot be captured.
+        parts: names of its parts that can.
         outside: number of convs outside of them.
     """
-    start = f"the model cannot be traced ({problem}): "
+    start = f"the model cannot be exported as a whole ({problem}): "
     if not parts:
         return (
             f"{start}channels are not clustered, and each conv is fitted on the dense model's inputs, not in "
@@ -131,25 +133,38 @@ def shown_names(names: Sequence[str]) -> str:
     return some if len(names) <= _NAMES_SHOWN else f"{some} and {len(names) - _NAMES_SHOWN} more"
 
 
-def _children(model: nn.Module, name: str, sites: Sequence[str]) -> Iterator[Part]:
-    for child, module in model.get_submodule(name).named_children():
-        yield from _descend(model, f"{name}.{child}" if name else child, sites, module)
+def _full_precision(tensor: Tensor) -> Tensor:
+    """A copy in float32, which the working copy of the model is in, where autocast made it something else."""
+    reduced = tensor.dtype in (torch.float16, torch.bfloat16)
+    return tensor.detach().float() if reduced else tensor.detach().clone()
+
+
+def _inside(name: str, sites: Sequence[str]) -> tuple[str, ...]:
+    return tuple(site.removeprefix(f"{name}.") for site in sites if not name or site.startswith(f"{name}."))
+
+
+def _candidates(model: nn.Module, sites: Sequence[str]) -> list[str]:
+    return [
+        name
+        for name, module in model.named_modules()
+        if name and _inside(name, sites) and not isinstance(module, CONVS)
+    ]
 
 
 def _descend(
-    model: nn.Module, name: str, sites: Sequence[str], module: nn.Module | None = None
+    model: nn.Module, name: str, sites: Sequence[str], watches: dict[str, _Watch], batch: int
 ) -> Iterator[Part]:
-    """The largest traceable submodules at or below ``name`` with sites that share nothing with the rest."""
-    module = model if module is None else module
-    inside = tuple(site.removeprefix(f"{name}.") for site in sites if not name or site.startswith(f"{name}."))
-    if not inside or isinstance(module, CONVS):
-        return
-    if name and not _shares(model, module):
-        traced = trace(module).module
-        if traced is not None and sum(node.op == "placeholder" for node in traced.graph.nodes) == 1:
-            yield Part(name, traced, inside, 0)
+    """The largest parts at or below ``name`` with sites that share nothing with the rest."""
+    inside, watch = _inside(name, sites), watches.get(name)
+    if watch is not None and watch.usable and not _shares(model, model.get_submodule(name)):
+        graph = capture(model.get_submodule(name), watch.calls).graph
+        if graph is not None:
+            yield Part(name, graph, inside, watch.bytes // max(1, batch))
             return
-    yield from _children(model, name, sites)
+    for child, _ in model.get_submodule(name).named_children():
+        below = f"{name}.{child}" if name else child
+        if below in watches:
+            yield from _descend(model, below, sites, watches, batch)
 
 
 def _shares(model: nn.Module, part: nn.Module) -> bool:
@@ -180,31 +195,32 @@ def _tensors(modules: Iterable[nn.Module]) -> set[int]:
 
 @dataclass
 class _Watch:
-    """How a submodule is used in one forward pass of the whole."""
+    """How a submodule is used in one forward pass of the whole.
 
+    Attributes:
+        calls: its arguments, the tensors without values.
+    """
+
+    calls: list[Call] = field(default_factory=list)
     depth: int = 0
-    calls: int = 0
     bytes: int = 0
     usable: bool = True
 
 
-def _watch(model: nn.Module, names: Sequence[str], example: Tensor) -> dict[str, _Watch]:
+def _watch(model: nn.Module, names: Sequence[str], call: Call) -> dict[str, _Watch]:
     """Run the model once; the submodules in the order in which they first run, those that never do last."""
     watches = {name: _Watch() for name in names}
-    order: list[str] = []
+    order: dict[str, None] = {}
     handles = []
 
     def enter(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            watch = watches[name]
-            if watch.calls == 0:
-                order.append(name)
+            watch, here = watches[name], Call(args, kwargs)
+            order[name] = None
             watch.depth += 1
-            watch.calls += 1
-            single = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
-            watch.usable &= single and args[0].is_floating_point() and args[0].dim() > 1
-            if watch.usable:
-                watch.bytes += 4 * args[0].numel()
+            watch.usable &= bool(here.tensors) and here.tensors[0].is_floating_point()
+            watch.calls.append(here.map(_without_values))
+            watch.bytes += sum(4 * tensor.numel() for tensor in here.tensors)
 
         return hook
 
@@ -229,10 +245,16 @@ def _watch(model: nn.Module, names: Sequence[str], example: Tensor) -> dict[str,
                 handles.append(module.register_forward_pre_hook(inner(name)))
     try:
         with torch.no_grad():
-            model(example.clone())
+            call.run(model)
     finally:
         for handle in handles:
             handle.remove()
     for watch in watches.values():
-        watch.usable &= watch.calls > 0
+        watch.usable &= bool(watch.calls)
     return {name: watches[name] for name in (*order, *(name for name in names if name not in order))}
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    """A tensor of the same sizes, which is all that an export looks at; it takes no memory."""
+    dtype = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
+    return torch.empty(tensor.shape, dtype=dtype)  # never touched

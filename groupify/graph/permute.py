@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from groupify.graph.channels import (
-    CONV_INPUT,
-    CONV_OUTPUT,
-    LINEAR_INPUT,
-    LINEAR_OUTPUT,
-    Channels,
-    ChannelUse,
-)
+from groupify.graph.channels import Channels
+from groupify.graph.copying import copy_of
+from groupify.graph.labelling import ChannelUse
+from groupify.graph.model_graph import named_tensor
 
 
 def apply_orders(model: nn.Module, channels: Channels, orders: Mapping[int, Tensor]) -> nn.Module:
@@ -27,7 +22,7 @@ def apply_orders(model: nn.Module, channels: Channels, orders: Mapping[int, Tens
         orders: class index → order, shape (size,): the channel at place ``i`` of the class is
             replaced by the one that was at place ``order[i]``.
     """
-    permuted = copy.deepcopy(model)
+    permuted = copy_of(model)
     for index, use in enumerate(channels.uses):
         order = use_order(channels, index, orders)
         if not torch.equal(order, torch.arange(len(order))):
@@ -48,12 +43,12 @@ def use_order(channels: Channels, index: int, orders: Mapping[int, Tensor]) -> T
 def layer_orders(
     name: str, channels: Channels, orders: Mapping[int, Tensor]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the orders of the inputs and the outputs of the layer ``name``."""
+    """Return the orders of the inputs and the outputs of a conv or linear layer."""
     inputs = outputs = None
     for index, use in enumerate(channels.uses):
-        if use.name == name and use.kind in (CONV_INPUT, LINEAR_INPUT):
+        if use.name == f"{name}.weight" and use.dim == 1:
             inputs = use_order(channels, index, orders)
-        elif use.name == name and use.kind in (CONV_OUTPUT, LINEAR_OUTPUT):
+        elif use.name == f"{name}.weight" and use.dim == 0:
             outputs = use_order(channels, index, orders)
     return inputs, outputs
 
@@ -72,47 +67,19 @@ def row_channels(out_channels: int, groups: int, shuffle: bool) -> Tensor:
 
 @torch.no_grad()
 def _permute(model: nn.Module, use: ChannelUse, order: Tensor) -> None:
-    owner = _module_or_none(model, use.name)
-    if owner is None:
-        parameter = _tensor_or_none(model, use.name)
-        if parameter is not None:  # a functional norm without a module has nothing of its own to permute
-            parameter.copy_(parameter.reshape(-1)[order].reshape(parameter.shape))
-    elif use.kind == CONV_INPUT:
-        _permute_conv_input(owner, order)
-    elif use.kind == LINEAR_INPUT:
-        weight = owner.get_parameter("weight")
-        weight.copy_(weight[:, order])
-    elif use.kind in (CONV_OUTPUT, LINEAR_OUTPUT):
-        for parameter in owner.parameters(recurse=False):
-            parameter.copy_(parameter[order])
+    tensor = named_tensor(model, use.name)
+    if use.dim is None:
+        tensor.copy_(tensor.reshape(-1)[order].reshape(tensor.shape))
+    elif use.dim == 0 or use.blocks == 1:
+        tensor.copy_(tensor.index_select(use.dim, order.to(tensor.device)))
     else:
-        for tensor in (*owner.parameters(recurse=False), *owner.buffers(recurse=False)):
-            if tensor.dim() == 1 and len(tensor) == len(order):
-                tensor.copy_(tensor[order])
+        _permute_inside_blocks(tensor, use.blocks, order)
 
 
-def _permute_conv_input(conv: nn.Module, order: Tensor) -> None:
-    weight = conv.get_parameter("weight")
-    groups: int = conv.groups  # type: ignore[assignment]
-    width = weight.shape[1]
-    if width == 1 and groups > 1:
-        return  # depthwise: the rows carry the order
-    rows = weight.shape[0] // groups
+def _permute_inside_blocks(weight: Tensor, groups: int, order: Tensor) -> None:
+    """Reorder the inputs of a grouped conv, weight (O, I / groups, *kernel), each group by itself."""
+    width, rows = weight.shape[1], weight.shape[0] // groups
     for group in range(groups):
         inside = order[group * width : (group + 1) * width] - group * width
         block = weight[group * rows : (group + 1) * rows]
         block.copy_(block[:, inside].clone())
-
-
-def _module_or_none(model: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
-
-
-def _tensor_or_none(model: nn.Module, name: str) -> Tensor | None:
-    owner, _, attribute = name.rpartition(".")
-    module = _module_or_none(model, owner)
-    tensor = getattr(module, attribute, None)
-    return tensor if isinstance(tensor, Tensor) else None

@@ -13,7 +13,7 @@ from torch import nn
 
 from groupify.artefact import load, read_recipe
 from groupify.errors import GroupifyWarning
-from groupify.graph.trace import example_input
+from groupify.graph.call import example_input
 from groupify.machine import Machine, describe_machine
 from groupify.measure.benchmarks import (
     SECONDS,

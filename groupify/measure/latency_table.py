@@ -17,7 +17,7 @@ from torch import nn
 from groupify.documents import Document, Text
 from groupify.errors import ArtefactError, PlanError
 from groupify.files import cache_folder, fingerprint
-from groupify.graph.operations import CONVS, Conv
+from groupify.graph.plain_layers import CONVS, Conv
 from groupify.machine import describe_machine
 from groupify.measure.conv_timing import ConvShape, time_convs
 from groupify.measure.profiling import Milliseconds, NetworkTime, mean_time, time_network

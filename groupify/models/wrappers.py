@@ -9,7 +9,7 @@ from torch import fx, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from groupify.errors import ConversionError
-from groupify.models.copying import copy_of
+from groupify.graph.copying import copy_of
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

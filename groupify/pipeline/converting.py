@@ -16,7 +16,7 @@ from groupify.data.batches import calibration_images
 from groupify.data.ranks import Ranks
 from groupify.data.splits import DataSplits
 from groupify.errors import SpecError
-from groupify.graph.trace import example_input
+from groupify.graph.call import example_input
 from groupify.onnx.exporting import export_onnx
 from groupify.pipeline.inputs import warn_near_chance
 from groupify.pipeline.prepare import Prepared

@@ -14,8 +14,8 @@ from groupify.data.batches import UNLABELLED, Data, first_input, iterate_batches
 from groupify.data.images import size_in_common
 from groupify.data.splits import DataSplits, check_classes, is_function, load_data
 from groupify.errors import DataError, GroupifyWarning, SpecError
+from groupify.graph.call import example_input
 from groupify.graph.forward import run_once
-from groupify.graph.trace import example_input
 from groupify.models.preprocessing import PreprocessingOptions, unknown
 from groupify.models.specs import Source
 from groupify.scores import Accuracy, class_scores

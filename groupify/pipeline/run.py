@@ -15,7 +15,7 @@ from groupify.artefact import WEIGHTS_FILE, load, write_artefact
 from groupify.conversion.conversion import Conversion
 from groupify.data.ranks import Ranks, process_group
 from groupify.files import RECIPE_FILE, writing_folder
-from groupify.graph.trace import example_input
+from groupify.graph.call import example_input
 from groupify.machine import describe_machine, package_version
 from groupify.models.specs import Source
 from groupify.pipeline.converting import Grouped, convert_as_planned, convert_uniform, measured, train

@@ -11,8 +11,8 @@ from torch import nn
 
 from groupify.conversion.surgery import why_no_pair
 from groupify.errors import PlanError
-from groupify.graph.operations import Conv
-from groupify.graph.trace import example_input
+from groupify.graph.call import example_input
+from groupify.graph.plain_layers import Conv
 from groupify.models.wrappers import unwrapped
 from groupify.planning.observing import observe
 from groupify.planning.rules import Rules

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from groupify.conversion.replaceable import LeftAlone, why_not_replaceable
-from groupify.graph.operations import Conv
+from groupify.graph.plain_layers import Conv
 from groupify.planning.rules import Rules
 from groupify.planning.sites import conv_macs
 from groupify.structures import Observed

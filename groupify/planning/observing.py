@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from groupify.errors import ConversionError
 from groupify.graph.forward import run_once
-from groupify.graph.operations import CONVS, Conv
+from groupify.graph.plain_layers import CONVS, Conv
 from groupify.structures import Observed
 
 _CONV_FUNCTIONS = ("conv1d", "conv2d", "conv3d")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from groupify.conversion.conversion import Calibration, convert
 from groupify.errors import SpecError
-from groupify.graph.trace import example_input
+from groupify.graph.call import example_input
 from groupify.measure.latency_table import LatencyTable, cached_table, look_up
 from groupify.measure.plan_timer import PlanTimer
 from groupify.models.wrappers import unwrapped

@@ -20,11 +20,12 @@ from groupify.conversion.clustering import SiteScore, cluster
 from groupify.conversion.conversion import Calibration, convert
 from groupify.errors import DataError, GroupifyWarning
 from groupify.files import NumberCache, fingerprint
+from groupify.graph.call import Call, example_input
+from groupify.graph.capture import capture
 from groupify.graph.channels import channel_classes
+from groupify.graph.copying import copy_of
 from groupify.graph.permute import layer_orders
-from groupify.graph.trace import example_input, trace
 from groupify.machine import chunks
-from groupify.models.copying import copy_of
 from groupify.planning.layer_error import LayerMoments
 from groupify.scores import Judge
 from groupify.stats.fisher import SiteStatistics, observe_sites
@@ -117,7 +118,7 @@ def weight_sensitivity(
     names = [options[0].site.name for options in convs]
     weights = {n: dense.get_submodule(n).get_parameter("weight").detach().flatten(2) for n in names}
     scores = {name: weight.square().sum(2) for name, weight in weights.items()}
-    example = example_input(choices.input_shape, like=dense)
+    example = Call((example_input(choices.input_shape, batch=2, like=dense),))
     orders = _channel_orders(dense, choices, example, scores, seed)
     losses = {}
     for options in tqdm(convs, desc="errors", disable=None if progress else True, leave=False):
@@ -208,7 +209,9 @@ class _Measurement:
             self._statistics = self._pass(every if first else whole, whole, backward=False)
         if self._orders is None:
             scores = {name: _score(self._weight(name), found) for name, found in self._statistics.items()}
-            self._orders = _channel_orders(self._dense, self._choices, self._images[:1], scores, self._seed)
+            self._orders = _channel_orders(
+                self._dense, self._choices, Call((self._images[:2],)), scores, self._seed
+            )
 
     def _pass(
         self, names: Sequence[str], whole: Sequence[str], *, backward: bool
@@ -236,16 +239,16 @@ class _Measurement:
 
 
 def _channel_orders(
-    dense: nn.Module, choices: Choices, example: Tensor, scores: Mapping[str, Tensor], seed: int
+    dense: nn.Module, choices: Choices, example: Call, scores: Mapping[str, Tensor], seed: int
 ) -> Orders:
     """Channel orders for each number of groups, as the conversion would choose them for all convs alike.
 
     The permutation classes are respected: convs that share their channels share the order.
     """
-    traced = trace(dense).module
-    if traced is None:
+    graph = capture(dense, example).graph
+    if graph is None:
         return {}
-    channels = channel_classes(traced, example)
+    channels = channel_classes(graph, example)
     orders: dict[str, tuple[Tensor | None, Tensor | None]] = {}
     for chosen in choices.uniform.values():
         picked = [options[index] for options, index in zip(choices.sites, chosen, strict=True)]

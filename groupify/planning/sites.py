@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from groupify.errors import ConversionError
+from groupify.graph.call import Call, example_input
+from groupify.graph.capture import capture
+from groupify.graph.channels import channel_classes
 from groupify.graph.forward import evaluating
-from groupify.graph.operations import CONVS, Conv
 from groupify.graph.parts import find_parts, given_up
-from groupify.graph.trace import example_input, trace
+from groupify.graph.plain_layers import CONVS, Conv
 from groupify.models.wrappers import unseen_layers, unwrapped
 from groupify.planning.observing import functional_convs, observe
 from groupify.scores import conv_params
@@ -108,11 +111,16 @@ def limits(model: nn.Module, sites: Sequence[str], example: Tensor) -> tuple[str
         example: an input.
     """
     notes = (*unseen_layers(model), *functional_convs(model, example))
-    traced = trace(model)
-    if traced.module is None:
+    call = Call((torch.cat([example, example]),))  # a batch of one would be a case of its own
+    captured = capture(model, call)
+    if captured.graph is not None:
+        pinned_by = channel_classes(captured.graph, call).pinned_by
+        if pinned_by:
+            notes = (*notes, f"channels that {', '.join(pinned_by)} reads keep their order")
+    else:
         with evaluating(model):
-            parts = find_parts(model, sites, example)
+            parts = find_parts(model, sites, call)
         inside = sum(len(part.sites) for part in parts)
         names = [part.name for part in parts]
-        notes = (*notes, given_up(traced.problem or "", names, len(sites) - inside))
+        notes = (*notes, given_up(captured.problem or "", names, len(sites) - inside))
     return notes

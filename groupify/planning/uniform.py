@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from groupify.conversion.replaceable import LeftAlone, shared_weights
 from groupify.conversion.surgery import why_no_pair
 from groupify.errors import GroupifyWarning, PlanError
-from groupify.graph.operations import Conv
-from groupify.graph.trace import example_input
+from groupify.graph.call import example_input
+from groupify.graph.plain_layers import Conv
 from groupify.models.wrappers import unseen_layers, unwrapped
 from groupify.planning.left_alone import nothing_fits, why_left_alone, why_shortcut
 from groupify.planning.observing import functional_convs, observe

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from groupify.errors import ConversionError, DataError
-from groupify.graph.operations import CONVS, Conv
+from groupify.graph.plain_layers import CONVS, Conv
 from groupify.scores import class_scores
 from groupify.stats.moments import InputMoments
 from groupify.stats.positions import input_patches, sample_positions

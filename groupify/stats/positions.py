@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from groupify.graph.operations import Conv
+from groupify.graph.plain_layers import Conv
 
 # Values up to here survive half precision; larger ones are kept in float32.
 _HALF_LIMIT = 6.0e4

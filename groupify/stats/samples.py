@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,7 +13,9 @@ from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 from groupify.errors import ConversionError
-from groupify.graph.operations import CONVS, Conv
+from groupify.graph.call import Call
+from groupify.graph.model_graph import Fetch, ModelGraph
+from groupify.graph.plain_layers import CONVS, Conv
 from groupify.stats.positions import Positions, compact, input_patches, pick, sample_positions
 
 
@@ -76,8 +79,8 @@ class SampleBudget:
 
 
 def observe_teacher(
-    module: fx.GraphModule,
-    batches: Sequence[Tensor],
+    graph: ModelGraph,
+    batches: Sequence[Call],
     groups: Mapping[str, int],
     residual_sums: Mapping[fx.Node, fx.Node],
     budget: SampleBudget,
@@ -88,7 +91,7 @@ def observe_teacher(
     """Run the dense model once over all batches and sample its convs.
 
     Args:
-        module: traced dense model.
+        graph: the dense model's graph.
         batches: calibration images.
         groups: number of groups to be of each conv to sample, by name.
         residual_sums: conv node → node of the residual sum that its output ends up in.
@@ -99,10 +102,15 @@ def observe_teacher(
         ConversionError: an activation is NaN or infinite; names the layer.
     """
     sampler = SiteSampler(groups, budget, batches, seed)
-    observer = _Observer(module, sampler, residual_sums)
+    convs_of: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    for conv, total in residual_sums.items():
+        convs_of[total].append(conv)
     with torch.no_grad():
         for batch in tqdm(batches, desc="dense model", disable=None if progress else True, leave=False):
-            observer.run(batch)
+            sampler.start_batch(batch.batch_size)
+            for node, value, fetch in graph.walk(batch):
+                _observe(graph, node, value, fetch, sampler)
+                _observe_sum(node, value, fetch, convs_of.get(node, ()), sampler)
     return sampler.samples
 
 
@@ -117,18 +125,20 @@ class SiteSampler:
     """
 
     def __init__(
-        self, groups: Mapping[str, int], budget: SampleBudget, batches: Sequence[Tensor], seed: int
+        self, groups: Mapping[str, int], budget: SampleBudget, batches: Sequence[Call], seed: int
     ) -> None:
         self.groups = groups
         self.samples = {name: SiteSamples() for name in groups}
         self._budget = budget
-        self._images = sum(len(batch) for batch in batches)
+        self._images = sum(batch.batch_size for batch in batches)
+        self._share = 1.0
         self._generator = torch.Generator()
         self._next_seed = seed * 1_000_003  # the positions of a batch depend on its number
         self._calls: dict[str, int] = {}
 
-    def start_batch(self) -> None:
-        """Begin to count the calls of each conv anew."""
+    def start_batch(self, images: int) -> None:
+        """Begin to count the calls of each conv anew, for a batch of so many images."""
+        self._share = images / self._images
         self._calls = {}
         self._generator.manual_seed(self._next_seed)
         self._next_seed += 1
@@ -148,7 +158,7 @@ class SiteSampler:
         samples = self.samples[name]
         self._calls[name] = self._calls.get(name, 0) + 1
         samples.calls = max(samples.calls, self._calls[name])
-        share = len(inputs) / self._images
+        share = self._share
         group_inputs = layer.weight[0].numel() // self.groups[name]
         positions = sample_positions(
             outputs.shape,
@@ -167,35 +177,24 @@ class SiteSampler:
         samples.patch_outputs.append(compact(pick(outputs, few)))
 
 
-class _Observer(fx.Interpreter):
-    """Runs the graph and samples sites and residual sums on the way."""
+def _observe(graph: ModelGraph, node: fx.Node, value: Any, fetch: Fetch, sampler: SiteSampler) -> None:
+    """Sample a node if it is a site."""
+    name = str(node.target)
+    if node.op != "call_module" or name not in sampler.groups:
+        return
+    layer, source = graph.layer(node), node.args[0]
+    assert isinstance(layer, (*CONVS, nn.Linear))
+    assert isinstance(source, fx.Node)
+    sampler.sample(name, layer, fetch(source), value)
 
-    def __init__(self, module: fx.GraphModule, sampler: SiteSampler, sums: Mapping[fx.Node, fx.Node]) -> None:
-        super().__init__(module)
-        self._sampler = sampler
-        self._sums: dict[fx.Node, list[fx.Node]] = {}
-        for conv, total in sums.items():
-            self._sums.setdefault(total, []).append(conv)
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run one batch."""
-        self._sampler.start_batch()
-        return super().run(*args, **kwargs)
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node; sample it if it is a site or a residual sum."""
-        value = super().run_node(n)
-        name = str(n.target)
-        if n.op == "call_module" and name in self._sampler.groups:
-            inputs, _ = self.fetch_args_kwargs_from_env(n)
-            layer = self.module.get_submodule(name)
-            assert isinstance(layer, (*CONVS, nn.Linear))
-            self._sampler.sample(name, layer, inputs[0], value)
-        if n in self._sums:
-            terms, _ = self.fetch_args_kwargs_from_env(n)
-            # A term that is broadcast has no value of its own at each position.
-            if all(isinstance(term, Tensor) and term.shape == value.shape for term in terms):
-                for conv_node in self._sums[n]:
-                    samples = self._sampler.samples[str(conv_node.target)]
-                    samples.sums.append(compact(pick(value, samples.positions[-1])))
-        return value
+def _observe_sum(
+    node: fx.Node, value: Any, fetch: Fetch, convs: Sequence[fx.Node], sampler: SiteSampler
+) -> None:
+    """Sample a residual sum where the convs that end up in it were sampled."""
+    # A term that is broadcast has no value of its own at each position.
+    terms = [fetch(source) for source in node.all_input_nodes] if convs else []
+    if all(isinstance(term, Tensor) and term.shape == value.shape for term in terms):
+        for conv in convs:
+            samples = sampler.samples[str(conv.target)]
+            samples.sums.append(compact(pick(value, samples.positions[-1])))

@@ -14,8 +14,8 @@ from groupify.data.batches import Data, iterate_batches
 from groupify.data.ranks import ALONE, current_ranks
 from groupify.data.splits import DataSplits
 from groupify.errors import DataError, GroupifyWarning, SpecError
+from groupify.graph.copying import copy_of
 from groupify.machine import bfloat16_is_slow
-from groupify.models.copying import copy_of
 from groupify.models.wrappers import unwrapped
 from groupify.training.history import FinetuneRow, LogSettings
 from groupify.training.holdout import generators_of, hold_out

@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from groupify.conversion.fit import Clock, fit_student
 from groupify.conversion.site_fit import FitOptions
-from groupify.graph.neighbours import refittable, residual_sums
-from groupify.graph.trace import trace
+from groupify.graph.call import Call
+from groupify.graph.capture import capture
+from groupify.graph.model_graph import ModelGraph
+from groupify.graph.neighbours import only_reader, refittable, residual_sums
 from groupify.stats.samples import SampleBudget, SiteSamples, observe_teacher
 from groupify.structures import GROUPED, SiteRecipe
 
@@ -218,7 +220,7 @@ def factorise(
     """Return a copy of ``model`` with the named convs factorised and fitted.
 
     Args:
-        model: dense model, traceable, in float32.
+        model: dense model, which can be exported as a whole, in float32.
         method: a key of ``STRUCTURES``.
         sites: MACs on one image of each conv that may be factorised, by name.
         saved: MACs to save, of all of these together.
@@ -227,9 +229,10 @@ def factorise(
         seed: of the sampled positions.
     """
     dense = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
-    traced = trace(dense).module
+    example = Call((images[:2],))
+    traced = capture(dense, example).graph
     assert traced is not None
-    batches = [part.contiguous(memory_format=torch.channels_last) for part in images.split(64)]
+    batches = [Call((part,)).channels_last() for part in images.split(64)]
     options = FitOptions()
     sampled = dict.fromkeys(sites, _SAMPLED_AS)
     sampled |= dict.fromkeys(refittable(traced, sites, options.refit_max_inputs), 1)
@@ -257,9 +260,9 @@ def factorise(
             recipes[f"{name}.{index}"] = SiteRecipe(f"{name}.{index}", GROUPED, 1)
             fitted[f"{name}.{index}"] = part
     student = student.eval().to(memory_format=torch.channels_last)
-    graph = trace(student).module
+    graph = capture(student, example).graph
     assert graph is not None
-    sums = {str(conv.target): total.name for conv, total in residual_sums(graph, fitted).items()}
+    sums = {str(conv.target): total for conv, total in residual_sums(graph, fitted).items()}
     fit_student(graph, copy.deepcopy(student), batches, recipes, fitted, sums, options, clock=Clock())
     for name in chosen:
         _balance(student.get_submodule(name))
@@ -329,7 +332,7 @@ def _sizes(model: nn.Module, sites: Sequence[str] | dict[str, int], image: Tenso
 
 
 def _batch_norm_scales(
-    traced: torch.fx.GraphModule, model: nn.Module, sites: Sequence[str] | dict[str, int]
+    traced: ModelGraph, model: nn.Module, sites: Sequence[str] | dict[str, int]
 ) -> dict[str, Tensor]:
     """What the batch norm behind each conv multiplies its outputs by: how much an error in them weighs."""
     scales = {}
@@ -338,11 +341,11 @@ def _batch_norm_scales(
         if node.op != "call_module" or name not in sites:
             continue
         scale = torch.ones(model.get_submodule(name).get_parameter("weight").shape[0], dtype=torch.float64)
-        reader = next(iter(node.users))
-        norm = model.get_submodule(str(reader.target)) if reader.op == "call_module" else None
-        if len(node.users) == 1 and isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None:
+        reader = only_reader(node)
+        norm = None if reader is None else traced.norm(reader)
+        if norm is not None:
             scale = torch.rsqrt(norm.running_var.double() + norm.eps)
-            if norm.affine:
+            if norm.weight is not None:
                 scale = scale * norm.weight.detach().double().abs()
         scales[name] = scale.clamp(min=1e-3 * float(scale.amax()))
     return scales

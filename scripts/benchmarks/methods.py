@@ -23,9 +23,11 @@ from groupify.conversion.conversion import Calibration, convert
 from groupify.conversion.reconstruct import ReconstructionOptions
 from groupify.conversion.site_fit import FitOptions
 from groupify.conversion.surgery import restructure
+from groupify.graph.call import Call
+from groupify.graph.capture import capture
 from groupify.graph.channels import channel_classes
+from groupify.graph.model_graph import ModelGraph
 from groupify.graph.permute import apply_orders
-from groupify.graph.trace import trace
 from groupify.planning.budget import MACS, Budget, Limit
 from groupify.planning.rules import AUTO, Rules
 from groupify.planning.search import SearchOptions, plan_for_budget
@@ -148,7 +150,7 @@ def fitted(fit: FitOptions, clustering: str = "none") -> Method:
 def random_grouping(setting: Setting, groups: int) -> nn.Module:
     """The whole fit, but with channels put into groups at random."""
     generator = torch.Generator().manual_seed(setting.seed)
-    channels = channel_classes(_traced(setting), setting.images[:1])
+    channels = channel_classes(_graph(setting), Call((setting.images[:2],)))
     orders = {
         index: torch.randperm(found.size, generator=generator) for index, found in enumerate(channels.classes)
     }
@@ -172,7 +174,7 @@ def truncation_refresh(setting: Setting, groups: int) -> nn.Module:
 def norm_refresh(setting: Setting, groups: int) -> nn.Module:
     """Truncation after clustering by weight norm, fresh batch-norm statistics."""
     sites = setting.plan(groups).recipes
-    channels = channel_classes(_traced(setting), setting.images[:1])
+    channels = channel_classes(_graph(setting), Call((setting.images[:2],)))
     weights = {site.name: setting.dense.get_submodule(site.name).get_parameter("weight") for site in sites}
     scores = [SiteScore(site, weights[site.name].detach().flatten(2).square().sum(2)) for site in sites]
     orders = cluster(channels, scores, seed=setting.seed).orders
@@ -212,10 +214,10 @@ def densified(model: nn.Module, names: Sequence[str]) -> nn.Module:
     return model
 
 
-def _traced(setting: Setting) -> torch.fx.GraphModule:
-    traced = trace(setting.dense).module
-    assert traced is not None
-    return traced
+def _graph(setting: Setting) -> ModelGraph:
+    graph = capture(setting.dense, Call((setting.images[:2],))).graph
+    assert graph is not None
+    return graph
 
 
 # rivals ---------------------------------------------------------------------------------------------

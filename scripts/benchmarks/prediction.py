@@ -22,7 +22,7 @@ from pathlib import Path
 from torch import nn
 
 from groupify.conversion.surgery import restructure
-from groupify.graph.trace import example_input
+from groupify.graph.call import example_input
 from groupify.measure.benchmarks import Timing, benchmark_onnx
 from groupify.measure.latency_table import look_up, measure_table
 from groupify.models.sources import load_model

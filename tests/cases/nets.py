@@ -18,7 +18,7 @@ import groupify
 from groupify.conversion.conversion import Conversion
 from groupify.conversion.site_fit import FitOptions
 from groupify.errors import GroupifyError, GroupifyWarning
-from groupify.graph.operations import CONVS, Conv
+from groupify.graph.plain_layers import CONVS, Conv
 from groupify.structures import Plan
 from tests.conversion.nets import make_block_diagonal
 

@@ -117,7 +117,7 @@ def test_hooks_see_few_images_of_a_conversion() -> None:
     plan = planned(net)
     seen.clear()
     converted(net, plan=plan)
-    assert seen == [1]
+    assert seen == [2]
 
 
 class Reading(Straight):

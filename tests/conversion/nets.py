@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from groupify.graph.operations import Conv
+from groupify.graph.plain_layers import Conv
 from groupify.planning.sites import describe
 from groupify.structures import Plan, SiteRecipe
 

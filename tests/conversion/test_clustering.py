@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from groupify.conversion.assignment import balanced_assignment
 from groupify.conversion.clustering import Clustering, SiteScore, cluster
+from groupify.graph.call import Call
+from groupify.graph.capture import capture
 from groupify.graph.channels import Channels, channel_classes
 from groupify.graph.permute import apply_orders
-from groupify.graph.trace import trace
 from groupify.stats.flow import norm_score
 from groupify.structures import GROUPED, SiteRecipe
 from tests.conversion.nets import SHAPE, Chain, Residual, images, make_block_diagonal, randomise
@@ -63,9 +64,10 @@ def test_ties_leave_everything_where_it_is() -> None:
 
 
 def find(model: nn.Module) -> Channels:
-    traced = trace(model)
-    assert traced.module is not None
-    return channel_classes(traced.module, torch.zeros(1, *SHAPE))
+    call = Call((torch.zeros(2, *SHAPE),))
+    graph = capture(model, call).graph
+    assert graph is not None
+    return channel_classes(graph, call)
 
 
 def cluster_by_norm(model: nn.Module, groups: dict[str, int], shuffle: bool = False) -> Clustering:

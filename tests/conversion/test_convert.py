@@ -111,7 +111,7 @@ def test_an_untraceable_model_is_fitted_by_module() -> None:
     make_block_diagonal(net.conv, 2)
     before["conv.weight"] = net.conv.weight.detach().clone()
     result = convert(net, plan_of(net, "conv", groups=2), Calibration(images(64), fit=EXACT))
-    assert "cannot be traced" in result.notes[0]
+    assert "cannot be exported as a whole" in result.notes[0]
     assert "by module" in result.method
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
     assert result.fits[0].error < 1e-4

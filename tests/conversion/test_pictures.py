@@ -5,8 +5,9 @@ from torch import Tensor, nn
 
 from groupify.conversion.clustering import SiteScore
 from groupify.conversion.pictures import block_pictures
+from groupify.graph.call import Call
+from groupify.graph.capture import capture
 from groupify.graph.channels import channel_classes
-from groupify.graph.trace import trace
 from groupify.structures import SiteRecipe
 
 
@@ -26,9 +27,10 @@ class Pair(nn.Module):
 
 def test_reordering_brings_the_flow_into_the_blocks() -> None:
     net = Pair()
-    module = trace(net).module
-    assert module is not None
-    channels = channel_classes(module, torch.zeros(1, 3, 4, 4))
+    call = Call((torch.zeros(2, 3, 4, 4),))
+    graph = capture(net, call).graph
+    assert graph is not None
+    channels = channel_classes(graph, call)
     shuffled = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
     blocks = torch.kron(torch.eye(2), torch.ones(4, 4))
     score = torch.zeros(8, 8)
@@ -47,9 +49,10 @@ def test_reordering_brings_the_flow_into_the_blocks() -> None:
 
 def test_pictures_are_small_and_few() -> None:
     net = nn.Sequential(*(nn.Conv2d(96, 96, 1) for _ in range(5)))
-    module = trace(net).module
-    assert module is not None
-    channels = channel_classes(module, torch.zeros(1, 96, 2, 2))
+    call = Call((torch.zeros(2, 96, 2, 2),))
+    graph = capture(net, call).graph
+    assert graph is not None
+    channels = channel_classes(graph, call)
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(96, generator=generator)
     scores = []

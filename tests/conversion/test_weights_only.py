@@ -10,9 +10,10 @@ from groupify.conversion.by_part import refresh_batch_norms
 from groupify.conversion.conversion import convert
 from groupify.conversion.surgery import restructure
 from groupify.conversion.weights_only import _Channels, _through, correct_batch_norms
-from groupify.graph.trace import on_same_graph, trace
+from groupify.graph.call import Call
+from groupify.graph.capture import capture
 from groupify.structures import GROUPED, SiteRecipe
-from tests.conversion.nets import Chain, images, plan_of, randomise
+from tests.conversion.nets import SHAPE, Chain, images, plan_of, randomise
 
 
 def rectified_gaussian(mean: float, deviation: float) -> tuple[float, float]:
@@ -45,7 +46,7 @@ def test_moments_behind_a_smooth_function_are_exact() -> None:
 def trained_like() -> Chain:
     """Batch norms that hold the statistics of their own inputs, as after training."""
     net = randomise(Chain())
-    refresh_batch_norms(net, [images(256)])
+    refresh_batch_norms(net, [Call((images(256),))])
     return net.eval()
 
 
@@ -63,10 +64,10 @@ def test_correction_brings_the_actual_statistics_closer() -> None:
     net = trained_like()
     truncated = restructure(net, [SiteRecipe("conv2", GROUPED, 4)])
     corrected = restructure(net, [SiteRecipe("conv2", GROUPED, 4)])
-    traced = trace(net)
-    assert traced.module is not None
+    traced = capture(net, Call((torch.zeros(2, *SHAPE),)))
+    assert traced.graph is not None
     named = {"conv2": SiteRecipe("conv2", GROUPED, 4)}
-    assert correct_batch_norms(on_same_graph(traced.module, corrected), net, named) == ("bn2",)
+    assert correct_batch_norms(traced.graph.on(corrected), net, named) == ("bn2",)
     wanted = statistics(net)[1]
     for part in range(2):
         before = (statistics(truncated)[1][part] - wanted[part]).abs().mean()
@@ -82,11 +83,9 @@ def test_without_truncation_there_is_nothing_to_correct() -> None:
         net.conv2.weight.data[own] = 0
         net.conv2.weight.data[own, own] = kept[own, own]
     student = restructure(net, [SiteRecipe("conv2", GROUPED, 4)])
-    traced = trace(net)
-    assert traced.module is not None
-    correct_batch_norms(
-        on_same_graph(traced.module, student), net, {"conv2": SiteRecipe("conv2", GROUPED, 4)}
-    )
+    traced = capture(net, Call((torch.zeros(2, *SHAPE),)))
+    assert traced.graph is not None
+    correct_batch_norms(traced.graph.on(student), net, {"conv2": SiteRecipe("conv2", GROUPED, 4)})
     torch.testing.assert_close(student.get_buffer("bn2.running_mean"), net.bn2.running_mean)
     torch.testing.assert_close(student.get_buffer("bn2.running_var"), net.bn2.running_var)
 

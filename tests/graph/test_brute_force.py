@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from groupify.graph.channels import CONV_OUTPUT, Channels, channel_classes
-from groupify.graph.trace import trace
+from groupify.graph.call import Call
+from groupify.graph.capture import capture
+from groupify.graph.channels import Channels, channel_classes
 from tests.graph.random_nets import CHANNELS, SIZE, RandomNet, Step
 
 # Operations that leave every channel at its place, so that an exchange is of the same two numbers everywhere.
@@ -96,7 +97,7 @@ def equal(one: Tensor, other: Tensor) -> bool:
 def said_to_be_exchangeable(channels: Channels, pair: tuple[int, int]) -> bool:
     """Whether a class holds both outputs of the stem."""
     for index, use in enumerate(channels.uses):
-        if use.name == STEM and use.kind == CONV_OUTPUT:
+        if use.name == f"{STEM}.weight" and use.dim == 0:
             for found in channels.classes:
                 places = found.places.get(index)
                 if places is not None and set(pair) <= set(places.reshape(-1).tolist()):
@@ -114,9 +115,10 @@ def test_two_channels_share_a_class_where_they_can_be_exchanged_and_nowhere_else
     pair = (0, 1) if near else (1, 6)  # in one group of the group norms, or in two
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 3, SIZE, SIZE, generator=generator, dtype=torch.float64)
-    traced = trace(net).module
-    assert traced is not None
-    said = said_to_be_exchangeable(channel_classes(traced, x[:1]), pair)
+    call = Call((torch.cat([x, x])[:2],))
+    captured = capture(net, call).graph
+    assert captured is not None
+    said = said_to_be_exchangeable(channel_classes(captured, call), pair)
     found = can_be_exchanged(net, pair, x)
     assume(found is not None)
     assert found or not said

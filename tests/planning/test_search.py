@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 from groupify.conversion.surgery import restructure
 from groupify.data.splits import DataSplits
 from groupify.errors import GroupifyError, GroupifyWarning, PlanError, SpecError
-from groupify.graph.trace import example_input
+from groupify.graph.call import example_input
 from groupify.measure import benchmarks
 from groupify.measure.benchmarks import Latency, Timing, speed_ups
 from groupify.measure.conv_timing import ConvShape

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from groupify.conversion.surgery import restructure
 from groupify.errors import ConversionError, PlanError
-from groupify.graph.trace import example_input
+from groupify.graph.call import example_input
 from groupify.planning.observing import observe
 from groupify.planning.rules import Rules
 from groupify.planning.sites import describe

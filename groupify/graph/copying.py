@@ -41,6 +41,17 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
         ) from error
 
 
+def copy_around_tensors(model: nn.Module) -> nn.Module:
+    """Return a copy with the model's very parameters and buffers, which takes no memory.
+
+    What runs the copy may change its attributes without the model noticing.
+
+    Raises:
+        ConversionError: something in the model cannot be copied.
+    """
+    return copy_of(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
 def _with_history(model: nn.Module) -> Iterator[Tensor]:
     """The tensors that modules keep and that autograd has made."""
     seen: set[int] = set()
