@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from groupify.data.batches import calibration_images
     from groupify.data.splits import load_data
     from groupify.measure.benchmarks import benchmark_onnx as benchmark
+    from groupify.models.preprocessing import PreprocessingOptions
     from groupify.models.sources import load_model
     from groupify.onnx.exporting import export_onnx as export
     from groupify.planning.plan_file import PlanFile
@@ -36,6 +37,7 @@ __all__ = [
     "GroupifyError",
     "GroupifyWarning",
     "PlanFile",
+    "PreprocessingOptions",
     "Recipe",
     "Rules",
     "SearchOptions",
@@ -69,6 +71,7 @@ _HOMES = {
     "recipe": ("Recipe",),
     "training.finetuning": ("finetune",),
     "training.settings": ("FinetuneSettings",),
+    "models.preprocessing": ("PreprocessingOptions",),
     "models.sources": ("load_model",),
 }
 _LAZY = {name.removesuffix("_onnx"): (home, name) for home, names in _HOMES.items() for name in names}

@@ -70,6 +70,12 @@ class Preprocessing:
 class PreprocessingOptions:
     """What the user says about the preprocessing; None = nothing.
 
+    Example:
+        >>> spec = groupify.load_model("demo").spec
+        >>> said = groupify.PreprocessingOptions(mean=(0.5,), std=(0.25,))
+        >>> print(groupify.load_data("demo", spec, preprocessing=said).preprocessing)
+        the whole image to 28×28, bilinear; mean (0.5, 0.5, 0.5), std (0.25, 0.25, 0.25)
+
     Attributes:
         mean, std: one value for each channel, or one for all; for pixels in [0, 1].
         resize: shorter side before the crop, in pixels; 0 = the image's own.
@@ -166,8 +172,9 @@ class PreprocessingOptions:
 def unknown(owner: str) -> str:
     """Return that nothing says how an image becomes an input of ``owner``, and what would."""
     return (
-        f"nothing says how images become inputs of {owner}: give --mean and --std as in its training, for "
-        "pixels in [0, 1] (0 and 1: as they are; ImageNet's are 0.485,0.456,0.406 and 0.229,0.224,0.225)"
+        f"nothing says how images become inputs of {owner}: give --mean and --std as in its training (in "
+        "Python PreprocessingOptions), for pixels in [0, 1]; 0 and 1 take them as they are, ImageNet's are "
+        "0.485,0.456,0.406 and 0.229,0.224,0.225"
     )
 
 
