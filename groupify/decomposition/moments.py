@@ -47,7 +47,7 @@ class Moments:
             covariance: of its inputs, shape (g, n, n).
         """
         groups, inputs, _ = covariance.shape
-        maps = weight.to(covariance).reshape(groups, -1, inputs)
+        maps = weight.detach().to(covariance).reshape(groups, -1, inputs)
         cross = covariance @ maps.transpose(1, 2)
         return cls(covariance, cross, (maps.transpose(1, 2) * cross).sum(1))
 
@@ -61,7 +61,7 @@ class Moments:
             ridge: variance of the added samples, a multiple of the mean variance of the inputs.
         """
         groups, inputs, _ = self.covariance.shape
-        maps = weight.to(self.covariance).reshape(groups, -1, inputs).transpose(1, 2)
+        maps = weight.detach().to(self.covariance).reshape(groups, -1, inputs).transpose(1, 2)
         strength = ridge * self.covariance.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
         identity = torch.eye(inputs, dtype=maps.dtype, device=maps.device)
         return Moments(

@@ -230,7 +230,7 @@ def test_drawn_to_known_weights() -> None:
     ]
     assert off[0] > off[1] > off[2]
     assert off[2] < 0.01 * weight.norm()
-    same = few.drawn_to(weight, 1.0)
+    same = few.drawn_to(torch.nn.Parameter(weight), 1.0)
     torch.testing.assert_close(same.cross, Moments.of_weight(weight, same.covariance).cross)
     torch.testing.assert_close(same.energy, Moments.of_weight(weight, same.covariance).energy)
 
@@ -259,6 +259,12 @@ def test_degenerate_moments(structure: Structure, dtype: torch.dtype) -> None:
         factors = decompose(Moments.of_weight(weight.to(dtype), cov.to(dtype)), CONV, structure, scale)
         assert 0 <= factors.error < 1
         assert torch.isfinite(factors.weight()).all()
+
+
+def test_weights_may_be_parameters() -> None:
+    weight = torch.nn.Parameter(random(16, 12, 3, 3, seed=0))
+    moments = Moments.of_weight(weight, covariance(108, 1))
+    assert not decompose(moments, CONV, Structure(8, 4, 8), evaluations=2).weight().requires_grad
 
 
 def test_constant_outputs_leave_no_error() -> None:
