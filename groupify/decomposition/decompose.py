@@ -19,8 +19,9 @@ from groupify.structures import ConvShape, Structure
 EVALUATIONS = 60
 # An output that the next layer hardly reads is still wanted, a little.
 _LEAST_SCALE = 1e-3
-# What the evaluations to come gain, as a multiple of what the second half of those so far gained.
-_STILL_TO_GAIN = 1.3
+# What the evaluations to come gain, as a multiple of what the second half of the first 8 to 12 gained:
+# measured on 48 fits, where it predicts the error after 60 to 7% (rms).
+_STILL_TO_GAIN = 1.5
 
 
 def decompose(

@@ -13,7 +13,7 @@ from groupify.structures import ConvShape, Structure
 # any size. Where reading is dearer, for a stride or few outputs, more.
 _WRITES_PER_READ = 2
 _MOST_WRITES = 4
-_MOST_GROUPS = 32
+_MOST_GROUPS = 16
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from groupify.structures import Structure
 
 # From MACs ÷1.5 to ÷20, each a third larger than the next.
 RATIOS = tuple(1.5 * (20 / 1.5) ** (step / 9) for step in range(10))
-EVALUATIONS = 12
+EVALUATIONS = 8
 _FITS = 4
 _LEAST = 1e-9
 
@@ -42,7 +42,7 @@ def ladder(
     """Return the members of a family near some MAC ratios, with their errors, the largest member first.
 
     Four of them are fitted a little and their convergence extrapolated; the others lie on a cubic through
-    them in logarithms of MACs and error. The very largest, which takes longest, is not among the four.
+    them in logarithms of MACs and error. The largest, which take longest, are not among the four.
 
     Args:
         decomposer: the conv's moments.
@@ -77,7 +77,8 @@ def _spread(count: int) -> list[int]:
     """Which of so many members to fit, from large to small."""
     if count <= _FITS:
         return list(range(count))
-    return [round(1 + step * (count - 2) / (_FITS - 1)) for step in range(_FITS)]
+    first = max(1, count // 5)
+    return [round(first + step * (count - 1 - first) / (_FITS - 1)) for step in range(_FITS)]
 
 
 def _through(points: Mapping[float, float], at: float) -> float:

@@ -65,7 +65,7 @@ def test_errors_are_near_those_of_fits(cost: Cost) -> None:
     for rungs in found.values():
         for rung in rungs:
             assert rung.macs == cost.macs(rung.structure)
-            assert rung.error == pytest.approx(decomposer.fit(rung.structure).error, rel=0.25)
+            assert rung.error == pytest.approx(decomposer.fit(rung.structure).error, rel=0.4)
         errors = [rung.error for rung in rungs]
         assert errors == sorted(errors)
 
