@@ -77,7 +77,9 @@ class ImageArrays(Dataset[tuple[Tensor, Tensor]]):
         images = self.images[indices].to(torch.float32).div_(255)
         if tuple(images.shape[2:]) != self.preprocessing.size or self.preprocessing.crop != "none":
             images = resized_and_cropped(images, self.preprocessing).clamp_(0, 1)  # bicubic goes beyond
-        images = images.sub(self._mean).div_(self._std)
+        if self._mean.shape[1] > images.shape[1]:
+            images = images.expand(-1, self.channels, -1, -1).clone()
+        images = images.sub_(self._mean).div_(self._std)
         return images.expand(-1, self.channels, -1, -1).contiguous(), self.labels[indices]
 
 
