@@ -112,7 +112,7 @@ _ROOT = "model."
 
 
 def _count_calls(model: nn.Module) -> Counter[str]:
-    """Count from now on how often each module is called; by name, since torch may export a copy."""
+    """Count from now on how often each module is called; by its first name, since torch may export a copy."""
     counts: Counter[str] = Counter()
 
     def count(name: str) -> Any:
@@ -159,6 +159,7 @@ class _Builder:
         self._copy = copy
         self._program = program
         self._counts = counts
+        self._first_names = {id(module): name for name, module in copy.named_modules()}
         self._graph = fx.Graph()
         self._constants: dict[str, Tensor] = {}
         self._owners = Counter(
@@ -290,7 +291,7 @@ class _Builder:
         if any(effect(node) not in wanted or node.args[1] is not weight for node in readers):
             return "its weight is read by other operations than its own"
         # A call from elsewhere, as F.conv2d(x, conv.weight), would be one too many.
-        if len(readers) != self._counts[name]:
+        if len(readers) != self._counts[self._first_names[id(module)]]:
             return "its weight is read by other operations than its own"
         if any(_input_of(self._copy, node, name) is None for node in readers):
             return "its computation could not be told apart from what is around it"

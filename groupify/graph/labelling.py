@@ -362,7 +362,7 @@ class Labeller:
         return compress(F.pad(labels, list(amounts), value=FIXED))  # type: ignore[arg-type]
 
     def _reduce(self, node: fx.Node, value: Any) -> Any:
-        labels, dims = self._operand(node.args[0]), argument(node, 1, "dim")
+        labels, dims = self._operand(node.args[0]), argument(node, _position(node, "dim"), "dim")
         dims = (dims,) if isinstance(dims, int) else dims
         if not isinstance(labels, Tensor) or not isinstance(value, Tensor):
             return None
@@ -374,6 +374,12 @@ class Labeller:
                 return None
             labels = labels.narrow(dim, 0, 1)
         return labels.reshape(value.shape)
+
+
+def _position(node: fx.Node, name: str) -> int:
+    """Where an operator takes an argument: a norm has its order first, a variance may have a flag there."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    return names.index(name) if name in names else len(names)
 
 
 def _sources(node: fx.Node) -> list[fx.Node]:

@@ -23,6 +23,8 @@ import groupify
 from groupify.conversion.by_part import refresh_batch_norms
 from groupify.conversion.conversion import Calibration, Conversion, convert
 from groupify.errors import ConversionError, GroupifyError, PlanError
+from groupify.graph.call import Call
+from groupify.graph.capture import capture
 from groupify.models.specs import Source
 from groupify.onnx.exporting import export_onnx
 from groupify.onnx.parity import check_parity
@@ -123,19 +125,11 @@ def check_alive(one: list[Tensor], other: list[Tensor]) -> None:
 
 
 def export(model: nn.Module, shape: tuple[int, ...]) -> str:
-    """Export with torch alone, and return with what batch that went: dynamic, fixed, or why it did not go."""
-    images = torch.randn(2, *shape)
-    problem = ""
-    for name, dynamic in (("dynamic", ({0: torch.export.Dim.DYNAMIC},)), ("fixed", None)):
-        try:
-            with torch.no_grad():
-                found = torch.export.export(model, (images,), dynamic_shapes=dynamic, strict=False)
-                found.run_decompositions({})
-        except Exception as error:  # torch and the model can raise anything
-            problem = problem or one_line(f"{type(error).__name__}: {error}")
-            continue
-        return name
-    return problem
+    """Capture the graph and return with what batch that went: dynamic, fixed, or why it did not go."""
+    captured = capture(model, Call((torch.randn(2, *shape),)))
+    if captured.graph is None:
+        return one_line(str(captured.problem))
+    return "dynamic" if captured.graph.batch is None else "fixed"
 
 
 class _Way:

@@ -1,0 +1,93 @@
+"""What models of other people's libraries taught about capturing and labelling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import groupify
+from groupify.graph.call import Call
+from groupify.graph.capture import capture
+from groupify.graph.channels import channel_classes
+from groupify.graph.model_graph import computes_the_same
+from groupify.graph.permute import apply_orders
+
+
+class TwoNames(nn.Module):
+    """A conv that its model holds twice, as the nested skips of MONAI's DynUNet do."""
+
+    def __init__(self, list_first: bool) -> None:
+        super().__init__()
+        conv = nn.Conv2d(16, 32, 3)
+        if list_first:
+            self.nested = nn.ModuleList([conv])
+        self.first, self.conv = nn.Conv2d(3, 16, 3), conv
+        if not list_first:
+            self.nested = nn.ModuleList([conv])
+
+    def forward(self, images: Tensor) -> Tensor:
+        result: Tensor = self.conv(self.first(images))
+        return result
+
+
+@pytest.mark.parametrize("list_first", [False, True])
+def test_a_conv_with_two_names_is_converted_under_both(list_first: bool) -> None:
+    torch.manual_seed(0)
+    model, images = TwoNames(list_first).eval(), torch.randn(8, 3, 8, 8)
+    found = capture(model, Call.of(images)).graph
+    assert found is not None
+    assert not found.pinned
+    plan = groupify.plan(model, (3, 8, 8), groups=4, rules=groupify.Rules(min_group_width=1))
+    assert len(plan.converted) == 1
+    converted: Any = groupify.convert(model, plan, images).model
+    assert converted.conv is converted.nested[0]
+    assert converted.conv.groups == 4
+
+
+class Reducing(nn.Module):
+    """Two convs with a reduction between them."""
+
+    def __init__(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.reduce = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), reduce
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.first(images)
+        result: Tensor = self.second(features * self.reduce(features))
+        return result
+
+
+REDUCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {  # whether channels stay free
+    "norm over space": (lambda x: x.norm(p=2, dim=(2, 3), keepdim=True), True),
+    "norm over channels": (lambda x: x.norm(p=2, dim=1, keepdim=True), False),
+    "norm over the second dimension, of order 1": (lambda x: x.norm(p=1, dim=2, keepdim=True), True),
+    "vector norm over space": (lambda x: torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True), True),
+    "norm of all": (lambda x: x.norm(), False),
+    "variance of all": (lambda x: x.var(False), False),
+    "variance over space": (lambda x: x.var((2, 3), keepdim=True), True),
+    "deviation over space": (lambda x: x.std(dim=(2, 3), keepdim=True, correction=0), True),
+    "largest over space": (lambda x: x.amax((2, 3), keepdim=True), True),
+    "product over height": (lambda x: x.prod(2, keepdim=True), True),
+    "logsumexp over space": (lambda x: x.logsumexp((2, 3), keepdim=True), True),
+}
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_reductions_are_read_by_the_name_of_their_dimension(name: str) -> None:
+    reduce, free = REDUCTIONS[name]
+    torch.manual_seed(0)
+    model, call = Reducing(reduce).eval(), Call.of(torch.randn(2, 3, 6, 6))
+    graph = capture(model, call).graph
+    assert graph is not None
+    assert computes_the_same(model, graph, call)
+    channels = channel_classes(graph, call)
+    sizes = [found.size for found in channels.classes]
+    assert (8 in sizes) == free
+    orders = {index: torch.randperm(size) for index, size in enumerate(sizes)}
+    with torch.no_grad():
+        expected, permuted = call.run(model), call.run(apply_orders(model, channels, orders))
+    torch.testing.assert_close(permuted, expected)
