@@ -141,9 +141,11 @@ def _clear_onlookers(model: nn.Module, call: Call) -> set[nn.Module]:
     counts whatever it does to the example. So do all where the model cannot do without the onlookers, such
     as Hugging Face's, which collect hidden states in hooks of their own.
     """
+    hooks: _Hooks
     for module in model.modules():
-        for key in [key for key, hook in module._backward_hooks.items() if is_foreign(hook)]:
-            del module._backward_hooks[key]
+        for hooks in (module._backward_hooks, module._backward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if is_foreign(hook)]:
+                del hooks[key]
     watched = [_Watched(*found) for found in _forward_hooks(model) if is_foreign(found[-1])]
     if not watched:
         return set()

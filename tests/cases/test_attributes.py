@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import groupify
 from groupify.conversion.surgery import restructure
+from groupify.planning.candidates import candidates
 from groupify.structures import GROUPED, GROUPED_POINTWISE, SiteRecipe
 from tests.cases.nets import (
+    SHAPE,
     Straight,
     assert_exact,
     converted,
@@ -161,6 +164,13 @@ def test_a_weight_that_is_asked_for_its_type_alone_may_be_grouped() -> None:
     assert converted_names(pairs) == ["rest.0"]
     reason = "its weight is used outside of its own call, in the model itself"
     assert reason_of(pairs, "c1") == reason
+    rules = groupify.Rules(min_group_width=1, structures=("grouped", GROUPED_POINTWISE))
+    kinds = {
+        site[0].site.name: {option.site.kind for option in site}
+        for site in candidates(net, SHAPE, rules).sites
+    }
+    assert kinds["c1"] == {"dense", "grouped"}
+    assert kinds["rest.0"] == {"dense", "grouped", GROUPED_POINTWISE}
 
 
 class CallingForward(Straight):

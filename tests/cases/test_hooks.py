@@ -96,13 +96,14 @@ def test_a_hook_that_looks_on_stays_on_the_replacement(kind: str) -> None:
     c1.register_forward_pre_hook(lambda *called: seen.append(("before", len(called))), with_kwargs=True)
     c1.register_forward_hook(lambda *called: seen.append(("behind", len(called))), with_kwargs=True)
     c1.register_full_backward_hook(lambda *_: seen.append(("backward", 3)))
+    c1.register_full_backward_pre_hook(lambda *_: seen.append(("gradient", 2)))
     plan = planned(net, structures=(kind,))
     assert converted_names(plan) == ["c1", "rest.0"]
     model = converted(net, plan=plan).model
     assert_exact(model, net)
     seen.clear()
     model(noise(1)).sum().backward()
-    assert seen == [("before", 2), ("before", 3), ("behind", 4), ("backward", 3)]
+    assert seen == [("before", 2), ("before", 3), ("behind", 4), ("gradient", 2), ("backward", 3)]
 
 
 def test_hooks_see_few_images_of_a_conversion() -> None:

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils.data import TensorDataset
 
 import groupify
 from tests.cases.nets import Straight, converted_names, planned, refusal
+from tests.conftest import Run
 
 SHAPE = (3, 8, 8)
 NOTHING = "no convolution worth grouping among the "
@@ -201,3 +203,33 @@ def test_a_budget_names_the_most_groups_that_were_tried() -> None:
     net, rules = chain(nn.Conv2d(16, 9, 3)), groupify.Rules(min_group_width=1)
     said = refusal(lambda: groupify.plan_for_budget(net, SHAPE, "macs=50%", rules=rules))
     assert "no number of groups from 2 to 64 divides 16 → 9 channels" in said
+
+
+# accuracies to compare -------------------------------------------------------------------------
+
+
+def without_labels() -> dict[str, TensorDataset]:
+    """A data set for the command line."""
+    return {"train": TensorDataset(torch.zeros(8, 3, 8, 8)), "test": TensorDataset(torch.zeros(8, 3, 8, 8))}
+
+
+def without_test() -> dict[str, TensorDataset]:
+    """A data set for the command line."""
+    return {"train": TensorDataset(torch.zeros(8, 3, 8, 8), torch.arange(8))}
+
+
+@pytest.mark.parametrize(
+    ("net", "data", "text"),
+    [
+        ("net", None, "give --data with labels and a test part"),
+        ("segmenter", "tests.cli_nets:data", "gives no logits of shape (N, classes): leave it out"),
+        ("net", "tests.cases.test_true_reasons:without_labels", "has no labels: give other --data"),
+        ("net", "tests.cases.test_true_reasons:without_test", "has no test part: give other --data"),
+    ],
+)
+def test_what_hinders_a_comparison_of_accuracies(run: Run, net: str, data: str | None, text: str) -> None:
+    options = ("--input-size", "3,8,8", "--uniform", "2", *(() if data is None else ("--data", data)))
+    outcome = run("convert", f"tests.cli_nets:{net}", "-g", 2, *options)
+    assert outcome.code == 2
+    assert "--uniform compares accuracies" in outcome.err
+    assert text in " ".join(outcome.err.split())

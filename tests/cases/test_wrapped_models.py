@@ -123,6 +123,21 @@ def test_a_model_of_several_processes_is_looked_through() -> None:
         torch.distributed.destroy_process_group()
 
 
+def test_sharded_weights_are_refused() -> None:
+    from torch.distributed import HashStore  # type: ignore[attr-defined]
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        net = Straight()
+        mesh = init_device_mesh("cpu", (1,))
+        net.c1.weight = nn.Parameter(distribute_tensor(net.c1.weight.detach(), mesh))
+        assert "sharded over processes (DTensor)" in refusal(lambda: planned(net))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_hooks_on_a_wrapper_would_be_lost() -> None:
     net = nn.DataParallel(Straight())
     net.register_forward_hook(lambda module, inputs, output: 2 * output)
