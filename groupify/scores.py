@@ -223,7 +223,7 @@ def measure_cost(model: nn.Module, example: Tensor) -> ModelCost:
         ConversionError: the model does not run on an input of that shape.
     """
     tensors = [*model.parameters(), *model.buffers()]
-    peak = _PeakActivations(example, ignored=tensors)
+    peak = _PeakActivations(ignored=tensors)
     counter = FlopCounterMode(display=False)
     with counter, peak:
         run_once(model, example)
@@ -236,15 +236,17 @@ def measure_cost(model: nn.Module, example: Tensor) -> ModelCost:
 
 
 class _PeakActivations(TorchDispatchMode):
-    """Follows which tensors are alive, by storage, and keeps the largest sum."""
+    """Follows which tensors are alive, by storage, and keeps the largest sum.
 
-    def __init__(self, example: Tensor, ignored: Sequence[Tensor]) -> None:
+    The input counts too: ``run_once`` runs on a copy of it, which is made while this watches.
+    """
+
+    def __init__(self, ignored: Sequence[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._ignored = {tensor.untyped_storage().data_ptr() for tensor in ignored}  # views of weights
         self._alive: dict[int, list[int]] = {}  # storage address → [bytes, number of tensors]
         self._bytes = 0
         self.peak_bytes = 0
-        self._follow(example)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

@@ -111,10 +111,13 @@ def fill(model: nn.Module, state: OrderedDict[str, Tensor], channels_last: bool)
     for name, value in target.items():
         if name in state and value.dtype != state[name].dtype:
             value.data = value.data.to(state[name].dtype)
-    for name in dict(model.named_buffers(remove_duplicate=False)).keys() & state.keys():
-        # Buffers that were no part of the state of the dense model, but have other values here.
+    for name in state.keys() - target.keys():
+        # Tensors that were no part of the state of the dense model, but have other values here.
         owner, _, own = name.rpartition(".")
-        model.get_submodule(owner)._non_persistent_buffers_set.discard(own)
+        module = model.get_submodule(owner)
+        module._non_persistent_buffers_set.discard(own)
+        if isinstance(vars(module).get(own), Tensor):
+            module.register_buffer(own, vars(module).pop(own))
     # Some modules (torchvision's MNASNet) refuse a state without their own version number.
     state._metadata = getattr(target, "_metadata", None)  # type: ignore[attr-defined]
     model.load_state_dict(state, strict=True)

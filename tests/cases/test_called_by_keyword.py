@@ -10,8 +10,6 @@ from groupify.conversion.surgery import restructure
 from groupify.structures import GROUPED, GROUPED_POINTWISE, SiteRecipe
 from tests.cases.nets import Straight, assert_exact, converted, converted_names, grouped_already, planned
 
-GRAPH = pytest.mark.xfail(strict=True, reason="graph")
-
 
 class ByKeyword(Straight):
     def forward(self, x: Tensor) -> Tensor:
@@ -29,7 +27,6 @@ class Guarded(ByKeyword):
         return super().forward(x)
 
 
-@GRAPH
 @pytest.mark.parametrize("make", [ByKeyword, Guarded])
 def test_it_converts(make: type[nn.Module]) -> None:
     net = grouped_already(make())

@@ -121,7 +121,6 @@ def test_what_no_training_gives_is_refused_by_name(
         load_state(fresh, net.state_dict(), "the file")
 
 
-@pytest.mark.xfail(strict=True, reason="graph")  # fx adds lines to the message
 @pytest.mark.parametrize("value", [INFINITE, NAN])
 def test_a_mask_that_spoils_the_outputs_is_noticed_all_the_same(value: float) -> None:
     net = grouped_already(Attending())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -156,3 +157,19 @@ def test_the_command(run: Run, tmp_path: Path) -> None:
     assert run("export", "no_norms", "--python", "net.py", "--force").code == 0
     assert "needs an output folder" in run("export", "demo", "--python", "other.py").err
     assert not (tmp_path / "other.py").exists()
+
+
+class Keeping(nn.Module):
+    """Tensors that are no part of its state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(3), persistent=False)
+        self.shift = torch.zeros(3)
+
+
+def test_tensors_outside_of_the_state_take_what_was_saved() -> None:
+    dense, values = Keeping(), torch.tensor([3.0, 1.0, 2.0])
+    model: Any = standalone.fill(dense, OrderedDict(scale=values, shift=values + 1), channels_last=False)
+    assert torch.equal(model.scale, values)
+    assert torch.equal(model.shift, values + 1)
