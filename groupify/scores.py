@@ -226,7 +226,7 @@ def measure_cost(model: nn.Module, example: Tensor) -> ModelCost:
     peak = _PeakActivations(ignored=tensors)
     counter = FlopCounterMode(display=False)
     with counter, peak:
-        run_once(model, example)
+        run_once(model, example, copy=False)
     return ModelCost(
         params=sum(parameter.numel() for parameter in model.parameters()),
         macs=counter.get_total_flops() // 2,

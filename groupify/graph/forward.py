@@ -26,8 +26,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def run_once(model: nn.Module, call: Call | Tensor) -> Any:
+def run_once(model: nn.Module, call: Call | Tensor, *, copy: bool = True) -> Any:
     """Run one forward pass in inference mode without gradients; the training mode is put back.
+
+    Args:
+        model: the model.
+        call: how it is called.
+        copy: whether it gets copies of the tensors, since it may work on them in place.
 
     Raises:
         ConversionError: the model does not run on inputs like these.
@@ -35,7 +40,7 @@ def run_once(model: nn.Module, call: Call | Tensor) -> Any:
     call = Call.of(call)
     try:
         with evaluating(model), torch.no_grad():
-            return call.run(model)
+            return call.run(model) if copy else model(*call.args, **call.kwargs)
     except (GroupifyError, MemoryError):
         raise
     except Exception as error:  # the user's model can raise anything

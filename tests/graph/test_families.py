@@ -127,7 +127,7 @@ def test_flattened_channels_move_with_all_their_positions() -> None:
     net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 4, 2))
     channels = find(net, torch.zeros(1, 3, 4, 4))
     (only,) = channels.classes
-    (linear,) = (where for use, where in only.places.items() if channels.uses[use].name == "3")
+    (linear,) = (where for use, where in only.places.items() if channels.uses[use].name == "3.weight")
     assert linear.tolist() == [list(range(4 * c, 4 * c + 4)) for c in range(6)]
 
 
