@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from groupify.conversion.surgery import restructure
-from groupify.conversion.working_copy import is_foreign, make_persistent
+from groupify.conversion.working_copy import make_persistent
 from groupify.errors import ArtefactError, CheckpointError, GroupifyError, GroupifyWarning
 from groupify.files import MAX_RECIPE_BYTES, RECIPE_FILE, folder_exists, writing_folder
+from groupify.graph.hooks import is_foreign
 from groupify.models.sources import build_model
 from groupify.models.specs import ModelSpec
 from groupify.models.wrappers import unwrapped

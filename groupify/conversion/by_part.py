@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from groupify.conversion.fit import Clock
-from groupify.conversion.in_order import Calibration, TracedConversion, convert_from_weights, convert_in_order
+from groupify.conversion.in_order import Calibration, Converted, convert_from_weights, convert_in_order
 from groupify.conversion.site_fit import FitOptions, SiteFit, Target, fit_site
 from groupify.conversion.surgery import restructure
 from groupify.graph.call import Call
@@ -33,7 +33,7 @@ def convert_by_part(
     seed: int,
     clock: Clock,
     progress: bool,
-) -> TracedConversion:
+) -> Converted:
     """Convert a model whose graph as a whole is not known.
 
     Each part is clustered and fitted in order, on what the dense model feeds it: a path that
@@ -76,14 +76,14 @@ def convert_by_part(
     unreached = sites.keys() - {fit.name for fit in fits}
     if unreached:
         notes.append(f"no calibration image reaches {shown_names(sorted(unreached))}: truncated, not fitted")
-    return TracedConversion(
+    return Converted(
         student, tuple(fits), (given_up(problem, [part.name for part in done], len(left)), *notes)
     )
 
 
 def convert_parts_from_weights(
     dense: nn.Module, example: Call, sites: Mapping[str, SiteRecipe], *, problem: str, seed: int
-) -> TracedConversion:
+) -> Converted:
     """Convert a model whose graph as a whole is not known without data; args as in ``convert_by_part``."""
     parts = find_parts(dense, sites, example)
     student, done, before, kept = copy.deepcopy(dense), [], 0.0, 0.0
@@ -101,9 +101,9 @@ def convert_parts_from_weights(
     student = restructure(student, list(left.values()))
     note = given_up(problem, [part.name for part in done], len(left))
     if not done:
-        return TracedConversion(student, notes=(note,))
+        return Converted(student, notes=(note,))
     count = sum(len(part.sites) for part in done)
-    return TracedConversion(student, notes=(note,), kept_before=before / count, kept=kept / count)
+    return Converted(student, notes=(note,), kept_before=before / count, kept=kept / count)
 
 
 def _inside(part: Part, sites: Mapping[str, SiteRecipe]) -> dict[str, SiteRecipe]:

