@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import groupify
 from groupify.graph.call import Call
 from groupify.graph.capture import capture
 from groupify.graph.channels import channel_classes
-from groupify.graph.model_graph import computes_the_same
+from groupify.graph.model_graph import ModelGraph, computes_the_same
 from groupify.graph.permute import apply_orders
 
 
@@ -91,3 +92,95 @@ def test_reductions_are_read_by_the_name_of_their_dimension(name: str) -> None:
     with torch.no_grad():
         expected, permuted = call.run(model), call.run(apply_orders(model, channels, orders))
     torch.testing.assert_close(permuted, expected)
+
+
+def images(count: int = 2) -> Tensor:
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def graph_of(net: nn.Module) -> ModelGraph:
+    found = capture(net.eval(), Call((images(),)))
+    assert found.graph is not None, found.problem
+    return found.graph
+
+
+class Remembering(nn.Module):
+    """Keeps what it made of the first images that it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.first = nn.Conv2d(3, 4, 3), [torch.zeros(0)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        if not self.first[0].numel():
+            self.first = [x.detach()]
+        return x + self.first[0]
+
+
+def test_what_is_right_for_the_inputs_of_an_earlier_run_alone_is_not_the_model() -> None:
+    net = Remembering()
+    net.eval()(images())
+    call = Call((images(),))
+    assert torch.equal(net(images()), graph_of(net).run(call)[0])
+    twin = Remembering()
+    twin.load_state_dict(net.state_dict())
+    assert not computes_the_same(twin, graph_of(net), call)
+
+
+class InPlace(nn.Module):
+    """Writes in place where another reader, or a view, sees it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        half, doubled = x[:, :2], x * 2
+        half.relu_()
+        F.relu_(doubled).add_(x)
+        return x.sub_(0.5) + doubled
+
+
+def test_writing_in_place_is_seen_wherever_it_shows() -> None:
+    net = InPlace().eval()
+    assert computes_the_same(net, graph_of(net), Call((images(),)))
+
+
+def test_the_model_and_its_inputs_stay_as_they_are() -> None:
+    net = Remembering().eval()
+    x = images()
+    before = x.clone()
+    assert capture(net, Call((x,))).graph is not None
+    assert torch.equal(x, before)
+    assert type(net.first[0]) is Tensor
+    assert not net.first[0].numel()
+
+
+def test_a_size_that_the_code_asks_for_is_fixed() -> None:
+    class Flat(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.reshape(len(x), -1)
+
+    graph = graph_of(Flat())
+    assert graph.batch == 2
+    assert not graph.accepts(Call((images(3),)))
+
+
+def test_autocast_is_left_out() -> None:
+    class Reduced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+                x = self.conv(x)
+            return x.float()
+
+    net = Reduced().eval()
+    graph = graph_of(net)
+    assert graph.reduced_precision
+    assert graph.calls == {"conv": 1}
+    assert computes_the_same(net, graph, Call((images(),)))
