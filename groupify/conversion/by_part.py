@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from groupify.conversion.fit import Clock
+from groupify.conversion.held_out import HeldOutImages
 from groupify.conversion.in_order import Calibration, Converted, convert_from_weights, convert_in_order
-from groupify.conversion.site_fit import FitOptions, SiteFit, Target, fit_site
+from groupify.conversion.layer_samples import dense_parts
+from groupify.conversion.site_fit import FitOptions, SiteFit, fit_site
 from groupify.conversion.surgery import restructure
 from groupify.graph.call import Call
 from groupify.graph.model_graph import computes_the_same
@@ -153,6 +155,7 @@ def fit_by_module(
     """
     sampler = SiteSampler({name: site.groups for name, site in sites.items()}, budget, batches, seed)
     _sample_by_hooks(dense, batches, sites, sampler, progress)
+    held_out = HeldOutImages([batch.batch_size for batch in batches])
     fits = []
     with torch.no_grad():
         for name, site in sites.items():
@@ -161,9 +164,8 @@ def fit_by_module(
             samples = sampler.samples[name]
             if not samples.patches:
                 continue
-            inputs = [patches.float() for patches in samples.patches]
-            targets = [Target(outputs.float()) for outputs in samples.patch_outputs]
-            fits.append(fit_site(student.get_submodule(name), conv, site, inputs, targets, None, options))
+            parts = dense_parts(samples, held_out)
+            fits.append(fit_site(student.get_submodule(name), conv, site, parts, None, options))
         if options.refresh_batch_norm:
             refresh_batch_norms(student, batches, keep=keep)
     return tuple(fits)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from groupify.conversion.by_part import convert_by_part, convert_parts_from_weights
 from groupify.conversion.fit import Clock
+from groupify.conversion.held_out import overfitting_note
 from groupify.conversion.in_order import Calibration, convert_from_weights, convert_in_order
 from groupify.conversion.pictures import BlockPicture
 from groupify.conversion.site_fit import SiteFit
@@ -108,7 +109,7 @@ def convert(
     with torch.random.fork_rng(devices=[]):
         work = _Conversion(dense, sites, calibration, plan, seed, progress)
         student = work.run()
-    _warn_of_few_samples(work.fits)
+    work.notes.extend(_warn_of_few_images(work.fits))
     return Conversion(
         model=_with_weights(model, sites, student),
         sites=sites,
@@ -155,7 +156,12 @@ def _check_student(student: nn.Module, graph: ModelGraph | None, call: Call) -> 
         )
 
 
-def _warn_of_few_samples(fits: Sequence[SiteFit]) -> None:
+def _warn_of_few_images(fits: Sequence[SiteFit]) -> list[str]:
+    """Warn of layers that saw too few images, and return what the reader of a report should know of it."""
+    note = overfitting_note({fit.name: fit.held_out for fit in fits})
+    if note is not None:
+        warnings.warn(note, GroupifyWarning, stacklevel=3)
+        return [note]
     short = [fit for fit in fits if fit.samples < fit.inputs]
     if short:
         first = short[0]
@@ -165,6 +171,7 @@ def _warn_of_few_samples(fits: Sequence[SiteFit]) -> None:
             GroupifyWarning,
             stacklevel=3,
         )
+    return []
 
 
 class _Conversion:

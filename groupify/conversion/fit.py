@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
-from groupify.conversion.site_fit import FitOptions, SiteFit, Target, fit_site, refit_layer
+from groupify.conversion.held_out import HeldOutImages
+from groupify.conversion.layer_samples import Part, Target, dense_parts
+from groupify.conversion.site_fit import FitOptions, SiteFit, fit_site, refit_layer
 from groupify.graph.call import Call
 from groupify.graph.execute import BatchedRun
 from groupify.graph.model_graph import ModelGraph, Norm
@@ -119,6 +121,7 @@ class _Fitter:
                 part.patch_outputs.clear()
         self._run = BatchedRun(student, batches, compact)
         self._images = sum(batch.batch_size for batch in batches)
+        self._held_out = HeldOutImages([batch.batch_size for batch in batches])
         self._started: set[fx.Node] = set()
         self._changed: set[fx.Node] = set()
         self._aimed: set[fx.Node] = set()
@@ -164,30 +167,46 @@ class _Fitter:
             norm = None  # its channels are not those of a linear layer that keeps its features last
         other = self._other_term(node, name)
         relu = self._options.relu_iterations > 0 and self._feeds_relu(node, norm, other)
-        calls = range(len(samples.positions))
         with self._clock.part("fit: patches and targets"):
-            targets = [self._target(samples, call, norm, other, relu) for call in calls]
-            inputs = [self._patches(node, dense_layer, samples, call) for call in calls]
-        if targets[0].thresholds is not None:
+            parts = self._parts(node, dense_layer, samples, norm, other, relu)
+        if parts[0].target.thresholds is not None:
             self._aimed.add(node)
         module, site = self._student.layer(node), self._sites.get(name)
         with self._clock.part("fit: moments and solve"):
             if site is None:
-                refit_layer(module, inputs, targets, norm, self._options)
+                refit_layer(module, parts, norm, self._options)
             else:
                 assert isinstance(dense_layer, CONVS)
-                self.fits[name] = fit_site(module, dense_layer, site, inputs, targets, norm, self._options)
+                self.fits[name] = fit_site(module, dense_layer, site, parts, norm, self._options)
         # Nobody needs them again, and those of a large model take gigabytes.
         for part in (samples.outputs, samples.sums, samples.patches, samples.patch_outputs):
             part.clear()
 
-    def _patches(self, node: fx.Node, layer: Conv | nn.Linear, samples: SiteSamples, call: int) -> Tensor:
-        """Input patches of one batch, shape (n, I, taps)."""
+    def _parts(
+        self,
+        node: fx.Node,
+        layer: Conv | nn.Linear,
+        samples: SiteSamples,
+        norm: Norm | None,
+        other: fx.Node | None,
+        relu: bool,
+    ) -> list[Part]:
+        """What a layer reads and should output, those of held-out images apart."""
         if not self._options.in_order or samples.calls > 1:
             # A conv that runs several times: its later inputs do not exist yet, so the teacher's must do.
-            return samples.patches[call].float()
-        inputs = self._run.stored(node.all_input_nodes[0], call)
-        return input_patches(inputs, layer, samples.positions[call]).float()
+            return dense_parts(samples, self._held_out)
+        parts = []
+        for call, positions in enumerate(samples.positions):
+            inputs, target = (
+                self._run.stored(node.all_input_nodes[0], call),
+                self._target(samples, call, norm, other, relu),
+            )
+            held_out = self._held_out.rows(positions, call)
+            for rows, held in ((~held_out, False), (held_out, True)):
+                if bool(rows.any()):
+                    patches = input_patches(inputs, layer, positions.subset(rows)).float()
+                    parts.append(Part(patches, target.subset(rows), held))
+        return parts
 
     def _target(
         self,
@@ -198,8 +217,6 @@ class _Fitter:
         relu: bool,
     ) -> Target:
         """What the conv should output at the sampled positions of one batch."""
-        if not self._options.in_order or samples.calls > 1:
-            return Target(samples.patch_outputs[call].float())
         outputs = samples.outputs[call].float()
         if other is None and not relu:
             return Target(outputs)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from groupify.conversion.held_out import HeldOutCheck, best_ridge
+from groupify.conversion.layer_samples import Part
+from groupify.conversion.relaxed_fit import GroupedSamples, RelaxedFit
 from groupify.documents import Amount, Count
 from groupify.graph.model_graph import Norm
 from groupify.graph.permute import row_channels
@@ -25,33 +28,15 @@ class SiteFit:
         error: mean squared error ÷ variance of the target, over all outputs.
         samples: number of output positions that the fit saw.
         inputs: number of inputs of each group, in·kh·kw / groups.
+        held_out: the check of the fit on images that it did not see; None where there were too few to hold
+            any out.
     """
 
     name: str
     error: Amount
     samples: Count
     inputs: Count
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a layer should output at some positions.
-
-    Attributes:
-        outputs: shape (n, O).
-        thresholds: the output at which the ReLU behind switches, shape (n, O); None without a ReLU.
-        signs: +1 where the ReLU is off below the threshold, −1 where above, shape (O,).
-    """
-
-    outputs: Tensor
-    thresholds: Tensor | None = None
-    signs: Tensor | None = None
-
-    def mirrored(self) -> Target:
-        """Negate the outputs whose ReLU is off above the threshold, so that every ReLU is off below."""
-        if self.thresholds is None or self.signs is None or bool((self.signs > 0).all()):
-            return self
-        return Target(self.outputs * self.signs, self.thresholds * self.signs, self.signs.abs())
+    held_out: HeldOutCheck | None = None
 
 
 @dataclass(frozen=True)
@@ -88,8 +73,7 @@ def fit_site(
     module: nn.Module,
     dense_conv: Conv,
     site: SiteRecipe,
-    inputs: Sequence[Tensor],
-    targets: Sequence[Target],
+    parts: Sequence[Part],
     norm: Norm | None,
     options: FitOptions,
 ) -> SiteFit:
@@ -99,49 +83,47 @@ def fit_site(
         module: the replacement.
         dense_conv: the conv that it replaces.
         site: how it is replaced.
-        inputs: input patches, one tensor of shape (n, I, taps) for each batch.
-        targets: what the conv should output there.
+        parts: what the conv reads and should output.
         norm: the batch norm behind it, into whose running mean the bias goes where the conv has none.
         options: what to do.
     """
     if site.kind == GROUPED:
         assert isinstance(module, CONVS)
-        bias, error, count = _fit_grouped(module, site, inputs, targets, norm is not None, options)
-        last, channels = module, row_channels(len(bias), site.groups, site.shuffle)
+        found = _fit_grouped(module, site, parts, norm is not None, options)
+        last, channels = module, row_channels(module.out_channels, site.groups, site.shuffle)
     else:
         grouped, pointwise = module.get_submodule("grouped"), module.get_submodule("pointwise")
         assert isinstance(grouped, CONVS)
         assert isinstance(pointwise, CONVS)
-        bias, error, count = _fit_grouped_pointwise(
-            grouped, pointwise, dense_conv, site.groups, inputs, targets, norm is not None, options
+        found = _fit_grouped_pointwise(
+            grouped, pointwise, dense_conv, site.groups, parts, norm is not None, options
         )
-        last, channels = pointwise, torch.arange(len(bias))
-    _set_bias(last, bias, norm, channels)
-    return SiteFit(site.name, error, count, dense_conv.weight[0].numel() // site.groups)
+        last, channels = pointwise, torch.arange(pointwise.out_channels)
+    _set_bias(last, found.bias(last), norm, channels)
+    inputs = dense_conv.weight[0].numel() // site.groups
+    return SiteFit(site.name, float(found.fit.error.mean()), found.samples, inputs, found.held_out)
 
 
 def refit_layer(
     layer: nn.Module,
-    inputs: Sequence[Tensor],
-    targets: Sequence[Target],
+    parts: Sequence[Part],
     norm: Norm | None,
     options: FitOptions,
-) -> None:
+) -> HeldOutCheck | None:
     """Fit a dense conv or linear layer again in place, staying near its present weights.
 
     With fewer samples than inputs it would only learn the images by heart: then nothing changes.
-    Args and shapes are those of ``fit_site``.
+    Args and shapes are those of ``fit_site``; returns the check on held-out images, if there are any.
     """
     assert isinstance(layer, (*CONVS, nn.Linear))
-    samples = sum(len(patches) for patches in inputs)
-    if samples < layer.weight[0].numel():
-        return
+    if sum(len(part.inputs) for part in parts) < layer.weight[0].numel():
+        return None
     prior = layer.weight.reshape(1, len(layer.weight), -1)
     rows, centred = torch.arange(len(layer.weight)), norm is not None or layer.bias is not None
-    result, _ = _least_squares(inputs, targets, 1, rows, centred, options.refit_ridge, prior, options)
-    layer.weight.copy_(result.weight.reshape(layer.weight.shape))
-    bias = result.bias.reshape(-1).to(layer.weight.dtype)
-    _set_bias(layer, bias, norm, torch.arange(len(bias)))
+    found = _least_squares(parts, 1, rows, centred, options.refit_ridge, prior, options)
+    layer.weight.copy_(found.fit.weight.reshape(layer.weight.shape))
+    _set_bias(layer, found.bias(layer), norm, rows)
+    return found.held_out
 
 
 def _set_bias(layer: Conv | nn.Linear, bias: Tensor, norm: Norm | None, channels: Tensor) -> None:
@@ -154,87 +136,80 @@ def _set_bias(layer: Conv | nn.Linear, bias: Tensor, norm: Norm | None, channels
         norm.running_mean.sub_(of_channel)
 
 
+@dataclass(frozen=True)
+class _Found:
+    """A fitted map.
+
+    Attributes:
+        fit: the map.
+        samples: output positions that it saw.
+        held_out: the check on held-out images; None without any.
+    """
+
+    fit: GroupedFit
+    samples: int
+    held_out: HeldOutCheck | None
+
+    def bias(self, layer: Conv | nn.Linear) -> Tensor:
+        """The biases of all outputs, in the type of a layer's weights."""
+        return self.fit.bias.reshape(-1).to(layer.weight.dtype)
+
+
 def _fit_grouped(
-    module: Conv,
-    site: SiteRecipe,
-    inputs: Sequence[Tensor],
-    targets: Sequence[Target],
-    has_norm: bool,
-    options: FitOptions,
-) -> tuple[Tensor, float, int]:
+    module: Conv, site: SiteRecipe, parts: Sequence[Part], has_norm: bool, options: FitOptions
+) -> _Found:
     groups = site.groups
     rows = row_channels(module.out_channels, groups, site.shuffle)
     shape = (groups, module.out_channels // groups, -1)
     prior = module.weight.reshape(shape) if options.keep_prior else None
     centred = has_norm or module.bias is not None
-    result, count = _least_squares(inputs, targets, groups, rows, centred, options.ridge, prior, options)
-    module.weight.copy_(result.weight.reshape(module.weight.shape))
-    return result.bias.reshape(-1).to(module.weight.dtype), float(result.error.mean()), count
+    found = _least_squares(parts, groups, rows, centred, options.ridge, prior, options)
+    module.weight.copy_(found.fit.weight.reshape(module.weight.shape))
+    return found
 
 
 def _least_squares(
-    inputs: Sequence[Tensor],
-    targets: Sequence[Target],
+    parts: Sequence[Part],
     groups: int,
     rows: Tensor,
     centred: bool,
     ridge: float,
     prior: Tensor | None,
     options: FitOptions,
-) -> tuple[GroupedFit, int]:
-    """Fit a grouped map, then relax the targets in front of a ReLU and fit again, a few times.
-
-    Relaxing minimises the convex ``Σ_on (y − ŷ)² + Σ_off relu(ŷ)²`` by majorisation: each fit is to
-    the targets that cost the present prediction the least.
-    """
-    moments = GroupedMoments(centred=centred)
+) -> _Found:
+    """Fit a grouped map, with a stronger ridge where it fails on the held-out parts; then on all of them."""
     in_order = torch.equal(rows, torch.arange(len(rows)))
 
     def grouped(values: Tensor) -> Tensor:
         return (values if in_order else values[:, rows]).reshape(len(values), groups, -1)
 
-    signs = targets[0].signs
+    signs = parts[0].target.signs
     flip = None if signs is None else grouped(signs.unsqueeze(0))[0].unsqueeze(2)  # (G, O/G, 1)
     if flip is not None and prior is not None:
         prior = prior * flip
-    blocks = [patches.reshape(len(patches), groups, -1) for patches in inputs]
-    mirrored = [target.mirrored() for target in targets]
-    for block, target in zip(blocks, mirrored, strict=True):
-        moments.update(block, grouped(target.outputs))
-    result = moments.fit(ridge=ridge, prior=prior)
-    if flip is None:
-        return result, moments.count
-    limits = [
-        _Limit(grouped(target.outputs), grouped(target.thresholds))
-        for target in mirrored
-        if target.thresholds is not None
-    ]
-    for iteration in range(1, options.relu_iterations + 1):
-        weight, bias = result.weight.float(), result.bias.float()
-        moments.replace_outputs(
-            (
-                (block, limit.relaxed(block, weight, bias))
-                for block, limit in zip(blocks, limits, strict=True)
-            ),
-            squares=iteration == options.relu_iterations,
-        )
-        result = moments.fit(ridge=ridge, prior=prior)
-    return GroupedFit(result.weight * flip, result.bias * flip.squeeze(2), result.error), moments.count
+    seen, held_out = (
+        [_samples(part, groups, grouped) for part in parts if part.held_out == held] for held in (False, True)
+    )
+    fitting = RelaxedFit(
+        GroupedMoments(centred=centred), prior, 0 if flip is None else options.relu_iterations
+    )
+    fitting.add(seen)
+    check = None
+    if held_out:
+        check = best_ridge(fitting, held_out, ridge)
+        ridge = check.ridge
+        fitting.add(held_out)  # they have done their duty as judges
+    result = fitting.fit(ridge)
+    if flip is not None:
+        result = GroupedFit(result.weight * flip, result.bias * flip.squeeze(2), result.error)
+    return _Found(result, fitting.moments.count, check)
 
 
-class _Limit:
-    """The targets of one batch and where the ReLU behind is off; shapes (n, G, O/G)."""
-
-    def __init__(self, outputs: Tensor, thresholds: Tensor) -> None:
-        self._outputs = outputs.transpose(0, 1)
-        self._thresholds = thresholds.transpose(0, 1)
-        self._off = self._outputs <= self._thresholds
-
-    def relaxed(self, inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """The outputs, but where the ReLU should be off, whatever of the prediction keeps it off."""
-        predicted = torch.baddbmm(bias.unsqueeze(1), inputs.transpose(0, 1), weight.transpose(1, 2))
-        torch.minimum(predicted, self._thresholds, out=predicted)
-        return torch.where(self._off, predicted, self._outputs).transpose(0, 1)
+def _samples(part: Part, groups: int, grouped: Callable[[Tensor], Tensor]) -> GroupedSamples:
+    target = part.target.mirrored()
+    thresholds = None if target.thresholds is None else grouped(target.thresholds)
+    inputs = part.inputs.reshape(len(part.inputs), groups, -1)
+    return GroupedSamples(inputs, grouped(target.outputs), thresholds)
 
 
 def _fit_grouped_pointwise(
@@ -242,11 +217,10 @@ def _fit_grouped_pointwise(
     pointwise: Conv,
     dense_conv: Conv,
     groups: int,
-    inputs: Sequence[Tensor],
-    targets: Sequence[Target],
+    parts: Sequence[Part],
     has_norm: bool,
     options: FitOptions,
-) -> tuple[Tensor, float, int]:
+) -> _Found:
     """Principal output directions of each input group, then a pointwise conv fitted on top.
 
     The grouped conv holds the ``principal_maps`` of the dense weight.
@@ -255,15 +229,19 @@ def _fit_grouped_pointwise(
     rank = out_channels // groups
     weight = dense_conv.weight.reshape(out_channels, groups, -1).transpose(0, 1).double()  # (G, O, D)
     moments = InputMoments()
-    for patches in inputs:
-        moments.add(patches.reshape(len(patches), groups, -1))
+    for part in parts:
+        moments.add(part.inputs.reshape(len(part.inputs), groups, -1))
     basis = principal_maps(weight, moments.input_covariance(), rank)  # (G, r, D)
     grouped.weight.copy_(basis.reshape(grouped.weight.shape))
     kernel = basis.float()
     features = [
-        torch.einsum("grd,ngd->ngr", kernel, patches.reshape(len(patches), groups, -1)) for patches in inputs
+        replace(
+            part,
+            inputs=torch.einsum("grd,ngd->ngr", kernel, part.inputs.reshape(len(part.inputs), groups, -1)),
+        )
+        for part in parts
     ]
     centred, every = has_norm or pointwise.bias is not None, torch.arange(out_channels)
-    result, count = _least_squares(features, targets, 1, every, centred, options.ridge, None, options)
-    pointwise.weight.copy_(result.weight.reshape(pointwise.weight.shape))
-    return result.bias.reshape(-1).to(pointwise.weight.dtype), float(result.error.mean()), count
+    found = _least_squares(features, 1, every, centred, options.ridge, None, options)
+    pointwise.weight.copy_(found.fit.weight.reshape(pointwise.weight.shape))
+    return found

@@ -144,10 +144,9 @@ class GroupedMoments(InputMoments):
         assert self._output_shift is not None
         input_mean, output_mean = self._input_sum / self.count, self._output_sum / self.count
         cov_yu = self._output_input / self.count
-        var_y = self._output_output / self.count
+        var_y = self.output_variance()
         if self.centred:
             cov_yu -= output_mean.unsqueeze(2) * input_mean.unsqueeze(1)
-            var_y -= output_mean.square()
         system = self._ridge(ridge)
         start = torch.zeros((), dtype=torch.float64) if prior is None else prior.double()
         # (Cov(u) + λI) V = Cov(u, y) + λP is the same, and spares the product with Cov(u).
@@ -162,6 +161,11 @@ class GroupedMoments(InputMoments):
         else:
             bias = torch.zeros_like(output_mean)
         return GroupedFit(weight, bias, error)
+
+    def output_variance(self) -> Tensor:
+        """Return the variance of each output, shape (G, O/G); the second moment where not centred."""
+        variance = self._output_output / self.count
+        return variance - (self._output_sum / self.count).square() if self.centred else variance
 
     def _ridge(self, ridge: float) -> Ridge:
         if self._known_ridge is None or self._known_ridge[0] != ridge:

@@ -25,14 +25,16 @@ class SiteSamples:
 
     Attributes:
         positions: the sampled output positions.
-        patches: input patches at some of the positions, shape (n', I, taps).
-        patch_outputs: outputs at those, shape (n', O).
+        patch_positions: some of those.
+        patches: input patches at these, shape (n', I, taps).
+        patch_outputs: outputs at these, shape (n', O).
         outputs: outputs at all sampled positions, shape (n, O).
         sums: the residual sum that the output ends up in, at the same positions, shape (n, O).
         calls: how often the conv runs in one forward pass.
     """
 
     positions: list[Positions] = field(default_factory=list)
+    patch_positions: list[Positions] = field(default_factory=list)
     patches: list[Tensor] = field(default_factory=list)
     patch_outputs: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
@@ -173,6 +175,7 @@ class SiteSampler:
         kept = min(len(positions), max(1, math.ceil(self._budget.patch_count(group_inputs) * share)))
         some = torch.linspace(0, len(positions) - 1, kept).long()
         few = positions.subset(some)
+        samples.patch_positions.append(few)
         samples.patches.append(compact(input_patches(inputs, layer, few)))
         samples.patch_outputs.append(compact(pick(outputs, few)))
 

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from groupify.conversion.conversion import Calibration, Conversion, convert
-from groupify.conversion.site_fit import FitOptions, Target, _Limit, fit_site
+from groupify.conversion.layer_samples import Part, Target
+from groupify.conversion.relaxed_fit import GroupedSamples
+from groupify.conversion.site_fit import FitOptions, fit_site
 from groupify.conversion.surgery import restructure
 from groupify.planning.sites import describe
+from groupify.stats.moments import GroupedFit
 from groupify.stats.samples import SampleBudget
 from groupify.structures import GROUPED, GROUPED_POINTWISE, SiteRecipe
 from tests.conversion.nets import SHAPE, Chain, Residual, images, plan_of, randomise, relative_error
@@ -136,9 +139,12 @@ def test_relaxing_in_front_of_a_relu_lowers_the_error_behind_it() -> None:
 def test_relaxed_targets() -> None:
     # A ReLU behind y − 1 is off below 1. With weight 1 the prediction is the input.
     outputs, predicted = torch.tensor([[0.0, 0.0, 3.0]]), torch.tensor([[-5.0, 2.0, -5.0]])
-    limit = _Limit(outputs.unsqueeze(1), torch.ones(1, 1, 3))
-    relaxed = limit.relaxed(predicted.unsqueeze(1), torch.eye(3).unsqueeze(0), torch.zeros(1, 3))
+    samples = GroupedSamples(predicted.unsqueeze(1), outputs.unsqueeze(1), torch.ones(1, 1, 3))
+    identity = GroupedFit(torch.eye(3).unsqueeze(0), torch.zeros(1, 3), torch.zeros(1, 3))
+    relaxed = samples.relaxed(samples.predicted(identity))
     assert relaxed.tolist() == [[[-5.0, 1.0, 3.0]]]
+    assert samples.squared_error(identity, relaxed=True) == 1 + 8**2
+    assert samples.squared_error(identity, relaxed=False) == 5**2 + 2**2 + 8**2
     # With a negative scale it is off above; mirrored, it is off below again.
     mirrored = Target(-outputs, -torch.ones(1, 3), -torch.ones(3)).mirrored()
     assert mirrored.thresholds is not None
@@ -193,9 +199,8 @@ def test_fit_of_one_site_equals_least_squares_by_hand(shuffle: bool) -> None:
     targets = torch.randn(50, 4, generator=generator)
     before = copy.deepcopy(dense.state_dict())
     with torch.no_grad():
-        fit = fit_site(
-            module, dense, SiteRecipe("0", GROUPED, 2, shuffle), [patches], [Target(targets)], None, PLAIN
-        )
+        parts = [Part(patches, Target(targets))]
+        fit = fit_site(module, dense, SiteRecipe("0", GROUPED, 2, shuffle), parts, None, PLAIN)
     assert fit.samples == 50
     assert fit.inputs == 2
     assert all(torch.equal(before[key], value) for key, value in dense.state_dict().items())

@@ -1,0 +1,108 @@
+"""Least squares for a grouped map whose outputs a ReLU may cut off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from groupify.stats.moments import GroupedFit, GroupedMoments
+
+
+class GroupedSamples:
+    """What a grouped map reads and should give at some positions.
+
+    Attributes:
+        inputs: shape (n, G, D).
+        outputs: shape (n, G, O/G).
+    """
+
+    def __init__(self, inputs: Tensor, outputs: Tensor, thresholds: Tensor | None = None) -> None:
+        """Take samples; a ReLU behind the map is off up to ``thresholds``, of the outputs' shape (None: no
+        ReLU)."""
+        self.inputs = inputs
+        self.outputs = outputs
+        self._thresholds = None if thresholds is None else thresholds.transpose(0, 1)
+        self._off = None if thresholds is None else (outputs <= thresholds).transpose(0, 1)
+
+    def predicted(self, fit: GroupedFit) -> Tensor:
+        """Return what a map gives, shape (G, n, O/G)."""
+        weight, bias = fit.weight.float(), fit.bias.float()
+        return torch.baddbmm(bias.unsqueeze(1), self.inputs.transpose(0, 1), weight.transpose(1, 2))
+
+    def relaxed(self, predicted: Tensor) -> Tensor:
+        """Return the outputs, but where the ReLU should be off, whatever of the prediction keeps it off.
+
+        Shapes (G, n, O/G); the prediction is overwritten.
+        """
+        outputs = self.outputs.transpose(0, 1)
+        if self._thresholds is None or self._off is None:
+            return outputs
+        torch.minimum(predicted, self._thresholds, out=predicted)
+        return torch.where(self._off, predicted, outputs)
+
+    def squared_error(self, fit: GroupedFit, *, relaxed: bool) -> float:
+        """Return the squared error of a map, summed over positions and outputs.
+
+        Args:
+            fit: the map.
+            relaxed: whether only what gets through the ReLU counts.
+        """
+        predicted = self.predicted(fit)
+        wanted = self.relaxed(predicted.clone()) if relaxed else self.outputs.transpose(0, 1)
+        return float((wanted - predicted).square_().sum())
+
+
+class RelaxedFit:
+    """A ridge regression, then targets relaxed in front of a ReLU and fitted again, a few times.
+
+    Relaxing minimises the convex ``Σ_on (y − ŷ)² + Σ_off relu(ŷ)²`` by majorisation: each fit is to the
+    targets that cost the present prediction the least.
+
+    Attributes:
+        moments: of all samples so far.
+    """
+
+    def __init__(self, moments: GroupedMoments, prior: Tensor | None, iterations: int) -> None:
+        """Start without samples.
+
+        Args:
+            moments: empty.
+            prior: what the ridge draws towards, shape (G, O/G, D); zero if None.
+            iterations: how often the targets are relaxed.
+        """
+        self.moments = moments
+        self._prior = prior
+        self._iterations = iterations
+        self._samples: list[GroupedSamples] = []
+        self._plain = True  # whether the moments are those of the given outputs
+
+    def add(self, samples: Sequence[GroupedSamples]) -> None:
+        """Add samples to fit."""
+        for part in samples:
+            self.moments.update(part.inputs, part.outputs)
+        self._samples += samples
+
+    def plain(self, ridge: float) -> GroupedFit:
+        """Fit the outputs as they are."""
+        if not self._plain:
+            self.moments.replace_outputs((part.inputs, part.outputs) for part in self._samples)
+            self._plain = True
+        return self.moments.fit(ridge=ridge, prior=self._prior)
+
+    def fit(self, ridge: float) -> GroupedFit:
+        """Fit the outputs as far as they matter behind the ReLU."""
+        result = self.plain(ridge)
+        for iteration in range(1, self._iterations + 1):
+            present = result
+            self.moments.replace_outputs(
+                (
+                    (part.inputs, part.relaxed(part.predicted(present)).transpose(0, 1))
+                    for part in self._samples
+                ),
+                squares=iteration == self._iterations,
+            )
+            self._plain = False
+            result = self.moments.fit(ridge=ridge, prior=self._prior)
+        return result
