@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from groupify.cli.options import (
     common_options,
     factory_options,
     output_file,
+    paths,
     section,
     trust_option,
     whole_numbers,
@@ -23,8 +25,8 @@ from groupify.files import folder_exists
 _timing = section("Timing")
 
 
-@command(short_help="Time the converted model against the dense one.")
-@click.argument("folder", metavar="FOLDER|MODEL")
+@command(short_help="Time the converted model against the dense one, or any ONNX files.")
+@click.argument("folder", metavar="[FOLDER|MODEL]", required=False)
 @trust_option
 @factory_options
 @_timing(
@@ -32,18 +34,43 @@ _timing = section("Timing")
     help="Time every conv of FOLDER|MODEL and what could replace it, and write a latency table for "
     "--latency-table here; an existing one of this machine is completed.",
 )  # fmt: skip
+@_timing(
+    "--onnx", "files", callback=paths, metavar="FILES",
+    help="Time these ONNX files instead, in turns, against the first: a.onnx,b.onnx. Sizes that they leave "
+    "open are those of --input-size.",
+)  # fmt: skip
+@_timing(
+    "--provider",
+    default="cpu",
+    show_default=True,
+    metavar="NAME",
+    help="Execution provider of ONNX Runtime for --onnx: cpu, cuda, tensorrt, openvino, coreml or xnnpack.",
+)
 @_timing("--threads", default="1", show_default=True, callback=whole_numbers, help="Like 1,2.")
 @_timing("--batch-sizes", default="1", show_default=True, callback=whole_numbers, help="A list, like 1,8.")
 @_timing("--seconds", type=click.FloatRange(0.1), default=4.0, show_default=True, help="Per setting.")
 @_timing("--pytorch", is_flag=True, help="Time PyTorch eager and a training step as well.")
 @common_options
-def bench(folder: str, **options: Any) -> None:
+def bench(folder: str | None, **options: Any) -> None:
     """Time the converted model in FOLDER against the dense one, interleaved in one run.
 
     Example: groupify bench demo-g4 --threads 1,2 --batch-sizes 1,8
 
     Or, a latency table: groupify bench resnet50 --table laptop.json
+
+    Or, files from anywhere: groupify bench --onnx dense.onnx,other.onnx
     """
+    if options["files"]:
+        _bench_files(folder, options)
+        return
+    if folder is None:
+        raise SpecError("nothing to time: give an output folder, a model with --table FILE, or --onnx FILES")
+    if options["provider"] != "cpu":
+        raise SpecError("--provider is for files: give them with --onnx")
+    _bench_folder(folder, options)
+
+
+def _bench_folder(folder: str, options: dict[str, Any]) -> None:
     from groupify.measure.folder import bench_document, bench_folder
     from groupify.reporting.tables import stdout_console
     from groupify.reporting.text import print_bench
@@ -70,6 +97,30 @@ def bench(folder: str, **options: Any) -> None:
         print_json(bench_document(result))
     else:
         print_bench(result, stdout_console())
+
+
+def _bench_files(folder: str | None, options: dict[str, Any]) -> None:
+    from groupify.measure.onnx_files import bench_files
+    from groupify.reporting.tables import stdout_console
+    from groupify.reporting.text import print_files_bench
+
+    for given, name in ((folder, folder), (options["table"], "--table"), (options["pytorch"], "--pytorch")):
+        if given:
+            raise SpecError(f"--onnx times files alone: leave out {name}")
+    result = bench_files(
+        options["files"],
+        threads=options["threads"],
+        batch_sizes=options["batch_sizes"],
+        seconds=options["seconds"],
+        input_shape=options["input_shape"],
+        provider=options["provider"],
+        seed=options["seed"],
+        progress=not options["quiet"],
+    )
+    if options["as_json"]:
+        print_json(dataclasses.asdict(result))
+    else:
+        print_files_bench(result, stdout_console())
 
 
 def _write_table(target: str, options: dict[str, Any]) -> None:

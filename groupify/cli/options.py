@@ -128,6 +128,16 @@ def whole_numbers(_: click.Context, parameter: click.Parameter, value: str | Non
     return numbers
 
 
+def paths(_: click.Context, parameter: click.Parameter, value: str | None) -> tuple[Path, ...]:
+    """Parse a list of files, like a.onnx,b.onnx; none where the option is not given."""
+    if value is None:
+        return ()
+    found = tuple(Path(part) for part in value.split(",") if part)
+    if not found:
+        raise SpecError(f"{parameter.opts[0]} {value!r}: expected files, for example a.onnx,b.onnx")
+    return found
+
+
 def output_file(_: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
     """Refuse a file that cannot be written, before the work whose result it is to hold."""
     if value is None:
@@ -316,6 +326,9 @@ threads_option = output(
 )
 export_options = together(
     output("--static-batch", type=click.IntRange(1), help="Fixed batch size of the ONNX file."),
+    output("--opset", type=click.IntRange(18, 23),
+           help="Of the ONNX operators. Default: 18, the fastest in ONNX Runtime, or the lowest that has all "
+           "that the model needs."),
     output("--quantize", is_flag=True,
            help="Write an int8 variant of the ONNX file beside it, calibrated on the data."),
     threads_option,

@@ -27,9 +27,11 @@ from groupify.cli.shared import is_trusted, model_label, model_request, print_js
 @trust_option
 @common_options
 def evaluate(target: str, **options: Any) -> None:
-    """Measure the top-1 accuracy of TARGET, an output folder or a dense model.
+    """Measure the top-1 accuracy of TARGET, an output folder, a dense model or an ONNX file.
 
     Example: groupify evaluate demo-g4 --data demo
+
+    Or, a file as it runs in ONNX Runtime: groupify evaluate demo-g4/model.int8.onnx --data demo
     """
     from groupify.pipeline.targets import run_evaluation
 

@@ -9,13 +9,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from groupify.errors import GroupifyError
-from groupify.onnx.runtime import open_session, run_session
+from groupify.onnx.feeds import random_feed
+from groupify.onnx.providers import CPU
+from groupify.onnx.runtime import open_session, run_feed
 
 SECONDS = 4.0
 QUICK_SECONDS = 1.0
@@ -193,21 +196,23 @@ def speed_ups(
 def benchmark_onnx(
     models: Mapping[str, Path],
     *,
-    input_shape: tuple[int, ...],
+    input_shape: tuple[int, ...] | None = None,
     threads: Sequence[int] = (1,),
     batch_sizes: Sequence[int] = (1,),
     seconds: float = SECONDS,
+    provider: str = CPU,
     seed: int = 0,
     progress: bool = False,
 ) -> list[Latency]:
-    """Time ONNX files in ONNX Runtime on the CPU, interleaved in one run.
+    """Time ONNX files in ONNX Runtime, interleaved in one run.
 
     Args:
         models: files by name.
-        input_shape: shape of one input, without the batch dimension.
+        input_shape: shape of one input, without the batch dimension; None = as each file says.
         threads: numbers of intra-op threads to try.
         batch_sizes: batch sizes to try.
         seconds: measuring time per setting, for all models together (at least five rounds).
+        provider: short name of the execution provider, see ``onnx.providers``.
         seed: of the random inputs.
         progress: show a bar on standard error.
 
@@ -215,13 +220,19 @@ def benchmark_onnx(
         One row per setting and model, settings in the order given.
 
     Raises:
+        SpecError: the installed ONNX Runtime has no such provider.
         GroupifyError: a setting is below 1, or ONNX Runtime cannot run a file.
     """
 
-    def prepare(batch: Tensor, count: int) -> dict[str, Callable[[], object]]:
-        return {name: _onnx_call(path, batch, count) for name, path in models.items()}
+    def prepare(size: int, count: int) -> dict[str, Callable[[], object]]:
+        return {
+            name: _onnx_call(
+                open_session(path, threads=count, provider=provider), path, size, input_shape, seed
+            )
+            for name, path in models.items()
+        }
 
-    return _benchmark(models, prepare, input_shape, threads, batch_sizes, seconds, seed, progress)
+    return _benchmark(models, prepare, threads, batch_sizes, seconds, progress)
 
 
 def benchmark_pytorch(
@@ -244,13 +255,14 @@ def benchmark_pytorch(
     copies = {name: copy.deepcopy(model).cpu().train(training) for name, model in models.items()}
     before = torch.get_num_threads()
 
-    def prepare(batch: Tensor, count: int) -> dict[str, Callable[[], object]]:
+    def prepare(size: int, count: int) -> dict[str, Callable[[], object]]:
         torch.set_num_threads(count)
+        batch = torch.randn(size, *input_shape, generator=torch.Generator().manual_seed(seed))
         call = _training_step if training else _forward
         return {name: call(model, batch) for name, model in copies.items()}
 
     try:
-        return _benchmark(models, prepare, input_shape, threads, batch_sizes, seconds, seed, progress)
+        return _benchmark(models, prepare, threads, batch_sizes, seconds, progress)
     finally:
         torch.set_num_threads(before)
 
@@ -268,12 +280,10 @@ def check_settings(threads: Sequence[int], batch_sizes: Sequence[int]) -> None:
 
 def _benchmark(
     models: Mapping[str, object],
-    prepare: Callable[[Tensor, int], dict[str, Callable[[], object]]],
-    input_shape: tuple[int, ...],
+    prepare: Callable[[int, int], dict[str, Callable[[], object]]],
     threads: Sequence[int],
     batch_sizes: Sequence[int],
     seconds: float,
-    seed: int,
     progress: bool,
 ) -> list[Latency]:
     if not models:
@@ -282,23 +292,16 @@ def _benchmark(
     rows: list[Latency] = []
     settings = [(count, size) for count in threads for size in batch_sizes]
     for count, size in tqdm(settings, desc="timing", disable=None if progress else True):
-        batch = torch.randn(size, *input_shape, generator=torch.Generator().manual_seed(seed))
-        timings = time_interleaved(prepare(batch, count), seconds=seconds)
+        timings = time_interleaved(prepare(size, count), seconds=seconds)
         rows.extend(Latency(name, count, size, timing) for name, timing in timings.items())
     return rows
 
 
-def _onnx_call(path: Path, batch: Tensor, threads: int) -> Callable[[], object]:
-    session = open_session(path, threads=threads)
-    source = session.get_inputs()[0]
-    array = batch.numpy()
-    if isinstance(source.shape[0], int) and source.shape[0] != len(array):
-        raise GroupifyError(
-            f"{str(path)!r} takes batches of {source.shape[0]}, not {len(array)}: ask for that batch size, "
-            "or export with a dynamic batch"
-        )
-    run_session(session, path, array)  # so that what does not run is said once, in a line
-    feed = {source.name: array}
+def _onnx_call(
+    session: Any, path: Path, batch_size: int, input_shape: tuple[int, ...] | None, seed: int
+) -> Callable[[], object]:
+    feed = random_feed(session, str(path), batch_size, input_shape, seed=seed)
+    run_feed(session, path, feed)  # so that what does not run is said once, in a line
     return lambda: session.run(None, feed)
 
 

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from groupify.models.preprocessing import Preprocessing
 
 
+# Keys of the metadata.
+VERSION, PREPROCESSING = "groupify.version", "preprocessing"
+
+
 @dataclass(frozen=True)
 class ExportedModel:
     """An ONNX file and what a caller needs to run it."""
@@ -81,9 +85,9 @@ def export_onnx(
 
 
 def _metadata(preprocessing: Preprocessing | None, more: Mapping[str, str] | None) -> dict[str, str]:
-    entries = {"groupify.version": package_version("groupify") or "unknown"}
+    entries = {VERSION: package_version("groupify") or "unknown"}
     if preprocessing is not None:
-        entries["preprocessing"] = json.dumps(asdict(preprocessing))
+        entries[PREPROCESSING] = json.dumps(asdict(preprocessing))
     return {**entries, **(more or {})}
 
 

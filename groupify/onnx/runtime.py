@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from groupify.errors import GroupifyError
+from groupify.onnx.providers import CPU, check_started, execution_providers
 
 Array = npt.NDArray[np.float32]
 
@@ -29,8 +31,9 @@ def open_session(
     optimise: bool = True,
     save_optimised: Path | None = None,
     profile_prefix: Path | None = None,
+    provider: str = CPU,
 ) -> Any:
-    """Open an ``onnxruntime.InferenceSession`` on the CPU.
+    """Open an ``onnxruntime.InferenceSession``.
 
     Sequential execution and one inter-op thread. Worker threads may spin during a run, as in a default
     session, but stop when it ends: two sessions timed in turn would otherwise steal each other's cores.
@@ -41,10 +44,13 @@ def open_session(
         optimise: all graph optimisations, or none at all.
         save_optimised: where to write the graph that ONNX Runtime really runs.
         profile_prefix: start the session's profiler; its file name begins with this.
+        provider: short name of the execution provider, see ``providers``.
 
     Raises:
-        GroupifyError: ONNX Runtime refuses the model.
+        SpecError: the installed ONNX Runtime has no such provider.
+        GroupifyError: ONNX Runtime refuses the model, or the provider does not start.
     """
+    chosen = execution_providers(provider)
     options = _options(threads, optimise)
     if save_optimised is not None:
         options.optimized_model_filepath = str(save_optimised)
@@ -53,11 +59,13 @@ def open_session(
         options.profile_file_prefix = str(profile_prefix)
     source = model if isinstance(model, bytes) else str(model)
     try:
-        return runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        session = runtime.InferenceSession(source, options, providers=chosen)
     except Exception as error:  # onnxruntime raises bare pybind classes of its own
         name = "the model" if isinstance(model, bytes) else f"{str(model)!r}"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise GroupifyError(f"ONNX Runtime cannot open {name}: {reason}; export it again") from error
+    check_started(session, provider)
+    return session
 
 
 def _options(threads: int, optimise: bool) -> Any:
@@ -78,11 +86,17 @@ def run_session(session: Any, name: Path | str, values: Array) -> list[Array]:
     Raises:
         GroupifyError: the model does not take inputs of that shape.
     """
+    return run_feed(session, name, {session.get_inputs()[0].name: values})
+
+
+def run_feed(session: Any, name: Path | str, feed: Mapping[str, npt.NDArray[Any]]) -> list[Array]:
+    """Run a session on all its inputs by name; otherwise as ``run_session``."""
     try:
-        outputs: list[Array] = session.run(None, {session.get_inputs()[0].name: values})
+        outputs: list[Array] = session.run(None, feed)
     except Exception as error:  # onnxruntime raises bare pybind classes of its own
         reason = str(error).splitlines()[0]
-        raise GroupifyError(f"ONNX Runtime cannot run {str(name)!r} on {values.shape}: {reason}") from error
+        shapes = ", ".join(str(values.shape) for values in feed.values())
+        raise GroupifyError(f"ONNX Runtime cannot run {str(name)!r} on {shapes}: {reason}") from error
     return outputs
 
 
@@ -123,6 +137,17 @@ class OnnxModule(nn.Module):
         if parts[0].ndim == 0 or len(parts[0]) != self._batch:
             return parts[0]
         return np.concatenate(parts)[:images]
+
+    @property
+    def inputs(self) -> list[tuple[str, str, list[int | str | None]]]:
+        """Name, ONNX type and shape of each input; open sizes are names or None."""
+        return [(source.name, source.type, source.shape) for source in self._session.get_inputs()]
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The metadata of the file."""
+        entries: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
+        return entries
 
     @property
     def fixed_batch(self) -> int | None:

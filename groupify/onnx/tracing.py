@@ -56,6 +56,10 @@ def trace_to_onnx(
         ConversionError: the model does not run on the input shape, or cannot be traced; says what torch said,
             and whether a fixed batch would help.
     """
+    if opset is not None and not OPSET <= opset <= LAST_OPSET:
+        raise ConversionError(
+            f"opset {opset}: expected {OPSET} to {LAST_OPSET}, which PyTorch's exporter writes in full"
+        )
     names = _output_names(model, input_shape, static_batch or 1)
     try:
         program = _export(model, input_shape, names, static_batch, opset or OPSET)

@@ -86,6 +86,7 @@ def export_and_check(
         input_shape=shape,
         preprocessing=spec.preprocessing,
         static_batch=options.static_batch,
+        opset=options.opset,
         metadata={} if recipe_sha256 is None else {RECIPE_HASH: recipe_sha256},
     )
     parity = check_parity(model, exported.path, input_shape=shape, images=_parity_images(data), seed=seed)
@@ -173,8 +174,9 @@ def time_against_dense(
     """
     shape, grouped = prepared.source.spec.input_shape, exported.file.path
     dense_file = export_onnx(
-        prepared.source.model, aside / "dense.onnx", input_shape=shape, static_batch=options.static_batch
-    )
+        prepared.source.model, aside / "dense.onnx", input_shape=shape, static_batch=options.static_batch,
+        opset=options.opset,
+    )  # fmt: skip
     files = {"dense": dense_file.path, "grouped": grouped, **{str(path): path for path in others}}
     if exported.int8 is not None:
         files["int8"] = int8_path(grouped)

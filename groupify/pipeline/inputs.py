@@ -22,7 +22,7 @@ from groupify.scores import Accuracy, class_scores
 
 # Fewer images say too little about chance.
 _FEWEST_IMAGES = 30
-_FROM_RECIPE = "the recipe"
+_FROM_RECIPE, _FROM_FILE = "the recipe", "the file"
 
 _log = logging.getLogger(__name__)
 
@@ -31,6 +31,11 @@ def from_recipe(source: Source) -> Source:
     """Return a model whose spec a recipe says, so that its preprocessing holds for any data."""
     said_by = None if source.spec.preprocessing is None else _FROM_RECIPE
     return replace(source, input_known=True, preprocessing_from=said_by)
+
+
+def from_file(source: Source) -> Source:
+    """Return an ONNX file whose own metadata, where it has such, say the preprocessing for any data."""
+    return replace(source, preprocessing_from=None if source.spec.preprocessing is None else _FROM_FILE)
 
 
 def with_data(
@@ -59,7 +64,7 @@ def with_data(
     if not source.input_known:
         source = _with_shape(source, _shape_of(data, splits, source))
     said = options
-    if source.preprocessing_from == _FROM_RECIPE:
+    if source.preprocessing_from in (_FROM_RECIPE, _FROM_FILE):
         said = PreprocessingOptions.of(source.spec.preprocessing).then(options)
     if splits is not None:
         _check_shapes(source, splits)

@@ -104,11 +104,13 @@ class ExportOptions:
 
     Attributes:
         static_batch: fixed batch size; None = dynamic.
+        opset: of the ONNX operators; None = 18, or the lowest that has all that the model needs.
         quantize: write an int8 variant beside it; needs data.
         threads: intra-op threads of the timing.
     """
 
     static_batch: int | None = None
+    opset: int | None = None
     quantize: bool = False
     threads: int = 1
 

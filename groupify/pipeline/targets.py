@@ -15,7 +15,8 @@ from groupify.models.sources import build_model
 from groupify.models.specs import Source
 from groupify.onnx.python_file import write_python_file
 from groupify.pipeline.exporting import export_and_check, int8_notes, int8_path, time_int8
-from groupify.pipeline.inputs import from_recipe, tell_preprocessing, warn_near_chance, with_data
+from groupify.pipeline.inputs import from_file, from_recipe, tell_preprocessing, warn_near_chance, with_data
+from groupify.pipeline.onnx_source import is_onnx_file, onnx_source
 from groupify.pipeline.planning import make_table
 from groupify.pipeline.requests import ExportOptions, ModelRequest
 from groupify.reporting.results import ExportResult
@@ -38,6 +39,8 @@ def open_target(
 
 
 def _load_target(target: ModelRequest, seed: int) -> tuple[Source, str | None]:
+    if is_onnx_file(target.name):
+        raise SpecError(f"{target.name!r} is an ONNX file already: give an output folder, or a dense model")
     if folder_exists(target.name):
         target.check_for_folder()
         recipe = read_recipe(target.name)
@@ -54,13 +57,17 @@ def _load_target(target: ModelRequest, seed: int) -> tuple[Source, str | None]:
 
 
 def run_evaluation(target: ModelRequest, data: str, *, seed: int = 0, progress: bool = False) -> Accuracy:
-    """Measure the accuracy of an output folder or a dense model on the test part of a data set.
+    """Measure the accuracy of an output folder, a dense model or an ONNX file on the test part of a data set.
 
     Raises:
         DataError: there is no labelled test part.
         GroupifyError: the model or the data cannot be had.
     """
-    source, splits, _ = open_target(target, data, seed)
+    if is_onnx_file(target.name):
+        source = from_file(onnx_source(target.name, target.input_shape))
+        source, splits = with_data(source, data, target.preprocessing, seed=seed)
+    else:
+        source, splits, _ = open_target(target, data, seed)
     tell_preprocessing(source, splits)
     if splits is None or not splits.labelled or splits.test is None:
         raise DataError(f"data {data!r} has no labelled test part to measure accuracy on")

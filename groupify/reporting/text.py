@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 
 from groupify.measure.folder import BenchResult
+from groupify.measure.onnx_files import FilesBench
 from groupify.reporting.formatting import milliseconds, percent, ratio, size
 from groupify.reporting.read import Run
 from groupify.reporting.results import ExportResult, Int8File, Report, UniformRun
@@ -156,6 +157,37 @@ def print_bench(result: BenchResult, console: Console) -> None:
     ]
     Table(header, tuple(rows), words=("engine",)).print(console)
     print_lines((*_int8_bench_lines(result), *_bench_lines(result)), console)
+
+
+def print_files_bench(result: FilesBench, console: Console) -> None:
+    """Print one row per setting and file, and what the files are."""
+    header = ("file", "threads", "batch", "ms", "speed-up", "images/s")
+    rows = [
+        (
+            row.path,
+            str(row.threads),
+            str(row.batch_size),
+            _with_spread(row.median_ms, row.spread_ms),
+            ratio(row.speed_up),
+            f"{row.images_per_second:.0f}",
+        )
+        for row in result.rows
+    ]
+    Table(header, tuple(rows), words=("file",)).print(console)
+    print_lines(_files_lines(result), console)
+
+
+def _files_lines(result: FilesBench) -> Iterator[str]:
+    yield f"on {result.provider}; speed-up over the first file; milliseconds as median (10–90%)"
+    for file in result.files:
+        kind = "int8" if file.quantised else "float"
+        blocked = file.blocked_convs
+        convs = (
+            "" if blocked is None else f", {blocked.blocked} of {blocked.total} convs in the blocked kernel"
+        )
+        yield f"{file.path}: {kind}, {size(file.file_bytes)}, opset {file.opset or 'none'}{convs}"
+    yield f"machine: {result.machine}"
+    yield from (f"note: {note}" for note in result.notes)
 
 
 def _bench_lines(result: BenchResult) -> Iterator[str]:
