@@ -65,7 +65,7 @@ _TABLE: dict[Effect, str] = {
         channel_shuffle native_channel_shuffle pixel_shuffle pixel_unshuffle slice_scatter
         select_scatter copy broadcast_to repeat_interleave unsafe_split unsafe_chunk permute_copy
         transpose_copy expand_copy slice_copy select_copy squeeze_copy unsqueeze_copy split_copy
-        split_with_sizes_copy unbind_copy rot90
+        split_with_sizes_copy unbind_copy rot90 view_as reshape_as
     """,
     Effect.REDUCES: "mean sum amax amin var std logsumexp prod any all norm linalg_vector_norm",
     Effect.SIZES: """

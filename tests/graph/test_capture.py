@@ -184,3 +184,25 @@ def test_autocast_is_left_out() -> None:
     assert graph.reduced_precision
     assert graph.calls == {"conv": 1}
     assert computes_the_same(net, graph, Call((images(),)))
+
+
+class Reshaping(nn.Module):
+    """Two convs with a reshape to another tensor's shape between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.first(images)
+        result: Tensor = self.second(features.flatten(2).reshape_as(features).flatten(2).view_as(features))
+        return result
+
+
+def test_channels_go_through_a_reshape_to_the_shape_of_another_tensor() -> None:
+    call = Call.of(torch.randn(2, 3, 6, 6))
+    graph = capture(Reshaping().eval(), call).graph
+    assert graph is not None
+    channels = channel_classes(graph, call)
+    assert not channels.pinned_by
+    assert [found.size for found in channels.classes] == [8]
