@@ -58,8 +58,10 @@ def _forward_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, _Hooks, int, A
 
 def is_foreign(hook: object) -> bool:
     """Whether a hook is the caller's."""
-    # Those of torch itself compute the weight (weight_norm, spectral_norm, pruning).
-    return not type(hook).__module__.startswith("torch.nn.utils")
+    # Those of torch itself compute the weight (weight_norm, spectral_norm, pruning); Hugging Face's models
+    # put hooks on themselves when they first run.
+    home = getattr(hook, "__module__", None) or type(hook).__module__
+    return not home.startswith(("torch.nn.utils", "transformers."))
 
 
 class _Watched:

@@ -216,7 +216,9 @@ def test_a_signal_leaves_nothing(tmp_path: Path) -> None:
     messages = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}
     for number, process in started.items():
         code, word = messages[number]
-        assert finish(process) == (code, "", f"groupify: error: {word}; nothing was written\n")
+        status, output, errors = finish(process)
+        assert (status, output) == (code, "")
+        assert errors.endswith(f"groupify: error: {word}; nothing was written\n")
         assert list((tmp_path / number.name).iterdir()) == []
 
 
