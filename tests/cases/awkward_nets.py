@@ -94,7 +94,7 @@ CHAIN: tuple[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]], ...]
     (lambda x: x.mul_(1.5), lambda x: x * 1.5),
     (lambda x: x.clamp_(max=2), lambda x: x.clamp(max=2)),
     (lambda x: x.sub_(0.5).relu_(), lambda x: torch.relu(x - 0.5)),
-    (lambda x: x.masked_fill_(x > 1, 0.2), lambda x: torch.where(x > 1, 0.2, x)),
+    (lambda x: x.masked_fill_(x > 1, 1.0), lambda x: torch.where(x > 1, 1.0, x)),
     (assign_border, border_assigned),
     (scale_view, lambda x: x * 0.5),
     (lambda x: F.leaky_relu(x.sub_(1), 0.2, inplace=True), lambda x: F.leaky_relu(x - 1, 0.2)),

@@ -8,17 +8,25 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+from groupify.graph.call import Call
+from groupify.graph.capture import capture
 from torch import Tensor, nn
 
 import groupify
 from groupify.conversion.conversion import Conversion
 from groupify.errors import GroupifyError
-from groupify.graph.call import Call
-from groupify.graph.capture import capture
 from groupify.graph.channels import Channels, channel_classes
 from groupify.graph.forward import equal_outputs
 from groupify.graph.permute import apply_orders
-from tests.cases.nets import assert_exact, converted, grouped_already, noise, planned, reorder_between
+from tests.cases.nets import (
+    TOLERANCE,
+    converted,
+    grouped_already,
+    noise,
+    planned,
+    relative_error,
+    reorder_between,
+)  # fmt: skip
 
 TINY = (3, 8, 8)
 CHANNELS = 8
@@ -98,8 +106,79 @@ def assert_converts(net: nn.Module, images: Tensor | None = None, **rules: Any) 
     images = noise(32, TINY) if images is None else images
     conversion = convert_small(net, images, **rules)
     fresh = torch.randn(images[:8].shape, generator=torch.Generator().manual_seed(9))
-    assert_exact(conversion.model, net, fresh)
+    assert_same(conversion.model, net, fresh)
     return conversion
+
+
+def assert_same(
+    model: nn.Module,
+    reference: nn.Module,
+    images: Tensor | None = None,
+    *,
+    tolerance: float = TOLERANCE,
+) -> None:
+    """Fail unless two models compute the same; of ``Several``, unless each of their nets does."""
+    images = noise(8, TINY, 9) if images is None else images
+    if isinstance(model, Several) and isinstance(reference, Several):
+        for name, ours, wanted in zip(model.names, model.nets, reference.nets, strict=True):
+            error = relative_error(ours, wanted, images)
+            assert error < tolerance, f"{name}: relative error {error:.3g}"
+    error = relative_error(model, reference, images)
+    assert error < tolerance, f"relative error {error:.3g}"
+
+
+class Several(nn.Module):
+    """Nets side by side on the same images, since each capture takes its time."""
+
+    def __init__(self, nets: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.names, self.nets = list(nets), nn.ModuleList(nets.values())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([net(x) for net in self.nets], 1)
+
+
+def together(nets: Mapping[str, nn.Module], check: Callable[[nn.Module], object]) -> None:
+    """Check nets as one; where that fails, name those that fail alone."""
+    try:
+        check(Several(nets).eval())
+    except Exception as joint:
+        alone = {name: _problem(net, check) for name, net in nets.items()}
+        found = [f"{name}: {problem}" for name, problem in alone.items() if problem]
+        raise AssertionError("; ".join(found) or "only together") from joint
+
+
+def _problem(net: nn.Module, check: Callable[[nn.Module], object]) -> str | None:
+    try:
+        check(net)
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return None
+
+
+def assert_free(net: nn.Module, *names: str) -> None:
+    """Fail unless the outputs of these convs may change places; of ``Several``, in each of their nets."""
+    prefixes = [f"nets.{number}." for number in range(len(net.nets))] if isinstance(net, Several) else [""]
+    found = free_convs(net)
+    fixed = [prefix + name for prefix in prefixes for name in names if prefix + name not in found]
+    assert not fixed, f"these keep their order: {fixed}"
+
+
+def follows(net: nn.Module) -> None:
+    """Fail unless a net's channels may change places, and it converts exactly though they are hidden."""
+    assert_free(net, "stem", "c1")
+    assert_converts(net)
+
+
+def stays(net: nn.Module) -> None:
+    """Fail unless channels in front of ``c1`` may change places, and the net converts exactly."""
+    assert_free(net, "stem")
+    assert_converts(net)
+
+
+def right_from_weights(net: nn.Module) -> None:
+    """Fail unless a net that is grouped already converts exactly without images."""
+    assert_same(convert_from_weights(net).model, net)
 
 
 def free_convs(net: nn.Module, shape: tuple[int, ...] = TINY) -> set[str]:

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.cases.nets import assert_exact, grouped_already, noise
-from tests.cases.small import (
-    CHANNELS,
-    PAIRS,
-    TINY,
-    Between,
-    assert_converts,
-    convert_from_weights,
-    situations,
-)
+from tests.cases.nets import grouped_already, noise
+from tests.cases.small import CHANNELS, PAIRS, Between, assert_converts, right_from_weights, together
 
 SIZE = 4
 Flatten = Callable[[nn.Module, Tensor], Tensor]
@@ -58,37 +50,35 @@ FLATTENED: dict[str, Flatten] = {
     "flatten": lambda net, x: x.flatten(1),
     "view(N, -1)": lambda net, x: x.view(x.size(0), -1),
     "view(-1, C)": lambda net, x: x.view(-1, CHANNELS * SIZE * SIZE),
-    "view(N, C, -1)": lambda net, x: x.view(x.shape[0], CHANNELS, -1).transpose(1, 2).reshape(len(x), -1),
+    "view(N, C, -1)": lambda net, x: x.view(x.shape[0], CHANNELS, -1).transpose(1, 2).reshape(x.shape[0], -1),
     "view of two halves": lambda net, x: x.view(x.size(0), 2, -1, SIZE, SIZE).sum(2, True).expand(
         -1, -1, CHANNELS // 2, -1, -1
-    ).reshape(len(x), -1),
-    "view_as": lambda net, x: x.view_as(torch.empty(len(x), CHANNELS, SIZE * SIZE)).flatten(1),
-    "squeezed view": lambda net, x: x.view(1, *x.shape).squeeze(0).view(len(x), -1),
-    "reshape of the transposed": lambda net, x: x.transpose(2, 3).reshape(len(x), -1),
-    "contiguous": lambda net, x: x.permute(0, 2, 3, 1).contiguous().view(len(x), -1),
+    ).reshape(x.shape[0], -1),
+    "view_as": lambda net, x: x.view_as(torch.empty(x.shape[0], CHANNELS, SIZE * SIZE)).flatten(1),
+    "squeezed view": lambda net, x: x.view(1, *x.shape).squeeze(0).view(x.shape[0], -1),
+    "reshape of the transposed": lambda net, x: x.transpose(2, 3).reshape(x.shape[0], -1),
+    "contiguous": lambda net, x: x.permute(0, 2, 3, 1).contiguous().view(x.shape[0], -1),
     "as_strided": strided,
     "asked for its layout": by_parts_of_its_layout,
     "learned map": learned,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "flatten", situations(FLATTENED, graph=("view(N, -1)", "view(-1, C)", "squeezed view", "learned map"))
-)
-def test_a_map_is_flattened_as_in_the_model(flatten: Flatten) -> None:
-    assert_converts(grouped_already(Flattened(flatten), PAIRS))
+def flattened(names: Iterable[str] = FLATTENED) -> dict[str, nn.Module]:
+    return {name: grouped_already(Flattened(FLATTENED[name]), PAIRS) for name in names}
 
 
-@pytest.mark.parametrize(
-    "flatten",
-    situations(
-        {k: FLATTENED[k] for k in ("flatten", "view(N, -1)", "learned map")},
-        graph=("view(N, -1)", "learned map"),
-    ),
-)
-def test_a_map_is_flattened_without_images(flatten: Flatten) -> None:
-    net = grouped_already(Flattened(flatten), PAIRS)
-    assert_exact(convert_from_weights(net).model, net, noise(8, TINY, 9))
+def test_a_map_is_flattened_as_in_the_model() -> None:
+    together(flattened(), assert_converts)
+
+
+def test_a_map_is_flattened_by_the_length_of_its_batch() -> None:
+    """For which torch exports that length only."""
+    assert_converts(grouped_already(Flattened(lambda net, x: x.reshape(len(x), -1)), PAIRS))
+
+
+def test_a_map_is_flattened_without_images() -> None:
+    together(flattened(("flatten", "view(N, -1)", "learned map")), right_from_weights)
 
 
 def test_a_view_that_only_a_model_in_channels_last_allows() -> None:

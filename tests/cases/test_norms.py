@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
@@ -19,11 +18,13 @@ from tests.cases.small import (
     GRAPH,
     PAIRS,
     TINY,
+    assert_free,
+    assert_same,
     convert_from_weights,
     convert_small,
     free_convs,
     hidden,
-    situations,
+    together,
 )
 
 Norm = Callable[[int], nn.Module]
@@ -187,48 +188,41 @@ UNDERSTOOD: dict[str, Norm] = {
     "instance, with statistics": lambda c: nn.InstanceNorm2d(c, track_running_stats=True),
     "one group": lambda c: nn.GroupNorm(1, c),
     "layer": ChannelsLastNorm,
-    "root mean square": Unbiased,
     "two": lambda c: nn.Sequential(nn.BatchNorm2d(c), nn.BatchNorm2d(c)),
     "none": lambda c: nn.Identity(),
 }
 
 
-@pytest.mark.parametrize(
-    "norm",
-    situations(
-        UNDERSTOOD,
-        graph=(
-            "other defaults",
-            "super().forward",
-            "in single precision",
-            "clipped",
-            "weight less one",
-            "with activation",
-            "with ReLU",
-            "frozen",
-            "by function",
-            "read elsewhere",
-            "root mean square",
-        ),
-    ),
-)
-def test_channels_are_reordered_in_front_of_a_norm(norm: Norm) -> None:
-    net = normed(norm)
-    assert {"stem", "c1"} <= free_convs(net)
+def converts(net: nn.Module) -> None:
     conversion = convert_small(net, noise(64, TINY))
-    assert relative_error(conversion.model, net, noise(8, TINY, 9)) < TOLERANCE
+    assert_same(conversion.model, net, tolerance=TOLERANCE)
 
 
-@pytest.mark.parametrize(
-    "norm",
-    situations(
-        {name: UNDERSTOOD[name] for name in ("BatchNorm2d", "clipped", "frozen", "layer")},
-        graph=("clipped", "frozen"),
-    ),
-)
-def test_norms_are_right_without_images(norm: Norm) -> None:
-    net = normed(norm)
-    assert relative_error(convert_from_weights(net).model, net, noise(8, TINY, 9)) < TOLERANCE
+def test_channels_are_reordered_in_front_of_a_norm() -> None:
+    def check(net: nn.Module) -> None:
+        assert_free(net, "stem", "c1")
+        converts(net)
+
+    together({name: normed(norm) for name, norm in UNDERSTOOD.items()}, check)
+
+
+# Those that compute with channels together, in front of which an order may be kept.
+TOGETHER: dict[str, Norm] = {"root mean square": Unbiased, "two groups": lambda c: nn.GroupNorm(2, c)}
+
+
+def test_norms_over_channels_are_right() -> None:
+    def net(norm: Norm) -> nn.Module:
+        return hidden(grouped_already(Normed(norm), PAIRS), second=False)
+
+    together({name: net(norm) for name, norm in TOGETHER.items()}, converts)
+
+
+def test_norms_are_right_without_images() -> None:
+    def check(net: nn.Module) -> None:
+        assert_same(convert_from_weights(net).model, net, tolerance=TOLERANCE)
+
+    names = ("BatchNorm2d", "clipped", "frozen", "layer")
+    together({name: normed(UNDERSTOOD[name]) for name in names}, check)
 
 
 def test_a_norm_that_uses_the_statistics_of_each_batch_is_converted_batch_by_batch() -> None:
@@ -247,13 +241,6 @@ def test_norms_left_in_training_mode_come_back_so_and_are_judged_in_evaluation()
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     assert [module.training for module in model.modules()] == [module.training for module in net.modules()]
     assert relative_error(model, net, noise(8, TINY, 9)) < TOLERANCE
-
-
-def test_a_group_norm_keeps_its_groups() -> None:
-    net = Normed(lambda c: nn.GroupNorm(2, c))
-    grouped_already(net, PAIRS)
-    assert "stem" in free_convs(net)
-    assert relative_error(convert_small(net).model, net, noise(8, TINY, 9)) < TOLERANCE
 
 
 class Factor(nn.Module):

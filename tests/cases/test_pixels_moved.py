@@ -10,17 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.cases.nets import assert_exact, lively, noise, relative_error
+from tests.cases.nets import lively, noise, relative_error
 from tests.cases.small import (
     TINY,
     Between,
     Function,
-    assert_converts,
-    convert_from_weights,
     convert_small,
-    free_convs,
+    follows,
     hidden,
-    situations,
+    right_from_weights,
+    stays,
+    together,
 )
 
 Middle = tuple[Function | nn.Module, int]  # and how many channels come out of it
@@ -67,7 +67,7 @@ def gathered(x: Tensor, order: Tensor) -> Tensor:
 
 def warped(x: Tensor) -> Tensor:
     corners = torch.tensor([[[0.5, 0.0, 0.1], [0.0, 1.0, 0.0]]])
-    grid = F.affine_grid(corners.expand(len(x), -1, -1), list(x.shape), align_corners=False)
+    grid = F.affine_grid(corners.expand(x.shape[0], -1, -1), list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, align_corners=False)
 
 
@@ -80,11 +80,11 @@ ALIKE: dict[str, Middle] = {
     "rotated": (lambda x: x.rot90(1, (2, 3)), 8),
     "upsampled": (lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"), 8),
     "padded by reflection": (lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"), 8),
-    "map for all channels": (Learned(1, 1, 8, 8), 8),
     "stacked and summed": (lambda x: torch.stack([x, x.flip(-1)]).sum(0), 8),
 }  # fmt: skip
 # Channels that are told apart, or joined with pixels.
 TOLD_APART: dict[str, Middle] = {
+    "map for all channels": (Learned(1, 1, 8, 8), 8),
     "learned map": (Learned(1, 8, 8, 8), 8),
     "learned row": (Learned(8, 1, 8), 8),
     "pixel shuffle": (lambda x: F.pixel_shuffle(torch.cat([x] * 4, 1), 2), 8),
@@ -102,7 +102,7 @@ TOLD_APART: dict[str, Middle] = {
     "gather": (Ordered(gathered), 8),
     "every other channel": (lambda x: x[:, ::2], 4),
     "sorted channels": (lambda x: x.sort(1).values, 8),
-    "maximum of pairs": (lambda x: x.reshape(len(x), 4, 2, 8, 8).amax(2), 4),
+    "maximum of pairs": (lambda x: x.reshape(x.shape[0], 4, 2, 8, 8).amax(2), 4),
     "pooled over channels": (lambda x: F.max_pool3d(x[:, None], (3, 1, 1), 1, (1, 0, 0))[:, 0], 8),
     "channels become rows": (lambda x: x.transpose(1, 2), 8),
     "unfolded and folded": (lambda x: F.fold(F.unfold(x, 2, stride=2), (8, 8), 2, stride=2), 8),
@@ -117,44 +117,12 @@ def made(middle: Middle, *, second: bool) -> Between:
     return hidden(Between(copy.deepcopy(between), read), second=second)
 
 
-@pytest.mark.parametrize(
-    "middle",
-    situations(
-        ALIKE,
-        graph=(
-            "concatenation along the height",
-            "roll",
-            "flip",
-            "rotated",
-            "map for all channels",
-            "stacked and summed",
-        ),
-    ),
-)
-def test_channels_that_all_fare_alike_change_places(middle: Middle) -> None:
-    net = made(middle, second=True)
-    assert {"stem", "c1"} <= free_convs(net)
-    assert_converts(net)
+def test_channels_that_all_fare_alike_change_places() -> None:
+    together({name: made(middle, second=True) for name, middle in ALIKE.items()}, follows)
 
 
-@pytest.mark.parametrize(
-    "middle",
-    situations(
-        TOLD_APART,
-        graph=(
-            "learned map",
-            "learned row",
-            "pixel shuffle",
-            "maximum of pairs",
-            "channels become rows",
-            "warped",
-        ),
-    ),
-)
-def test_channels_that_are_told_apart_keep_their_places(middle: Middle) -> None:
-    net = made(middle, second=False)
-    assert "stem" in free_convs(net)
-    assert_converts(net)
+def test_channels_that_are_told_apart_keep_their_places() -> None:
+    together({name: made(middle, second=False) for name, middle in TOLD_APART.items()}, stays)
 
 
 BOTH = ALIKE | TOLD_APART
@@ -162,14 +130,13 @@ SHOWN = ("concatenation along the height", "learned map", "pixel shuffle", "pixe
 
 
 @pytest.mark.parametrize("shuffle", ["none", "all"])
-@pytest.mark.parametrize("middle", situations({name: BOTH[name] for name in SHOWN}, graph=SHOWN[:3]))
-def test_a_dense_net_is_converted_with_shuffles_and_without(middle: Middle, shuffle: str) -> None:
-    net = lively(Between(copy.deepcopy(middle[0]), middle[1]))
-    conversion = convert_small(net, shuffle=shuffle)
-    assert 1e-3 < relative_error(conversion.model, net, noise(8, TINY, 9)) < 1
+def test_a_dense_net_is_converted_with_shuffles_and_without(shuffle: str) -> None:
+    def check(net: nn.Module) -> None:
+        conversion = convert_small(net, shuffle=shuffle)
+        assert 1e-3 < relative_error(conversion.model, net, noise(8, TINY, 9)) < 1
+
+    together({name: lively(Between(copy.deepcopy(BOTH[name][0]), BOTH[name][1])) for name in SHOWN}, check)
 
 
-@pytest.mark.parametrize("middle", situations({name: BOTH[name] for name in SHOWN}))
-def test_pixels_are_moved_without_images(middle: Middle) -> None:
-    net = made(middle, second=False)
-    assert_exact(convert_from_weights(net).model, net, noise(8, TINY, 9))
+def test_pixels_are_moved_without_images() -> None:
+    together({name: made(BOTH[name], second=False) for name in SHOWN}, right_from_weights)

@@ -23,9 +23,10 @@ from tests.cases.small import (
     Between,
     assert_converts,
     convert_small,
-    free_convs,
+    follows,
     hidden,
-    situations,
+    stays,
+    together,
 )
 
 VALUES = [0.2 + 0.25 * index for index in range(CHANNELS)]
@@ -103,36 +104,19 @@ ELSEWHERE: dict[str, Callable[[], Kept]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "make",
-    situations(
-        FOLLOWING | ELSEWHERE,
-        graph=("expanded scalar", "array", "numbers", "function", "two of the same", "sum over channels"),
-    ),
-)
-def test_any_order_that_is_allowed_leaves_the_outputs_alone(make: Callable[[], Kept]) -> None:
-    net = hidden(Between(make()), second=False)
-    assert "stem" in free_convs(net)
+def test_tensors_of_a_modules_own_follow() -> None:
+    nets = {}
+    for name, make in FOLLOWING.items():
+        between = make()
+        nets[name] = hidden(Between(between), [between.scale().detach()])
+    before = copy.deepcopy(nets)
+    together(nets, follows)
+    for name, net in nets.items():  # and the caller's own are as they were
+        assert relative_error(net, before[name], noise(8, TINY, 9)) == 0
 
 
-@pytest.mark.parametrize(
-    "make",
-    situations(
-        FOLLOWING,
-        graph=("plain tensor", "plain tensor of shape (C, 1, 1)"),
-    ),
-)
-def test_a_tensor_of_the_modules_own_follows(make: Callable[[], Kept]) -> None:
-    between = make()
-    net = hidden(Between(between), [between.scale().detach()])
-    before = copy.deepcopy(net)
-    conversion = assert_converts(net)
-    assert_exact(conversion.model, before, noise(8, TINY, 9))  # and the caller's own is as it was
-
-
-@pytest.mark.parametrize("make", situations(ELSEWHERE))
-def test_values_further_away_are_not_forgotten(make: Callable[[], Kept]) -> None:
-    assert_converts(hidden(Between(make()), second=False))
+def test_values_further_away_are_not_forgotten() -> None:
+    together({name: hidden(Between(make()), second=False) for name, make in ELSEWHERE.items()}, stays)
 
 
 @pytest.mark.parametrize("persistent", [True, False])
@@ -171,11 +155,10 @@ class Cached(nn.Module):
         return result
 
 
-@pytest.mark.parametrize("filled", [False, True], ids=["empty", "filled"])
 @pytest.mark.parametrize("store", ["attribute", "dictionary"])
-def test_a_cache_that_forward_fills_is_right_at_every_size(store: str, filled: bool) -> None:
+def test_a_cache_that_forward_fills_is_right_at_every_size(store: str) -> None:
     net = grouped_already(Between(Cached(store)), PAIRS)
-    if filled:
+    if store == "attribute":  # in the other the conversion finds it empty
         with torch.no_grad():
             net(noise(1, TINY))
     conversion = convert_small(net)
@@ -225,16 +208,16 @@ class Chosen(nn.Module):
         return x * self.number(self.weights)
 
 
-@pytest.mark.parametrize(
-    "number",
-    situations(
-        {
-            "item": lambda w: w[0].item(),
-            "float": lambda w: float(w.sum()),
-            "list": lambda w: w.tolist()[1],
-            "array": lambda w: float(w.detach().numpy().max()),
-        }
-    ),
-)
-def test_numbers_taken_out_of_parameters_are_not_frozen_wrongly(number: Callable[[Tensor], float]) -> None:
-    assert_converts(grouped_already(Between(Chosen(number)), PAIRS))
+NUMBERS: dict[str, Callable[[Tensor], float]] = {
+    "item": lambda w: w[0].item(),
+    "list": lambda w: w.tolist()[1],
+    "float": lambda w: float(w.sum()),
+    "array": lambda w: float(w.detach().numpy().max()),
+}
+
+
+@pytest.mark.parametrize("names", [("item", "list"), ("float", "array")])
+def test_numbers_taken_out_of_parameters_are_not_frozen_wrongly(names: tuple[str, ...]) -> None:
+    together(
+        {name: grouped_already(Between(Chosen(NUMBERS[name])), PAIRS) for name in names}, assert_converts
+    )
