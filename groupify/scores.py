@@ -20,6 +20,7 @@ from tqdm import tqdm
 from groupify.data.batches import UNLABELLED, Data, check_labels, is_map_style, iterate_batches
 from groupify.data.ranks import ALONE, Ranks
 from groupify.errors import DataError
+from groupify.graph.call import Call
 from groupify.graph.forward import evaluating, run_once
 
 _OUTPUT_NAMES = ("logits", "out")
@@ -79,7 +80,7 @@ def evaluate(
         for images, labels in batches:
             if bool((labels == UNLABELLED).any()):
                 raise DataError("the images have no labels: accuracy needs a labelled data set")
-            logits = class_scores(model(images.to(parameter.device)))
+            logits = class_scores(Call((images.to(parameter.device),)).run_for_good(model))
             check_labels(labels, logits.shape[1])
             correct += int((logits.argmax(1).cpu() == labels).sum())
             images_seen += len(labels)

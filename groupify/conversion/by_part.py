@@ -58,7 +58,7 @@ def convert_by_part(
     for part, inputs in part_inputs(dense, parts, batches):
         module = dense.get_submodule(part.name)
         graph = fitting(dense, part, inputs)
-        if graph is None or not computes_the_same(module, graph, inputs[0]):
+        if graph is None or not part.sites or not computes_the_same(module, graph, inputs[0]):
             continue
         found = convert_in_order(
             module, graph, inputs, _inside(part, sites), calibration,
@@ -92,7 +92,7 @@ def convert_parts_from_weights(
     for part, inputs in part_inputs(dense, parts, [example]):
         module = dense.get_submodule(part.name)
         graph = fitting(dense, part, inputs)
-        if graph is None or not computes_the_same(module, graph, inputs[0]):
+        if graph is None or not part.sites or not computes_the_same(module, graph, inputs[0]):
             continue
         found = convert_from_weights(module, graph, inputs[0], _inside(part, sites), seed=seed)
         _set(student, part.name, found.student)
@@ -219,7 +219,7 @@ def refresh_batch_norms(
     with torch.no_grad():
         for call in map(Call.of, batches):
             if call.batch_size > 1:
-                call.run(model)
+                call.run_for_good(model)
     for norm, (training, momentum), buffers in zip(norms, before, statistics, strict=True):
         norm.momentum = momentum
         norm.train(training)

@@ -143,7 +143,8 @@ def _check_student(student: nn.Module, graph: ModelGraph | None, call: Call) -> 
         if graph is None:
             call.head(2).run(student)
         same = graph is None or computes_the_same(student, graph.on(student), call)
-    except Exception as error:  # the user's model can raise anything
+    except Exception as raised:
+        error = raised.__cause__ or raised
         reason = " ".join(str(error).split()) or "no message"
         raise ConversionError(
             f"the converted model does not run ({type(error).__name__}: {reason}): its code expects a dense "

@@ -128,6 +128,6 @@ def _through(function: Callable[[Tensor], Tensor], state: _Channels) -> _Channel
     points, weights = np.polynomial.hermite_e.hermegauss(_QUADRATURE_POINTS)
     weight = torch.from_numpy(weights / weights.sum()).float().reshape(-1, 1)
     values = state.mean + state.variance.sqrt() * torch.from_numpy(points).float().reshape(-1, 1)
-    outputs = function(values.reshape(*values.shape, 1, 1)).reshape(values.shape)
+    outputs = function(values.reshape(*values.shape, 1, 1)).reshape(values.shape).float()  # it may be a mask
     mean = (weight * outputs).sum(0)
     return _Channels(mean, (weight * (outputs - mean).square()).sum(0))

@@ -16,7 +16,7 @@ from groupify.graph.call import Call
 from groupify.graph.copying import copy_of
 from groupify.graph.hooks import clear_onlookers
 from groupify.graph.plain_layers import CONVS
-from groupify.models.weights import first_unsound
+from groupify.models.weights import first_unsound, one_line
 
 
 def working_copy(model: nn.Module, call: Call, sites: Iterable[str]) -> nn.Module:
@@ -140,14 +140,29 @@ def _check_independence(copied: nn.Module, model: nn.Module, call: Call) -> None
     """
     owned = {**_named(model.named_parameters), **_named(model.named_buffers)}
     watch = _Reads({tensor.untyped_storage()._cdata: name for name, tensor in owned.items()})
-    with torch.no_grad(), watch:
-        call.run(copied)
+    try:
+        with torch.no_grad(), watch:
+            call.run(copied)
+    except ConversionError:
+        _check_runs(copied, call)  # a watched conv may hand out another memory format
+        return
     if watch.found is not None:
         raise ConversionError(
             f"a copy of the model still computes with {watch.found!r} of the model given: a hook or function "
             "on one of its layers refers to the very layer that it was made for; let it use the module that "
             "it is called with"
         )
+
+
+def _check_runs(copied: nn.Module, call: Call) -> None:
+    try:
+        with torch.no_grad():
+            call.run(copied)
+    except ConversionError as error:
+        reason = one_line(error.__cause__ or error)
+        raise ConversionError(
+            f"the model does not run in float32, in which it is converted: {reason}"
+        ) from error.__cause__
 
 
 class _Reads(TorchDispatchMode):

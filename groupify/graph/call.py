@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from groupify.errors import ConversionError, GroupifyError
+from groupify.graph.undisturbed import undisturbed
+
 
 @dataclass(frozen=True)
 class Call:
@@ -41,10 +44,27 @@ class Call:
             return Call(inputs)
         return Call((inputs,))
 
-    def run(self, model: Callable[..., Any]) -> Any:
-        """Call the model with copies of the tensors, since it may work on them in place."""
-        fresh = self.map(Tensor.clone)
-        return model(*fresh.args, **fresh.kwargs)
+    def run(self, model: nn.Module) -> Any:
+        """Call the model with copies of the tensors, and undo what that leaves on its modules.
+
+        Raises:
+            ConversionError: the model raises something, which is its cause.
+        """
+        with undisturbed(model):
+            return self.run_for_good(model)
+
+    def run_for_good(self, model: nn.Module, *, copy: bool = True) -> Any:
+        """Do the same without undoing anything; ``copy=False``: on the very tensors."""
+        fresh = self.map(Tensor.clone) if copy else self  # the model may work on them in place
+        try:
+            return model(*fresh.args, **fresh.kwargs)
+        except (GroupifyError, MemoryError):
+            raise
+        except Exception as error:  # the user's model can raise anything
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ConversionError(
+                f"the model does not run on an input of shape {self.shapes()}: {reason}"
+            ) from error
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Call:
         """Return the call with every tensor replaced."""

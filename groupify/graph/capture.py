@@ -205,12 +205,18 @@ class _Builder:
     def _tensor_node(self, node: fx.Node, spec: Any) -> fx.Node:
         if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
             raise NotImplementedError(f"it reads something that is no tensor: {spec.kind.name.lower()}")
-        name = str(spec.target).removeprefix(_ROOT)
+        name = self._first_name(str(spec.target).removeprefix(_ROOT))
         if spec.kind is InputKind.CONSTANT_TENSOR and not self._is_attribute(name):
             self._constants[name] = self._program.constants[str(spec.target)].detach()
         copied = self._graph.create_node("get_attr", name, name=node.name)
         copied.meta = dict(node.meta)
         return copied
+
+    def _first_name(self, name: str) -> str:
+        """Name a tensor by the first of the names of its module, which may have several."""
+        owner, _, attribute = name.rpartition(".")
+        first = self._first_names.get(id(_submodule(self._copy, owner)), owner)
+        return f"{first}.{attribute}" if first else attribute
 
     def _is_attribute(self, name: str) -> bool:
         """Whether a module holds a constant in an attribute of that name, so that it can be changed."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from groupify.errors import ConversionError, GroupifyError
+from groupify.errors import ConversionError
 from groupify.graph.call import Call
 
 
@@ -40,15 +40,13 @@ def run_once(model: nn.Module, call: Call | Tensor, *, copy: bool = True) -> Any
     call = Call.of(call)
     try:
         with evaluating(model), torch.no_grad():
-            return call.run(model) if copy else model(*call.args, **call.kwargs)
-    except (GroupifyError, MemoryError):
-        raise
-    except Exception as error:  # the user's model can raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
+            return call.run(model) if copy else call.run_for_good(model, copy=False)
+    except ConversionError as error:
+        if error.__cause__ is None:  # not of the model's own
+            raise
         raise ConversionError(
-            f"the model does not run on an input of shape {call.shapes()}: {reason}; "
-            "give the shape that it expects with --input-size C,H,W"
-        ) from error
+            f"{error}; give the shape that it expects with --input-size C,H,W"
+        ) from error.__cause__
 
 
 @torch.no_grad()

@@ -152,6 +152,8 @@ class Labeller:
             return False
         if not self._graph.is_state(name):
             return False  # made anew by each forward pass
+        if any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
+            return False  # expanded: one place in memory for several elements
         sizes = [size for size in tensor.shape if size > 1]
         # Weights that something computes with: as much as a layer has, and never one for each channel.
         return len(sizes) == 1 or tensor.shape[0] == 1
@@ -346,6 +348,8 @@ class Labeller:
             return _concatenate(*args, **kwargs)
         if name in ("view", "_unsafe_view", "view_copy"):
             target = torch.reshape  # labels may be laid out differently in memory
+        if name == "view_as":
+            return _map(_compressed, torch.reshape(args[0], args[1].shape))
         return _map(_compressed, target(*args, **kwargs))
 
     def _pad(self, node: fx.Node, value: Any) -> Any:

@@ -223,6 +223,8 @@ def _call(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     name = packet_name(target)
     if name in _VIEWS and not isinstance(args[1], torch.dtype):
         return torch.reshape(args[0], args[1])
+    if name == "view_as":
+        return torch.reshape(args[0], args[1].shape)
     if name in _LAYOUT:
         args = pytree.tree_map_only(Tensor, Tensor.contiguous, args)
     return target(*args, **kwargs)

@@ -39,7 +39,7 @@ _TABLE: dict[Effect, str] = {
         exp2 expm1 log log2 log10 log1p neg negative reciprocal pow add sub subtract mul multiply
         div divide true_divide floor_divide rsub maximum minimum clamp clip clamp_min clamp_max erf
         sin cos tan atan atan2 asin acos sinh cosh sign floor ceil round trunc frac fmod remainder
-        where eq ne lt le gt ge logical_and logical_or logical_not logical_xor bitwise_and
+        where fill eq ne lt le gt ge logical_and logical_or logical_not logical_xor bitwise_and
         bitwise_or bitwise_not isnan isinf isfinite nan_to_num masked_fill addcmul addcdiv lerp
         square hypot logaddexp logit sinc zeros_like ones_like full_like
     """,
@@ -59,7 +59,8 @@ _TABLE: dict[Effect, str] = {
         reflection_pad3d replication_pad1d replication_pad2d replication_pad3d
     """,
     Effect.MOVES: """
-        view reshape _unsafe_view view_copy _reshape_copy flatten unflatten transpose permute t
+        view view_as reshape reshape_as _unsafe_view view_copy _reshape_copy flatten unflatten
+        transpose permute t
         swapaxes movedim squeeze unsqueeze expand expand_as repeat tile cat concat stack chunk
         tensor_split split split_with_sizes unbind narrow slice select flip roll diagonal numpy_T mT
         channel_shuffle native_channel_shuffle pixel_shuffle pixel_unshuffle slice_scatter

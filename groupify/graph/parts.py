@@ -159,7 +159,8 @@ def _descend(
     if watch is not None and watch.usable and not _shares(model, model.get_submodule(name)):
         graph = capture(model.get_submodule(name), watch.calls).graph
         if graph is not None:
-            yield Part(name, graph, inside, watch.bytes // max(1, batch))
+            nodes = tuple(site for site in inside if site in graph.calls)
+            yield Part(name, graph, nodes, watch.bytes // max(1, batch))
             return
     for child, _ in model.get_submodule(name).named_children():
         below = f"{name}.{child}" if name else child

@@ -8,13 +8,13 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
-from groupify.graph.call import Call
-from groupify.graph.capture import capture
 from torch import Tensor, nn
 
 import groupify
 from groupify.conversion.conversion import Conversion
 from groupify.errors import GroupifyError
+from groupify.graph.call import Call
+from groupify.graph.capture import capture
 from groupify.graph.channels import Channels, channel_classes
 from groupify.graph.forward import equal_outputs
 from groupify.graph.permute import apply_orders

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from groupify.errors import GroupifyError
 from tests.cases.awkward_nets import PIECES, Chain, Step, twins
 from tests.cases.nets import EXACT, TOLERANCE, converted, noise, planned, relative_error
-from tests.cases.small import GRAPH, PAIRS, TINY
+from tests.cases.small import PAIRS, TINY
 
 FIT = replace(EXACT, refresh_batch_norm=False)  # the statistics are not those of the images
 steps = st.lists(st.tuples(st.sampled_from(sorted(PIECES)), st.integers(0, 41)), min_size=1, max_size=3)
@@ -59,12 +59,10 @@ def share_converted(examples: int) -> float:
     return sum(outcomes) / len(outcomes)
 
 
-@GRAPH
 def test_awkward_nets_convert_as_their_plain_twins_do() -> None:
     assert share_converted(10) >= 0.8
 
 
-@GRAPH
 @pytest.mark.slow
 def test_more_awkward_nets_convert_as_their_plain_twins_do() -> None:
     assert share_converted(100) >= 0.8

@@ -15,7 +15,6 @@ from torchvision.ops import FrozenBatchNorm2d
 from tests.cases.nets import grouped_already, noise, relative_error, with_statistics
 from tests.cases.small import (
     CHANNELS,
-    GRAPH,
     PAIRS,
     TINY,
     assert_free,
@@ -250,7 +249,6 @@ class Factor(nn.Module):
         return x * torch.tensor([0.5 + index / 7 for index in range(CHANNELS)]).reshape(1, -1, 1, 1)
 
 
-@GRAPH
 def test_a_constant_made_in_forward_stops_its_channels_and_no_others() -> None:
     net = Normed(lambda c: Factor())
     hidden(net, second=False)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import groupify
@@ -25,7 +24,6 @@ from tests.cases.small import (
     convert_small,
     hidden,
     right_from_weights,
-    situations,
     stays,
     together,
 )
@@ -60,11 +58,6 @@ def clear_border(x: Tensor) -> Tensor:
     return x
 
 
-def negative_to_zero(x: Tensor) -> Tensor:
-    x[x < 0] = 0
-    return x
-
-
 def through_a_view(x: Tensor) -> Tensor:
     x.view(x.shape[0], x.shape[1], -1)[..., :5].mul_(0.5)
     return x
@@ -81,18 +74,9 @@ def into_the_input(x: Tensor) -> Tensor:
     return torch.clamp(x, -0.5, 0.5, out=x)
 
 
-def by_index(x: Tensor) -> Tensor:
-    rows = torch.tensor([0, 2])
-    x.index_fill_(2, rows, 1.0)
-    return x
-
-
 HEADS: dict[str, Callable[[], Callable[[Tensor], Tensor] | nn.Module]] = {
     "ReLU": lambda: nn.ReLU(inplace=True),
     "Hardswish": lambda: nn.Hardswish(inplace=True),
-    "relu_": lambda: torch.relu_,
-    "F.relu": lambda: lambda x: F.relu(x, inplace=True),
-    "leaky_relu_": lambda: lambda x: F.leaky_relu_(x, 0.1),
     "add": lambda: add_one,
     "mul_": lambda: lambda x: x.mul_(2).add_(1),
     "clamp_": lambda: lambda x: x.clamp_(min=-0.1),
@@ -100,11 +84,9 @@ HEADS: dict[str, Callable[[], Callable[[Tensor], Tensor] | nn.Module]] = {
     "masked_fill_": lambda: lambda x: x.masked_fill_(x > 1, 1.0),
     "rows": lambda: scale_half,
     "border": lambda: clear_border,
-    "mask": lambda: negative_to_zero,
     "view": lambda: through_a_view,
     "halves": lambda: through_two_views,
     "out": lambda: into_the_input,
-    "index_fill_": lambda: by_index,
 }
 
 
@@ -127,7 +109,7 @@ def test_a_skip_connection_carries_what_the_branch_changes() -> None:
 
 
 def test_branches_changed_in_place_are_right_without_images() -> None:
-    names = ("ReLU", "add", "view", "halves")
+    names = ("ReLU", "add", "view")
     together({name: grouped_already(Branches(HEADS[name]), PAIRS) for name in names}, right_from_weights)
 
 
@@ -151,19 +133,11 @@ def channel_sums(x: Tensor) -> Tensor:
     return x
 
 
-def accumulated(x: Tensor) -> Tensor:
-    total = torch.zeros_like(x)
-    for index in range(x.shape[1]):
-        total[:, index] += x[:, index]
-    return total
-
-
 UNEQUAL: dict[str, Function] = {
     "half": first_half_relu,
     "one cleared": one_channel_cleared,
     "two swapped": channels_swapped,
     "one added to another": channel_sums,
-    "filled one by one": accumulated,
 }
 
 
@@ -206,17 +180,12 @@ INPUTS: dict[str, Function] = {
 }
 
 
-NORMALISED = {
-    f"{name} of {channels}": (INPUTS[name], channels)
-    for name, channels in {
-        "sub_ and div_": 1, "add_ and mul_": 3, "clamp_": 1, "copy_": 3, "assignment": 1, "view": 3, "detached": 1,
-    }.items()
-}  # fmt: skip
+CHANNELS_OF = {"sub_ and div_": 1, "clamp_": 1, "assignment": 1, "detached": 1}  # the others: 3
 
 
-@pytest.mark.parametrize("kind", situations(NORMALISED))
-def test_the_callers_images_are_used_once_and_stay_as_they_are(kind: tuple[Function, int]) -> None:
-    normalise, channels = kind
+@pytest.mark.parametrize("name", INPUTS)
+def test_the_callers_images_are_used_once_and_stay_as_they_are(name: str) -> None:
+    normalise, channels = INPUTS[name], CHANNELS_OF.get(name, 3)
     net = grouped_already(Normalised(channels, normalise), PAIRS)
     images = noise(32, (channels, 8, 8))
     before, example = images.clone(), noise(8, (channels, 8, 8), 9)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from tests.cases.nets import grouped_already, noise, relative_error
 from tests.cases.small import (
-    GRAPH,
     PAIRS,
     TINY,
     Between,
@@ -54,7 +53,6 @@ class Mixed(nn.Module):
         return result
 
 
-@GRAPH
 def test_a_model_of_two_precisions_keeps_both() -> None:
     net = Mixed()
     hidden(net.net)

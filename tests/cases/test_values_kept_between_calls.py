@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from tests.cases.nets import grouped_already, noise
 from tests.cases.small import (
     CHANNELS,
-    GRAPH,
     PAIRS,
     TINY,
     Between,
@@ -124,7 +123,7 @@ HELD: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("make", situations(HELD, graph=("lock", "generator", "open file")))
+@pytest.mark.parametrize("make", situations(HELD))
 def test_a_model_that_cannot_be_copied_is_converted_or_refused(make: Callable[[], Any]) -> None:
     what = make()
     net = grouped_already(Between(Unpicklable(what)), PAIRS)
@@ -153,7 +152,6 @@ class Remembering(nn.Module):
         return result
 
 
-@GRAPH
 @pytest.mark.parametrize("register", [False, True], ids=["attribute", "buffer"])
 def test_a_model_that_remembers_its_last_images_is_converted_from_where_it_stands(register: bool) -> None:
     net = grouped_already(Between(Remembering(register)), PAIRS)
