@@ -17,7 +17,8 @@ _INTERNAL = frozenset(vars(nn.Module()))
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Undo what a forward pass leaves in buffers and attributes: counts, caches, activations, memories."""
-    kept = [_State(module) for module in model.modules()]
+    modules = (module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule))
+    kept = [_State(module) for module in modules]
     try:
         yield
     finally:
