@@ -131,7 +131,7 @@ def _spatial(cost: Cost, block: int) -> Iterator[Family]:
     yield Family(Structure(step, own, writes * step), grows=False)
     for width in (block, 4):
         yield Family(Structure(own * width, own, own * width * writes), grows=True)
-    yield Family(Structure(own, own, own), grows=True)
+    yield Family(Structure(step, step, step), grows=True)
     channels = conv.in_channels // own
     if channels % block == 0 and channels > block:
         groups = conv.in_channels // block
