@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from groupify.data.batches import UNLABELLED, Data, check_labels, is_map_style, iterate_batches
+from groupify.data.batches import UNLABELLED, Data, check_labels, is_map_style
+from groupify.data.calls import Inputs, iterate_calls, model_inputs
 from groupify.data.ranks import ALONE, Ranks
 from groupify.errors import DataError
 from groupify.graph.call import Call
@@ -40,6 +41,7 @@ def evaluate(
     *,
     batch_size: int = 256,
     limit: int | None = None,
+    inputs: Inputs | None = None,
     progress: bool = False,
     ranks: Ranks = ALONE,
 ) -> Accuracy:
@@ -53,6 +55,8 @@ def evaluate(
         data: labelled images.
         batch_size: images per batch.
         limit: measure on the first images only.
+        inputs: for a model that takes more than images, a batch, as the data gives it, → positional and
+            keyword arguments. Labels are then the last entry of a batch, or under ``labels`` in a dict.
         progress: show a bar on stderr.
         ranks: the processes that divide the images among themselves; each gets the accuracy of all.
 
@@ -66,21 +70,20 @@ def evaluate(
     Raises:
         DataError: data without labels, labels out of range, NaN, no images; or outputs that are no logits.
     """
-    parameter = next(model.parameters(), torch.empty(0))
     correct = images_seen = 0
     total = len(cast(Any, data)) if is_map_style(data) else None
     if total is not None and limit is not None:
         total = min(total, limit)
-    batches = iterate_batches(data, batch_size, limit=limit, share=(ranks.rank, ranks.world))
+    batches = iterate_calls(data, batch_size, inputs, limit=limit, share=(ranks.rank, ranks.world))
     with (
         evaluating(model),
         torch.inference_mode(),
         tqdm(total=total, desc="evaluate", unit="images", disable=None if progress else True) as bar,
     ):
-        for images, labels in batches:
+        for call, labels in batches:
             if bool((labels == UNLABELLED).any()):
                 raise DataError("the images have no labels: accuracy needs a labelled data set")
-            logits = class_scores(Call((images.to(parameter.device),)).run_for_good(model))
+            logits = class_scores(call.on(model).run_for_good(model))
             check_labels(labels, logits.shape[1])
             correct += int((logits.argmax(1).cpu() == labels).sum())
             images_seen += len(labels)
@@ -137,6 +140,7 @@ class Judge:
         dense: the dense model; left untouched.
         images: shape (N, C, H, W).
         labels: class numbers, shape (N,); None = unlabelled.
+        inputs: a batch of images → what the model is called with; None = the images.
         batch_size: images per step.
 
     Raises:
@@ -144,9 +148,16 @@ class Judge:
     """
 
     def __init__(
-        self, dense: nn.Module, images: Tensor, labels: Tensor | None = None, *, batch_size: int = 64
+        self,
+        dense: nn.Module,
+        images: Tensor,
+        labels: Tensor | None = None,
+        *,
+        inputs: Inputs | None = None,
+        batch_size: int = 64,
     ) -> None:
         self._images = images
+        self._inputs = inputs
         self._batch_size = batch_size
         self._log_chances = self._run(dense)
         self._classes = self._log_chances.argmax(1)
@@ -175,10 +186,17 @@ class Judge:
         parameter = next(model.parameters(), torch.empty(0))
         with evaluating(model), torch.no_grad():
             scores = [
-                class_scores(model(batch.to(parameter)), per_pixel=True).float().log_softmax(1).cpu()
+                class_scores(self._call(batch, parameter).apply(model), per_pixel=True)
+                .float()
+                .log_softmax(1)
+                .cpu()
                 for batch in self._images.split(self._batch_size)
             ]
         return torch.cat(scores)
+
+    def _call(self, batch: Tensor, parameter: Tensor) -> Call:
+        call = Call((batch,)) if self._inputs is None else model_inputs(batch, self._inputs)
+        return call.map(lambda x: x.to(parameter) if x.is_floating_point() else x.to(parameter.device))
 
 
 @dataclass(frozen=True)
@@ -213,18 +231,18 @@ def conv_params(
     return in_channels // groups * out_channels * area + (out_channels if bias else 0)
 
 
-def measure_cost(model: nn.Module, example: Tensor) -> ModelCost:
+def measure_cost(model: nn.Module, example: Call | Tensor) -> ModelCost:
     """Count what one forward pass costs.
 
     Args:
         model: any module; run once in inference mode, then put back into its training mode.
-        example: input, shape (1, C, H, W).
+        example: how it is called with one example; a tensor has shape (1, C, H, W).
 
     Raises:
-        ConversionError: the model does not run on an input of that shape.
+        ConversionError: the model does not run on such inputs.
     """
     tensors = [*model.parameters(), *model.buffers()]
-    peak = _PeakActivations(ignored=tensors)
+    peak = _PeakActivations(Call.of(example).tensors, ignored=tensors)
     counter = FlopCounterMode(display=False)
     with counter, peak:
         run_once(model, example, copy=False)
@@ -237,17 +255,16 @@ def measure_cost(model: nn.Module, example: Tensor) -> ModelCost:
 
 
 class _PeakActivations(TorchDispatchMode):
-    """Follows which tensors are alive, by storage, and keeps the largest sum.
+    """Follows which tensors are alive, by storage, and keeps the largest sum; the inputs count too."""
 
-    The input counts too: ``run_once`` runs on a copy of it, which is made while this watches.
-    """
-
-    def __init__(self, ignored: Sequence[Tensor]) -> None:
+    def __init__(self, inputs: Sequence[Tensor], ignored: Sequence[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._ignored = {tensor.untyped_storage().data_ptr() for tensor in ignored}  # views of weights
         self._alive: dict[int, list[int]] = {}  # storage address → [bytes, number of tensors]
         self._bytes = 0
         self.peak_bytes = 0
+        for tensor in inputs:
+            self._follow(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Generic, NamedTuple, TypeVar
+from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
 from groupify.documents import Count, Count1, OneOf
 from groupify.errors import PlanError
@@ -242,10 +242,11 @@ class Plan:
 
     Attributes:
         sites: all convs, also those that are left alone.
-        input_shape: (C, H, W) that the output sizes and MACs are for.
+        input_shape: (C, H, W) that the output sizes and MACs are for; of the first input.
         groups: the number of groups asked for.
         cpu: the processor that it was made for, one of ``groupify.machine.CPUS`` but never ``"auto"``.
         notes: what the conversion has to do without; see ``limits``.
+        inputs: names of the tensors that the model was called with; empty where that is not known.
     """
 
     sites: tuple[SitePlan, ...]
@@ -253,6 +254,7 @@ class Plan:
     groups: int
     cpu: str
     notes: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
 
     @property
     def converted(self) -> tuple[SitePlan, ...]:
@@ -341,6 +343,8 @@ class Choices:
         observed: what a forward pass showed of each conv, by name.
         input_shape: (C, H, W) that the costs are for.
         cpu: the processor that they are for.
+        example: how the model is called, a shape or a ``Call``.
+        inputs: names of the tensors that it is called with.
     """
 
     sites: tuple[tuple[Candidate, ...], ...]
@@ -348,6 +352,8 @@ class Choices:
     observed: Mapping[str, Observed]
     input_shape: tuple[int, ...]
     cpu: str
+    example: Any
+    inputs: tuple[str, ...]
 
     @property
     def open_sites(self) -> list[tuple[Candidate, ...]]:
@@ -358,7 +364,7 @@ class Choices:
         """Return the plan that takes the candidate of each given index."""
         sites = tuple(options[index].site for options, index in zip(self.sites, chosen, strict=True))
         groups = max((site.groups for site in sites if site.converted), default=1)
-        return Plan(sites, self.input_shape, groups, self.cpu)
+        return Plan(sites, self.input_shape, groups, self.cpu, inputs=self.inputs)
 
     def indices(self, plan: Plan) -> tuple[int, ...]:
         """Return the index of each conv's candidate in a plan that is made of them.

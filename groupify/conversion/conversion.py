@@ -20,7 +20,7 @@ from groupify.conversion.surgery import restructure
 from groupify.conversion.working_copy import take_values, working_copy
 from groupify.data.batches import Data
 from groupify.errors import ConversionError, GroupifyWarning
-from groupify.graph.call import Call, example_input
+from groupify.graph.call import Call, as_call, one_example
 from groupify.graph.capture import capture
 from groupify.graph.model_graph import ModelGraph, computes_the_same
 from groupify.models.wrappers import unwrapped
@@ -71,6 +71,7 @@ def convert(
     plan: Plan,
     calibration: Calibration | Tensor | Data | None = None,
     *,
+    example_inputs: Any = None,
     seed: int = 0,
     progress: bool = False,
 ) -> Conversion:
@@ -82,6 +83,8 @@ def convert(
         calibration: images as a tensor (N, C, H, W), a data set or an iterable of batches, labels unused; or
             a ``Calibration`` to set how they are used. None = from the weights alone, which does not
             protect the accuracy.
+        example_inputs: what the model is called with, as for the plan; needed by a model of several inputs
+            where there is no ``Calibration`` with ``inputs``.
         seed: seed of everything random.
         progress: show bars on stderr.
 
@@ -104,10 +107,10 @@ def convert(
     model = unwrapped(model)
     if calibration is not None:
         calibration.check(plan.input_shape)
-    call = Call((example_input(plan.input_shape, batch=2, like=model),))
+    call = _example(model, plan, calibration, example_inputs)
     dense = working_copy(model, call, [site.name for site in sites])
     with torch.random.fork_rng(devices=[]):
-        work = _Conversion(dense, sites, calibration, plan, seed, progress)
+        work = _Conversion(dense, sites, calibration, _float32(call), seed, progress)
         student = work.run()
     work.notes.extend(_warn_of_few_images(work.fits))
     return Conversion(
@@ -121,6 +124,27 @@ def convert(
         pictures=work.pictures,
         seconds=work.clock.seconds,
     )
+
+
+def _example(model: nn.Module, plan: Plan, calibration: Calibration | None, example_inputs: Any) -> Call:
+    """Return how the model is called, with two examples; it must be as it was for the plan."""
+    if example_inputs is None and calibration is not None and calibration.inputs is not None:
+        example_inputs = calibration.calls[0]
+    shape = plan.input_shape if example_inputs is None else None
+    call = as_call(one_example(shape, example_inputs), model)
+    for other in (call, *(calibration.calls[:1] if calibration is not None else ())):
+        names = tuple(other.named_tensors(model))
+        if plan.inputs and names != plan.inputs:
+            raise ConversionError(
+                f"the plan was made for a model called with {', '.join(plan.inputs)}, and this conversion "
+                f"would call it with {', '.join(names) or 'nothing'}: give the same example_inputs, or a "
+                "Calibration with inputs"
+            )
+    return call
+
+
+def _float32(call: Call) -> Call:
+    return call.floats(Tensor.float)
 
 
 def _with_weights(model: nn.Module, sites: Sequence[SiteRecipe], student: nn.Module) -> nn.Module:
@@ -183,14 +207,14 @@ class _Conversion:
         dense: nn.Module,
         sites: Sequence[SiteRecipe],
         calibration: Calibration | None,
-        plan: Plan,
+        example: Call,
         seed: int,
         progress: bool,
     ) -> None:
         self._dense = dense
         self._sites = {site.name: site for site in sites}
         self._calibration = calibration
-        self._plan = plan
+        self._example = example
         self._seed = seed
         self._progress = progress
         self.clock = Clock()
@@ -214,9 +238,7 @@ class _Conversion:
         return self._by_part(problem, batches, self._calibration)
 
     def _batches(self, calibration: Calibration) -> list[Call]:
-        parameter = next(self._dense.parameters())
-        images = calibration.images.to(parameter.device).float()
-        return [Call((batch,)) for batch in images.split(calibration.batch_size)]
+        return [_float32(call.on(self._dense)) for call in calibration.calls]
 
     def _whole(self, batches: Sequence[Call]) -> tuple[ModelGraph | None, str]:
         """The graph of the whole model, if it computes the same; else None and why."""
@@ -252,7 +274,7 @@ class _Conversion:
         self.fits, self.kept_before, self.kept = found.fits, found.kept_before, found.kept
         self.pictures = found.pictures
         self.notes.extend(found.notes)
-        self.method = f"least squares in order, {len(calibration.images)} unlabelled images"
+        self.method = f"least squares in order, {calibration.count} unlabelled images"
         steps = calibration.reconstruction.steps
         if steps:
             self.method += f", then {steps} steps of reconstruction for each block"
@@ -266,7 +288,7 @@ class _Conversion:
         )  # fmt: skip
         self.fits = found.fits
         self.notes.extend(found.notes)
-        self.method = f"least squares by module, {len(calibration.images)} unlabelled images"
+        self.method = f"least squares by module, {calibration.count} unlabelled images"
         _check_student(found.student, None, batches[0])
         return found.student
 
@@ -275,7 +297,7 @@ class _Conversion:
             "no calibration images: accuracy is not protected; give --data or calibration images"
         )
         self.method = "from the weights alone: clustering by weight norm, truncation, corrected batch norms"
-        example = Call((example_input(self._plan.input_shape, batch=2, like=self._dense),))
+        example = self._example
         graph, problem = self._whole([example])
         if graph is None:
             found = convert_parts_from_weights(

@@ -18,6 +18,7 @@ from groupify.conversion.surgery import restructure
 from groupify.conversion.weights_only import correct_batch_norms
 from groupify.conversion.working_copy import take_values
 from groupify.data.calibration import calibration_inputs
+from groupify.data.calls import Inputs, calibration_calls
 from groupify.errors import ConversionError, DataError
 from groupify.graph.call import Call
 from groupify.graph.channels import Channels, channel_classes
@@ -41,6 +42,9 @@ class Calibration:
         images: a tensor (N, C, H, W), a data set, or an iterable of batches such as a ``DataLoader``, which
             is read once and becomes a tensor; preprocessed as for inference and not augmented: augmented
             views made the fit worse (by up to 0.7 points on Fashion-MNIST). Labels are not looked at.
+        inputs: for a model that takes more than images, a batch, as the data gives it, → positional and
+            keyword arguments. ``images`` may then be data whose samples have any form; what the function gives
+            is kept in memory.
         batch_size: images per step.
         clustering: what decides which channels form a group: ``"data"``, ``"norm"`` (weights
             alone) or ``"none"``.
@@ -51,6 +55,7 @@ class Calibration:
     """
 
     images: Any
+    inputs: Inputs | None = field(default=None, kw_only=True)
     batch_size: int = 64
     clustering: str = "data"
     restarts: int = 1
@@ -59,7 +64,23 @@ class Calibration:
     reconstruction: ReconstructionOptions = field(default_factory=ReconstructionOptions)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "images", calibration_inputs(self.images))
+        if self.inputs is None:
+            images: Any = calibration_inputs(self.images)
+        else:
+            images = calibration_calls(self.images, self.inputs, self.batch_size)
+        object.__setattr__(self, "images", images)
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return len(self.images) if self.inputs is None else sum(call.batch_size for call in self.images)
+
+    @property
+    def calls(self) -> list[Call]:
+        """What the model is called with, batch by batch."""
+        if self.inputs is not None:
+            return list(self.images)
+        return [Call((batch,)) for batch in self.images.split(self.batch_size)]
 
     def check(self, input_shape: tuple[int, ...]) -> None:
         """Refuse images that no model of that input shape can be calibrated with.
@@ -68,20 +89,31 @@ class Calibration:
             DataError: no images, or not of that shape or type, or NaN in them.
             ConversionError: an unknown clustering.
         """
-        images: Tensor = self.images
-        if images.dim() != len(input_shape) + 1 or len(images) == 0:
-            shape = "(N, C, H, W)" if len(input_shape) == 3 else f"(N, {', '.join(map(str, input_shape))})"
-            raise DataError(f"calibration images of shape {tuple(images.shape)}, expected {shape} with N ≥ 1")
-        if not images.is_floating_point():
-            raise DataError(
-                f"calibration images of type {images.dtype}, expected floating point, preprocessed as for "
-                "inference"
-            )
-        if not bool(images.isfinite().all()):
-            raise DataError("the calibration images hold NaN or infinity; check their preprocessing")
         if self.clustering not in CLUSTERINGS:
             known = ", ".join(CLUSTERINGS)
             raise ConversionError(f"unknown clustering {self.clustering!r}, expected one of {known}")
+        if self.inputs is None:
+            _check_images(self.images, input_shape)
+            return
+        for call in self.calls:
+            if not call.tensors or call.tensors[0].dim() != len(input_shape) + 1:
+                raise DataError(
+                    f"inputs gave {call.shapes()} for a batch, where the plan was made with a first input of "
+                    f"shape (N, {', '.join(map(str, input_shape))}): call the model as for the plan"
+                )
+
+
+def _check_images(images: Tensor, input_shape: tuple[int, ...]) -> None:
+    if images.dim() != len(input_shape) + 1 or len(images) == 0:
+        shape = "(N, C, H, W)" if len(input_shape) == 3 else f"(N, {', '.join(map(str, input_shape))})"
+        raise DataError(f"calibration images of shape {tuple(images.shape)}, expected {shape} with N ≥ 1")
+    if not images.is_floating_point():
+        raise DataError(
+            f"calibration images of type {images.dtype}, expected floating point, preprocessed as for "
+            "inference"
+        )
+    if not bool(images.isfinite().all()):
+        raise DataError("the calibration images hold NaN or infinity; check their preprocessing")
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing.connection import wait
 from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
@@ -20,14 +19,11 @@ __all__ = [
     "Batch",
     "BatchDataset",
     "Data",
-    "Inputs",
-    "ModelInputs",
     "calibration_images",
     "check_labels",
     "first_input",
     "is_map_style",
     "iterate_batches",
-    "model_inputs",
     "split_validation",
 ]
 
@@ -35,41 +31,6 @@ Data: TypeAlias = Dataset[Any] | Iterable[Any]
 """A map-style ``Dataset`` or an ``IterableDataset`` of samples ``(image, label)`` or ``image``, or an
 iterable (a ``DataLoader``) of batches ``(images, labels)`` or ``images``; images are floating-point. In the
 place of a pair there may be a dict, as Hugging Face has it."""
-
-Inputs: TypeAlias = Callable[[Any], tuple[tuple[Any, ...], Mapping[str, Any]]]
-"""What a model is called with for a batch: the batch → positional and keyword arguments."""
-
-
-@dataclass(frozen=True)
-class ModelInputs:
-    """What a model is called with: ``model(*args, **kwargs)``."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-
-def model_inputs(batch: Any, inputs: Inputs | None = None) -> ModelInputs:
-    """Return what a model is called with for a batch.
-
-    Args:
-        batch: images, a pair of images and labels, or a dict of them.
-        inputs: says it for models that take more than one tensor; None = the images alone.
-
-    Raises:
-        DataError: ``inputs`` returns something else, or the batch holds no images.
-    """
-    if inputs is None:
-        return ModelInputs((as_batch(batch, labelled=False)[0],))
-    found: Any = inputs(batch)
-    if isinstance(found, tuple) and len(found) == 2:
-        args, kwargs = found
-        if isinstance(args, tuple) and isinstance(kwargs, Mapping):
-            return ModelInputs(args, kwargs)
-    raise DataError(
-        f"inputs gave a {type(found).__name__} for a batch: expected a tuple of arguments and a dict of "
-        "keyword arguments, like (batch['image'], batch['mask']), {}"
-    )
-
 
 # How many times the wanted images are looked at in a stream, whose length is unknown.
 _STREAM_FACTOR = 20
@@ -120,7 +81,7 @@ def iterate_batches(
     if isinstance(data, IterableDataset):
         batches = _sample_stream(data, batch_size, labelled)
     else:
-        batches = (as_batch(item, labelled=labelled) for item in _iterate(data))
+        batches = (as_batch(item, labelled=labelled) for item in iterate_items(data))
     checked = itertools.islice(_checked(batches, limit), first_batch, None)
     return checked if share == (0, 1) else _shared(checked, share)
 
@@ -242,7 +203,7 @@ def _gather(data: Dataset[Any], indices: Tensor, labelled: bool) -> Batch:
 
 def _sample_stream(data: Iterable[Any], batch_size: int, labelled: bool) -> Iterator[Batch]:
     samples: list[Any] = []
-    for sample in _iterate(data):
+    for sample in iterate_items(data):
         samples.append(sample)
         if len(samples) == batch_size:
             yield collate(samples, labelled=labelled)
@@ -251,7 +212,12 @@ def _sample_stream(data: Iterable[Any], batch_size: int, labelled: bool) -> Iter
         yield collate(samples, labelled=labelled)
 
 
-def _iterate(data: Any) -> Iterator[Any]:
+def iterate_items(data: Any) -> Iterator[Any]:
+    """Iterate over what is no map-style data set, item by item.
+
+    Raises:
+        DataError: it cannot be iterated over, or a worker of a loader died.
+    """
     try:
         return _watched(iter(data))
     except TypeError as error:

@@ -66,6 +66,33 @@ def as_batch(item: Any, *, labelled: bool) -> Batch:
     return images, labels
 
 
+def labels_of(batch: Any, count: int, *, labelled: bool) -> Tensor:
+    """Return the labels in a batch of any form, int64 (count,), ``UNLABELLED`` where it has none.
+
+    Args:
+        batch: a dict that has them under a usual key, or a tuple or list whose last entry they are.
+        count: number of examples.
+        labelled: whether they are looked at.
+
+    Raises:
+        DataError: they are no class numbers, or another number of them.
+    """
+    labels = None
+    if isinstance(batch, Mapping):
+        labels = next((batch[key] for key in _LABEL_KEYS if key in batch), None)
+    elif isinstance(batch, tuple | list) and len(batch) > 1:
+        labels = batch[-1]
+    if labels is None or not labelled:
+        return torch.full((count,), UNLABELLED)
+    labels = _as_labels(labels)
+    if labels.shape != (count,):
+        raise DataError(
+            f"a batch of {count} examples has labels of shape {tuple(labels.shape)}: "
+            f"expected one class number per example, ({count},)"
+        )
+    return labels
+
+
 def _split(item: Any) -> tuple[Any, Any]:
     """Return image and label; None for a label that is not there."""
     if isinstance(item, Mapping):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from groupify.errors import ConversionError, GroupifyError
+from groupify.errors import ConversionError, GroupifyError, SpecError
 from groupify.graph.undisturbed import undisturbed
 
 
@@ -43,6 +44,10 @@ class Call:
                 return Call(inputs[0], dict(inputs[1]))
             return Call(inputs)
         return Call((inputs,))
+
+    def apply(self, model: Callable[..., Any]) -> Any:
+        """Call the model with the very tensors; what it raises comes as it is."""
+        return model(*self.args, **self.kwargs)
 
     def run(self, model: nn.Module) -> Any:
         """Call the model with copies of the tensors, and undo what that leaves on its modules.
@@ -88,8 +93,70 @@ class Call:
 
     def head(self, count: int) -> Call:
         """Return the call for the first ``count`` examples of the batch."""
+        return self.part(slice(count))
+
+    def part(self, index: slice | Tensor) -> Call:
+        """Return the call for some examples of the batch.
+
+        Tensors whose first dimension has another length than the batch are the same for all examples.
+        """
         size = self.batch_size
-        return self.map(lambda tensor: tensor[:count] if tensor.dim() and len(tensor) == size else tensor)
+        return self.map(lambda tensor: tensor[index] if tensor.dim() and len(tensor) == size else tensor)
+
+    def of_size(self, count: int) -> Call:
+        """Return a call for ``count`` examples: the first ones, or all of them again and again."""
+        size = self.batch_size
+        return self if size == count else self.part(torch.arange(count) % size)
+
+    def split(self, parts: int) -> list[Call]:
+        """Return the call in parts of nearly equal numbers of examples, as ``Tensor.tensor_split`` does."""
+        return [self.part(index) for index in torch.arange(self.batch_size).tensor_split(parts)]
+
+    def floats(self, function: Callable[[Tensor], Tensor]) -> Call:
+        """Return the call with every floating-point tensor replaced."""
+        return self.map(lambda tensor: function(tensor) if tensor.is_floating_point() else tensor)
+
+    def on(self, model: nn.Module) -> Call:
+        """Return the call with its tensors on the device of a model."""
+        parameter = next(model.parameters(), None)
+        return self if parameter is None else self.map(lambda tensor: tensor.to(parameter.device))
+
+    def named_tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the tensors under the names of the parameters of a model's forward, in their order.
+
+        What is nested in a mapping or a sequence gets its key or number behind that: ``batch.image``,
+        ``images_0``.
+        """
+        found: dict[str, Tensor] = {}
+        for name, value in self._named(model).items():
+            for path, leaf in pytree.tree_flatten_with_path(value)[0]:
+                if isinstance(leaf, Tensor):
+                    found[name + path_name(path)] = leaf
+        return found
+
+    def _named(self, model: nn.Module) -> dict[str, Any]:
+        signature = inspect.signature(model.forward)
+        try:
+            bound = signature.bind_partial(*self.args, **self.kwargs).arguments
+        except TypeError:  # more arguments than it has; running the model will say so
+            bound = {**{f"input_{i}": value for i, value in enumerate(self.args)}, **self.kwargs}
+        spread = [n for n, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD]
+        named: dict[str, Any] = {}
+        for name, value in bound.items():
+            named |= value if name in spread else {name: value}
+        return named
+
+    def missing(self, model: nn.Module) -> list[str]:
+        """Names of the arguments that a model's forward needs besides."""
+        signature = inspect.signature(model.forward)
+        try:
+            bound = signature.bind_partial(*self.args, **self.kwargs).arguments
+        except TypeError:
+            return []
+        needed = [
+            n for n, p in signature.parameters.items() if p.default is p.empty and p.kind not in _SPREAD
+        ]
+        return [name for name in needed if name not in bound]
 
     def channels_last(self) -> Call:
         """Return the call with images in the memory format of oneDNN's fast path."""
@@ -100,6 +167,65 @@ class Call:
     def shapes(self) -> str:
         """Name the shapes of the tensors, for messages."""
         return ", ".join(str(tuple(tensor.shape)) for tensor in self.tensors) or "no tensors"
+
+
+_SPREAD = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """Return what a name gets behind it for the place of a tensor in it: ``.image``, ``_0``."""
+    return "".join(
+        f"_{key.idx}" if isinstance(key, pytree.SequenceKey) else f".{getattr(key, 'key', key)}"
+        for key in path
+    )
+
+
+Example: TypeAlias = Call | tuple[int, ...]
+"""How a model is called: the shape of one example of its only input, (C, H, W) for images; or a call."""
+
+
+def one_example(input_shape: tuple[int, ...] | None, example_inputs: Any) -> Example:
+    """Return whichever a caller of the API has given.
+
+    Args:
+        input_shape: shape of one example, without the batch dimension.
+        example_inputs: see ``Call.of``.
+
+    Raises:
+        SpecError: neither or both, something that is no shape, or inputs without a tensor.
+    """
+    if (input_shape is None) == (example_inputs is None):
+        given = "neither" if input_shape is None else "both"
+        raise SpecError(
+            f"{given} of input_shape and example_inputs given: expected one of them, the shape of one image "
+            "(C, H, W), or what the model is called with (a tensor, a tuple of arguments, a dict of keywords)"
+        )
+    if input_shape is not None:
+        if isinstance(input_shape, Tensor | Call) or not all(isinstance(size, int) for size in input_shape):
+            raise SpecError(
+                f"input_shape is a {type(input_shape).__name__}: expected the sizes of one image, (C, H, W); "
+                "give tensors as example_inputs"
+            )
+        return tuple(input_shape)
+    call = Call.of(example_inputs)
+    if not call.tensors or call.batch_size == 0:
+        raise SpecError(
+            f"example_inputs is a {type(example_inputs).__name__} of {call.shapes()}: expected a tensor with "
+            "at least one example, or a tuple or dict with such tensors"
+        )
+    return call
+
+
+def as_call(example: Example, model: nn.Module, *, batch: int = 2) -> Call:
+    """Return how a model is called with ``batch`` examples, on its device."""
+    if isinstance(example, Call):
+        return example.on(model).of_size(batch)
+    return Call((example_input(example, batch=batch, like=model),))
+
+
+def shape_of(example: Example) -> tuple[int, ...]:
+    """Return the shape of one example of the first tensor."""
+    return tuple(example.tensors[0].shape[1:]) if isinstance(example, Call) else tuple(example)
 
 
 def example_input(

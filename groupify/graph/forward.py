@@ -44,9 +44,19 @@ def run_once(model: nn.Module, call: Call | Tensor, *, copy: bool = True) -> Any
     except ConversionError as error:
         if error.__cause__ is None:  # not of the model's own
             raise
-        raise ConversionError(
-            f"{error}; give the shape that it expects with --input-size C,H,W"
-        ) from error.__cause__
+        raise ConversionError(f"{error}; {_advice(model, call)}") from error.__cause__
+
+
+def _advice(model: nn.Module, call: Call) -> str:
+    missing = call.missing(model)
+    if missing:
+        return (
+            f"it needs {' and '.join(map(repr, missing))} too: give example_inputs, and inputs for data, in "
+            "Python; the command line takes models of one input"
+        )
+    if len(call.leaves) > 1 or call.kwargs:
+        return "give example_inputs that it runs on"
+    return "give the shape that it expects with --input-size C,H,W"
 
 
 @torch.no_grad()

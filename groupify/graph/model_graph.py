@@ -75,7 +75,9 @@ class ModelGraph:
         for leaf, node in zip(leaves, nodes, strict=True):
             example = node.meta.get("val")
             if not isinstance(example, Tensor):
-                continue  # a number or a flag, which the graph holds as a constant
+                if "val" in node.meta and type(leaf) in _CONSTANTS and leaf != example:
+                    return False
+                continue  # the graph holds it as a constant
             if not isinstance(leaf, Tensor) or not _fits(leaf, example):
                 return False
         return True
@@ -171,6 +173,8 @@ class ModelGraph:
                 outputs = value
         return list(outputs[self.hidden_outputs :])
 
+
+_CONSTANTS = (bool, int, float, str, type(None))
 
 # Autocast computes in bfloat16, of 8 bits, what the graph computes in float32.
 _REDUCED_TOLERANCE = 0.05

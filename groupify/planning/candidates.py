@@ -11,7 +11,7 @@ from torch import nn
 
 from groupify.conversion.surgery import why_no_pair
 from groupify.errors import PlanError
-from groupify.graph.call import example_input
+from groupify.graph.call import Example, as_call, shape_of
 from groupify.graph.plain_layers import Conv
 from groupify.models.wrappers import unwrapped
 from groupify.planning.observing import observe
@@ -36,7 +36,7 @@ GROUP_COUNTS = (2, 4, 8, 16, 32, 64)
 
 def candidates(
     model: nn.Module,
-    input_shape: tuple[int, ...],
+    example: Example,
     rules: Rules = Rules(),
     *,
     group_counts: Sequence[int] = GROUP_COUNTS,
@@ -45,7 +45,7 @@ def candidates(
 
     Args:
         model: a dense model; left untouched (one forward pass is run).
-        input_shape: (C, H, W) of one image.
+        example: (C, H, W) of one image, or how the model is called.
         rules: which convs may be converted and into what. With ``"grouped-pointwise"`` also into its
             extreme, one group for each channel: a depthwise and a pointwise conv. With shuffles, grouped
             convs are considered with one behind them and without.
@@ -53,11 +53,12 @@ def candidates(
 
     Raises:
         PlanError: no conv has any choice, or a pattern matches nothing.
-        ConversionError: the model does not run on that input shape.
+        ConversionError: the model does not run on such inputs.
     """
     model = unwrapped(model)
-    observed = observe(model, example_input(input_shape, like=model))
-    plans = _uniform_plans(model, observed, input_shape, rules, group_counts)
+    call = as_call(example, model, batch=1)
+    observed = observe(model, call)
+    plans = _uniform_plans(model, observed, example, rules, group_counts)
     convs = find_convs(model)
     sites = []
     for every in zip(*(made.sites for made in plans.values()), strict=True):
@@ -66,14 +67,16 @@ def candidates(
         pairs = run is None or run.pair_hindrance is None
         options = _options(every, convs[name], rules, pairs=pairs and why_no_pair(convs[name]) is None)
         sites.append(tuple(_priced(site, convs[name], run) for site in options))
-    choices = Choices(tuple(sites), {}, observed, tuple(input_shape), rules.resolved().cpu)
+    names = tuple(call.named_tensors(model))
+    cpu = rules.resolved().cpu
+    choices = Choices(tuple(sites), {}, observed, shape_of(example), cpu, example, names)
     return replace(choices, uniform={key: choices.indices(made) for key, made in plans.items()})
 
 
 def _uniform_plans(
     model: nn.Module,
     observed: Mapping[str, Observed],
-    input_shape: tuple[int, ...],
+    example: Example,
     rules: Rules,
     group_counts: Sequence[int],
 ) -> dict[Uniform, Plan]:
@@ -85,7 +88,7 @@ def _uniform_plans(
         for groups, shuffle in itertools.product(group_counts, shuffles):
             own = replace(rules, structures=(kind,), shuffle=shuffle)
             try:
-                made = plan_observed(model, observed, input_shape, groups=groups, rules=own)
+                made = plan_observed(model, observed, example, groups=groups, rules=own)
             except PlanError as error:
                 if problem is None or kind == rules.kinds[0]:  # of plain groups, as many as there may be
                     problem = error

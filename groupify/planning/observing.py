@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from groupify.errors import ConversionError
+from groupify.graph.call import Call
 from groupify.graph.forward import run_once
 from groupify.graph.plain_layers import CONVS, Conv
 from groupify.structures import Observed
@@ -32,16 +33,16 @@ _SAME_ANSWERS = {
 _LIKE = {Tensor.to, Tensor.type_as}
 
 
-def observe(model: nn.Module, example: Tensor) -> dict[str, Observed]:
+def observe(model: nn.Module, example: Call | Tensor) -> dict[str, Observed]:
     """Run the model once; the convs in the order in which they run.
 
     Raises:
-        ConversionError: the model is not ready to run, or not on that input shape.
+        ConversionError: the model is not ready to run, or not on such inputs.
     """
     return _watched(model, example).observed
 
 
-def functional_convs(model: nn.Module, example: Tensor) -> tuple[str, ...]:
+def functional_convs(model: nn.Module, example: Call | Tensor) -> tuple[str, ...]:
     """Return one line for each module that calls a conv function itself: there is no layer to replace."""
     return tuple(
         f"{name or 'the model itself'} calls F.{function} with a weight of shape {shape} ({calls}×): "
@@ -65,7 +66,7 @@ def check_ready(model: nn.Module) -> None:
             )
 
 
-def _watched(model: nn.Module, example: Tensor) -> _Watch:
+def _watched(model: nn.Module, example: Call | Tensor) -> _Watch:
     check_ready(model)
     watch = _Watch(model)
     handles = [handle for name, module in model.named_modules() for handle in watch.hooks(name, module)]

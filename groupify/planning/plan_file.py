@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from groupify.conversion.surgery import restructure
 from groupify.documents import Document, OneOf, Text
 from groupify.errors import PlanError
+from groupify.graph.call import one_example
 from groupify.machine import KNOWN_CPUS
 from groupify.models.wrappers import unwrapped
 from groupify.planning.sites import describe, find_convs
@@ -68,16 +69,20 @@ class PlanFile(Document):
         text = super().dumps()  # the line breaks in it are those of its layout: texts have none
         return text.replace("{\n      ", "{").replace(",\n      ", ", ").replace("\n    }", "}")
 
-    def apply(self, model: nn.Module, input_shape: tuple[int, ...]) -> Plan:
+    def apply(
+        self, model: nn.Module, input_shape: tuple[int, ...] | None = None, *, example_inputs: Any = None
+    ) -> Plan:
         """Return the plan for a model, with what it costs.
 
         Args:
             model: the dense model; left untouched.
             input_shape: (C, H, W) of one image.
+            example_inputs: in its place, what the model is called with; see ``plan``.
 
         Raises:
             PlanError: it replaces nothing, names a conv that the model has not, or leaves one dense with
                 another number of groups.
+            SpecError: neither ``input_shape`` nor ``example_inputs``, or both.
             ConversionError: a conv cannot be replaced as it says.
         """
         if not self.recipes:
@@ -88,7 +93,7 @@ class PlanFile(Document):
             if site.kind == DENSE:
                 _check_dense(site, convs[site.name].groups if site.name in convs else None)
         restructure(model, self.recipes)  # refuses what does not fit
-        plan = describe(model, self.recipes, input_shape, self.cpu)
+        plan = describe(model, self.recipes, one_example(input_shape, example_inputs), self.cpu)
         sites = (site if site.converted else replace(site, reason="dense in the plan") for site in plan.sites)
         return replace(plan, sites=tuple(sites))
 

@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from groupify.conversion.conversion import Calibration, convert
+from groupify.data.calls import Inputs
 from groupify.errors import SpecError
-from groupify.graph.call import example_input
+from groupify.graph.call import Example, as_call, one_example
 from groupify.measure.latency_table import LatencyTable, cached_table, look_up
 from groupify.measure.plan_timer import PlanTimer
 from groupify.models.wrappers import unwrapped
@@ -45,19 +46,21 @@ class Images:
         fit: unlabelled calibration images to fit on, shape (N, C, H, W).
         held_out: other images, on which plans are compared.
         labels: class numbers of those, shape (M,); None = unlabelled. Only a limit on the drop reads them.
+        inputs: for a model that takes more than images, a batch of them → positional and keyword arguments.
     """
 
     fit: Tensor
     held_out: Tensor
     labels: Tensor | None = None
+    inputs: Inputs | None = None
 
     @classmethod
-    def split(cls, images: Tensor, labels: Tensor | None = None) -> Images:
+    def split(cls, images: Tensor, labels: Tensor | None = None, inputs: Inputs | None = None) -> Images:
         """Hold the last quarter out; of a single image, the image itself."""
         count = max(1, round(len(images) * (1 - _HELD_OUT)))
         if count == len(images):
-            return cls(images, images, labels)
-        return cls(images[:count], images[count:], None if labels is None else labels[count:])
+            return cls(images, images, labels, inputs)
+        return cls(images[:count], images[count:], None if labels is None else labels[count:], inputs)
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,11 @@ class SearchOptions:
 
 def plan_for_budget(
     model: nn.Module,
-    input_shape: tuple[int, ...],
-    budget: Budget | str,
+    input_shape: tuple[int, ...] | None = None,
+    budget: Budget | str = "",
     images: Images | Tensor | None = None,
     *,
+    example_inputs: Any = None,
     rules: Rules = Rules(),
     options: SearchOptions = SearchOptions(),
     convert_plan: ConvertPlan | None = None,
@@ -107,10 +111,12 @@ def plan_for_budget(
 
     Args:
         model: a dense model; left untouched.
-        input_shape: (C, H, W) of one image.
+        input_shape: (C, H, W) of one image, for a model of one input.
         budget: for example ``"macs=40%,params=8M"``.
         images: unlabelled calibration images, of which a quarter is held out, or ``Images``. None = predict
             from the weights alone, and compare nothing.
+        example_inputs: in the place of ``input_shape``, what the model is called with; see ``plan``.
+            ``Images`` then need ``inputs``.
         rules: which convs may be converted and into what; by default what is fast on this machine's
             processor.
         options: how to look for the plan.
@@ -120,7 +126,7 @@ def plan_for_budget(
     Raises:
         PlanError: the budget cannot be held; says by how much.
         SpecError: the budget or an option cannot be understood, or a limit on the drop comes without images.
-        ConversionError: the model does not run on that input shape, or cannot be converted.
+        ConversionError: the model does not run on such inputs, or cannot be converted.
     """
     model = unwrapped(model)
     if isinstance(budget, str):
@@ -130,19 +136,20 @@ def plan_for_budget(
     if budget.drop is not None and images is None:
         raise SpecError(f"{budget} limits the drop of accuracy, which needs images; give --data")
     needs_latency = options.table is not None or any(limit.quantity == LATENCY for limit in budget.limits)
-    costing = make_costing(model, input_shape, images, rules, options, latency=needs_latency)
+    example = one_example(input_shape, example_inputs)
+    costing = make_costing(model, example, images, rules, options, latency=needs_latency)
     judge = None
     if images is not None and (options.verify or budget.drop is not None):
         judge = HeldOut(model, images, options, convert_plan)
     found = Race(_finder(model, budget, costing, options), judge, progress=options.progress).run()
     names = [site.name for site in found.plan.converted]
-    notes = limits(model, names, example_input(input_shape, like=model))
+    notes = limits(model, names, as_call(example, model))
     return replace(found, plan=replace(found.plan, notes=notes))
 
 
 def make_costing(
     model: nn.Module,
-    input_shape: tuple[int, ...],
+    example: Example,
     images: Images | None,
     rules: Rules,
     options: SearchOptions,
@@ -154,8 +161,8 @@ def make_costing(
         raise SpecError(
             f"unknown sensitivity {options.sensitivity!r}, expected one of {', '.join(SENSITIVITIES)}"
         )
-    choices = candidates(model, input_shape, rules)
-    dense = measure_cost(model, example_input(input_shape, like=model))
+    choices = candidates(model, example, rules)
+    dense = measure_cost(model, as_call(example, model, batch=1))
     sensitivity = _sensitivity(model, choices, images, options)
     if not latency:
         return Costing(choices, sensitivity, dense)
@@ -179,7 +186,12 @@ def _sensitivity(
 ) -> Sensitivity:
     if images is None:
         return weight_sensitivity(model, choices, seed=options.seed, progress=options.progress)
-    how: dict[str, Any] = {"seed": options.seed, "cache": options.cache, "progress": options.progress}
+    how: dict[str, Any] = {
+        "inputs": images.inputs,
+        "seed": options.seed,
+        "cache": options.cache,
+        "progress": options.progress,
+    }
     if options.sensitivity == "exact":
         return exact_sensitivity(model, choices, images.fit, images.held_out, **how)
     return measure_sensitivity(model, choices, images.fit, **how)
@@ -219,7 +231,7 @@ class HeldOut:
     ) -> None:
         self._model, self._images, self._options = model, images, options
         self._convert = convert_plan or self._fit
-        self._judge = Judge(model, images.held_out, images.labels)
+        self._judge = Judge(model, images.held_out, images.labels, inputs=images.inputs)
         self._known: dict[tuple[SiteRecipe, ...], Judgement] = {}
 
     @property
@@ -237,5 +249,5 @@ class HeldOut:
         return f"{len(self._judge)} held-out {'labelled' if self.labelled else 'unlabelled'} images"
 
     def _fit(self, plan: Plan) -> nn.Module:
-        calibration, options = Calibration(self._images.fit), self._options
+        calibration, options = Calibration(self._images.fit, inputs=self._images.inputs), self._options
         return convert(self._model, plan, calibration, seed=options.seed, progress=options.progress).model

@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from groupify.conversion.clustering import SiteScore, cluster
 from groupify.conversion.conversion import Calibration, convert
+from groupify.data.calls import Inputs, model_inputs
 from groupify.errors import DataError, GroupifyWarning
 from groupify.files import NumberCache, fingerprint
-from groupify.graph.call import Call, example_input
+from groupify.graph.call import Call, as_call
 from groupify.graph.capture import capture
 from groupify.graph.channels import channel_classes
 from groupify.graph.copying import copy_of
@@ -60,6 +61,7 @@ def measure_sensitivity(
     choices: Choices,
     images: Tensor,
     *,
+    inputs: Inputs | None = None,
     seed: int = 0,
     cache: Path | None = None,
     progress: bool = False,
@@ -75,6 +77,7 @@ def measure_sensitivity(
         model: the dense model; left untouched.
         choices: what may become of each conv.
         images: shape (N, C, H, W), preprocessed as for inference.
+        inputs: a batch of images → what the model is called with; None = the images.
         seed: seed of the sampled positions and directions.
         cache: folder to keep the numbers in; None = nowhere.
         progress: show a bar on stderr.
@@ -91,9 +94,9 @@ def measure_sensitivity(
     if len(images) == 0:
         raise DataError("no images to measure the sensitivity on; expected at least one")
     convs = choices.open_sites
-    store = _store(cache, _key(model, images, seed))
+    store = _store(cache, _key(model, images, inputs, seed))
     dense = copy_of(model).float().eval().requires_grad_(False)
-    work = _Measurement(dense, choices, images.float(), seed, progress)
+    work = _Measurement(dense, choices, images.float(), inputs, seed, progress)
     missing = [options for options in convs if any(c.key not in store.numbers for c in options[1:])]
     with torch.random.fork_rng(devices=[]):
         for chunk in chunks(missing, lambda options: _moment_bytes(dense, options), memory):
@@ -118,7 +121,7 @@ def weight_sensitivity(
     names = [options[0].site.name for options in convs]
     weights = {n: dense.get_submodule(n).get_parameter("weight").detach().flatten(2) for n in names}
     scores = {name: weight.square().sum(2) for name, weight in weights.items()}
-    example = Call((example_input(choices.input_shape, batch=2, like=dense),))
+    example = as_call(choices.example, dense).floats(Tensor.float)
     orders = _channel_orders(dense, choices, example, scores, seed)
     losses = {}
     for options in tqdm(convs, desc="errors", disable=None if progress else True, leave=False):
@@ -136,6 +139,7 @@ def exact_sensitivity(
     images: Tensor,
     held_out: Tensor,
     *,
+    inputs: Inputs | None = None,
     seed: int = 0,
     cache: Path | None = None,
     progress: bool = False,
@@ -147,10 +151,10 @@ def exact_sensitivity(
         choices: what may become of each conv.
         images: to fit on, shape (N, C, H, W).
         held_out: to measure on.
-        seed, cache, progress: as for ``measure_sensitivity``.
+        inputs, seed, cache, progress: as for ``measure_sensitivity``.
     """
-    store = _store(cache, fingerprint(("exact",), (held_out,)) + _key(model, images, seed))
-    judge = Judge(model, held_out)
+    store = _store(cache, fingerprint(("exact",), (held_out,)) + _key(model, images, inputs, seed))
+    judge = Judge(model, held_out, inputs=inputs)
     numbers = range(len(choices.sites))
     plans = {
         candidate.key: choices.plan([index if other == number else 0 for other in numbers])
@@ -160,7 +164,7 @@ def exact_sensitivity(
     }
     for key, plan in tqdm(plans.items(), desc="exact", disable=None if progress else True, leave=False):
         if key not in store.numbers:
-            converted = convert(model, plan, Calibration(images), seed=seed).model
+            converted = convert(model, plan, Calibration(images, inputs=inputs), seed=seed).model
             store.add({key: max(0.0, judge.judge(converted).divergence)})
     return Sensitivity(
         {key: store.numbers[key] for key in plans},
@@ -172,9 +176,11 @@ def _store(cache: Path | None, key: str) -> NumberCache:
     return NumberCache(None if cache is None else cache / f"sensitivity-{key}.json")
 
 
-def _key(model: nn.Module, images: Tensor, seed: int) -> str:
+def _key(model: nn.Module, images: Tensor, inputs: Inputs | None, seed: int) -> str:
     structure = repr(model)
-    return fingerprint((_VERSION, structure, str(seed)), (*model.state_dict().values(), images))
+    # A function has no fingerprint, but what it gives has.
+    given = () if inputs is None else model_inputs(images, inputs).tensors
+    return fingerprint((_VERSION, structure, str(seed)), (*model.state_dict().values(), images, *given))
 
 
 def _moment_bytes(model: nn.Module, options: tuple[Candidate, ...]) -> int:
@@ -185,8 +191,17 @@ def _moment_bytes(model: nn.Module, options: tuple[Candidate, ...]) -> int:
 class _Measurement:
     """The passes over the images and what is computed from them."""
 
-    def __init__(self, dense: nn.Module, choices: Choices, images: Tensor, seed: int, progress: bool) -> None:
+    def __init__(
+        self,
+        dense: nn.Module,
+        choices: Choices,
+        images: Tensor,
+        inputs: Inputs | None,
+        seed: int,
+        progress: bool,
+    ) -> None:
         self._dense = dense
+        self._inputs = inputs
         self._choices = choices
         self._images = images
         self._seed = seed
@@ -209,16 +224,18 @@ class _Measurement:
             self._statistics = self._pass(every if first else whole, whole, backward=False)
         if self._orders is None:
             scores = {name: _score(self._weight(name), found) for name, found in self._statistics.items()}
+            images = self._images[:2]
+            call = Call((images,)) if self._inputs is None else model_inputs(images, self._inputs)
             self._orders = _channel_orders(
-                self._dense, self._choices, Call((self._images[:2],)), scores, self._seed
+                self._dense, self._choices, call.on(self._dense), scores, self._seed
             )
 
     def _pass(
         self, names: Sequence[str], whole: Sequence[str], *, backward: bool
     ) -> dict[str, SiteStatistics]:
         return observe_sites(
-            self._dense, self._images, names, whole, seed=self._seed, importance=backward,
-            progress=self._progress,
+            self._dense, self._images, names, whole, inputs=self._inputs, seed=self._seed,
+            importance=backward, progress=self._progress,
         )  # fmt: skip
 
     def losses(self, options: Sequence[Candidate]) -> dict[str, float]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from groupify.errors import ConversionError
-from groupify.graph.call import Call, example_input
+from groupify.graph.call import Call, Example, as_call, shape_of
 from groupify.graph.capture import capture
 from groupify.graph.channels import channel_classes
 from groupify.graph.forward import evaluating
@@ -67,20 +66,21 @@ def site_plan(conv: Conv, recipe: SiteRecipe, run: Observed | None, reason: str 
     )
 
 
-def describe(model: nn.Module, recipes: Sequence[SiteRecipe], input_shape: tuple[int, ...], cpu: str) -> Plan:
+def describe(model: nn.Module, recipes: Sequence[SiteRecipe], example: Example, cpu: str) -> Plan:
     """Return the plan that given replacements of a dense model amount to.
 
     Args:
         model: the dense model; left untouched (one forward pass is run).
         recipes: what is replaced.
-        input_shape: (C, H, W) of one image.
+        example: (C, H, W) of one image, or how the model is called.
         cpu: the processor that they were planned for.
 
     Raises:
-        ConversionError: the model does not run on that input shape, or does more with a conv than call it.
+        ConversionError: the model does not run on such inputs, or does more with a conv than call it.
     """
     model = unwrapped(model)
-    observed = observe(model, example_input(input_shape, like=model))
+    call = as_call(example, model, batch=1)
+    observed = observe(model, call)
     replaced = {recipe.name: recipe for recipe in recipes}
     sites = []
     for name, conv in in_order(find_convs(model), observed).items():
@@ -91,7 +91,7 @@ def describe(model: nn.Module, recipes: Sequence[SiteRecipe], input_shape: tuple
             _refuse_hindered(recipe, observed.get(name))
         sites.append(site_plan(conv, recipe, observed.get(name), reason))
     groups = max((recipe.groups for recipe in recipes), default=1)
-    return Plan(tuple(sites), tuple(input_shape), groups, cpu)
+    return Plan(tuple(sites), shape_of(example), groups, cpu, inputs=tuple(call.named_tensors(model)))
 
 
 def _refuse_hindered(recipe: SiteRecipe, run: Observed | None) -> None:
@@ -102,24 +102,23 @@ def _refuse_hindered(recipe: SiteRecipe, run: Observed | None) -> None:
         raise ConversionError(f"layer {recipe.name!r} cannot be replaced as planned: {hindrance}")
 
 
-def limits(model: nn.Module, sites: Sequence[str], example: Tensor) -> tuple[str, ...]:
+def limits(model: nn.Module, sites: Sequence[str], example: Call) -> tuple[str, ...]:
     """Return one line for each thing that a conversion of ``sites`` has to do without.
 
     Args:
         model: the dense model; left untouched.
         sites: names of the convs to be converted.
-        example: an input.
+        example: how it is called, with two examples: a batch of one would be a case of its own.
     """
     notes = (*unseen_layers(model), *functional_convs(model, example))
-    call = Call((torch.cat([example, example]),))  # a batch of one would be a case of its own
-    captured = capture(model, call)
+    captured = capture(model, example)
     if captured.graph is not None:
-        pinned_by = channel_classes(captured.graph, call).pinned_by
+        pinned_by = channel_classes(captured.graph, example).pinned_by
         if pinned_by:
             notes = (*notes, f"channels that {', '.join(pinned_by)} reads keep their order")
     else:
         with evaluating(model):
-            parts = find_parts(model, sites, call)
+            parts = find_parts(model, sites, example)
         inside = sum(len(part.sites) for part in parts)
         names = [part.name for part in parts]
         notes = (*notes, given_up(captured.problem or "", names, len(sites) - inside))

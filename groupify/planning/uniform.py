@@ -6,13 +6,14 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from groupify.conversion.replaceable import LeftAlone, shared_weights
 from groupify.conversion.surgery import why_no_pair
 from groupify.errors import GroupifyWarning, PlanError
-from groupify.graph.call import example_input
+from groupify.graph.call import Call, Example, as_call, one_example, shape_of
 from groupify.graph.plain_layers import Conv
 from groupify.models.wrappers import unseen_layers, unwrapped
 from groupify.planning.left_alone import nothing_fits, why_left_alone, why_shortcut
@@ -40,20 +41,23 @@ class _Choice:
 
 def plan(
     model: nn.Module,
-    input_shape: tuple[int, ...],
+    input_shape: tuple[int, ...] | None = None,
     *,
     groups: int,
     rules: Rules = Rules(),
+    example_inputs: Any = None,
 ) -> Plan:
     """Decide for every conv of a model how many groups it gets.
 
     Args:
         model: a dense model; left untouched (one forward pass is run).
-        input_shape: (C, H, W) of one image.
+        input_shape: (C, H, W) of one image, for a model of one input.
         groups: number of groups to aim at; a conv whose channels it does not divide gets the largest
             smaller number that does.
         rules: which convs may be converted and into what; by default plain groups that are fast on this
             machine's processor.
+        example_inputs: in the place of ``input_shape``, what the model is called with: a tensor with a batch
+            dimension, a tuple of positional arguments, a dict of keyword arguments, or a tuple of these two.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3), torch.nn.Conv2d(32, 64, 3))
@@ -65,16 +69,18 @@ def plan(
     Raises:
         PlanError: ``groups`` fits no conv or is out of range, a pattern matches nothing, or the rules allow
             more than one kind of replacement.
-        ConversionError: the model does not run on that input shape.
+        SpecError: neither ``input_shape`` nor ``example_inputs``, or both.
+        ConversionError: the model does not run on such inputs.
 
     Warns:
         GroupifyWarning: convs are expected to be slower with groups; where ``min_group_width`` is a number.
     """
     _check_groups(groups)
     model = unwrapped(model)
-    example = example_input(input_shape, like=model)
-    made = plan_observed(model, observe(model, example), input_shape, groups=groups, rules=rules)
-    notes = limits(model, [site.name for site in made.converted], example)
+    example = one_example(input_shape, example_inputs)
+    observed = observe(model, as_call(example, model, batch=1))
+    made = plan_observed(model, observed, example, groups=groups, rules=rules)
+    notes = limits(model, [site.name for site in made.converted], as_call(example, model))
     slower = latency_warning(made, rules.cpu_block)
     if slower is not None:
         made = with_latency_reasons(made, rules.cpu_block)
@@ -86,29 +92,30 @@ def plan(
 def plan_observed(
     model: nn.Module,
     observed: Mapping[str, Observed],
-    input_shape: tuple[int, ...],
+    example: Example,
     *,
     groups: int,
     rules: Rules,
 ) -> Plan:
     """Do what ``plan`` does, from a forward pass that ``observe`` has watched; without notes and warnings."""
     _check_groups(groups)
-    convs = find_convs(model)
+    convs, call = find_convs(model), as_call(example, model, batch=1)
     if not convs:
-        raise PlanError(_no_convs(model, example_input(input_shape, like=model)))
+        raise PlanError(_no_convs(model, call))
     rules.check_patterns(convs)
     choices = _choices(convs, observed, shared_weights(model), groups, rules)
     sites = [
         site_plan(convs[name], _recipe(name, choice, rules), observed.get(name), choice.reason)
         for name, choice in choices.items()
     ]
-    result = Plan(tuple(sites), tuple(input_shape), groups, rules.resolved().cpu)
+    inputs = tuple(call.named_tensors(model))
+    result = Plan(tuple(sites), shape_of(example), groups, rules.resolved().cpu, inputs=inputs)
     if not result.converted:
         raise PlanError(nothing_fits([choice.left_alone for choice in choices.values() if choice.left_alone]))
     return leave_slow_sites_dense(result, rules.block) if rules.block > 1 else result
 
 
-def _no_convs(model: nn.Module, example: Tensor) -> str:
+def _no_convs(model: nn.Module, example: Call) -> str:
     found = (*unseen_layers(model), *functional_convs(model, example))
     return "; ".join(("the model has no conv layer, so there is no convolution worth grouping", *found))
 

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from groupify.data.calls import Inputs, model_inputs
 from groupify.errors import ConversionError, DataError
+from groupify.graph.call import Call
 from groupify.graph.plain_layers import CONVS, Conv
 from groupify.scores import class_scores
 from groupify.stats.moments import InputMoments
@@ -45,6 +47,7 @@ def observe_sites(
     names: Sequence[str],
     whole: Sequence[str],
     *,
+    inputs: Inputs | None = None,
     samples_per_input: float = 4.0,
     samples_minimum: int = 8192,
     batch_size: int = 50,
@@ -59,6 +62,7 @@ def observe_sites(
         images: shape (N, C, H, W).
         names: the convs to look at.
         whole: those of them whose whole input covariance is wanted, D × D numbers each.
+        inputs: a batch of images → what the model is called with; None = the images.
         samples_per_input, samples_minimum: positions sampled for each of the D inputs, and at least.
         batch_size: images per step.
         seed: seed of the positions and signs.
@@ -76,7 +80,7 @@ def observe_sites(
     try:
         batches = images.split(batch_size)
         for batch in tqdm(batches, desc="sensitivity", disable=None if progress else True, leave=False):
-            work.run(batch)
+            work.run(Call((batch,)) if inputs is None else model_inputs(batch, inputs).on(model))
     finally:
         for handle in handles:
             handle.remove()
@@ -86,6 +90,10 @@ def observe_sites(
         )
         for name, moments in work.moments.items()
     }
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_()
 
 
 class _Pass:
@@ -111,15 +119,15 @@ class _Pass:
         self.seen = 0
         self._cut: str | None = None  # the first conv whose outputs get no gradient
 
-    def run(self, batch: Tensor) -> None:
+    def run(self, batch: Call) -> None:
         """Add one batch."""
         if not self._backward:
             with torch.no_grad():
-                self._model(batch)
+                batch.apply(self._model)
         else:
             # A leaf that needs gradients makes all that depends on it have one; the weights need none.
             with torch.enable_grad():
-                scores = class_scores(self._model(batch.requires_grad_()), per_pixel=True)
+                scores = class_scores(batch.floats(_leaf).apply(self._model), per_pixel=True)
                 if self._cut is not None or not scores.requires_grad:
                     where = "the model's outputs" if self._cut is None else f"layer {self._cut!r}"
                     raise DataError(
@@ -127,7 +135,7 @@ class _Pass:
                         "in part"
                     )
                 scores.backward(score_directions(scores.detach(), self._generator))
-        self.seen += len(batch)
+        self.seen += batch.batch_size
 
     def hook(self, name: str) -> Any:
         def watch(module: nn.Module, inputs: Any, named: dict[str, Any], output: Tensor) -> None:

@@ -68,16 +68,18 @@ class Between(nn.Module):
 Net = TypeVar("Net", bound=nn.Module)
 
 
-def hidden(net: Net, vectors: Iterable[Tensor] = (), *, second: bool = True) -> Net:
+def hidden(net: Net, vectors: Iterable[Tensor] = (), *, second: bool = True, example: Any = None) -> Net:
     """Make a net of ``stem``, ``c1`` and ``c2`` grouped already, behind channels that are reordered.
 
     Args:
         net: the net.
         vectors: what is kept for each channel between the two convs.
         second: whether the channels between them are reordered, too; else only those in front of ``c1``.
+        example: what it is called with, as for ``Call.of``; None = an image.
     """
     grouped_already(net, PAIRS)
-    example = noise(2, (next(net.parameters()).shape[1], 8, 8))
+    if example is None:
+        example = noise(2, (next(net.parameters()).shape[1], 8, 8))
     before = _outputs(net, example)
     stem, first, last = (net.get_submodule(name) for name in ("stem", "c1", "c2"))
     assert isinstance(stem, nn.Conv2d)
@@ -90,9 +92,9 @@ def hidden(net: Net, vectors: Iterable[Tensor] = (), *, second: bool = True) -> 
     return net
 
 
-def _outputs(net: nn.Module, example: Tensor) -> Any:
+def _outputs(net: nn.Module, example: Any) -> Any:
     with torch.no_grad():
-        return copy.deepcopy(net)(example.clone())
+        return Call.of(example).run(copy.deepcopy(net))
 
 
 def convert_small(net: nn.Module, images: Tensor | None = None, **rules: Any) -> Conversion:

@@ -14,9 +14,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import groupify
 from groupify.data import calibration as module
-from groupify.data.batches import ModelInputs, calibration_images, iterate_batches, model_inputs
+from groupify.data.batches import calibration_images, iterate_batches
 from groupify.data.calibration import calibration_inputs
+from groupify.data.calls import model_inputs
 from groupify.errors import DataError
+from groupify.graph.call import Call
 
 IMAGES = torch.arange(10.0)[:, None, None, None].expand(10, 3, 4, 4).contiguous()
 
@@ -124,7 +126,7 @@ def test_what_of_a_batch_goes_to_the_model() -> None:
     assert model_inputs(batch).args[0] is IMAGES
     assert model_inputs(batch).kwargs == {}
     two = model_inputs(batch, lambda both: ((both[0],), {"scale": both[1]}))
-    assert two == ModelInputs((IMAGES,), {"scale": batch[1]})
+    assert two == Call((IMAGES,), {"scale": batch[1]})
     wrongs: list[Any] = [lambda both: both[0], lambda _: ((), 3), lambda _: ([IMAGES], {})]
     for wrong in wrongs:
         with pytest.raises(DataError, match="expected a tuple of arguments and a dict of keyword arguments"):
