@@ -43,8 +43,8 @@ class Calibration:
             is read once and becomes a tensor; preprocessed as for inference and not augmented: augmented
             views made the fit worse (by up to 0.7 points on Fashion-MNIST). Labels are not looked at.
         inputs: for a model that takes more than images, a batch, as the data gives it, → positional and
-            keyword arguments. ``images`` may then be data whose samples have any form; what the function gives
-            is kept in memory.
+            keyword arguments. ``images`` may then be data whose samples have any form; what the function
+            gives is kept in memory.
         batch_size: images per step.
         clustering: what decides which channels form a group: ``"data"``, ``"norm"`` (weights
             alone) or ``"none"``.

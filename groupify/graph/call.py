@@ -87,6 +87,13 @@ class Call:
         return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
 
     @property
+    def tensors_in_order(self) -> list[Tensor]:
+        """The tensors among the arguments in the order in which ``map`` comes to them."""
+        found: list[Tensor] = []
+        self.map(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+        return found
+
+    @property
     def batch_size(self) -> int:
         """Length of the first dimension of the first tensor that has one; 1 if there is none."""
         return next((len(tensor) for tensor in self.tensors if tensor.dim()), 1)

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from groupify.errors import GroupifyError
+from groupify.graph.call import Call, one_example
 from groupify.onnx.feeds import random_feed
 from groupify.onnx.providers import CPU
-from groupify.onnx.runtime import open_session, run_feed
+from groupify.onnx.runtime import open_session, run_feed, session_feed
 
 SECONDS = 4.0
 QUICK_SECONDS = 1.0
@@ -197,6 +198,7 @@ def benchmark_onnx(
     models: Mapping[str, Path],
     *,
     input_shape: tuple[int, ...] | None = None,
+    example_inputs: Any = None,
     threads: Sequence[int] = (1,),
     batch_sizes: Sequence[int] = (1,),
     seconds: float = SECONDS,
@@ -209,6 +211,7 @@ def benchmark_onnx(
     Args:
         models: files by name.
         input_shape: shape of one input, without the batch dimension; None = as each file says.
+        example_inputs: in its place, what the models are called with; see ``export``.
         threads: numbers of intra-op threads to try.
         batch_sizes: batch sizes to try.
         seconds: measuring time per setting, for all models together (at least five rounds).
@@ -224,13 +227,20 @@ def benchmark_onnx(
         GroupifyError: a setting is below 1, or ONNX Runtime cannot run a file.
     """
 
+    call = None
+    if example_inputs is not None:
+        call = one_example(input_shape, example_inputs)
+
     def prepare(size: int, count: int) -> dict[str, Callable[[], object]]:
-        return {
-            name: _onnx_call(
-                open_session(path, threads=count, provider=provider), path, size, input_shape, seed
-            )
-            for name, path in models.items()
-        }
+        runs = {}
+        for name, path in models.items():
+            session = open_session(path, threads=count, provider=provider)
+            if isinstance(call, Call):
+                feed: Mapping[str, Any] = session_feed(session, path, call.of_size(size))
+            else:
+                feed = random_feed(session, str(path), size, input_shape, seed=seed)
+            runs[name] = _onnx_call(session, path, feed)
+        return runs
 
     return _benchmark(models, prepare, threads, batch_sizes, seconds, progress)
 
@@ -297,10 +307,7 @@ def _benchmark(
     return rows
 
 
-def _onnx_call(
-    session: Any, path: Path, batch_size: int, input_shape: tuple[int, ...] | None, seed: int
-) -> Callable[[], object]:
-    feed = random_feed(session, str(path), batch_size, input_shape, seed=seed)
+def _onnx_call(session: Any, path: Path, feed: Mapping[str, Any]) -> Callable[[], object]:
     run_feed(session, path, feed)  # so that what does not run is said once, in a line
     return lambda: session.run(None, feed)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from groupify.documents import Amount, Count, Fraction
 from groupify.errors import DataError, GroupifyError
+from groupify.graph.call import Call
 from groupify.graph.forward import evaluating
 from groupify.onnx.outputs import named_outputs
 from groupify.onnx.runtime import Array, OnnxModule
@@ -21,13 +22,10 @@ from groupify.onnx.runtime import Array, OnnxModule
 _BATCH = 16
 
 
-def reference_outputs(model: nn.Module, batch: Tensor) -> dict[str, Array]:
+def reference_outputs(model: nn.Module, call: Call) -> dict[str, Array]:
     """Run the model in evaluation mode; outputs by name, of their own types but half precision as float32."""
-    parameter = next(model.parameters(), None)
-    # A copy: some models normalise their input in place.
-    inputs = batch.clone() if parameter is None else batch.clone().to(parameter.device)
     with evaluating(model), torch.no_grad():
-        outputs = named_outputs(model(inputs))
+        outputs = named_outputs(call.on(model).run(model))
     return {name: as_array(output) for name, output in outputs.items()}
 
 

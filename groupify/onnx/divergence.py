@@ -14,13 +14,14 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from groupify.graph.call import Call
 from groupify.graph.forward import evaluating
 from groupify.onnx.comparison import compare_outputs, scale_of
-from groupify.onnx.runtime import Array, open_session
+from groupify.onnx.runtime import Array, open_session, session_feed
 
 
 def first_divergence(
-    model: nn.Module, path: Path, batch: Tensor, reference: Mapping[str, Array], *, tolerance: float
+    model: nn.Module, path: Path, batch: Call, reference: Mapping[str, Array], *, tolerance: float
 ) -> str:
     """Say which node of an ONNX file is the first that departs from the model's layers.
 
@@ -71,7 +72,7 @@ class _LayerCall:
     position: int
 
 
-def _module_outputs(model: nn.Module, batch: Tensor) -> dict[str, list[Array]]:
+def _module_outputs(model: nn.Module, batch: Call) -> dict[str, list[Array]]:
     """Return the outputs of the leaf modules, one per call, by module name."""
     outputs: dict[str, list[Array]] = defaultdict(list)
     handles = []
@@ -84,10 +85,9 @@ def _module_outputs(model: nn.Module, batch: Tensor) -> dict[str, list[Array]]:
                     outputs[name].append(output.detach().float().cpu().numpy().copy())
 
             handles.append(module.register_forward_hook(record))
-    parameter = next(model.parameters(), None)
     try:
         with evaluating(model), torch.no_grad():
-            model(batch.clone() if parameter is None else batch.clone().to(parameter.device))
+            batch.on(model).run(model)
     finally:
         for handle in handles:
             handle.remove()
@@ -116,7 +116,7 @@ def _layer_calls(graph: Any, call_counts: dict[str, int]) -> list[_LayerCall]:
     return sorted(calls, key=lambda call: call.position)
 
 
-def _run_exposed(path: Path, batch: Tensor, names: list[str]) -> tuple[dict[str, Array], list[Array]]:
+def _run_exposed(path: Path, batch: Call, names: list[str]) -> tuple[dict[str, Array], list[Array]]:
     """Run the graph unoptimised; return the named values and the graph's own outputs."""
     model = onnx.load(str(path))
     own = [output.name for output in model.graph.output]
@@ -127,7 +127,7 @@ def _run_exposed(path: Path, batch: Tensor, names: list[str]) -> tuple[dict[str,
         draft = Path(folder) / path.name  # a file, since above 2 GB a model cannot be serialised in memory
         onnx.save(model, str(draft), save_as_external_data=model.ByteSize() > 2**31 - 1)
         session = open_session(draft, optimise=False)
-    results = session.run(own + names, {session.get_inputs()[0].name: batch.numpy()})
+    results = session.run(own + names, session_feed(session, path, batch))
     return dict(zip(names, results[len(own) :], strict=True)), results[: len(own)]
 
 

@@ -14,11 +14,12 @@ import onnx
 from torch import nn
 
 from groupify.errors import ArtefactError, ConversionError
+from groupify.graph.call import one_example
 from groupify.graph.forward import evaluating
 from groupify.machine import package_version
 from groupify.models.wrappers import unwrapped
 from groupify.onnx.lowering import optimise
-from groupify.onnx.tracing import INPUT_NAME, quiet_exporter, trace_to_onnx
+from groupify.onnx.tracing import quiet_exporter, trace_to_onnx
 
 if TYPE_CHECKING:
     from groupify.models.preprocessing import Preprocessing
@@ -35,7 +36,7 @@ class ExportedModel:
     path: Path
     opset: int
     file_bytes: int  # with the external data, if there is any
-    input_name: str
+    input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     shuffles: int  # channel permutations that the model has
     shuffles_left: int  # of them, those that still move data at run time
@@ -45,7 +46,8 @@ def export_onnx(
     model: nn.Module,
     path: Path | str,
     *,
-    input_shape: tuple[int, ...],
+    input_shape: tuple[int, ...] | None = None,
+    example_inputs: Any = None,
     preprocessing: Preprocessing | None = None,
     static_batch: int | None = None,
     opset: int | None = None,
@@ -53,14 +55,18 @@ def export_onnx(
 ) -> ExportedModel:
     """Export a model to ONNX, in evaluation mode, with its batch norms and channel shuffles folded.
 
-    The file has one input, ``input``, of shape (batch, *input_shape), float32, and one output for each tensor
-    that the model returns, however nested; dictionaries give their keys as names. Weights go to a second file
-    only above 2 GB. The file is written aside and renamed; the model is left as it was.
+    The file has one input, ``input``, of shape (batch, *input_shape), float32, or one for each tensor of
+    ``example_inputs``, under the names of the parameters of the model's forward (``batch.image`` for an entry
+    of a dict); what is no tensor is part of the file. It has one output for each tensor that the model
+    returns, however nested; dictionaries give their keys as names. Weights go to a second file only above
+    2 GB. The file is written aside and renamed; the model is left as it was.
 
     Args:
         model: any module that ``torch.export`` can trace.
         path: the file to write; an existing one is replaced.
         input_shape: shape of one input, without the batch dimension.
+        example_inputs: in its place, what the model is called with: a tensor with a batch dimension, a tuple
+            of positional arguments, a dict of keyword arguments, or a tuple of these two.
         preprocessing: what the inputs went through, recorded in the metadata.
         static_batch: a fixed batch size; None leaves it dynamic.
         opset: of the ONNX operators. None takes 18, the fastest in ONNX Runtime, or the lowest above it that
@@ -68,19 +74,21 @@ def export_onnx(
         metadata: more entries for the file's metadata.
 
     Raises:
-        ConversionError: the model does not run on the input shape, cannot be traced, or has operators that
+        SpecError: neither ``input_shape`` nor ``example_inputs``, or both.
+        ConversionError: the model does not run on such inputs, cannot be traced, or has operators that
             the opset lacks.
         ArtefactError: the file cannot be written.
     """
     file = Path(path)
     model = unwrapped(model)
+    example = one_example(input_shape, example_inputs)
     with evaluating(model):
-        traced = trace_to_onnx(model, input_shape, static_batch=static_batch, opset=opset)
+        traced = trace_to_onnx(model, example, static_batch=static_batch, opset=opset)
     folding = optimise(traced.program.model.graph)
     traced.program.model.metadata_props.update(_metadata(preprocessing, metadata))
     size = _write(traced.program, file)
     return ExportedModel(
-        file, traced.opset, size, INPUT_NAME, traced.output_names, folding.found, folding.kept
+        file, traced.opset, size, traced.input_names, traced.output_names, folding.found, folding.kept
     )
 
 

@@ -6,12 +6,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from groupify.errors import GroupifyError, ParityError
+from groupify.graph.call import Call, Example, one_example
 from groupify.onnx.comparison import (
     NO_DIFFERENCE,
     Comparison,
@@ -61,7 +63,8 @@ def check_parity(
     model: nn.Module,
     path: Path | str,
     *,
-    input_shape: tuple[int, ...],
+    input_shape: tuple[int, ...] | None = None,
+    example_inputs: Any = None,
     images: Tensor | None = None,
     batch_sizes: Sequence[int] = (1, 3),
     seed: int = 0,
@@ -77,6 +80,9 @@ def check_parity(
         model: the PyTorch model; its modes are restored afterwards.
         path: the ONNX file. Where the check fails it is renamed to ``<name>.failed``.
         input_shape: shape of one input, without the batch dimension.
+        example_inputs: in its place, what the model is called with. Fresh inputs are then its examples, mixed
+            and changed by up to a half, or random where all values of a tensor are the same; the examples
+            themselves count as real ones.
         images: real inputs, normalised, shape (N, *input_shape); tried in batches of each size.
         batch_sizes: the batches to try; a file of fixed batch size is tried at that one only.
         seed: of the random inputs (standard normal).
@@ -92,16 +98,19 @@ def check_parity(
     exported = OnnxModule(file)
     sizes = _batch_sizes(exported.fixed_batch, batch_sizes)
     generator = torch.Generator().manual_seed(seed)
-    random = [torch.randn(size, *input_shape, generator=generator) for size in sizes]
-    real = _real_batches(images, sizes)
+    example = one_example(input_shape, example_inputs)
+    random = [_random(example, size, generator) for size in sizes]
+    real = [Call((batch,)) for batch in _real_batches(images, sizes)]
+    if isinstance(example, Call):
+        real += [example.of_size(size) for size in sizes]
     check = _Check(model, file, exported, tolerance)
     total, noises = NO_DIFFERENCE, []
     for batch in random + real:
         found = check.compare(batch)
         if found.problem is not None:
             place = "" if found.other_shape else f"; {check.divergence(batch, found)}"
-            others = [other for other in random if len(other) != len(batch)]
-            _fail(file, f"{found.problem} (batch of {len(batch)}){place}{check.advice(others)}")
+            others = [other for other in random if other.batch_size != batch.batch_size]
+            _fail(file, f"{found.problem} (batch of {batch.batch_size}){place}{check.advice(others)}")
         total = total.worst(found.comparison)
         noises += [] if found.noise is None else [found.noise]
     return Parity(
@@ -109,7 +118,7 @@ def check_parity(
         total.relative,
         total.top1_agreement,
         tuple(sizes),
-        sum(len(batch) for batch in real),
+        sum(batch.batch_size for batch in real),
         max(noises, default=None),
     )
 
@@ -118,6 +127,19 @@ def _batch_sizes(fixed: int | None, wanted: Sequence[int]) -> list[int]:
     if not wanted or min(wanted) < 1:
         raise GroupifyError(f"batch sizes {tuple(wanted)} to check: expected one or more, each at least 1")
     return list(wanted) if fixed is None else [fixed]
+
+
+def _random(example: Example, size: int, generator: torch.Generator) -> Call:
+    if not isinstance(example, Call):
+        return Call((torch.randn(size, *example, generator=generator),))
+    mixed = example.part(torch.randint(example.batch_size, (size,), generator=generator))
+
+    def change(values: Tensor) -> Tensor:
+        if values.numel() and bool((values == values.reshape(-1)[0]).all()):
+            return torch.randn(values.shape, generator=generator).to(values)
+        return values * (0.5 + torch.rand(values.shape, generator=generator)).to(values)
+
+    return mixed.floats(change)
 
 
 def _real_batches(images: Tensor | None, sizes: Sequence[int]) -> list[Tensor]:
@@ -164,7 +186,7 @@ class _Check:
     exported: OnnxModule
     tolerance: float
 
-    def compare(self, batch: Tensor) -> _Found:
+    def compare(self, batch: Call) -> _Found:
         """Compare the outputs for one batch, with more effort where they differ."""
         expected = reference_outputs(self.model, batch)
         try:
@@ -177,7 +199,7 @@ class _Check:
         found = _Found(compare_outputs(expected, outputs), expected)
         return found if found.comparison.within(self.tolerance) else self._judge(batch, found, outputs)
 
-    def _judge(self, batch: Tensor, found: _Found, outputs: Mapping[str, Array]) -> _Found:
+    def _judge(self, batch: Call, found: _Found, outputs: Mapping[str, Array]) -> _Found:
         """Ask whether rounding explains the difference."""
         rounding = measure_rounding(self.model, batch, found.expected)
         ignored = undecided(self.model, batch, found.expected, self.tolerance)
@@ -203,14 +225,14 @@ class _Check:
             )
         return replace(found, problem=problem)
 
-    def divergence(self, batch: Tensor, found: _Found) -> str:
+    def divergence(self, batch: Call, found: _Found) -> str:
         """Say which node of the file is the first that is off."""
         tolerance = max(self.tolerance, _NOISE_FACTOR * (found.noise or 0.0))
         return first_divergence(self.model, self.file, batch, found.expected, tolerance=tolerance)
 
-    def advice(self, others: Sequence[Tensor]) -> str:
+    def advice(self, others: Sequence[Call]) -> str:
         """Say so if the outputs for batches of other sizes are right."""
-        good = [len(batch) for batch in others if self.compare(batch).problem is None]
+        good = [batch.batch_size for batch in others if self.compare(batch).problem is None]
         if not good:
             return ""
         return (

@@ -55,7 +55,7 @@ def quantize_onnx(path: Path | str, target: Path | str, *, images: Tensor) -> Qu
 
     Raises:
         DataError: no images.
-        ConversionError: the quantiser fails, whatever is left in float32.
+        ConversionError: the file has several inputs, or the quantiser fails, whatever is left in float32.
         ArtefactError: the file cannot be written.
     """
     if len(images) == 0:
@@ -78,6 +78,12 @@ def quantize_onnx(path: Path | str, target: Path | str, *, images: Tensor) -> Qu
 def _quantize(path: Path, draft: Path, images: Tensor, reduced: bool) -> tuple[FloatNode, ...]:
     """Quantise a file into another, which keeps its metadata, and check that; return what stays float32."""
     source = onnx.load(str(path))
+    if len(source.graph.input) > 1:
+        names = ", ".join(value.name for value in source.graph.input)
+        raise ConversionError(
+            f"{str(path)!r} has the inputs {names}: int8 is calibrated with images alone; deploy the "
+            "float file"
+        )
     quantiser = _Quantiser(path, source.graph, draft, reduced)
     left = _grouped_transposed(source.graph)
     problem = quantiser.problem(images, without=left)

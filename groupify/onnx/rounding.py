@@ -19,11 +19,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from groupify.graph.call import Call
 from groupify.onnx.comparison import differences, other_shapes, reference_outputs, scale_of
 from groupify.onnx.runtime import Array
 
 # Perturbations of the inputs, of each sign where the sign matters.
 _TRIES = 4
+_EPS = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Rounding:
     noise: float
 
 
-def measure_rounding(model: nn.Module, batch: Tensor, outputs: Mapping[str, Array]) -> Rounding:
+def measure_rounding(model: nn.Module, batch: Call, outputs: Mapping[str, Array]) -> Rounding:
     """Compare a model's float32 outputs with its float64 ones, or with those for inputs one rounding error
     off.
 
@@ -55,7 +57,7 @@ def measure_rounding(model: nn.Module, batch: Tensor, outputs: Mapping[str, Arra
     noises = []
     for _ in range(_TRIES):
         # One rounding error more or less in the inputs, and all that follow fall out differently.
-        shaken = batch * (1 + torch.finfo(torch.float32).eps * torch.randn(batch.shape, generator=generator))
+        shaken = batch.floats(lambda x: x * (1 + _EPS * torch.randn(x.shape, generator=generator).to(x)))
         noises.append(_noise(outputs, reference_outputs(model, shaken)))
     return Rounding(outputs, max(noises))
 
@@ -66,12 +68,12 @@ def _noise(reference: Mapping[str, Array], outputs: Mapping[str, Array]) -> floa
     return max(0.0, furthest(one, other, {})[1])
 
 
-def _float64_outputs(model: nn.Module, batch: Tensor) -> dict[str, Array] | None:
+def _float64_outputs(model: nn.Module, batch: Call) -> dict[str, Array] | None:
     """Run a copy of the model in float64; None where it does not run in that."""
     try:
         double = copy.deepcopy(model).double()
         with _default_type(torch.float64):
-            return reference_outputs(double, batch.double())
+            return reference_outputs(double, batch.floats(Tensor.double))
     except Exception:  # what a user's own model raises on types that it was not made for
         return None
 
@@ -87,8 +89,22 @@ def _default_type(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+class _Change:
+    """Adds noise of a size relative to the largest value of a tensor; the same for each seed."""
+
+    def __init__(self, seed: int, size: float) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._size = size
+
+    def __call__(self, values: Tensor) -> Tensor:
+        largest = float(values.abs().max()) if values.numel() else 0.0
+        return values + (self._size * largest) * torch.randn(values.shape, generator=self._generator).to(
+            values
+        )
+
+
 def undecided(
-    model: nn.Module, batch: Tensor, outputs: Mapping[str, Array], tolerance: float
+    model: nn.Module, batch: Call, outputs: Mapping[str, Array], tolerance: float
 ) -> dict[str, npt.NDArray[np.bool_]]:
     """Say which elements of the boolean and integer outputs change when the inputs do, a little.
 
@@ -104,9 +120,9 @@ def undecided(
     masks = {name: np.zeros(value.shape, bool) for name, value in outputs.items() if value.dtype.kind != "f"}
     generator = torch.Generator().manual_seed(0)
     for _ in range(_TRIES if masks else 0):
-        change = torch.randn(batch.shape, generator=generator) * (tolerance * float(batch.abs().max()))
+        seed = int(torch.randint(2**31, (), generator=generator))
         for sign in (1, -1):
-            others = reference_outputs(model, batch + sign * change)
+            others = reference_outputs(model, batch.floats(_Change(seed, sign * tolerance)))
             for name, mask in masks.items():
                 same_shape = name in others and others[name].shape == mask.shape
                 mask |= others[name] != outputs[name] if same_shape else True

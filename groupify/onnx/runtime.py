@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from groupify.errors import GroupifyError
+from groupify.graph.call import Call
+from groupify.onnx.inputs import feed
 from groupify.onnx.providers import CPU, check_started, execution_providers
 
 Array = npt.NDArray[np.float32]
@@ -80,57 +82,76 @@ def _options(threads: int, optimise: bool) -> Any:
     return options
 
 
-def run_session(session: Any, name: Path | str, values: Array) -> list[Array]:
-    """Run a session of one input and return its outputs; ``name`` is what an error calls it.
+_TYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(double)": torch.float64,
+    "tensor(float16)": torch.float16,
+}
+
+
+def session_feed(session: Any, name: Path | str, inputs: Call | Tensor) -> dict[str, Array]:
+    """Return what a call of the model feeds a session, by name, in the types that it takes.
 
     Raises:
-        GroupifyError: the model does not take inputs of that shape.
+        GroupifyError: it has other inputs; ``name`` is what the error calls it.
     """
-    return run_feed(session, name, {session.get_inputs()[0].name: values})
+    sources = {source.name: source for source in session.get_inputs()}
+    fed = feed(list(sources), Call.of(inputs), str(name))
+    return {key: _as_type(tensor, sources[key].type) for key, tensor in fed.items()}
 
 
-def run_feed(session: Any, name: Path | str, feed: Mapping[str, npt.NDArray[Any]]) -> list[Array]:
-    """Run a session on all its inputs by name; otherwise as ``run_session``."""
+def _as_type(tensor: Tensor, wanted: str) -> Array:
+    tensor = tensor.detach().cpu()
+    return tensor.to(_TYPES.get(wanted, tensor.dtype)).numpy()
+
+
+def run_feed(session: Any, name: Path | str, values: Mapping[str, npt.NDArray[Any]]) -> list[Array]:
+    """Run a session on all its inputs by name and return its outputs; ``name`` is what an error calls it.
+
+    Raises:
+        GroupifyError: the model does not take such inputs.
+    """
     try:
-        outputs: list[Array] = session.run(None, feed)
+        outputs: list[Array] = session.run(None, dict(values))
     except Exception as error:  # onnxruntime raises bare pybind classes of its own
         reason = str(error).splitlines()[0]
-        shapes = ", ".join(str(values.shape) for values in feed.values())
+        shapes = ", ".join(str(value.shape) for value in values.values())
         raise GroupifyError(f"ONNX Runtime cannot run {str(name)!r} on {shapes}: {reason}") from error
     return outputs
 
 
 class OnnxModule(nn.Module):
-    """An ONNX file that is called like a module: tensor in, first output out, on the CPU.
+    """An ONNX file that is called like the module: its inputs in, the first output out, on the CPU.
 
     It lets everything that measures a model, accuracy first of all, measure the file. A file of fixed batch
-    size is run as often as the images need, the last batch filled up with zeros.
+    size is run as often as the images need, the last batch filled up with the first images.
     """
 
     def __init__(self, path: Path | str, *, threads: int = 1) -> None:
         super().__init__()
         self._path = str(path)
         self._session = open_session(path, threads=threads)
-        source = self._session.get_inputs()[0]
-        self._batch = source.shape[0] if isinstance(source.shape[0], int) else None
+        sizes = [source.shape[0] for source in self._session.get_inputs() if source.shape]
+        # An input without a batch dimension has a fixed size in any file.
+        self._batch = sizes[0] if sizes and all(isinstance(size, int) for size in sizes) else None
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run the file on a batch."""
-        return torch.from_numpy(next(iter(self.outputs(inputs).values())))
+        return torch.from_numpy(next(iter(self.outputs(Call(args, kwargs)).values())))
 
-    def outputs(self, inputs: Tensor) -> dict[str, Array]:
+    def outputs(self, inputs: Call | Tensor) -> dict[str, Array]:
         """Run the file on a batch and return all outputs by name.
 
         Raises:
-            GroupifyError: the file does not take inputs of that shape.
+            GroupifyError: the file does not take such inputs.
         """
-        values = inputs.detach().float().cpu()
-        if self._batch is None:
-            return self._run(values)
-        filler = -len(values) % self._batch
-        filled = torch.cat([values, values.new_zeros(filler, *values.shape[1:])])
-        parts = [self._run(part) for part in filled.split(self._batch)]
-        return {name: self._joined([part[name] for part in parts], len(values)) for name in parts[0]}
+        call = Call.of(inputs)
+        count = call.batch_size
+        if self._batch in (None, count):
+            return self._run(call)
+        filled = call.of_size(count + -count % self._batch)
+        parts = [self._run(part) for part in filled.split(filled.batch_size // self._batch)]
+        return {name: self._joined([part[name] for part in parts], count) for name in parts[0]}
 
     def _joined(self, parts: list[Array], images: int) -> Array:
         """Return one output for all images; one without a batch dimension is the same for each part."""
@@ -154,9 +175,10 @@ class OnnxModule(nn.Module):
         """The batch size of the file; None where any goes."""
         return self._batch
 
-    def _run(self, values: Tensor) -> dict[str, Array]:
+    def _run(self, call: Call) -> dict[str, Array]:
         names = (output.name for output in self._session.get_outputs())
-        return dict(zip(names, run_session(self._session, self._path, values.numpy()), strict=True))
+        values = session_feed(self._session, self._path, call)
+        return dict(zip(names, run_feed(self._session, self._path, values), strict=True))
 
 
 @dataclass(frozen=True)

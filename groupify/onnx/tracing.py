@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from groupify.errors import ConversionError, GroupifyError
+from groupify.graph.call import Call, Example
 from groupify.onnx.graph_edits import ValueNames
+from groupify.onnx.inputs import input_places
 from groupify.onnx.outputs import named_outputs
 
 # The highest opset whose Conv (11), AveragePool (11) and pooling all have a rule in ONNX Runtime's
@@ -25,7 +28,6 @@ from groupify.onnx.outputs import named_outputs
 OPSET = 18
 # The highest that PyTorch's exporter writes.
 LAST_OPSET = 23
-INPUT_NAME = "input"
 
 _LONGEST_REASON = 200
 _OPERATOR = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)'")
@@ -38,44 +40,46 @@ class TracedModel:
 
     program: Any
     opset: int
+    input_names: tuple[str, ...]
     output_names: tuple[str, ...]
 
 
 def trace_to_onnx(
-    model: nn.Module, input_shape: tuple[int, ...], *, static_batch: int | None, opset: int | None
+    model: nn.Module, example: Example, *, static_batch: int | None, opset: int | None
 ) -> TracedModel:
     """Trace a model in evaluation mode.
 
     Args:
         model: any module that ``torch.export`` can trace.
-        input_shape: shape of one input, without the batch dimension.
+        example: shape of one input, without the batch dimension; or how the model is called.
         static_batch: a fixed batch size; None leaves it dynamic.
         opset: of the ONNX operators; None takes 18, or the lowest that has all operators of the model.
 
     Raises:
-        ConversionError: the model does not run on the input shape, or cannot be traced; says what torch said,
+        ConversionError: the model does not run on such inputs, or cannot be traced; says what torch said,
             and whether a fixed batch would help.
     """
     if opset is not None and not OPSET <= opset <= LAST_OPSET:
         raise ConversionError(
             f"opset {opset}: expected {OPSET} to {LAST_OPSET}, which PyTorch's exporter writes in full"
         )
-    names = _output_names(model, input_shape, static_batch or 1)
+    names = _output_names(model, example, static_batch or 1)
     try:
-        program = _export(model, input_shape, names, static_batch, opset or OPSET)
+        program = _export(model, example, names, static_batch, opset or OPSET)
     except (GroupifyError, MemoryError):
         raise
     except Exception as error:  # the exporter wraps whatever went wrong in its own private classes
-        raise _untraceable(model, error, static_batch, _fixed_batch_problem(model, input_shape)) from error
+        raise _untraceable(model, error, static_batch, _fixed_batch_problem(model, example)) from error
     needed = _lowest_opset(program.model.graph, opset or OPSET)
     if needed is not None:
         if opset is not None or needed > LAST_OPSET:
             raise ConversionError(_too_old(program.model.graph, opset or OPSET, needed))
-        return trace_to_onnx(model, input_shape, static_batch=static_batch, opset=needed)
-    names = tuple(f"output.{name}" if name == INPUT_NAME else name for name in names)
+        return trace_to_onnx(model, example, static_batch=static_batch, opset=needed)
+    inputs = tuple(str(value.name) for value in program.model.graph.inputs)
+    names = tuple(f"output.{name}" if name in inputs else name for name in names)
     _rename(program.model.graph, names)
     _name_nodes(program.model)
-    return TracedModel(program, opset or OPSET, names)
+    return TracedModel(program, opset or OPSET, inputs, names)
 
 
 # ---- tracing
@@ -86,42 +90,48 @@ class _OwnError(Exception):
 
 
 class _Flat(nn.Module):
-    """A model that returns a tuple of tensors, whatever its own outputs are nested in."""
+    """A model that takes tensors and returns a tuple of them, whatever its own are nested in."""
 
-    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+    def __init__(self, model: nn.Module, call: Call, places: Sequence[int], names: tuple[str, ...]) -> None:
         super().__init__()
         self.model = model
         self.training = False
-        self._names = names
+        self._call, self._places, self._names = call, places, names
 
-    def forward(self, input: Tensor) -> tuple[Tensor, ...]:  # noqa: A002 - the name of the file's input
-        outputs = named_outputs(self.model(input))
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(self._places, inputs, strict=True))
+        count = itertools.count()
+        call = self._call.map(lambda _: given[next(count)])
+        outputs = named_outputs(call.apply(self.model))
         if tuple(outputs) != self._names:
             raise _OwnError(
-                f"it has {len(outputs)} outputs for {len(input)} images, {len(self._names)} for another batch"
+                f"it has {len(outputs)} outputs for {call.batch_size} images, {len(self._names)} for another "
+                "batch"
             )
         return tuple(outputs.values())
 
 
-def _example(model: nn.Module, input_shape: tuple[int, ...], batch_size: int) -> Tensor:
+def _call(model: nn.Module, example: Example, batch_size: int) -> Call:
     parameter = next(model.parameters(), None)
     device = parameter.device if parameter is not None else torch.device("cpu")
     if parameter is not None and parameter.dtype != torch.float32:
         raise ConversionError(f"cannot export {parameter.dtype} weights: call model.float() before exporting")
-    return torch.zeros(batch_size, *input_shape, device=device)
+    if isinstance(example, Call):
+        return example.on(model).of_size(batch_size)
+    return Call((torch.zeros(batch_size, *example, device=device),))
 
 
-def _output_names(model: nn.Module, input_shape: tuple[int, ...], batch_size: int) -> tuple[str, ...]:
-    example = _example(model, input_shape, batch_size)
+def _output_names(model: nn.Module, example: Example, batch_size: int) -> tuple[str, ...]:
+    call = _call(model, example, batch_size)
     try:
         with torch.no_grad():
-            value = model(example)
+            value = call.run(model)
     except (GroupifyError, MemoryError):
         raise
     except Exception as error:  # the user's model can raise anything
         raise ConversionError(
-            f"the model does not run on an input of shape {tuple(example.shape)}: {_first_line(error)}; "
-            "give the shape it was made for"
+            f"the model does not run on an input of shape {call.shapes()}: {_first_line(error)}; "
+            + _needed(model, call)
         ) from error
     outputs = named_outputs(value)
     for name, output in outputs.items():
@@ -133,31 +143,47 @@ def _output_names(model: nn.Module, input_shape: tuple[int, ...], batch_size: in
     return tuple(outputs)
 
 
+def _needed(model: nn.Module, call: Call) -> str:
+    missing = call.missing(model)
+    if missing:
+        return f"it needs {' and '.join(map(repr, missing))} too: give example_inputs"
+    return "give the shape it was made for"
+
+
 def _export(
     model: nn.Module,
-    input_shape: tuple[int, ...],
+    example: Example,
     names: tuple[str, ...],
     static_batch: int | None,
     opset: int,
 ) -> Any:
     # A batch of one would be taken for a constant, so that a dynamic batch is traced with two.
-    example = _example(model, input_shape, static_batch or 2)
-    dynamic = None if static_batch is not None else ({0: torch.export.Dim("batch")},)
+    call = _call(model, example, static_batch or 2)
+    places = input_places(model, call)
+    tensors = [call.tensors_in_order[place] for place in places.values()]
+    whole = example.tensors_in_order if isinstance(example, Call) else call.tensors_in_order
+    size = example.batch_size if isinstance(example, Call) else call.batch_size
+    batched = [whole[place].dim() > 0 and len(whole[place]) == size for place in places.values()]
+    batch = torch.export.Dim("batch")
+    dynamic = None if static_batch is not None else (tuple({0: batch} if has else {} for has in batched),)
     with quiet_exporter():
         program = torch.onnx.export(
-            _Flat(model, names),
-            (example,),
+            _Flat(model, call, list(places.values()), names),
+            tuple(tensors),
             dynamo=True,
             opset_version=opset,
-            input_names=[INPUT_NAME],
+            input_names=list(places),
             dynamic_shapes=dynamic,
             verbose=False,
         )
     assert program is not None
-    shape = program.model.graph.inputs[0].shape
-    if static_batch is None and shape is not None and isinstance(shape[0], int):
-        # The exporter gives up the dynamic batch without a word.
-        raise _OwnError(f"its own code fixes the batch to that of the example, {len(example)}")
+    shapes = [value.shape for value in program.model.graph.inputs]
+    if len(shapes) != len(places):
+        raise _OwnError(f"the exporter kept {len(shapes)} of its {len(places)} inputs")
+    for shape, has in zip(shapes, batched, strict=True):
+        if static_batch is None and has and shape is not None and isinstance(shape[0], int):
+            # The exporter gives up the dynamic batch without a word.
+            raise _OwnError(f"its own code fixes the batch to that of the example, {call.batch_size}")
     return program
 
 
@@ -175,6 +201,8 @@ def quiet_exporter() -> Iterator[None]:
             warnings.filterwarnings(
                 "ignore", category=category, module=r"(torch|onnxscript|onnx_ir|copyreg)\b"
             )
+        # Several inputs share one batch, whose name is given once.
+        warnings.filterwarnings("ignore", message="# The axis name", category=UserWarning)
         try:
             # Not by the names of the loggers: what fails is logged by a dozen modules of torch.
             logging.disable(logging.CRITICAL)
@@ -232,10 +260,10 @@ def _last_module(scopes: str) -> str:
 # ---- what did not work
 
 
-def _fixed_batch_problem(model: nn.Module, input_shape: tuple[int, ...]) -> Exception | None:
+def _fixed_batch_problem(model: nn.Module, example: Example) -> Exception | None:
     """Return what goes wrong with a batch of one; None if it can be exported."""
     try:
-        _export(model, input_shape, _output_names(model, input_shape, 1), 1, OPSET)
+        _export(model, example, _output_names(model, example, 1), 1, OPSET)
     except MemoryError:
         raise
     except Exception as error:

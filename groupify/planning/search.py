@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from groupify.conversion.conversion import Calibration, convert
 from groupify.data.calls import Inputs
 from groupify.errors import SpecError
-from groupify.graph.call import Example, as_call, one_example
+from groupify.graph.call import Call, Example, as_call, one_example
 from groupify.measure.latency_table import LatencyTable, cached_table, look_up
 from groupify.measure.plan_timer import PlanTimer
 from groupify.models.wrappers import unwrapped
@@ -160,6 +160,11 @@ def make_costing(
     if options.sensitivity not in SENSITIVITIES:
         raise SpecError(
             f"unknown sensitivity {options.sensitivity!r}, expected one of {', '.join(SENSITIVITIES)}"
+        )
+    if latency and isinstance(example, Call):
+        raise SpecError(
+            "a limit on the latency is for models of one input, given as input_shape; limit the MACs or the "
+            "parameters of this one"
         )
     choices = candidates(model, example, rules)
     dense = measure_cost(model, as_call(example, model, batch=1))

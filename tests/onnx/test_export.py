@@ -25,7 +25,7 @@ def test_one_file_with_named_ends_and_a_dynamic_batch(net: nn.Module, tmp_path: 
     exported = export_onnx(net, tmp_path / "net.onnx", input_shape=INPUT_SHAPE)
     assert [file.name for file in tmp_path.iterdir()] == ["net.onnx"]
     assert exported.file_bytes == (tmp_path / "net.onnx").stat().st_size
-    assert (exported.input_name, exported.output_names) == ("input", ("output",))
+    assert (exported.input_names, exported.output_names) == (("input",), ("output",))
     model = onnx.load(str(exported.path))
     onnx.checker.check_model(model, full_check=True)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", OPSET)]
