@@ -89,9 +89,8 @@ class Call:
     @property
     def tensors_in_order(self) -> list[Tensor]:
         """The tensors among the arguments in the order in which ``map`` comes to them."""
-        found: list[Tensor] = []
-        self.map(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
-        return found
+        leaves = pytree.tree_leaves((tuple(self.args), dict(self.kwargs)))
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     @property
     def batch_size(self) -> int:
@@ -117,6 +116,8 @@ class Call:
 
     def split(self, parts: int) -> list[Call]:
         """Return the call in parts of nearly equal numbers of examples, as ``Tensor.tensor_split`` does."""
+        if parts == 1:
+            return [self]
         return [self.part(index) for index in torch.arange(self.batch_size).tensor_split(parts)]
 
     def floats(self, function: Callable[[Tensor], Tensor]) -> Call:

@@ -40,7 +40,7 @@ INT8 = Int8File(
 def timed(speed_up: float = 3.0, over_float: float | None = None, *, steady: bool = True) -> Timed:
     latency = LatencyChange(6.0, 2.0, speed_up, 1, 1, steady)
     int8 = None if over_float is None else dataclasses.replace(INT8, speed_up_over_float=over_float)
-    return Timed(latency, ExportedModel(Path("dense.onnx"), 18, 1, "input", ("output",), 0, 0), int8)
+    return Timed(latency, ExportedModel(Path("dense.onnx"), 18, 1, ("input",), ("output",), 0, 0), int8)
 
 
 @pytest.mark.slow
