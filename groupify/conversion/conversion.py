@@ -134,7 +134,7 @@ def _example(model: nn.Module, plan: Plan, calibration: Calibration | None, exam
     call = as_call(one_example(shape, example_inputs), model)
     for other in (call, *(calibration.calls[:1] if calibration is not None else ())):
         names = tuple(other.named_tensors(model))
-        if plan.inputs and names != plan.inputs:
+        if plan.inputs and names != plan.inputs and len(names) + len(plan.inputs) != 2:
             raise ConversionError(
                 f"the plan was made for a model called with {', '.join(plan.inputs)}, and this conversion "
                 f"would call it with {', '.join(names) or 'nothing'}: give the same example_inputs, or a "

@@ -143,7 +143,7 @@ class Call:
         return found
 
     def _named(self, model: nn.Module) -> dict[str, Any]:
-        signature = inspect.signature(model.forward)
+        signature = _signature(model)
         try:
             bound = signature.bind_partial(*self.args, **self.kwargs).arguments
         except TypeError:  # more arguments than it has; running the model will say so
@@ -156,7 +156,7 @@ class Call:
 
     def missing(self, model: nn.Module) -> list[str]:
         """Names of the arguments that a model's forward needs besides."""
-        signature = inspect.signature(model.forward)
+        signature = _signature(model)
         try:
             bound = signature.bind_partial(*self.args, **self.kwargs).arguments
         except TypeError:
@@ -175,6 +175,14 @@ class Call:
     def shapes(self) -> str:
         """Name the shapes of the tensors, for messages."""
         return ", ".join(str(tuple(tensor.shape)) for tensor in self.tensors) or "no tensors"
+
+
+def _signature(model: nn.Module) -> inspect.Signature:
+    """Return what a model's forward takes; nothing where Python cannot tell."""
+    try:
+        return inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return inspect.Signature()
 
 
 _SPREAD = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

@@ -94,7 +94,9 @@ def _capture(model: nn.Module, calls: Sequence[Call]) -> ModelGraph:
     clear_onlookers(copy, example)  # or they would be given fake tensors
     counts = _count_calls(copy)
     options: Any = {"dynamic_shapes": _dynamic(calls), "strict": False}
-    program = torch.export.export(_Whole(copy), tuple(example.args), dict(example.kwargs), **options)
+    program = torch.export.export(
+        _Whole(copy), tuple(example.args), dict(sorted(example.kwargs.items())), **options
+    )
     program, reduced = functional(program)
     return _Builder(model, copy, program, counts).build(example, reduced)
 
@@ -148,7 +150,7 @@ def _dynamic(calls: Sequence[Call]) -> Any:
     flat, spec = pytree.tree_flatten((tuple(example.args), dict(sorted(example.kwargs.items()))))
     args, kwargs = pytree.tree_unflatten([sizes(i, leaf) for i, leaf in enumerate(flat)], spec)
     # The wrapper takes *args and **kwargs.
-    return {"args": args, "kwargs": kwargs} if kwargs else {"args": args}
+    return {name: value for name, value in (("args", args), ("kwargs", kwargs)) if value}
 
 
 class _Builder:
