@@ -71,18 +71,8 @@ def in_half(x: Tensor) -> Tensor:
         return x.half().float()
 
 
-def constant(x: Tensor) -> Tensor:
-    return x * torch.tensor(2.0, dtype=torch.float64).to(x)
-
-
 def spectrum(x: Tensor) -> Tensor:
     result: Tensor = torch.fft.irfft2(torch.fft.rfft2(x) * 0.5, s=(8, 8))
-    return result
-
-
-def spectrum_by_parts(x: Tensor) -> Tensor:
-    waves = torch.fft.fft2(x, norm="ortho")
-    result: Tensor = torch.fft.ifft2(torch.complex(waves.real * 2, waves.imag), norm="ortho").real
     return result
 
 
@@ -93,21 +83,12 @@ def filtered(x: Tensor) -> Tensor:
     return result
 
 
-def magnitude(x: Tensor) -> Tensor:
-    waves = torch.fft.fft(x, dim=-1)
-    result: Tensor = waves.abs() + waves.angle() * 0
-    return result
-
-
 BETWEEN: dict[str, Function] = {
     "half and back": in_half,
-    "double constant": constant,
     "without gradients": torch.no_grad()(lambda x: x * 2),
     "in inference mode": torch.inference_mode()(lambda x: x * 2),
     "spectrum": spectrum,
-    "spectrum by parts": spectrum_by_parts,
     "filtered": filtered,
-    "magnitude": magnitude,
     "integers": lambda x: (x * 100).round().int().float() / 100,
     "truth": lambda x: x * (x > 0),
 }
