@@ -126,13 +126,14 @@ def _output_names(model: nn.Module, example: Example, batch_size: int) -> tuple[
     try:
         with torch.no_grad():
             value = call.run(model)
-    except (GroupifyError, MemoryError):
-        raise
-    except Exception as error:  # the user's model can raise anything
+    except ConversionError as error:
+        cause = error.__cause__
+        if cause is None:  # not of the model's own
+            raise
         raise ConversionError(
-            f"the model does not run on an input of shape {call.shapes()}: {_first_line(error)}; "
+            f"the model does not run on an input of shape {call.shapes()}: {_first_line(cause)}; "
             + _needed(model, call)
-        ) from error
+        ) from cause
     outputs = named_outputs(value)
     for name, output in outputs.items():
         if output.is_complex():

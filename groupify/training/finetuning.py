@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from groupify.data.batches import Data, iterate_batches
+from groupify.data.batches import Data
+from groupify.data.calls import Inputs, iterate_calls
 from groupify.data.ranks import ALONE, current_ranks
 from groupify.data.splits import DataSplits
 from groupify.errors import DataError, GroupifyWarning, SpecError
@@ -67,6 +68,7 @@ def finetune(
     teacher: nn.Module | None = None,
     settings: FinetuneSettings | None = None,
     validation: Data | None = None,
+    inputs: Inputs | None = None,
     checkpointing: Checkpointing | None = None,
     log: LogSettings | None = None,
     distributed: bool = False,
@@ -90,6 +92,8 @@ def finetune(
         teacher: the dense model; None = cross-entropy only.
         settings: None = the defaults.
         validation: held-out images of the caller's; None = a part of ``data.train``.
+        inputs: for a model that takes more than images, a batch, as the data gives it, → positional and
+            keyword arguments. Labels are then the last entry of a batch, or under ``labels`` in a dict.
         checkpointing: store the state on the way, and go on from it; None = neither.
         log: where to log; None = nowhere.
         distributed: every process of the initialised process group makes this call, with the same
@@ -109,19 +113,19 @@ def finetune(
     """
     settings = settings or FinetuneSettings()
     start = time.perf_counter()
-    train = _checked(data, teacher, settings)
+    train = _checked(data, teacher, settings, inputs)
     device = next((parameter.device for parameter in student.parameters()), torch.device("cpu"))
     _warn(data, settings, device)
     ranks = current_ranks() if distributed else ALONE
     # Dropout and the caller's loaders draw from the global generators, or from one of their own.
     with own_random_states(device, generators_of(train)):
         seed_all(settings.seed)
-        part, held_out = hold_out(train, validation, settings)
+        part, held_out = hold_out(train, validation, settings, inputs)
         learner = Learner(
             copy_of(unwrapped(student)),
             None if teacher is None else copy_of(unwrapped(teacher)).eval(),
             settings,
-            example=next(iterate_batches(held_out, 2))[0][:2],
+            example=next(iterate_calls(held_out, 2, inputs))[0].head(2),
             augment=data.augment if settings.augment else None,
             ranks=ranks,
         )
@@ -139,7 +143,9 @@ def finetune(
     )
 
 
-def _checked(data: DataSplits, teacher: nn.Module | None, settings: FinetuneSettings) -> Data:
+def _checked(
+    data: DataSplits, teacher: nn.Module | None, settings: FinetuneSettings, inputs: Inputs | None
+) -> Data:
     """Return the training data, if there is something to learn from it."""
     if data.train is None:
         raise DataError(f"data {data.spec!r} has no training part: fine-tuning needs one")
@@ -147,6 +153,11 @@ def _checked(data: DataSplits, teacher: nn.Module | None, settings: FinetuneSett
         raise SpecError(f"data {data.spec!r} has no labels: distil only (labels=False)")
     if not settings.labels and (teacher is None or settings.distill == "none"):
         raise SpecError("neither labels nor a teacher: fine-tuning needs one of them")
+    if inputs is not None and settings.augment and data.augment is not None:
+        raise SpecError(
+            "the augmentation is of images alone and the model takes more (inputs): set augment=False and "
+            "let the data set augment"
+        )
     return data.train
 
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from groupify.data.batches import UNLABELLED, Data, check_labels, iterate_batches
+from groupify.data.batches import UNLABELLED, Data, check_labels
+from groupify.data.calls import Inputs, iterate_calls
 from groupify.data.ranks import ALONE, Ranks
 from groupify.documents import Measured
 from groupify.errors import ArtefactError, SpecError
@@ -113,6 +114,7 @@ def validate(
     settings: FinetuneSettings,
     teacher: nn.Module | None,
     ranks: Ranks = ALONE,
+    inputs: Inputs | None = None,
 ) -> Validation:
     """Evaluate ``model`` on held-out images, divided among the ranks; it is left in eval mode.
 
@@ -123,18 +125,18 @@ def validate(
     model.eval()
     correct = total = classes = 0
     loss = 0.0
-    for images, labels in iterate_batches(data, settings.batch_size, share=(ranks.rank, ranks.world)):
-        inputs = as_input(images, model, settings)
-        with autocast(inputs.device, settings):
-            logits = class_scores(model(inputs)).float()
+    for call, labels in iterate_calls(data, settings.batch_size, inputs, share=(ranks.rank, ranks.world)):
+        fitting = as_input(call, model, settings)
+        with autocast(fitting.tensors[0].device, settings):
+            logits = class_scores(fitting.apply(model)).float()
             classes = logits.shape[1]
             if settings.labels:
                 targets = _checked(labels, classes).to(logits.device)
             elif teacher is not None:
-                targets = class_scores(teacher(as_input(images, teacher))).argmax(1).to(logits.device)
+                targets = class_scores(as_input(call, teacher).apply(teacher)).argmax(1).to(logits.device)
         correct += int((logits.argmax(1) == targets).sum())
         loss += float(F.cross_entropy(logits, targets, reduction="sum"))
-        total += len(images)
+        total += len(labels)
     device = next((parameter.device for parameter in model.parameters()), None)
     all_correct, all_loss, all_images = ranks.sums(correct, loss, total, device=device)
     if ranks.world > 1:  # a rank may have had no images

@@ -7,16 +7,21 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, Subset
 
-from groupify.data.batches import Batch, Data, is_map_style, iterate_batches, split_validation
+from groupify.data.batches import Data, is_map_style, iterate_batches, split_validation
+from groupify.data.calls import Inputs, iterate_calls
 from groupify.data.ranks import ALONE, Ranks
 from groupify.errors import DataError
+from groupify.graph.call import Call
 from groupify.training.settings import FinetuneSettings
+
+CallBatch: TypeAlias = tuple[Call, Tensor]
+"""What the model is called with, and the labels (n,)."""
 
 # A stream's held-out images stay in memory.
 _MAX_STREAM_IMAGES = 2_048
@@ -30,11 +35,13 @@ class TrainingPart:
         data: what the batches are read from.
         steps_per_epoch: batches of one pass.
         skipped: the images at the start of a stream that are held out, shape (K, C, H, W).
+        inputs: a batch of the data → what the model is called with; None = its images.
     """
 
     data: Data
     steps_per_epoch: int
     skipped: Tensor | None = None
+    inputs: Inputs | None = None
 
     def batches(
         self,
@@ -43,7 +50,7 @@ class TrainingPart:
         first: int = 0,
         ranks: Ranks = ALONE,
         on_first: Callable[[int | None], None] | None = None,
-    ) -> Iterator[tuple[Batch, int]]:
+    ) -> Iterator[tuple[CallBatch, int]]:
         """Return the batches of one pass, in an order that depends on the seed and the epoch only.
 
         Args:
@@ -69,22 +76,27 @@ class TrainingPart:
             return
         batches, checksum = self._streamed(settings, epoch, first)
         on_first(checksum)
-        for images, labels in batches:
-            yield (images[ranks.rank :: ranks.world], labels[ranks.rank :: ranks.world]), len(images)
+        for call, labels in batches:
+            own = slice(ranks.rank, None, ranks.world)
+            yield (call if ranks.world == 1 else call.part(own), labels[own]), len(labels)
 
     def _indexed(
         self, settings: FinetuneSettings, epoch: int, first: int, ranks: Ranks
-    ) -> Iterator[tuple[Batch, int]]:
+    ) -> Iterator[tuple[CallBatch, int]]:
         size, total, seed = settings.batch_size, len(cast(Any, self.data)), order_seed(settings, epoch)
         share = (ranks.rank, ranks.world)
-        batches = iterate_batches(self.data, size, shuffle_seed=seed, first_batch=first, share=share)
+        batches = iterate_calls(
+            self.data, size, self.inputs, shuffle_seed=seed, first_batch=first, share=share
+        )
         for number, batch in enumerate(batches, start=first):
             yield batch, min(size, total - number * size)
 
-    def _streamed(self, settings: FinetuneSettings, epoch: int, first: int) -> tuple[Iterator[Batch], int]:
+    def _streamed(
+        self, settings: FinetuneSettings, epoch: int, first: int
+    ) -> tuple[Iterator[CallBatch], int]:
         """Return the batches behind the ``first`` ones, and the checksum of those."""
         _start_pass(self.data, settings, epoch)
-        batches = iterate_batches(self.data, settings.batch_size)
+        batches = iterate_calls(self.data, settings.batch_size, self.inputs)
         if self.skipped is not None:
             batches = _skip(batches, self.skipped)
         checksum, left_out = 0, 0
@@ -120,7 +132,9 @@ def generators_of(data: Data) -> list[torch.Generator]:
     return [generator for generator in found if isinstance(generator, torch.Generator)]
 
 
-def hold_out(data: Data, validation: Data | None, settings: FinetuneSettings) -> tuple[TrainingPart, Data]:
+def hold_out(
+    data: Data, validation: Data | None, settings: FinetuneSettings, inputs: Inputs | None = None
+) -> tuple[TrainingPart, Data]:
     """Split training data into the part that is trained on and the held-out part.
 
     A map-style data set, or a ``DataLoader`` of one, is split at random. Of any other stream the
@@ -131,27 +145,37 @@ def hold_out(data: Data, validation: Data | None, settings: FinetuneSettings) ->
         data: the training data.
         validation: held-out data of the caller's; ``data`` is then trained on as a whole.
         settings: seed, fraction, batch size and, for data of unknown length, images per epoch.
+        inputs: a batch of the data → what the model is called with; None = its images.
 
     Raises:
         DataError: too little data, data of unknown length, or data that cannot be split.
     """
     if validation is not None:
-        return TrainingPart(data, _steps(data, _images_per_epoch(data, settings), settings)), validation
+        images = _images_per_epoch(data, settings, inputs)
+        return TrainingPart(data, _steps(data, images, settings, inputs), inputs=inputs), validation
     fraction, seed = settings.validation_fraction, settings.seed
     if is_map_style(data):
         train, held_out = split_validation(data, fraction, seed)
-        return TrainingPart(train, math.ceil(len(cast(Any, train)) / settings.batch_size)), held_out
+        steps = math.ceil(len(cast(Any, train)) / settings.batch_size)
+        return TrainingPart(train, steps, inputs=inputs), held_out
     if isinstance(data, DataLoader) and _can_be_rebuilt(data):
         train, held_out = split_validation(data.dataset, fraction, seed)
         shuffled = isinstance(data.sampler, RandomSampler)
         loader = _rebuilt(data, train, seed, shuffle=shuffled)
-        return TrainingPart(loader, len(loader)), _rebuilt(data, held_out, seed)
-    return _hold_out_first(data, settings)
+        return TrainingPart(loader, len(loader), inputs=inputs), _rebuilt(data, held_out, seed)
+    return _hold_out_first(data, settings, inputs)
 
 
-def _hold_out_first(data: Data, settings: FinetuneSettings) -> tuple[TrainingPart, Data]:
+def _hold_out_first(
+    data: Data, settings: FinetuneSettings, inputs: Inputs | None
+) -> tuple[TrainingPart, Data]:
     """Hold out the first images of a stream."""
-    images = _images_per_epoch(data, settings)
+    if inputs is not None:
+        raise DataError(
+            f"a {type(data).__name__} with inputs cannot be split: give a Dataset, a DataLoader of one, or "
+            "the validation data as data of their own"
+        )
+    images = _images_per_epoch(data, settings, None)
     wanted = min(max(1, round(settings.validation_fraction * images)), _MAX_STREAM_IMAGES)
     batches = list(iterate_batches(data, settings.batch_size, limit=wanted))
     first = torch.cat([images for images, _ in batches])
@@ -160,26 +184,26 @@ def _hold_out_first(data: Data, settings: FinetuneSettings) -> tuple[TrainingPar
             f"the training data ends after {len(first)} images, where {wanted} of {images} are to be held "
             "out: say how many it has, images_per_epoch=N or --images-per-epoch N"
         )
-    return TrainingPart(data, _steps(data, images - len(first), settings), first), batches
+    return TrainingPart(data, _steps(data, images - len(first), settings, None), first), batches
 
 
-def _steps(data: Data, images: int, settings: FinetuneSettings) -> int:
+def _steps(data: Data, images: int, settings: FinetuneSettings, inputs: Inputs | None) -> int:
     """Number of batches that ``images`` images make."""
     size = settings.batch_size
     if not is_map_style(data):
         # A loader has its own batch size.
-        size = len(next(iterate_batches(data, size))[0])
+        size = len(next(iterate_calls(data, size, inputs))[1])
     return max(1, math.ceil(images / size))
 
 
-def _images_per_epoch(data: Data, settings: FinetuneSettings) -> int:
+def _images_per_epoch(data: Data, settings: FinetuneSettings, inputs: Inputs | None) -> int:
     if settings.images_per_epoch is not None:
         return settings.images_per_epoch
     if isinstance(data, DataLoader):
         if data.batch_size is not None and hasattr(data.dataset, "__len__"):
             return len(data) * data.batch_size
     elif isinstance(data, list | tuple):
-        return sum(len(images) for images, _ in iterate_batches(data, settings.batch_size))
+        return sum(len(labels) for _, labels in iterate_calls(data, settings.batch_size, inputs))
     elif is_map_style(data) or (isinstance(data, Dataset) and hasattr(data, "__len__")):
         return len(cast(Any, data))
     raise DataError(
@@ -210,9 +234,10 @@ def _rebuilt(
     )
 
 
-def _skip(batches: Iterator[Batch], skipped: Tensor) -> Iterator[Batch]:
+def _skip(batches: Iterator[CallBatch], skipped: Tensor) -> Iterator[CallBatch]:
     done = 0
-    for images, labels in batches:
+    for call, labels in batches:
+        images = call.tensors[0]
         left_out = min(len(images), len(skipped) - done)
         if left_out and not torch.equal(images[:left_out], skipped[done : done + left_out]):
             raise DataError(
@@ -221,4 +246,4 @@ def _skip(batches: Iterator[Batch], skipped: Tensor) -> Iterator[Batch]:
             )
         done += left_out
         if left_out < len(images):
-            yield images[left_out:], labels[left_out:]
+            yield call.part(slice(left_out, None)), labels[left_out:]

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from groupify.data.ranks import Ranks
 from groupify.data.splits import Augment
 from groupify.errors import SpecError
+from groupify.graph.call import Call
 from groupify.training.objective import Objective, as_input
 from groupify.training.settings import FinetuneSettings
 from groupify.training.state import optimizer_tensors, set_optimizer_tensors, with_prefix, without_prefix
@@ -30,7 +31,7 @@ class Learner:
         model: the student; it is trained in place.
         teacher: in eval mode; None = cross-entropy only.
         settings: how to train.
-        example: two images or more.
+        example: a call with two examples or more.
         augment: the augmentation; None = none.
         ranks: the processes that share each batch.
     """
@@ -40,7 +41,7 @@ class Learner:
         model: nn.Module,
         teacher: nn.Module | None,
         settings: FinetuneSettings,
-        example: Tensor,
+        example: Call,
         augment: Augment | None,
         ranks: Ranks,
     ) -> None:
@@ -65,7 +66,7 @@ class Learner:
     def step(
         self,
         number: int,
-        images: Tensor,
+        call: Call,
         labels: Tensor,
         whole: int,
         learning_rate: float,
@@ -75,14 +76,14 @@ class Learner:
 
         Args:
             number: of the step, from 1.
-            images: this rank's, shape (N, C, H, W).
+            call: what the model is called with, this rank's part.
             labels: shape (N,).
             whole: images of the whole batch, of all ranks.
             learning_rate: of this step.
             tell: is told the mean loss, the number of right answers and of images of each part.
         """
         if self.augment is not None:
-            images = self.augment(images, self.augmentation)
+            call = Call((self.augment(call.tensors[0], self.augmentation),))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.wrapped.train()
@@ -91,18 +92,18 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         # The same number on all ranks, of two images or more each.
         parts = max(1, min(self.settings.accumulate, whole // self.ranks.world // 2))
-        divided = zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
+        divided = zip(call.split(parts), labels.tensor_split(parts), strict=True)
         for part, (some, targets) in enumerate(divided, start=1):
             with self._synchronising(part == parts):
                 loss, correct = self._backward(some, targets, whole)
-            tell(loss, correct, len(some))
+            tell(loss, correct, some.batch_size)
         self.optimizer.step()
         if self.average is not None:
             self.average.update(self.model, number)
 
-    def _backward(self, images: Tensor, labels: Tensor, whole: int) -> tuple[Tensor, Tensor]:
-        inputs = as_input(images, self.model, self.settings)
-        wanted = labels.to(inputs.device) if self.settings.labels else None
+    def _backward(self, call: Call, labels: Tensor, whole: int) -> tuple[Tensor, Tensor]:
+        inputs = as_input(call, self.model, self.settings)
+        wanted = labels.to(inputs.tensors[0].device) if self.settings.labels else None
         loss, correct = self.objective(self.wrapped, inputs, wanted)
         if not loss.requires_grad:
             raise SpecError(
@@ -110,7 +111,7 @@ class Learner:
                 "or detaches what it computes; fine-tuning needs one that does not"
             )
         # Gradients are averaged over the ranks, so this gives the mean over the whole batch.
-        share = len(images) * self.ranks.world / whole
+        share = call.batch_size * self.ranks.world / whole
         (loss * share if share != 1 else loss).backward()
         return loss, correct
 
@@ -202,12 +203,12 @@ def synchronise_batch_norms(model: nn.Module, ranks: Ranks) -> nn.Module:
     return model
 
 
-def wrapped(model: nn.Module, example: Tensor, ranks: Ranks) -> nn.Module:
+def wrapped(model: nn.Module, example: Call, ranks: Ranks) -> nn.Module:
     """Wrap a model, its batch norms synchronised, in DistributedDataParallel.
 
     Args:
         model: in train mode.
-        example: two images or more, of the model's device.
+        example: a call with two examples or more, on the model's device.
         ranks: the processes.
 
     Raises:
@@ -218,7 +219,7 @@ def wrapped(model: nn.Module, example: Tensor, ranks: Ranks) -> nn.Module:
             raise SpecError(f"{name!r} keeps statistics of its own batch: train in one process")
     unused = not _uses_all_of_its_outputs(model, example)
     synchronise_batch_norms(model, ranks)
-    device = example.device
+    device = example.tensors[0].device
     return DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
@@ -228,10 +229,10 @@ def wrapped(model: nn.Module, example: Tensor, ranks: Ranks) -> nn.Module:
     )
 
 
-def _uses_all_of_its_outputs(model: nn.Module, example: Tensor) -> bool:
+def _uses_all_of_its_outputs(model: nn.Module, example: Call) -> bool:
     """Whether the loss reads everything: auxiliary outputs leave parameters without a gradient."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        return isinstance(copy.deepcopy(model).train()(example), Tensor)
+        return isinstance(example.apply(copy.deepcopy(model).train()), Tensor)
 
 
 class _SharedBatchNorm(nn.modules.batchnorm._BatchNorm):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from groupify.data.batches import Batch, Data, check_labels, is_map_style
+from groupify.data.batches import Data, check_labels, is_map_style
 from groupify.data.ranks import Ranks
 from groupify.errors import DataError, GroupifyWarning
 from groupify.training.history import (
@@ -35,7 +35,7 @@ from groupify.training.history import (
     validate,
     validation_points,
 )
-from groupify.training.holdout import TrainingPart, checksum_of, order_seed
+from groupify.training.holdout import CallBatch, TrainingPart, checksum_of, order_seed
 from groupify.training.learner import Learner
 from groupify.training.settings import learning_rate_at
 from groupify.training.state import (
@@ -98,6 +98,7 @@ class Training:
         self.learner = learner
         self.settings, self.ranks = learner.settings, learner.ranks
         self.part, self.held_out = part, held_out
+        self.inputs = part.inputs
         self.steps = max(1, round(self.settings.epochs * part.steps_per_epoch))
         self.checkpointing = checkpointing
         self.identity = {} if checkpointing is None else self._identity(data)
@@ -134,12 +135,12 @@ class Training:
 
     # one step ----------------------------------------------------------------------------------
 
-    def _train_step(self, batches: Iterator[tuple[Batch, int]], rate: float) -> None:
+    def _train_step(self, batches: Iterator[tuple[CallBatch, int]], rate: float) -> None:
         start = time.perf_counter()
-        (images, labels), whole = next(batches)
+        (call, labels), whole = next(batches)
         if self.settings.labels:
             check_labels(labels, self.validation.classes)
-        self.learner.step(self.step + 1, images, labels, whole, rate, self._add)
+        self.learner.step(self.step + 1, call, labels, whole, rate, self._add)
         seconds = time.perf_counter() - start
         self.since_row.seconds += seconds
         self.since_line.seconds += seconds
@@ -149,7 +150,7 @@ class Training:
         for running in (self.since_row, self.since_line):
             running.add(loss, correct, images)
 
-    def _batches(self) -> Iterator[tuple[Batch, int]]:
+    def _batches(self) -> Iterator[tuple[CallBatch, int]]:
         """Pass after pass over the training part, from where the run stands.
 
         Left out are batches of one image, since batch norm has no variance of it, and those that do not
@@ -235,7 +236,9 @@ class Training:
 
     def _validate(self) -> Validation:
         learner = self.learner
-        return validate(learner.evaluated, self.held_out, self.settings, learner.teacher, self.ranks)
+        return validate(
+            learner.evaluated, self.held_out, self.settings, learner.teacher, self.ranks, self.inputs
+        )
 
     def _row(self, loss: float | None, rate: float | None, speed: float | None) -> FinetuneRow:
         return FinetuneRow(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from groupify.errors import SpecError
+from groupify.graph.call import Call
 from groupify.graph.forward import evaluating
 from groupify.scores import class_scores
 from groupify.training.settings import FinetuneSettings
@@ -23,11 +24,11 @@ class Objective:
         model: the student, unwrapped.
         teacher: in eval mode; None = cross-entropy only.
         settings: the loss and the precision.
-        example: some images, to find the layers whose attention is compared.
+        example: a call of the model, to find the layers whose attention is compared.
     """
 
     def __init__(
-        self, model: nn.Module, teacher: nn.Module | None, settings: FinetuneSettings, example: Tensor
+        self, model: nn.Module, teacher: nn.Module | None, settings: FinetuneSettings, example: Call
     ) -> None:
         self.settings = settings
         self.student = model
@@ -36,26 +37,27 @@ class Objective:
         if settings.distill == "attention" and teacher is not None:
             self.layers = attention_layers(teacher, model, as_input(example, teacher))
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    def __call__(self, model: nn.Module, call: Call, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the loss and how many images the model classifies as the labels, or the teacher, do.
 
         Args:
             model: in train mode, also wrapped for data parallelism.
-            images: shape (N, C, H, W), on the model's device.
+            call: what it is called with, on its device.
             labels: shape (N,); None = distil only.
         """
+        device = call.tensors[0].device
         with (
-            autocast(images.device, self.settings),
+            autocast(device, self.settings),
             features(self.teacher, self.layers) as theirs,
             features(self.student, self.layers) as ours,
         ):
-            teacher_logits = self._teacher_logits(images, labels)
-            logits = class_scores(model(images))
+            teacher_logits = self._teacher_logits(call, labels)
+            logits = class_scores(call.apply(model))
             loss = recovery_loss(logits, labels, teacher_logits, self.settings)
             if self.layers:
                 attention = attention_loss(
                     [ours[name] for name in self.layers],
-                    [_usable_in_training(theirs[name].to(images.device)) for name in self.layers],
+                    [_usable_in_training(theirs[name].to(device)) for name in self.layers],
                 )
                 loss = loss + self.settings.attention_weight * attention
         if labels is None:
@@ -63,13 +65,14 @@ class Objective:
             labels = teacher_logits.argmax(1)
         return loss, (logits.detach().argmax(1) == labels).sum()
 
-    def _teacher_logits(self, images: Tensor, labels: Tensor | None) -> Tensor | None:
+    def _teacher_logits(self, call: Call, labels: Tensor | None) -> Tensor | None:
         """None where nothing of the loss needs them."""
         needed = labels is None or self.settings.distillation_weight > 0 or self.layers
         if self.teacher is None or not needed:
             return None
         with torch.no_grad():
-            logits = class_scores(self.teacher(as_input(images, self.teacher))).to(images.device)
+            logits = class_scores(as_input(call, self.teacher).apply(self.teacher))
+            logits = logits.to(call.tensors[0].device)
         return _usable_in_training(logits)
 
 
@@ -139,13 +142,13 @@ def recovery_loss(
     return loss
 
 
-def attention_layers(teacher: nn.Module, student: nn.Module, example: Tensor) -> tuple[str, ...]:
+def attention_layers(teacher: nn.Module, student: nn.Module, example: Call | Tensor) -> tuple[str, ...]:
     """Return the modules at the end of each stage: the last ones before the image gets smaller.
 
     Args:
         teacher: the dense model.
         student: the converted one; modules that it has under another name are left out.
-        example: images of shape (N, C, H, W), on the teacher's device.
+        example: images of shape (N, C, H, W), or what the teacher is called with, on its device.
 
     Raises:
         SpecError: no module of both gives images.
@@ -159,7 +162,7 @@ def attention_layers(teacher: nn.Module, student: nn.Module, example: Tensor) ->
 
     shared = [name for name, _ in teacher.named_modules() if name in of_student]
     with _watched(teacher, shared, note), evaluating(teacher), torch.no_grad():
-        teacher(example)
+        Call.of(example).apply(teacher)
     if not last:
         raise SpecError(
             "no layer gives images whose attention could be compared: distil the logits (distill 'logits')"
@@ -193,14 +196,18 @@ def _watched(model: nn.Module, layers: Iterable[str], note: Callable[[str, Any],
             hook.remove()
 
 
-def as_input(images: Tensor, model: nn.Module, settings: FinetuneSettings | None = None) -> Tensor:
-    """Return ``images`` on the device, in the precision and the memory format of ``model``."""
+def as_input(call: Call, model: nn.Module, settings: FinetuneSettings | None = None) -> Call:
+    """Return a call on the device, in the precision and the memory format of ``model``."""
     parameter = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
-    if parameter is not None:
-        images = images.to(parameter.device, parameter.dtype)
-    if settings is not None and settings.channels_last and images.dim() == 4:
-        images = images.contiguous(memory_format=torch.channels_last)
-    return images
+    last = settings is not None and settings.channels_last
+
+    def fitting(tensor: Tensor) -> Tensor:
+        if parameter is not None:
+            dtype = parameter.dtype if tensor.is_floating_point() else tensor.dtype
+            tensor = tensor.to(parameter.device, dtype)
+        return tensor.contiguous(memory_format=torch.channels_last) if last and tensor.dim() == 4 else tensor
+
+    return call.map(fitting)
 
 
 def autocast(device: torch.device, settings: FinetuneSettings) -> contextlib.AbstractContextManager[object]:

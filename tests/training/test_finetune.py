@@ -143,7 +143,9 @@ def test_fractions_of_an_epoch(student: nn.Module, data: TensorDataset, epochs: 
 
 def test_an_epoch_reads_each_training_image_once_and_no_held_out_one(data: TensorDataset) -> None:
     part, held_out = hold_out(data, None, SETTINGS)
-    passes = [torch.cat([images for (images, _), _ in part.batches(SETTINGS, epoch)]) for epoch in (0, 1)]
+    passes = [
+        torch.cat([call.tensors[0] for (call, _), _ in part.batches(SETTINGS, epoch)]) for epoch in (0, 1)
+    ]
     validation = torch.cat([images for images, _ in iterate_batches(held_out, 16)])
     assert not torch.equal(passes[0], passes[1])
     for images in passes:
@@ -160,7 +162,7 @@ def test_every_kind_of_data_trains_on_what_is_not_held_out(student: nn.Module, k
     settings = dataclasses.replace(SETTINGS, images_per_epoch=None if known else 200)
     part, held_out = hold_out(data, None, settings)
     validation = torch.cat([batch for batch, _ in iterate_batches(held_out, 16)])
-    trained = torch.cat([images for (images, _), _ in part.batches(settings, 0)])
+    trained = torch.cat([call.tensors[0] for (call, _), _ in part.batches(settings, 0)])
     assert len(validation) == 40
     together = torch.cat([trained, validation]).flatten(1)
     assert torch.equal(distinct(together), distinct(images.flatten(1)))
