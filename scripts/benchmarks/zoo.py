@@ -128,7 +128,7 @@ HUGGING_FACE: dict[str, dict[str, Any]] = {  # class: settings
     "DepthAnythingForDepthEstimation": {},
     "DPTForDepthEstimation": {
         **_TRANSFORMER, "fusion_hidden_size": 32, "neck_hidden_sizes": [16, 32, 48, 64],
-        "backbone_out_indices": [1, 2, 3, 4],
+        "backbone_out_indices": [0, 1, 2, 3],
     },
     "Data2VecVisionForSemanticSegmentation": {**_TRANSFORMER, "num_hidden_layers": 12},
     "BeitForSemanticSegmentation": {
