@@ -112,7 +112,10 @@ def convert(
     with torch.random.fork_rng(devices=[]):
         work = _Conversion(dense, sites, calibration, _float32(call), seed, progress)
         student = work.run()
-    work.notes.extend(_warn_of_few_images(work.fits))
+    _warn_of_few_samples(work.fits)
+    note = overfitting_note({fit.name: fit.held_out for fit in work.fits})
+    if note is not None:
+        work.notes.append(note)
     return Conversion(
         model=_with_weights(model, sites, student),
         sites=sites,
@@ -181,12 +184,7 @@ def _check_student(student: nn.Module, graph: ModelGraph | None, call: Call) -> 
         )
 
 
-def _warn_of_few_images(fits: Sequence[SiteFit]) -> list[str]:
-    """Warn of layers that saw too few images, and return what the reader of a report should know of it."""
-    note = overfitting_note({fit.name: fit.held_out for fit in fits})
-    if note is not None:
-        warnings.warn(note, GroupifyWarning, stacklevel=3)
-        return [note]
+def _warn_of_few_samples(fits: Sequence[SiteFit]) -> None:
     short = [fit for fit in fits if fit.samples < fit.inputs]
     if short:
         first = short[0]
@@ -196,7 +194,6 @@ def _warn_of_few_images(fits: Sequence[SiteFit]) -> list[str]:
             GroupifyWarning,
             stacklevel=3,
         )
-    return []
 
 
 class _Conversion:

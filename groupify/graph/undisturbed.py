@@ -12,6 +12,10 @@ from torch import Tensor, nn
 
 # What every module has, which no forward pass changes.
 _INTERNAL = frozenset(vars(nn.Module()))
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+)  # fmt: skip
 
 
 @contextmanager
@@ -34,7 +38,10 @@ class _State:
         self._buffers = dict(module._buffers)
         self._attributes = {name: value for name, value in vars(module).items() if name not in _INTERNAL}
         held = list(self._attributes.values())
-        self._collections = [(value, copy.copy(value)) for value in held if type(value) in (list, dict, set)]
+        collections = [value for value in held if type(value) in (list, dict, set)]
+        # Hugging Face's models put hooks on themselves when they first run, and note that they have.
+        collections += [getattr(module, name) for name in _HOOKS]
+        self._collections = [(value, copy.copy(value)) for value in collections]
         self._tensors = [
             (tensor, tensor._version, tensor.detach().clone())
             for tensor in (*self._buffers.values(), *held)

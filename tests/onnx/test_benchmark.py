@@ -89,7 +89,7 @@ def test_bad_settings(exported: Path, net: nn.Module, tmp_path: Path) -> None:
         benchmark_onnx({"a": exported}, input_shape=INPUT_SHAPE, batch_sizes=())
     with pytest.raises(GroupifyError, match="no model"):
         benchmark_onnx({}, input_shape=INPUT_SHAPE)
-    with pytest.raises(GroupifyError, match="cannot run"):
+    with pytest.raises(GroupifyError, match="takes 'input' of shape"):
         benchmark_onnx({"a": exported}, input_shape=(4, 12, 12))
     with pytest.raises(GroupifyError, match="cannot open"):
         benchmark_onnx({"a": tmp_path / "missing.onnx"}, input_shape=INPUT_SHAPE)

@@ -199,7 +199,7 @@ def test_shares_make_up_each_batch(kind: str, world: int) -> None:
         for (batch, count), *parts in zip(whole[first:], *shares, strict=True):
             assert [number for _, number in parts] == [count] * world
             for rank, (share, _) in enumerate(parts):
-                assert torch.equal(share[0], batch[0][rank::world])
+                assert torch.equal(share[0].tensors[0], batch[0].tensors[0][rank::world])
                 assert torch.equal(share[1], batch[1][rank::world])
 
 
