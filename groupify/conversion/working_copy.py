@@ -37,7 +37,7 @@ def working_copy(model: nn.Module, call: Call, sites: Iterable[str]) -> nn.Modul
         if isinstance(module, CONVS):
             # A frozen conv, too, is reconstructed; the result has the model's flags.
             module.requires_grad_(True)
-    call = call.map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+    call = call.floats(Tensor.float)
     acting = clear_onlookers(copied, call)
     modules = dict(copied.named_modules())
     for name in sites:

@@ -77,9 +77,14 @@ class Call:
         return Call(args, kwargs)
 
     @property
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments as a graph has them: those by keyword in the order of their names."""
+        return tuple(self.args), dict(sorted(self.kwargs.items()))
+
+    @property
     def leaves(self) -> list[Any]:
         """All arguments, flattened; those by keyword in the order of their names."""
-        return pytree.tree_leaves((tuple(self.args), dict(sorted(self.kwargs.items()))))
+        return pytree.tree_leaves(self.arguments)
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -94,9 +94,7 @@ def _capture(model: nn.Module, calls: Sequence[Call]) -> ModelGraph:
     clear_onlookers(copy, example)  # or they would be given fake tensors
     counts = _count_calls(copy)
     options: Any = {"dynamic_shapes": _dynamic(calls), "strict": False}
-    program = torch.export.export(
-        _Whole(copy), tuple(example.args), dict(sorted(example.kwargs.items())), **options
-    )
+    program = torch.export.export(_Whole(copy), *example.arguments, **options)
     program, reduced = functional(program)
     return _Builder(model, copy, program, counts).build(example, reduced)
 
@@ -146,8 +144,7 @@ def _dynamic(calls: Sequence[Call]) -> Any:
             or any(isinstance(o, Tensor) and o.dim() == leaf.dim() and o.shape[dim] != size for o in others)
         }
 
-    example = calls[0]
-    flat, spec = pytree.tree_flatten((tuple(example.args), dict(sorted(example.kwargs.items()))))
+    flat, spec = pytree.tree_flatten(calls[0].arguments)
     args, kwargs = pytree.tree_unflatten([sizes(i, leaf) for i, leaf in enumerate(flat)], spec)
     # The wrapper takes *args and **kwargs.
     return {name: value for name, value in (("args", args), ("kwargs", kwargs)) if value}
@@ -243,7 +240,7 @@ class _Builder:
             x, weight, bias, mean, variance, momentum, eps = node.args
             for item in [user for user in node.users if user.args[1] == 0]:
                 arguments = (x, weight, bias, mean, variance, False, momentum, eps, False)
-                self._replace(item, torch.ops.aten.batch_norm.default, arguments)
+                self._replace(item, "call_function", torch.ops.aten.batch_norm.default, arguments)
 
     def _join_frozen_norms(self) -> None:
         """Torchvision's frozen batch norm, which detectors have, computes with its buffers by hand."""
@@ -262,11 +259,11 @@ class _Builder:
             with self._graph.inserting_before(node):
                 tensors = [self._graph.create_node("get_attr", f"{name}.{part}") for part in _NORM_PARTS]
             arguments = (product.args[0], *tensors, False, 0.0, module.eps, False)
-            self._replace(node, torch.ops.aten.batch_norm.default, arguments)
+            self._replace(node, "call_function", torch.ops.aten.batch_norm.default, arguments)
 
-    def _replace(self, node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
+    def _replace(self, node: fx.Node, op: str, target: Any, args: tuple[Any, ...]) -> None:
         with self._graph.inserting_before(node):
-            joined = self._graph.call_function(target, args)
+            joined = self._graph.create_node(op, target, args)
         joined.meta = dict(node.meta)
         node.replace_all_uses_with(joined)
         self._graph.erase_node(node)
@@ -284,8 +281,7 @@ class _Builder:
                     self._pinned[alias] = problem
                 continue
             for node in list(source.users):
-                self._join_layer(node, name)
-        self._graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+                self._replace(node, "call_module", name, (_input_of(self._copy, node, name),))
 
     def _names_of(self, weight: Tensor) -> list[str]:
         modules = self._copy.named_modules(remove_duplicate=False)
@@ -306,15 +302,6 @@ class _Builder:
         if any(_input_of(self._copy, node, name) is None for node in readers):
             return "its computation could not be told apart from what is around it"
         return None
-
-    def _join_layer(self, node: fx.Node, name: str) -> None:
-        source = _input_of(self._copy, node, name)
-        assert source is not None
-        with self._graph.inserting_before(node):
-            joined = self._graph.create_node("call_module", name, (source,))
-        joined.meta = dict(node.meta)
-        node.replace_all_uses_with(joined)
-        self._graph.erase_node(node)
 
 
 _NORM_PARTS = ("weight", "bias", "running_mean", "running_var")

@@ -60,13 +60,12 @@ _TABLE: dict[Effect, str] = {
     """,
     Effect.MOVES: """
         view view_as reshape reshape_as _unsafe_view view_copy _reshape_copy flatten unflatten
-        transpose permute t
-        swapaxes movedim squeeze unsqueeze expand expand_as repeat tile cat concat stack chunk
-        tensor_split split split_with_sizes unbind narrow slice select flip roll diagonal numpy_T mT
-        channel_shuffle native_channel_shuffle pixel_shuffle pixel_unshuffle slice_scatter
-        select_scatter copy broadcast_to repeat_interleave unsafe_split unsafe_chunk permute_copy
-        transpose_copy expand_copy slice_copy select_copy squeeze_copy unsqueeze_copy split_copy
-        split_with_sizes_copy unbind_copy rot90 view_as reshape_as
+        transpose permute t swapaxes movedim squeeze unsqueeze expand expand_as repeat tile cat
+        concat stack chunk tensor_split split split_with_sizes unbind narrow slice select flip roll
+        diagonal numpy_T mT channel_shuffle native_channel_shuffle pixel_shuffle pixel_unshuffle
+        slice_scatter select_scatter copy broadcast_to repeat_interleave unsafe_split unsafe_chunk
+        permute_copy transpose_copy expand_copy slice_copy select_copy squeeze_copy unsqueeze_copy
+        split_copy split_with_sizes_copy unbind_copy rot90
     """,
     Effect.REDUCES: "mean sum amax amin var std logsumexp prod any all norm linalg_vector_norm",
     Effect.SIZES: """
@@ -84,22 +83,9 @@ _TABLE: dict[Effect, str] = {
 
 _EFFECTS = {name: effect for effect, names in _TABLE.items() for name in names.split()}
 # What Python computes with sizes.
-_ON_NUMBERS = [
-    "add",
-    "sub",
-    "mul",
-    "floordiv",
-    "truediv",
-    "mod",
-    "neg",
-    "pow",
-    "eq",
-    "ne",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-]
+_ON_NUMBERS = (
+    "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow", "eq", "ne", "lt", "le", "gt", "ge",
+)  # fmt: skip
 _ON_SYMBOLS = ["sym_max", "sym_min", "sym_not", "sym_float", "sym_int", "sym_ite", "sym_sum"]
 _ON_SIZES = {getattr(operator, name) for name in _ON_NUMBERS} | {getattr(torch, name) for name in _ON_SYMBOLS}
 
