@@ -247,6 +247,8 @@ class _Fitter:
         """The other term of the residual sum behind a site, run first if it can be."""
         if name not in self._sums or not self._options.compensate_residual or not self._has_sums(name):
             return None
+        if self._samples[name].calls > 1:
+            return None  # the other term may be another call of it, which would be fitted meanwhile
         total = self._sums[name]
         own = next(source for source in total.all_input_nodes if self._reaches(node, source))
         other: fx.Node = next(source for source in total.all_input_nodes if source is not own)

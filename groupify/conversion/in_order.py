@@ -26,7 +26,7 @@ from groupify.graph.copying import copy_of
 from groupify.graph.forward import same_outputs
 from groupify.graph.model_graph import ModelGraph
 from groupify.graph.neighbours import refittable, residual_sums
-from groupify.graph.permute import apply_orders, layer_orders
+from groupify.graph.permute import apply_orders, input_factors, layer_orders
 from groupify.stats.flow import fitted_error, norm_score, sampled_score
 from groupify.stats.samples import SampleBudget, SiteSamples, observe_teacher
 from groupify.structures import SiteRecipe
@@ -273,4 +273,5 @@ def _permute_samples(
     samples: dict[str, SiteSamples], channels: Channels, orders: Mapping[int, Tensor]
 ) -> None:
     for name in samples:  # one after the other: all at once would need the memory twice
-        samples[name] = samples[name].permuted(*layer_orders(name, channels, orders))
+        permuted = samples[name].permuted(*layer_orders(name, channels, orders))
+        samples[name] = permuted.scaled(input_factors(name, channels, orders))

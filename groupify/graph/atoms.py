@@ -29,12 +29,32 @@ class Atoms:
         # (stamp, left atom, right atom) of each tie.
         self._ties: list[tuple[int, int, int]] = []
         self._meets: dict[int, set[int]] = defaultdict(set)
+        self._factors: dict[int, float] = {}
 
     def new(self, count: int) -> Tensor:
         """Return new atoms, shape (count,)."""
         start = len(self._parents)
         self._parents.extend(range(start, start + count))
         return torch.arange(start, start + count)
+
+    def scaled(self, atoms: Tensor, factors: Tensor) -> Tensor:
+        """Return new atoms for channels times constants that stay in their places; both shape (count,)."""
+        scaled = self.new(len(atoms))
+        self.tie(atoms, scaled)
+        self._factors |= dict(zip(scaled.tolist(), (self.factors(atoms) * factors).tolist(), strict=True))
+        return scaled
+
+    def factors(self, atoms: Tensor) -> Tensor:
+        """Return the constants that the values of some atoms are multiplied by, shape (count,)."""
+        if not self._factors:
+            return torch.ones(len(atoms), dtype=torch.float64)
+        found = [self._factors.get(atom, 1.0) for atom in atoms.tolist()]
+        return torch.tensor(found, dtype=torch.float64)
+
+    def freeze_scaled(self, labels: Tensor) -> None:
+        """Forbid those atoms of ``labels`` to move whose values are multiplied by constants."""
+        if self._factors:
+            self._frozen.update(atom for atom in distinct(labels) if atom in self._factors)
 
     def freeze(self, labels: Tensor) -> bool:
         """Forbid the atoms of ``labels`` to move; say whether that is news for one of them."""

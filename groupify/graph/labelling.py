@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from groupify.graph.atoms import FIXED, Atoms, along, compress, fixed_labels, varies, vector
 from groupify.graph.call import Call
+from groupify.graph.factors import constant_factors, takes_factors
 from groupify.graph.model_graph import Fetch, ModelGraph
 from groupify.graph.operators import CONCATENATIONS, Effect, argument, effect, operator_name
 
@@ -36,12 +37,15 @@ class ChannelUse:
         dim: the dimension of the tensor that the channels are; the elements of the whole where None, as for
             norms, biases, scales and maps.
         atoms: atom at each position of that dimension, shape (length,).
+        factors: constants that what is read there was multiplied by, shape (length,). They stay in their
+            places, so a channel that changes its own must be read with a weight that makes up for it.
         blocks: number of equal blocks whose border no channel may cross (the groups of a grouped conv).
     """
 
     name: str
     dim: int | None
     atoms: Tensor
+    factors: Tensor
     blocks: int = 1
 
 
@@ -102,11 +106,30 @@ class Labeller:
             if effect(node) is not Effect.SIZES:
                 self._unknown(node, value)  # a number that was read from the values
             return None
+        scaled = self._scaled(node, value)
+        if scaled is not None:
+            return scaled
+        if not takes_factors(node, value):
+            self._freeze_scaled(node)
         if effect(node) is Effect.SIZES:
             return _map(lambda item: fixed_labels(item.shape), value)  # new values
         rule = self._rules.get(effect(node))
         found = None if rule is None else rule(node, value)
         return self._unknown(node, value) if found is None else found
+
+    def _scaled(self, node: fx.Node, value: Any) -> Tensor | None:
+        """Labels of channels that are multiplied by constants; None where a node does anything else."""
+        found = constant_factors(node, value, self._graph, self._fetch)
+        labels = None if found is None else self._operand(found[0])
+        channels = vector(labels, 1) if isinstance(labels, Tensor) else None
+        if found is None or channels is None:
+            return None
+        return along(self.atoms.scaled(channels, found[1]), 1, value.shape)
+
+    def _freeze_scaled(self, node: fx.Node) -> None:
+        for source in node.all_input_nodes:
+            for labels in _tensors(self._labels.get(source)):
+                self.atoms.freeze_scaled(labels)
 
     def _unknown(self, node: fx.Node, value: Any) -> Any:
         """Freeze what the node reads; its outputs stay where they are."""
@@ -123,10 +146,10 @@ class Labeller:
     # where channels meet tensors ----------------------------------------------------------------
 
     def _record(self, name: str, dim: int | None, atoms: Tensor, blocks: int = 1) -> None:
-        known = self.uses.get((name, dim))
+        known, factors = self.uses.get((name, dim)), self.atoms.factors(atoms)
         if known is None:
-            self.uses[name, dim] = ChannelUse(name, dim, atoms, blocks)
-        elif len(known.atoms) == len(atoms) and known.blocks == blocks:
+            self.uses[name, dim] = ChannelUse(name, dim, atoms, factors, blocks)
+        elif known.blocks == blocks and torch.equal(known.factors, factors):
             self.atoms.tie(known.atoms, atoms)  # a shared layer: all its callers keep one order
         else:
             self.atoms.freeze(known.atoms)
@@ -212,6 +235,8 @@ class Labeller:
         if not isinstance(labels, Tensor) or labels.dim() != len(shape):
             return None
         channels = self._input_atoms(labels, 1)
+        if groups > 1:
+            self.atoms.freeze_scaled(channels)
         if groups > 1 and shape[1] == 1:
             # Depthwise: an output channel goes wherever its input channel goes.
             atoms = channels.repeat_interleave(shape[0] // groups)

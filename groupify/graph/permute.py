@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from groupify.graph.atoms import along
 from groupify.graph.channels import Channels
 from groupify.graph.copying import copy_of
 from groupify.graph.labelling import ChannelUse
@@ -53,6 +54,14 @@ def layer_orders(
     return inputs, outputs
 
 
+def input_factors(name: str, channels: Channels, orders: Mapping[int, Tensor]) -> Tensor:
+    """Return by what constants made in ``forward`` change the reordered inputs of a layer, shape (I,)."""
+    for index, use in enumerate(channels.uses):
+        if use.name == f"{name}.weight" and use.dim == 1:
+            return use.factors / use.factors[use_order(channels, index, orders)]
+    return torch.ones(1)
+
+
 def shuffle_order(channels: int, groups: int) -> Tensor:
     """Return the order with ``channel_shuffle(x, groups) == x[:, order]``; shape (channels,)."""
     return torch.arange(channels).reshape(groups, channels // groups).t().reshape(-1)
@@ -71,7 +80,8 @@ def _permute(model: nn.Module, use: ChannelUse, order: Tensor) -> None:
     if use.dim is None:
         tensor.copy_(tensor.reshape(-1)[order].reshape(tensor.shape))
     elif use.dim == 0 or use.blocks == 1:
-        tensor.copy_(tensor.index_select(use.dim, order.to(tensor.device)))
+        made_up_for = along(use.factors[order] / use.factors, use.dim, tensor.shape).to(tensor)
+        tensor.copy_(tensor.index_select(use.dim, order.to(tensor.device)) * made_up_for)
     else:
         _permute_inside_blocks(tensor, use.blocks, order)
 

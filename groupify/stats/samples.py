@@ -51,6 +51,12 @@ class SiteSamples:
             sums=_ordered(self.sums, outputs),
         )
 
+    def scaled(self, factors: Tensor) -> SiteSamples:
+        """Return the samples of the layer with inputs multiplied by factors, shape (I,) or (1,)."""
+        if bool((factors == 1).all()):
+            return self
+        return replace(self, patches=[part * factors.to(part).reshape(-1, 1) for part in self.patches])
+
 
 def _ordered(parts: list[Tensor], order: Tensor | None) -> list[Tensor]:
     return parts if order is None else [part[:, order] for part in parts]

@@ -160,6 +160,19 @@ def test_a_conv_called_twice_is_one_layer() -> None:
     assert_exact(conversion.model, net)
 
 
+class SumOfCalls(Straight):
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(self.c1(x) + self.c1(2 * x))
+        result: Tensor = self.head(torch.relu(self.rest[0](x)).mean((2, 3)))
+        return result
+
+
+def test_a_sum_of_two_calls_of_one_conv() -> None:
+    net = grouped_already(SumOfCalls())
+    assert_exact(converted(net).model, net)
+
+
 # of another kind -------------------------------------------------------------------------------
 
 

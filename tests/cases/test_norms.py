@@ -21,7 +21,6 @@ from tests.cases.small import (
     assert_same,
     convert_from_weights,
     convert_small,
-    free_convs,
     hidden,
     together,
 )
@@ -240,17 +239,3 @@ def test_norms_left_in_training_mode_come_back_so_and_are_judged_in_evaluation()
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     assert [module.training for module in model.modules()] == [module.training for module in net.modules()]
     assert relative_error(model, net, noise(8, TINY, 9)) < TOLERANCE
-
-
-class Factor(nn.Module):
-    """A constant factor for each channel, made in every call."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.tensor([0.5 + index / 7 for index in range(CHANNELS)]).reshape(1, -1, 1, 1)
-
-
-def test_a_constant_made_in_forward_stops_its_channels_and_no_others() -> None:
-    net = Normed(lambda c: Factor())
-    hidden(net, second=False)
-    assert free_convs(net) == {"stem"}
-    assert relative_error(convert_small(net).model, net, noise(8, TINY, 9)) < TOLERANCE
