@@ -81,26 +81,29 @@ def take_values(model: nn.Module, source: nn.Module) -> None:
     values = {**_named(source.named_parameters), **_named(source.named_buffers)}
     for name, parameter in _named(model.named_parameters).items():
         parameter.copy_(values[name])
-    for name, tensor in plain_tensors(source).items():
-        before = plain_tensors(model).get(name)
+    plain, own_plain = plain_tensors(source), plain_tensors(model)
+    for name, tensor in plain.items():
+        before = own_plain.get(name)
         if before is not None and before.shape == tensor.shape and not _equal(tensor, before):
             _make_buffer(model, name)
+    changed = []
     for name, buffer in _named(model.named_buffers).items():
-        value = values.get(name, plain_tensors(source).get(name))
+        value = values.get(name, plain.get(name))
         # What has another shape was made by running the model, and will be again.
-        if value is None or value.shape != buffer.shape or _equal(value, buffer):
-            continue
-        buffer.copy_(value)
-        make_persistent(model, [name])
+        if value is not None and value.shape == buffer.shape and not _equal(value, buffer):
+            buffer.copy_(value)
+            changed.append(name)
+    make_persistent(model, changed)
 
 
 def make_persistent(model: nn.Module, names: Iterable[str]) -> None:
     """Make those buffers part of a model's state dict; other names are let be."""
+    plain, buffers = plain_tensors(model), _named(model.named_buffers)
     for name in names:
-        if name in plain_tensors(model):
-            _make_buffer(model, name)
         owner, _, own_name = name.rpartition(".")
-        if name in _named(model.named_buffers):
+        if name in plain:
+            _make_buffer(model, name)
+        elif name in buffers:
             model.get_submodule(owner)._non_persistent_buffers_set.discard(own_name)
 
 
