@@ -41,7 +41,7 @@ def sampled_score(conv: nn.Module, samples: SiteSamples) -> Tensor:
 
 def fitted_error(site: SiteRecipe, samples: SiteSamples) -> float:
     """Return the mean relative error of the best grouped conv on the dense model's own inputs."""
-    moments = GroupedMoments()
+    moments = GroupedMoments(precision=torch.float32)  # for a comparison alone
     for patches, outputs in zip(samples.patches, samples.patch_outputs, strict=True):
         rows = row_channels(outputs.shape[1], site.groups, site.kind == GROUPED and site.shuffle)
         count = len(patches)

@@ -31,16 +31,18 @@ class InputMoments:
     """First and second moments of the inputs of each group, summed over samples.
 
     Only the diagonal blocks are kept: G·D² numbers, where the full matrix would have (G·D)².
-    Values are shifted by their mean over the first batch, so that the sums keep their precision in
-    float64 however far the mean is from zero.
+    Values are shifted by their mean over the first batch, so that the sums keep their precision
+    however far the mean is from zero.
 
     Attributes:
         centred: whether the mean is taken off; else the second moments are those about zero.
+        precision: type of the sums, and of what is computed from them.
         count: number of samples.
     """
 
-    def __init__(self, *, centred: bool = True) -> None:
+    def __init__(self, *, centred: bool = True, precision: torch.dtype = torch.float64) -> None:
         self.centred = centred
+        self.precision = precision
         self.count = 0
         self._input_shift: Tensor | None = None
 
@@ -61,8 +63,8 @@ class InputMoments:
         if self._input_shift is None:
             groups, _, width = inputs.shape
             self._input_shift = inputs.mean(1, keepdim=True) * float(self.centred)
-            self._input_input = inputs.new_zeros((groups, width, width), dtype=torch.float64)
-            self._input_sum = inputs.new_zeros((groups, width), dtype=torch.float64)
+            self._input_input = inputs.new_zeros((groups, width, width), dtype=self.precision)
+            self._input_sum = inputs.new_zeros((groups, width), dtype=self.precision)
         inputs = inputs - self._input_shift
         self.count += inputs.shape[1]
         self._add_gram(inputs)
@@ -83,8 +85,8 @@ class InputMoments:
 class GroupedMoments(InputMoments):
     """Moments of the inputs and outputs of each group."""
 
-    def __init__(self, *, centred: bool = True) -> None:
-        super().__init__(centred=centred)
+    def __init__(self, *, centred: bool = True, precision: torch.dtype = torch.float64) -> None:
+        super().__init__(centred=centred, precision=precision)
         self._output_shift: Tensor | None = None
         self._known_ridge: tuple[float, Ridge] | None = None
 
@@ -99,9 +101,9 @@ class GroupedMoments(InputMoments):
         if self._output_shift is None:
             groups, _, rows = outputs.shape
             self._output_shift = outputs.mean(1, keepdim=True) * float(self.centred)
-            self._output_input = inputs.new_zeros((groups, rows, inputs.shape[2]), dtype=torch.float64)
-            self._output_output = inputs.new_zeros((groups, rows), dtype=torch.float64)
-            self._output_sum = inputs.new_zeros((groups, rows), dtype=torch.float64)
+            self._output_input = inputs.new_zeros((groups, rows, inputs.shape[2]), dtype=self.precision)
+            self._output_output = inputs.new_zeros((groups, rows), dtype=self.precision)
+            self._output_sum = inputs.new_zeros((groups, rows), dtype=self.precision)
         self._known_ridge = None
         inputs, outputs = self._add_inputs(inputs), outputs - self._output_shift
         self._output_input += torch.bmm(outputs.transpose(1, 2), inputs)
@@ -124,7 +126,7 @@ class GroupedMoments(InputMoments):
             total = shifted.sum(1)
             # The inputs' shift is taken off the sums: shifting all inputs again would cost a copy of them.
             self._output_input += torch.bmm(shifted.transpose(1, 2), inputs.transpose(0, 1))
-            self._output_input -= total.double().unsqueeze(2) * self._input_shift
+            self._output_input -= total.to(self.precision).unsqueeze(2) * self._input_shift
             self._output_sum += total
             if squares:
                 self._output_output += shifted.square_().sum(1)
@@ -148,7 +150,7 @@ class GroupedMoments(InputMoments):
         if self.centred:
             cov_yu -= output_mean.unsqueeze(2) * input_mean.unsqueeze(1)
         system = self._ridge(ridge)
-        start = torch.zeros((), dtype=torch.float64) if prior is None else prior.double()
+        start = torch.zeros((), dtype=self.precision) if prior is None else prior.to(self.precision)
         # (Cov(u) + λI) V = Cov(u, y) + λP is the same, and spares the product with Cov(u).
         weight = system.solve(cov_yu + system.strength * start)
         # V Cov(u) Vᵀ = V (Cov(u, y) − λ(V − P)), so the error needs no product with Cov(u) either.
@@ -177,7 +179,7 @@ class Ridge:
     """``Cov(u) + λI`` of each group, factorised.
 
     Args:
-        covariance: ``Cov(u)``, shape (G, D, D), float64; overwritten.
+        covariance: ``Cov(u)``, shape (G, D, D); overwritten.
         ridge: λ as a multiple of the mean variance of a group's inputs.
 
     Attributes:
