@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
 from groupify.documents import Count, Count1, OneOf
@@ -247,6 +247,8 @@ class Plan:
         cpu: the processor that it was made for, one of ``groupify.machine.CPUS`` but never ``"auto"``.
         notes: what the conversion has to do without; see ``limits``.
         inputs: names of the tensors that the model was called with; empty where that is not known.
+        captured: what a conversion of the very same model need not find out again (``graph.KeptGraph``); not
+            saved, and no part of what is planned. None where there is nothing of the kind.
     """
 
     sites: tuple[SitePlan, ...]
@@ -255,6 +257,7 @@ class Plan:
     cpu: str
     notes: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
+    captured: object = field(default=None, compare=False, repr=False)
 
     @property
     def converted(self) -> tuple[SitePlan, ...]:

@@ -21,7 +21,9 @@ from groupify.conversion.working_copy import take_values, working_copy
 from groupify.data.batches import Data
 from groupify.errors import ConversionError, GroupifyWarning
 from groupify.graph.call import Call, as_call, one_example
-from groupify.graph.capture import capture
+from groupify.graph.capture import Captured, capture
+from groupify.graph.channels import Channels
+from groupify.graph.kept_graph import KeptGraph
 from groupify.graph.model_graph import ModelGraph, computes_the_same
 from groupify.models.wrappers import unwrapped
 from groupify.structures import Plan, SiteRecipe
@@ -109,8 +111,11 @@ def convert(
         calibration.check(plan.input_shape)
     call = _example(model, plan, calibration, example_inputs)
     dense = working_copy(model, call, [site.name for site in sites])
+    kept = plan.captured
+    if not isinstance(kept, KeptGraph) or not kept.holds_for(model, _float32(call)):
+        kept = None
     with torch.random.fork_rng(devices=[]):
-        work = _Conversion(dense, sites, calibration, _float32(call), seed, progress)
+        work = _Conversion(dense, sites, calibration, _float32(call), kept, seed, progress)
         student = work.run()
     _warn_of_few_samples(work.fits)
     note = overfitting_note({fit.name: fit.held_out for fit in work.fits})
@@ -205,6 +210,7 @@ class _Conversion:
         sites: Sequence[SiteRecipe],
         calibration: Calibration | None,
         example: Call,
+        kept: KeptGraph | None,
         seed: int,
         progress: bool,
     ) -> None:
@@ -212,6 +218,7 @@ class _Conversion:
         self._sites = {site.name: site for site in sites}
         self._calibration = calibration
         self._example = example
+        self._kept = kept
         self._seed = seed
         self._progress = progress
         self.clock = Clock()
@@ -239,18 +246,29 @@ class _Conversion:
 
     def _whole(self, batches: Sequence[Call]) -> tuple[ModelGraph | None, str]:
         """The graph of the whole model, if it computes the same; else None and why."""
-        captured = capture(self._dense, batches[0].head(2))
-        if captured.graph is not None and captured.graph.batch is not None:
-            captured = capture(self._dense, batches[0])  # for the batch size of the calibration only
+        if self._kept is not None:
+            graph, _ = self._checked(Captured(self._kept.graph.on(self._dense), None), batches[0])
+            if graph is not None:
+                return graph, ""
+        return self._checked(capture(self._dense, batches[0].head(2)), batches[0])
+
+    def _checked(self, captured: Captured, batch: Call) -> tuple[ModelGraph | None, str]:
+        if captured.graph is not None and not captured.graph.accepts(batch):
+            captured = capture(self._dense, batch)  # for the batch size of the calibration only
         graph = captured.graph
         if graph is None:
             return None, captured.problem or ""
         missing = [name for name in self._sites if name not in graph.calls]
         if missing:
             return None, f"{missing[0]!r}: {graph.pinned.get(missing[0], 'it does not run')}"
-        if not computes_the_same(self._dense, graph, batches[0]):
+        if not computes_the_same(self._dense, graph, batch):
             return None, _VALUE_DEPENDENT
         return graph, ""
+
+    def _channels(self, graph: ModelGraph) -> Channels | None:
+        """The permutation classes of a graph, if it is the one that was kept."""
+        kept = self._kept
+        return kept.channels if kept is not None and kept.graph.graph is graph.graph else None
 
     def _equal(self, graph: ModelGraph, batches: list[Call]) -> list[Call]:
         """The batches that the graph holds for."""
@@ -266,7 +284,7 @@ class _Conversion:
     def _in_order(self, graph: ModelGraph, batches: list[Call], calibration: Calibration) -> nn.Module:
         found = convert_in_order(
             self._dense, graph, batches, self._sites, calibration,
-            seed=self._seed, clock=self.clock, progress=self._progress,
+            channels=self._channels(graph), seed=self._seed, clock=self.clock, progress=self._progress,
         )  # fmt: skip
         self.fits, self.kept_before, self.kept = found.fits, found.kept_before, found.kept
         self.pictures = found.pictures
@@ -303,7 +321,10 @@ class _Conversion:
             if found.kept is None:
                 self.method = "from the weights alone: truncation"
         else:
-            found = convert_from_weights(self._dense, graph, example, self._sites, seed=self._seed)
+            channels = self._channels(graph)
+            found = convert_from_weights(
+                self._dense, graph, example, self._sites, channels=channels, seed=self._seed
+            )
         self.notes.extend(found.notes)
         self.kept_before, self.kept = found.kept_before, found.kept
         self.clock.lap("weights")

@@ -143,6 +143,7 @@ def convert_in_order(
     sites: Mapping[str, SiteRecipe],
     calibration: Calibration,
     *,
+    channels: Channels | None = None,
     seed: int,
     clock: Clock,
     progress: bool,
@@ -155,6 +156,7 @@ def convert_in_order(
         batches: what it is fed, float32.
         sites: the convs to replace, by name.
         calibration: how the inputs are used.
+        channels: the permutation classes; None = they are found out.
         seed: seed of everything random.
         clock: takes the time of the parts.
         progress: show bars on stderr.
@@ -169,7 +171,10 @@ def convert_in_order(
     clock.lap("dense model")
     found = Converted(dense)
     if calibration.clustering != "none":
-        found = _clustered(dense, graph, batches[0], samples, sites, calibration, seed, clock)
+        example = batches[0] if graph.batch is not None else batches[0].head(2)
+        channels = channels or channel_classes(graph, example)
+        clock.lap("graph")
+        found = _clustered(dense, channels, example, samples, sites, calibration, seed, clock)
     student = restructure(found.student, list(sites.values()))
     worked_on = _in_fast_layout(student)
     totals = {str(conv.target): total for conv, total in sums.items()}
@@ -211,7 +216,13 @@ def _contiguous(call: Call) -> Call:
 
 
 def convert_from_weights(
-    dense: nn.Module, graph: ModelGraph, example: Call, sites: Mapping[str, SiteRecipe], *, seed: int
+    dense: nn.Module,
+    graph: ModelGraph,
+    example: Call,
+    sites: Mapping[str, SiteRecipe],
+    *,
+    channels: Channels | None = None,
+    seed: int,
 ) -> Converted:
     """Convert a module without data: cluster by weight norm, truncate, correct the batch norms.
 
@@ -220,9 +231,10 @@ def convert_from_weights(
         graph: its graph.
         example: one batch.
         sites: the convs to replace, by name.
+        channels: the permutation classes; None = they are found out.
         seed: seed of the clustering.
     """
-    channels = channel_classes(graph, example)
+    channels = channels or channel_classes(graph, example)
     scores = [SiteScore(site, norm_score(dense.get_submodule(name))) for name, site in sites.items()]
     found = cluster(channels, scores, restarts=0, seed=seed)
     permuted = apply_orders(dense, channels, found.orders)
@@ -233,8 +245,8 @@ def convert_from_weights(
 
 def _clustered(
     dense: nn.Module,
-    graph: ModelGraph,
-    batch: Call,
+    channels: Channels,
+    example: Call,
     samples: dict[str, SiteSamples],
     sites: Mapping[str, SiteRecipe],
     calibration: Calibration,
@@ -242,9 +254,6 @@ def _clustered(
     clock: Clock,
 ) -> Converted:
     """Reorder the channels, of the samples too, if that lowers the fitted error."""
-    example = batch if graph.batch is not None else batch.head(2)
-    channels = channel_classes(graph, example)
-    clock.lap("graph")
     scores = []
     for name, site in sites.items():
         conv = dense.get_submodule(name)

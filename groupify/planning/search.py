@@ -143,8 +143,8 @@ def plan_for_budget(
         judge = HeldOut(model, images, options, convert_plan)
     found = Race(_finder(model, budget, costing, options), judge, progress=options.progress).run()
     names = [site.name for site in found.plan.converted]
-    notes = limits(model, names, as_call(example, model))
-    return replace(found, plan=replace(found.plan, notes=notes))
+    shown = limits(model, names, as_call(example, model))
+    return replace(found, plan=replace(found.plan, notes=shown.notes, captured=shown.captured))
 
 
 def make_costing(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -12,6 +13,7 @@ from groupify.graph.call import Call, Example, as_call, shape_of
 from groupify.graph.capture import capture
 from groupify.graph.channels import channel_classes
 from groupify.graph.forward import evaluating
+from groupify.graph.kept_graph import KeptGraph
 from groupify.graph.parts import find_parts, given_up
 from groupify.graph.plain_layers import CONVS, Conv
 from groupify.models.wrappers import unseen_layers, unwrapped
@@ -102,8 +104,21 @@ def _refuse_hindered(recipe: SiteRecipe, run: Observed | None) -> None:
         raise ConversionError(f"layer {recipe.name!r} cannot be replaced as planned: {hindrance}")
 
 
-def limits(model: nn.Module, sites: Sequence[str], example: Call) -> tuple[str, ...]:
-    """Return one line for each thing that a conversion of ``sites`` has to do without.
+@dataclass(frozen=True)
+class Limits:
+    """What a conversion has to do without.
+
+    Attributes:
+        notes: one line for each such thing.
+        captured: the graph that shows it, for the conversion itself; None where there is none to be kept.
+    """
+
+    notes: tuple[str, ...]
+    captured: KeptGraph | None
+
+
+def limits(model: nn.Module, sites: Sequence[str], example: Call) -> Limits:
+    """Find out what a conversion of ``sites`` has to do without.
 
     Args:
         model: the dense model; left untouched.
@@ -113,13 +128,12 @@ def limits(model: nn.Module, sites: Sequence[str], example: Call) -> tuple[str, 
     notes = (*unseen_layers(model), *functional_convs(model, example))
     captured = capture(model, example)
     if captured.graph is not None:
-        pinned_by = channel_classes(captured.graph, example).pinned_by
-        if pinned_by:
-            notes = (*notes, f"channels that {', '.join(pinned_by)} reads keep their order")
-    else:
-        with evaluating(model):
-            parts = find_parts(model, sites, example)
-        inside = sum(len(part.sites) for part in parts)
-        names = [part.name for part in parts]
-        notes = (*notes, given_up(captured.problem or "", names, len(sites) - inside))
-    return notes
+        channels = channel_classes(captured.graph, example)
+        if channels.pinned_by:
+            notes = (*notes, f"channels that {', '.join(channels.pinned_by)} reads keep their order")
+        return Limits(notes, KeptGraph.of(captured.graph, channels, example))
+    with evaluating(model):
+        parts = find_parts(model, sites, example)
+    inside = sum(len(part.sites) for part in parts)
+    names = [part.name for part in parts]
+    return Limits((*notes, given_up(captured.problem or "", names, len(sites) - inside)), None)

@@ -80,13 +80,14 @@ def plan(
     example = one_example(input_shape, example_inputs)
     observed = observe(model, as_call(example, model, batch=1))
     made = plan_observed(model, observed, example, groups=groups, rules=rules)
-    notes = limits(model, [site.name for site in made.converted], as_call(example, model))
+    found = limits(model, [site.name for site in made.converted], as_call(example, model))
+    notes = found.notes
     slower = latency_warning(made, rules.cpu_block)
     if slower is not None:
         made = with_latency_reasons(made, rules.cpu_block)
         notes = (*notes, slower)
         warnings.warn(slower, GroupifyWarning, stacklevel=2)
-    return replace(made, notes=notes)
+    return replace(made, notes=notes, captured=found.captured)
 
 
 def plan_observed(
