@@ -26,6 +26,8 @@ _FRESH = {
     Effect.WITHIN_CHANNELS,
 }
 _FRESH_OTHERS = {
+    "clone",
+    "lift_fresh_copy",
     "batch_norm",
     "group_norm",
     "layer_norm",
@@ -121,6 +123,9 @@ def _write_anew(program: ExportedProgram) -> bool:
             continue
         source = node.args[0] if node.args else None
         twin = _twin(node)
+        if packet_name(node.target) == "detach_":  # as ``torch.tensor`` in ``forward`` does: writes nothing
+            anew[node] = twin
+            continue
         if (
             twin is None
             or not isinstance(source, fx.Node)

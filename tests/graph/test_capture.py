@@ -148,6 +148,28 @@ def test_writing_in_place_is_seen_wherever_it_shows() -> None:
     assert computes_the_same(net, graph_of(net), Call((images(),)))
 
 
+class TensorsOfItsOwn(nn.Module):
+    """Makes, copies and detaches tensors, and writes to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        factors = torch.tensor([0.5, 1.0, 1.5, 2.0]).reshape(-1, 1, 1)
+        kept = x.clone().mul_(factors)
+        detached = x.detach_()
+        before = detached + 1
+        detached.mul_(2)
+        return x + before + kept.add_(torch.tensor(0.5).add_(1))
+
+
+def test_tensors_that_forward_makes_may_be_written_to() -> None:
+    net = TensorsOfItsOwn().eval()
+    assert computes_the_same(net, graph_of(net), Call((images(),)))
+
+
 def test_the_model_and_its_inputs_stay_as_they_are() -> None:
     net = Remembering().eval()
     x = images()
