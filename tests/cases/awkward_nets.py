@@ -6,6 +6,7 @@ a change of its memory format gets wrong; in its plain one it is made of ordinar
 
 from __future__ import annotations
 
+import threading
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from tests.cases.nets import grouped_already
 from tests.cases.small import CHANNELS, PAIRS
 
+# More at once are not taken by a piece that minds how many there are.
+MOST_IMAGES = 16
 # Name of a piece, and a number that chooses its variant.
 Step = tuple[str, int]
 
@@ -37,6 +40,10 @@ class Piece(nn.Module):
     def __init__(self, awkward: bool, number: int) -> None:
         super().__init__()
         self.awkward, self.number = awkward, number
+
+    def refusal(self) -> tuple[str, ...]:
+        """Words in the reason for which it may be refused; none where it may not be."""
+        return ()
 
     def vectors(self) -> list[Tensor]:
         """What it keeps for each channel, in an order that both spellings share."""
@@ -452,11 +459,44 @@ class ByValue(Piece):
         return x * 1.2
 
 
+class Unfit(Piece):
+    """Cannot be copied, minds the sizes of a conv, or does not take many images."""
+
+    def __init__(self, awkward: bool, number: int) -> None:
+        super().__init__(awkward, number)
+        self.conv = pointwise()
+        if awkward and number % 3 == 0:
+            self.lock = threading.Lock()
+
+    def refusal(self) -> tuple[str, ...]:
+        reasons = (
+            ("cannot be copied", "lock"),
+            ("asks a replaced conv for its class, sizes or weight",),
+            (f"at most {MOST_IMAGES} images",),
+        )
+        return reasons[self.number % 3]
+
+    def convs(self) -> list[nn.Conv2d]:
+        return [self.conv]
+
+    def reorder(self, order: Tensor) -> None:
+        reorder_inputs(self.conv, order)
+        reorder_outputs(self.conv, order)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.conv(x)
+        if self.awkward and self.number % 3 == 1:
+            result = result / self.conv.groups
+        if self.awkward and self.number % 3 == 2 and len(x) > MOST_IMAGES:
+            raise ValueError(f"at most {MOST_IMAGES} images")
+        return result
+
+
 PIECES: dict[str, type[Piece]] = {
     piece.__name__: piece
     for piece in (
         InPlace, Branch, Scale, Constant, Norm, Hooked, Subclassed, Shared, Optional, Keeping, Checked,
-        Viewed, ByFunction, Context, ByValue,
+        Viewed, ByFunction, Context, ByValue, Unfit,
     )
 }  # fmt: skip
 
