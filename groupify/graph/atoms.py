@@ -31,6 +31,11 @@ class Atoms:
         self._meets: dict[int, set[int]] = defaultdict(set)
         self._factors: dict[int, float] = {}
 
+    @property
+    def count(self) -> int:
+        """Number of atoms so far, the fixed one included."""
+        return len(self._parents)
+
     def new(self, count: int) -> Tensor:
         """Return new atoms, shape (count,)."""
         start = len(self._parents)

@@ -6,7 +6,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from groupify.graph.atoms import Atoms
@@ -69,34 +71,64 @@ def channel_classes(graph: ModelGraph, call: Call) -> Channels:
 def _group(atoms: Atoms, uses: Sequence[ChannelUse], pinned_by: tuple[str, ...]) -> Channels:
     """Put the components that meet the same tensors in the same way into one class."""
     components = atoms.components()
-    # component of each atom that may move, and the atom's number inside it
-    owner = {atom: (number, rank) for number, c in enumerate(components) for rank, atom in enumerate(c)}
-    places: list[dict[int, list[int]]] = [defaultdict(list) for _ in components]
-    met: list[list[tuple[int, int, int]]] = [[] for _ in components]
-    relabelled = []
-    for index, use in enumerate(uses):
-        width = max(1, len(use.atoms) // use.blocks)
-        atoms_here = use.atoms.tolist()
-        for position, atom in enumerate(atoms_here):
-            if atom in owner:
-                number, rank = owner[atom]
-                places[number][index].append(position)
-                met[number].append((index, position // width, rank))
-        # Atoms that move together go by one name from here on.
-        first = [components[owner[atom][0]][0] if atom in owner else atom for atom in atoms_here]
-        relabelled.append(replace(use, atoms=torch.tensor(first, dtype=torch.long)))
-    groups: dict[object, list[int]] = defaultdict(list)
-    for number, signature in enumerate(atoms.signatures(components)):
-        if met[number]:
-            groups[signature, tuple(met[number])].append(number)
-    classes = []
-    for members in groups.values():
-        if len(members) < 2:
-            continue
-        members.sort(key=lambda number: next(iter(places[number].values())))
-        where = {index: torch.tensor([places[n][index] for n in members]) for index in places[members[0]]}
-        classes.append(ChannelClass(torch.tensor([components[n][0] for n in members]), where))
+    lengths = [len(component) for component in components]
+    members = np.array([atom for component in components for atom in component], dtype=np.int64)
+    owner, rank = np.full(atoms.count, -1), np.zeros(atoms.count, dtype=np.int64)
+    owner[members] = np.repeat(np.arange(len(components)), lengths)
+    rank[members] = [number for length in lengths for number in range(length)]
+    meetings = _meetings(uses, owner, rank, len(components))
+    groups: dict[object, list[NDArray[np.int64]]] = defaultdict(list)
+    firsts: dict[object, list[int]] = defaultdict(list)
+    for component, signature, met in zip(components, atoms.signatures(components), meetings, strict=True):
+        if len(met):
+            key = signature, met[:, :3].tobytes()
+            groups[key].append(met)
+            firsts[key].append(component[0])
+    classes = [_class(np.stack(met), firsts[key]) for key, met in groups.items() if len(met) > 1]
+    # Atoms that move together go by one name from here on.
+    first = np.arange(atoms.count)
+    first[members] = np.repeat([component[0] for component in components], lengths)
+    relabelled = [replace(use, atoms=torch.from_numpy(first[use.atoms.numpy()])) for use in uses]
     return Channels(tuple(relabelled), tuple(classes), pinned_by)
+
+
+def _meetings(
+    uses: Sequence[ChannelUse], owner: NDArray[np.int64], rank: NDArray[np.int64], count: int
+) -> list[NDArray[np.int64]]:
+    """Return where each component meets tensors: rows of use, block, rank of the atom in it, and position.
+
+    Args:
+        uses: all uses.
+        owner: component of each atom; −1 where it may not move.
+        rank: number of each atom in its component.
+        count: number of components.
+    """
+    rows = [np.empty((0, 5), dtype=np.int64)]
+    for index, use in enumerate(uses):
+        found = use.atoms.numpy()
+        position = np.flatnonzero(owner[found] >= 0)
+        found, width = found[position], max(1, len(use.atoms) // use.blocks)
+        columns = np.full(len(found), index), position // width, rank[found], position, owner[found]
+        rows.append(np.stack(columns, 1))
+    table = np.concatenate(rows)
+    table = table[np.argsort(table[:, 4], kind="stable")]
+    ends = np.cumsum(np.bincount(table[:, 4], minlength=count))
+    return np.split(table[:, :4], ends[:-1]) if count else []
+
+
+def _class(met: NDArray[np.int64], atoms: Sequence[int]) -> ChannelClass:
+    """Return the class of components that meet the same, in the order of their places in the first use.
+
+    Args:
+        met: as in ``_meetings``, shape (components, meetings, 4).
+        atoms: the first of each component.
+    """
+    uses, positions = met[0, :, 0], met[:, :, 3]
+    order = sorted(range(len(met)), key=positions[:, uses == uses[0]].tolist().__getitem__)
+    where = {
+        int(use): torch.from_numpy(positions[order][:, uses == use]) for use in dict.fromkeys(uses.tolist())
+    }
+    return ChannelClass(torch.tensor(atoms)[order], where)
 
 
 def _untouchable(graph: ModelGraph, labeller: Labeller) -> set[str]:
