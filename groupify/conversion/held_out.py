@@ -69,7 +69,7 @@ class HeldOutImages:
         return (self._starts[batch] + positions.image) % _SHARE == _SHARE - 1
 
 
-def best_ridge(fitting: RelaxedFit, held_out: Sequence[GroupedSamples], ridge: float) -> HeldOutCheck:
+def best_ridge(fitting: RelaxedFit, held_out: GroupedSamples, ridge: float) -> HeldOutCheck:
     """Choose the strength of the ridge by the error on held-out images.
 
     It stays what it is unless the error is more than twice that in sample. Then three stronger ones are
@@ -81,18 +81,16 @@ def best_ridge(fitting: RelaxedFit, held_out: Sequence[GroupedSamples], ridge: f
         held_out: samples from the others.
         ridge: strength asked for, as a multiple of the mean input variance.
     """
-    fit = fitting.plain(ridge)
+    fit = fitting.plain(ridge, rough=True)
     variance = fitting.moments.output_variance()
     total = float(variance.sum().clamp(min=1e-12))
     in_sample = float((fit.error * variance).sum()) / total
-    count = sum(len(samples.inputs) for samples in held_out)
-    first = sum(samples.squared_error(fit, relaxed=False) for samples in held_out) / (count * total)
+    first = held_out.squared_error(fit, relaxed=False) / (len(held_out.inputs) * total)
     if first <= max(_MOST * in_sample, _NEGLIGIBLE):
         return HeldOutCheck(in_sample, first, overfitted=False, ridge=ridge)
     errors = {}
     for strength in (ridge, *(factor * max(ridge, _LEAST) for factor in _LADDER)):
-        fit = fitting.fit(strength)
-        errors[strength] = sum(samples.squared_error(fit, relaxed=True) for samples in held_out)
+        errors[strength] = held_out.squared_error(fitting.fit(strength), relaxed=True)
     enough = _NEAR * min(errors.values())
     best = min(strength for strength, error in errors.items() if error <= enough)
     return HeldOutCheck(in_sample, first, overfitted=True, ridge=best, gain=errors[best] / errors[ridge])

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from groupify.stats.moments import GroupedFit, GroupedMoments
 
+# Samples that are worked on at a time: few enough to stay in the cache.
+_CHUNK = 2048
+
 
 class GroupedSamples:
     """What a grouped map reads and should give at some positions.
@@ -25,6 +28,30 @@ class GroupedSamples:
         self.outputs = outputs
         self._thresholds = None if thresholds is None else thresholds.transpose(0, 1)
         self._off = None if thresholds is None else (outputs <= thresholds).transpose(0, 1)
+
+    @staticmethod
+    def joined(parts: Sequence[GroupedSamples]) -> GroupedSamples:
+        """Return the samples of several parts as one."""
+        if len(parts) == 1:
+            return parts[0]
+        thresholds = [part._thresholds for part in parts if part._thresholds is not None]
+        return GroupedSamples(
+            torch.cat([part.inputs for part in parts]),
+            torch.cat([part.outputs for part in parts]),
+            torch.cat(thresholds, 1).transpose(0, 1) if thresholds else None,
+        )
+
+    def split(self, count: int) -> list[GroupedSamples]:
+        """Return them in parts of ``count`` samples; the last may be smaller."""
+        if len(self.inputs) <= count:
+            return [self]
+        thresholds = None if self._thresholds is None else self._thresholds.transpose(0, 1)
+        parts = []
+        for start in range(0, len(self.inputs), count):
+            rows = slice(start, start + count)
+            off = None if thresholds is None else thresholds[rows]
+            parts.append(GroupedSamples(self.inputs[rows], self.outputs[rows], off))
+        return parts
 
     def predicted(self, fit: GroupedFit) -> Tensor:
         """Return what a map gives, shape (G, n, O/G)."""
@@ -80,29 +107,33 @@ class RelaxedFit:
 
     def add(self, samples: Sequence[GroupedSamples]) -> None:
         """Add samples to fit."""
-        for part in samples:
-            self.moments.update(part.inputs, part.outputs)
-        self._samples += samples
+        chunks = [chunk for part in samples for chunk in part.split(_CHUNK)]
+        for chunk in chunks:
+            self.moments.update(chunk.inputs, chunk.outputs)
+        self._samples += chunks
 
-    def plain(self, ridge: float) -> GroupedFit:
-        """Fit the outputs as they are."""
+    def plain(self, ridge: float, *, rough: bool = False) -> GroupedFit:
+        """Fit the outputs as they are; ``rough``: in single precision."""
         if not self._plain:
             self.moments.replace_outputs((part.inputs, part.outputs) for part in self._samples)
             self._plain = True
-        return self.moments.fit(ridge=ridge, prior=self._prior)
+        return self.moments.fit(ridge=ridge, prior=self._prior, rough=rough)
 
     def fit(self, ridge: float) -> GroupedFit:
         """Fit the outputs as far as they matter behind the ReLU."""
-        result = self.plain(ridge)
-        for iteration in range(1, self._iterations + 1):
-            present = result
-            self.moments.replace_outputs(
-                (
-                    (part.inputs, part.relaxed(part.predicted(present)).transpose(0, 1))
-                    for part in self._samples
-                ),
-                squares=iteration == self._iterations,
-            )
-            self._plain = False
-            result = self.moments.fit(ridge=ridge, prior=self._prior)
-        return result
+        if not self._iterations:
+            return self.plain(ridge)
+        self.moments.ridge(ridge)  # the last fit needs it, and the others take it, rounded
+        present = self.plain(ridge, rough=True)
+        for left in reversed(range(self._iterations)):
+            self._relax(present, squares=not left)
+            present = self.moments.fit(ridge=ridge, prior=self._prior, rough=left > 0)
+        return present
+
+    def _relax(self, present: GroupedFit, *, squares: bool) -> None:
+        """Aim at the outputs that cost a fit the least."""
+        relaxed = (
+            (part.inputs, part.relaxed(part.predicted(present)).transpose(0, 1)) for part in self._samples
+        )
+        self.moments.replace_outputs(relaxed, squares=squares)
+        self._plain = False

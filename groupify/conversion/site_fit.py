@@ -196,9 +196,10 @@ def _least_squares(
     fitting.add(seen)
     check = None
     if held_out:
-        check = best_ridge(fitting, held_out, ridge)
+        judges = GroupedSamples.joined(held_out)
+        check = best_ridge(fitting, judges, ridge)
         ridge = check.ridge
-        fitting.add(held_out)  # they have done their duty as judges
+        fitting.add([judges])  # they have done their duty
     result = fitting.fit(ridge)
     if flip is not None:
         result = GroupedFit(result.weight * flip, result.bias * flip.squeeze(2), result.error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -89,6 +90,7 @@ class GroupedMoments(InputMoments):
         super().__init__(centred=centred, precision=precision)
         self._output_shift: Tensor | None = None
         self._known_ridge: tuple[float, Ridge] | None = None
+        self._known_rough: tuple[float, Ridge] | None = None
 
     def update(self, inputs: Tensor, outputs: Tensor) -> None:
         """Add samples.
@@ -104,7 +106,7 @@ class GroupedMoments(InputMoments):
             self._output_input = inputs.new_zeros((groups, rows, inputs.shape[2]), dtype=self.precision)
             self._output_output = inputs.new_zeros((groups, rows), dtype=self.precision)
             self._output_sum = inputs.new_zeros((groups, rows), dtype=self.precision)
-        self._known_ridge = None
+        self._known_ridge = self._known_rough = None
         inputs, outputs = self._add_inputs(inputs), outputs - self._output_shift
         self._output_input += torch.bmm(outputs.transpose(1, 2), inputs)
         self._output_output += outputs.square().sum(1)
@@ -131,12 +133,14 @@ class GroupedMoments(InputMoments):
             if squares:
                 self._output_output += shifted.square_().sum(1)
 
-    def fit(self, *, ridge: float, prior: Tensor | None = None) -> GroupedFit:
+    def fit(self, *, ridge: float, prior: Tensor | None = None, rough: bool = False) -> GroupedFit:
         """Solve the ridge regression of each group.
 
         Args:
             ridge: multiple of the mean input variance that is added to the diagonal.
             prior: weights that the ridge draws towards, shape (G, O/G, D); zero if None.
+            rough: solve in single precision, in half the time: for a fit that is judged or improved on, and
+                not kept.
 
         Returns:
             ``V = P + (Cov(y, u) − P Cov(u)) (Cov(u) + λI)⁻¹`` with prior P, and ``b = E[y] − V E[u]``
@@ -149,15 +153,17 @@ class GroupedMoments(InputMoments):
         var_y = self.output_variance()
         if self.centred:
             cov_yu -= output_mean.unsqueeze(2) * input_mean.unsqueeze(1)
-        system = self._ridge(ridge)
-        start = torch.zeros((), dtype=self.precision) if prior is None else prior.to(self.precision)
+        system = self._rough_ridge(ridge) if rough else self.ridge(ridge)
+        precision = system.strength.dtype
+        cov_yu = cov_yu.to(precision)
+        start = torch.zeros((), dtype=precision) if prior is None else prior.to(precision)
         # (Cov(u) + λI) V = Cov(u, y) + λP is the same, and spares the product with Cov(u).
         weight = system.solve(cov_yu + system.strength * start)
         # V Cov(u) Vᵀ = V (Cov(u, y) − λ(V − P)), so the error needs no product with Cov(u) either.
         explained = (weight * (cov_yu + system.strength * (weight - start))).sum(2)
         error = (var_y - explained).clamp(min=0) / var_y.clamp(min=1e-12)
         if self.centred:
-            input_mean = input_mean + self._input_shift.squeeze(1)
+            input_mean = (input_mean + self._input_shift.squeeze(1)).to(precision)
             output_mean = output_mean + self._output_shift.squeeze(1)
             bias = output_mean - (weight @ input_mean.unsqueeze(2)).squeeze(2)
         else:
@@ -169,10 +175,21 @@ class GroupedMoments(InputMoments):
         variance = self._output_output / self.count
         return variance - (self._output_sum / self.count).square() if self.centred else variance
 
-    def _ridge(self, ridge: float) -> Ridge:
+    def ridge(self, ridge: float) -> Ridge:
+        """Return the factorised system of a ridge; the last one is kept until there are more samples."""
         if self._known_ridge is None or self._known_ridge[0] != ridge:
             self._known_ridge = ridge, Ridge(self.input_covariance(), ridge)
         return self._known_ridge[1]
+
+    def _rough_ridge(self, ridge: float) -> Ridge:
+        """Do the same in single precision."""
+        if self._known_rough is None or self._known_rough[0] != ridge:
+            if self._known_ridge is not None and self._known_ridge[0] == ridge:
+                system = self._known_ridge[1].rounded()
+            else:
+                system = Ridge(self.input_covariance().float(), ridge)
+            self._known_rough = ridge, system
+        return self._known_rough[1]
 
 
 class Ridge:
@@ -200,6 +217,12 @@ class Ridge:
             factor, failed = torch.linalg.cholesky_ex(covariance)
         self.strength = strength.unsqueeze(2)
         self._factor = factor
+
+    def rounded(self) -> Ridge:
+        """Return it in single precision."""
+        result = copy.copy(self)
+        result.strength, result._factor = self.strength.float(), self._factor.float()
+        return result
 
     def solve(self, cross: Tensor) -> Tensor:
         """Return the maps ``Cov(y, u) (Cov(u) + λI)⁻¹`` from ``Cov(y, u)``, both of shape (G, rows, D)."""

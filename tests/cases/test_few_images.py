@@ -100,7 +100,7 @@ def test_the_ridge_is_chosen_by_the_error_behind_the_relu(relu: bool) -> None:
     others = GroupedSamples(inputs[48:], outputs[48:], None if thresholds is None else thresholds[48:])
     fitting = RelaxedFit(GroupedMoments(), None, 3 if relu else 0)
     fitting.add([seen])
-    check = best_ridge(fitting, [others], 0.01)
+    check = best_ridge(fitting, others, 0.01)
     assert check.overfitted
     errors = [others.squared_error(fitting.fit(ridge), relaxed=True) for ridge in (0.01, check.ridge)]
     assert check.gain == pytest.approx(errors[1] / errors[0], rel=1e-3)
@@ -112,6 +112,6 @@ def test_what_is_exact_is_no_overfitting() -> None:
     outputs = inputs @ torch.tensor([[1.0], [2.0], [0.5], [0.0]])
     fitting = RelaxedFit(GroupedMoments(), None, 0)
     fitting.add([GroupedSamples(inputs[:150], outputs[:150])])
-    check = best_ridge(fitting, [GroupedSamples(inputs[150:], outputs[150:])], 1e-12)
+    check = best_ridge(fitting, GroupedSamples(inputs[150:], outputs[150:]), 1e-12)
     assert not check.overfitted
     assert check.ridge == 1e-12
