@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -19,39 +20,38 @@ class GroupedSamples:
     Attributes:
         inputs: shape (n, G, D).
         outputs: shape (n, G, O/G).
+        thresholds: up to which output the ReLU behind is off, shape (n, G, O/G); None without a ReLU.
     """
 
     def __init__(self, inputs: Tensor, outputs: Tensor, thresholds: Tensor | None = None) -> None:
-        """Take samples; a ReLU behind the map is off up to ``thresholds``, of the outputs' shape (None: no
-        ReLU)."""
         self.inputs = inputs
         self.outputs = outputs
-        self._thresholds = None if thresholds is None else thresholds.transpose(0, 1)
-        self._off = None if thresholds is None else (outputs <= thresholds).transpose(0, 1)
+        self.thresholds = thresholds
 
     @staticmethod
     def joined(parts: Sequence[GroupedSamples]) -> GroupedSamples:
         """Return the samples of several parts as one."""
         if len(parts) == 1:
             return parts[0]
-        thresholds = [part._thresholds for part in parts if part._thresholds is not None]
+        thresholds = [part.thresholds for part in parts if part.thresholds is not None]
         return GroupedSamples(
             torch.cat([part.inputs for part in parts]),
             torch.cat([part.outputs for part in parts]),
-            torch.cat(thresholds, 1).transpose(0, 1) if thresholds else None,
+            torch.cat(thresholds) if thresholds else None,
         )
 
     def split(self, count: int) -> list[GroupedSamples]:
         """Return them in parts of ``count`` samples; the last may be smaller."""
         if len(self.inputs) <= count:
             return [self]
-        thresholds = None if self._thresholds is None else self._thresholds.transpose(0, 1)
-        parts = []
-        for start in range(0, len(self.inputs), count):
-            rows = slice(start, start + count)
-            off = None if thresholds is None else thresholds[rows]
-            parts.append(GroupedSamples(self.inputs[rows], self.outputs[rows], off))
-        return parts
+        inputs, outputs = self.inputs.split(count), self.outputs.split(count)
+        thresholds = [None] * len(inputs) if self.thresholds is None else self.thresholds.split(count)
+        return [GroupedSamples(*part) for part in zip(inputs, outputs, thresholds, strict=True)]
+
+    @functools.cached_property
+    def _off(self) -> Tensor | None:
+        """Where the ReLU should be off, shape (G, n, O/G)."""
+        return None if self.thresholds is None else (self.outputs <= self.thresholds).transpose(0, 1)
 
     def predicted(self, fit: GroupedFit) -> Tensor:
         """Return what a map gives, shape (G, n, O/G)."""
@@ -64,9 +64,9 @@ class GroupedSamples:
         Shapes (G, n, O/G); the prediction is overwritten.
         """
         outputs = self.outputs.transpose(0, 1)
-        if self._thresholds is None or self._off is None:
+        if self.thresholds is None or self._off is None:
             return outputs
-        torch.minimum(predicted, self._thresholds, out=predicted)
+        torch.minimum(predicted, self.thresholds.transpose(0, 1), out=predicted)
         return torch.where(self._off, predicted, outputs)
 
     def squared_error(self, fit: GroupedFit, *, relaxed: bool) -> float:
