@@ -41,16 +41,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def rare_collections() -> Iterator[None]:
-    """An export makes so many small objects that looking for garbage takes a fifth of its time."""
-    thresholds = gc.get_threshold()
+def pytest_sessionstart() -> None:
+    """Collect garbage rarely: exports make so many small objects that it takes a fifth of their time."""
+    gc.set_threshold(50_000, 20, 100)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what has been imported out of all collections."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
-    yield
-    gc.unfreeze()
-    gc.set_threshold(*thresholds)
 
 
 @pytest.fixture
