@@ -41,11 +41,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def pytest_sessionstart() -> None:
-    """Collect garbage rarely: exports make so many small objects that it takes a fifth of their time."""
-    gc.set_threshold(50_000, 20, 100)
-
-
 def pytest_collection_finish() -> None:
     """Leave what has been imported out of all collections."""
     gc.collect()
