@@ -29,7 +29,7 @@ from pydantic import (
 from pydantic_core import CoreSchema
 from pydantic_core.core_schema import no_info_after_validator_function
 
-from groupify.errors import ArtefactError, SpecError
+from groupify.errors import ArtefactError, PlanError, SpecError
 from groupify.files import write_aside
 from groupify.strict_json import MAX_TEXT, parse, show
 
@@ -138,7 +138,7 @@ class Document:
             document: Self = _adapter(cls).validate_json(text)
         except ValidationError as error:
             raise ArtefactError(first_problem(error, cls.what)) from error
-        except SpecError as error:  # of a part that checks itself
+        except (SpecError, PlanError) as error:  # of a part that checks itself
             raise ArtefactError(f"{cls.what}: {error}") from error
         _check_complete(values, _adapter(cls).dump_python(document), cls.what)
         return document

@@ -16,12 +16,12 @@ from pydantic import AfterValidator, Field
 
 from groupify.documents import Document, OneOf, Text
 from groupify.models.specs import CheckedSpec, WeightsOrigin
-from groupify.structures import KINDS, SiteRecipe
+from groupify.structures import SiteRecipe
 
 # Key of the recipe's ``sha256`` in the metadata of an ONNX file.
 RECIPE_HASH = "groupify.recipe_sha256"
 MAX_SITES = 10_000
-MAX_GROUPS = 65_536
+MAX_CHANNELS = 65_536
 MEMORY_FORMATS = ("contiguous", "channels_last")
 
 
@@ -36,11 +36,15 @@ def current_versions() -> dict[str, str]:
     return versions
 
 
-def _check_site(site: SiteRecipe) -> SiteRecipe:
-    if site.kind not in KINDS:
-        raise ValueError(f"the kind {' or '.join(map(repr, KINDS))}")
-    if not 1 <= site.groups <= MAX_GROUPS:
-        raise ValueError(f"1 to {MAX_GROUPS} groups")
+def check_site(site: SiteRecipe) -> SiteRecipe:
+    """Return a site of a document; a validator for ``Annotated``.
+
+    Raises:
+        ValueError: it is larger than any layer.
+    """
+    structure = site.structure
+    if max(structure.reduce or 1, structure.groups, structure.expand or 1) > MAX_CHANNELS:
+        raise ValueError(f"1 to {MAX_CHANNELS} channels and groups")
     return site
 
 
@@ -84,11 +88,11 @@ class Recipe(Document):
     remedy: ClassVar[str] = "install the version of groupify that wrote it, or convert the model again"
 
     format: Literal["groupify"] = field(default="groupify", kw_only=True)
-    schema_version: Literal[4] = field(default=4, kw_only=True)
+    schema_version: Literal[5] = field(default=5, kw_only=True)
     model: CheckedSpec
     weights: WeightsOrigin
     sites: Annotated[
-        tuple[Annotated[SiteRecipe, AfterValidator(_check_site)], ...],
+        tuple[Annotated[SiteRecipe, AfterValidator(check_site)], ...],
         Field(max_length=MAX_SITES),
         AfterValidator(each_once),
     ]

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
-from groupify.documents import Count, Count1, OneOf
+from groupify.documents import Count, Count1
 from groupify.errors import PlanError
 
-DENSE = "dense"
+# Families that a plan may choose structures from.
 GROUPED = "grouped"
 GROUPED_POINTWISE = "grouped-pointwise"
-KINDS = (GROUPED, GROUPED_POINTWISE)
+BLOCK_TERM = "block-term"
+FAMILIES = (GROUPED, GROUPED_POINTWISE, BLOCK_TERM)
 
 Number = TypeVar("Number", int, float)
 
@@ -74,6 +75,23 @@ class Structure:
 
     def __str__(self) -> str:
         return f"({self.reduce or '–'}, {self.groups}, {self.expand or '–'})"
+
+    @property
+    def is_one_conv(self) -> bool:
+        """Whether it has neither a reduce nor an expand."""
+        return self.reduce is None and self.expand is None
+
+    def separate_fits(self, conv_groups: int) -> int:
+        """Return how many groups of a conv's inputs are fitted each by itself."""
+        return self.groups if self.is_one_conv else conv_groups
+
+    def minds_order(self, conv: ConvShape) -> bool:
+        """Whether it matters which channels of a conv stand together: not where a reduce mixes them.
+
+        Nor are they told apart where groups of inputs have no outputs that belong to them.
+        """
+        divided = conv.out_channels % self.groups == 0
+        return conv.groups == 1 < self.groups and self.reduce is None and divided
 
     def check(self, conv: ConvShape) -> None:
         """Check that the structure suits a conv, and is the one spelling of what it is.
@@ -152,15 +170,18 @@ class SiteRecipe:
 
     Attributes:
         name: qualified module name of the conv in the dense model.
-        kind: ``"grouped"``, or ``"grouped-pointwise"`` for a grouped conv and a dense 1×1 conv.
-        groups: number of groups after the conversion.
-        shuffle: whether a channel shuffle follows.
+        structure: what it becomes.
+        shuffle: whether a channel shuffle follows; for structures of one conv.
     """
 
     name: str
-    kind: str
-    groups: int
+    structure: Structure
     shuffle: bool = False
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of the k×k conv."""
+        return self.structure.groups
 
 
 @dataclass(frozen=True)
@@ -182,9 +203,8 @@ class SitePlan:
 
     Attributes:
         name: qualified module name.
-        kind: ``"dense"`` (left as it is), ``"grouped"`` or ``"grouped-pointwise"``.
         groups_before: its number of groups now.
-        groups: its number of groups after the conversion.
+        structure: what it becomes; one conv of as many groups is the conv as it is.
         shuffle: whether a channel shuffle follows.
         reason: why it is left alone, gets fewer groups than asked, or will run in a slower kernel; None
             where it is as asked.
@@ -195,9 +215,8 @@ class SitePlan:
     """
 
     name: str
-    kind: Annotated[str, OneOf(DENSE, *KINDS)]
     groups_before: Count1
-    groups: Count1
+    structure: Structure
     shuffle: bool
     reason: str | None
     in_channels: Count1
@@ -211,19 +230,33 @@ class SitePlan:
     @property
     def converted(self) -> bool:
         """Whether the site is replaced."""
-        return self.kind != DENSE
+        return self.structure != Structure(groups=self.groups_before)
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of the k×k conv after the conversion."""
+        return self.structure.groups
+
+    @property
+    def conv(self) -> ConvShape:
+        """Shape of the conv itself."""
+        return ConvShape(self.in_channels, self.out_channels, self.kernel_size, self.groups_before)
+
+    @property
+    def core_channels(self) -> tuple[int, int]:
+        """Input and output channels of the k×k conv after the conversion."""
+        return self.structure.reduce or self.in_channels, self.structure.expand or self.out_channels
 
     @property
     def group_width(self) -> int:
-        """Channels per group after the conversion: the smaller of in/groups and out/groups."""
-        return min(self.in_channels, self.out_channels) // self.groups
+        """Channels per group of the k×k conv after the conversion, the smaller of in and out."""
+        return min(self.core_channels) // self.groups
 
     def left_dense(self, reason: str | None) -> SitePlan:
         """Return the plan that leaves the conv as it is."""
         return replace(
             self,
-            kind=DENSE,
-            groups=self.groups_before,
+            structure=Structure(groups=self.groups_before),
             shuffle=False,
             reason=reason,
             params=Change(self.params.dense, self.params.dense),
@@ -233,7 +266,7 @@ class SitePlan:
     @property
     def recipe(self) -> SiteRecipe:
         """What surgery needs to know of a converted site."""
-        return SiteRecipe(self.name, self.kind, self.groups, self.shuffle)
+        return SiteRecipe(self.name, self.structure, self.shuffle)
 
 
 @dataclass(frozen=True)
@@ -264,6 +297,10 @@ class Plan:
         """The sites that are replaced."""
         return tuple(site for site in self.sites if site.converted)
 
+    def site(self, name: str) -> SitePlan:
+        """Return what happens to the conv of a name."""
+        return next(site for site in self.sites if site.name == name)
+
     @property
     def params(self) -> Change[int]:
         """Parameters of all convs, biases included."""
@@ -288,25 +325,25 @@ class Observed:
         input_size, output_size: spatial sizes at its last call, pixels.
         calls: how often it runs in one forward pass.
         hindrance: why it cannot be replaced, such as a hook that changes its output; None where it can.
-        pair_hindrance: why it cannot be replaced by a pair of convs.
+        several_hindrance: why it cannot be replaced by several convs.
     """
 
     input_size: tuple[int, ...]
     output_size: tuple[int, ...]
     calls: int
     hindrance: str | None = None
-    pair_hindrance: str | None = None
+    several_hindrance: str | None = None
 
 
 class Uniform(NamedTuple):
-    """The same kind and number of groups everywhere: what a plan can be compared with."""
+    """The same family and number of groups everywhere: what a plan can be compared with."""
 
-    kind: str
+    family: str
     groups: int
     shuffle: bool = False
 
     def __str__(self) -> str:
-        return f"uniform {self.kind}, {self.groups} groups" + (", shuffled" if self.shuffle else "")
+        return f"uniform {self.family}, {self.groups} groups" + (", shuffled" if self.shuffle else "")
 
 
 @dataclass(frozen=True)
@@ -330,10 +367,8 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        """The kind and the number of groups, in one word."""
-        if not self.site.converted:
-            return DENSE
-        return f"{self.site.kind}-{self.site.groups}" + ("-shuffle" if self.site.shuffle else "")
+        """The structure, as readers know it."""
+        return str(self.site.structure) + (" shuffled" if self.site.shuffle else "")
 
 
 @dataclass(frozen=True)
@@ -348,6 +383,7 @@ class Choices:
         cpu: the processor that they are for.
         example: how the model is called, a shape or a ``Call``.
         inputs: names of the tensors that it is called with.
+        rules: the ``Rules`` that they follow.
     """
 
     sites: tuple[tuple[Candidate, ...], ...]
@@ -357,6 +393,7 @@ class Choices:
     cpu: str
     example: Any
     inputs: tuple[str, ...]
+    rules: Any
 
     @property
     def open_sites(self) -> list[tuple[Candidate, ...]]:

@@ -29,7 +29,7 @@ from groupify.files import RECIPE_FILE
 from groupify.models.sources import build_model
 from groupify.models.specs import ModelSpec, WeightsOrigin
 from groupify.recipe import Recipe
-from groupify.structures import SiteRecipe
+from groupify.structures import SiteRecipe, Structure
 from tests.test_recipe import VALUES, paths_of, replaced
 
 
@@ -52,7 +52,7 @@ class TinyNet(nn.Module):
         return logits
 
 
-SITES = (SiteRecipe("body.0", "grouped", 4, shuffle=True),)
+SITES = (SiteRecipe("body.0", Structure(groups=4), shuffle=True),)
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -103,8 +103,8 @@ def saved(tmp_path: Path, tiny: nn.Module) -> Path:
 def test_the_demo_comes_back_bit_for_bit_in_a_new_process(tmp_path: Path) -> None:
     names = [f"layer{stage}.1.conv{index}" for stage in (1, 2, 3) for index in (1, 2)]
     sites = (
-        *(SiteRecipe(name, "grouped", 4, shuffle="conv1" in name) for name in names),
-        SiteRecipe("layer2.0.conv2", "grouped-pointwise", 8),
+        *(SiteRecipe(name, Structure(groups=4), shuffle="conv1" in name) for name in names),
+        SiteRecipe("layer2.0.conv2", Structure(None, 8, 32)),
     )
     recipe = recipe_of("demo", sites)
     model = randomised(restructure(build_model(recipe.model), sites))
@@ -144,7 +144,7 @@ def test_the_demo_comes_back_bit_for_bit_in_a_new_process(tmp_path: Path) -> Non
 def test_awkward_torchvision_models_come_back(
     tmp_path: Path, name: str, site: str, groups: int | None
 ) -> None:
-    sites = () if groups is None else (SiteRecipe(site, "grouped", groups),)
+    sites = () if groups is None else (SiteRecipe(site, Structure(groups=groups)),)
     recipe = recipe_of(name, sites, num_classes=7)
     model = restructure(build_model(recipe.model), sites).eval()
     with torch.no_grad():
@@ -255,7 +255,7 @@ def test_no_callable_is_reached_without_trust(saved: Path, name: str) -> None:
 def test_groupify_trusts_its_own_benchmark_networks(tmp_path: Path) -> None:
     from groupify.models.demo import fashion_resnet18
 
-    sites = (SiteRecipe("layer4.1.conv2", "grouped", 8),)
+    sites = (SiteRecipe("layer4.1.conv2", Structure(groups=8)),)
     model = restructure(fashion_resnet18(), sites)
     save(tmp_path / "out", model, recipe_of("groupify.models.demo:fashion_resnet18", sites))
     loaded = load(tmp_path / "out")
@@ -300,10 +300,12 @@ def test_hostile_arguments_are_refused_quickly(saved: Path, name: str, arguments
         (("sites", 0, "name"), ""),
         (("sites", 0, "name"), "../../etc/passwd"),
         (("sites", 0, "name"), "/etc/passwd"),
-        (("sites", 0, "groups"), 3),
-        (("sites", 0, "groups"), 65_536),
-        (("sites", 0, "groups"), 1),
-        (("sites", 0, "kind"), "grouped-pointwise"),
+        (("sites", 0, "structure", "groups"), 3),
+        (("sites", 0, "structure", "groups"), 65_536),
+        (("sites", 0, "structure", "groups"), 1),
+        (("sites", 0, "structure", "reduce"), 4),
+        (("sites", 0, "structure", "expand"), 8),
+        (("sites", 0, "structure"), {"reduce": 8, "groups": 1, "expand": 8}),
     ],
 )
 def test_a_plan_for_another_model_is_refused(saved: Path, path: tuple[str | int, ...], value: Any) -> None:
@@ -528,7 +530,10 @@ def test_damaged_headers_with_a_matching_hash_do_no_harm(
 @pytest.fixture(scope="module")
 def fuzzed_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("fuzz") / "demo"
-    sites = (SiteRecipe("layer1.1.conv1", "grouped", 4), SiteRecipe("layer2.1.conv1", "grouped", 2))
+    sites = (
+        SiteRecipe("layer1.1.conv1", Structure(groups=4)),
+        SiteRecipe("layer2.1.conv1", Structure(groups=2)),
+    )
     recipe = recipe_of("demo", sites)
     save(folder, restructure(build_model(recipe.model), sites), recipe)
     return folder, json.loads((folder / RECIPE_FILE).read_text())

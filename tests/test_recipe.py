@@ -15,7 +15,7 @@ from groupify.errors import ArtefactError
 from groupify.models.preprocessing import Preprocessing
 from groupify.models.specs import ModelSpec, WeightsOrigin
 from groupify.recipe import Recipe, current_versions
-from groupify.structures import SiteRecipe
+from groupify.structures import SiteRecipe, Structure
 
 RECIPE = Recipe(
     model=ModelSpec(
@@ -26,8 +26,8 @@ RECIPE = Recipe(
     ),
     weights=WeightsOrigin("torchvision", "ResNet18_Weights.IMAGENET1K_V1"),
     sites=(
-        SiteRecipe("layer1.0.conv1", "grouped", 4, shuffle=True),
-        SiteRecipe("layer2.0.conv1", "grouped-pointwise", 8),
+        SiteRecipe("layer1.0.conv1", Structure(groups=4), shuffle=True),
+        SiteRecipe("layer2.0.conv1", Structure(32, 8, 64)),
     ),
     calibration={"images": 256, "seed": 0},
     recovery=None,
@@ -35,6 +35,7 @@ RECIPE = Recipe(
     sha256="0f" * 32,
 )
 DOCUMENT = json.loads(RECIPE.dumps())
+STRUCTURE = ("sites", 0, "structure")
 
 # Small and large JSON values, right and wrong ones.
 VALUES = st.recursive(
@@ -75,8 +76,7 @@ def test_round_trip() -> None:
     assert Recipe.loads(RECIPE.dumps()) == RECIPE
     assert json.loads(RECIPE.dumps())["sites"][0] == {
         "name": "layer1.0.conv1",
-        "kind": "grouped",
-        "groups": 4,
+        "structure": {"reduce": None, "groups": 4, "expand": None},
         "shuffle": True,
     }
 
@@ -90,7 +90,7 @@ def test_versions_are_those_that_run() -> None:
     ("path", "value", "message"),
     [
         (("format",), "other", "it is no recipe"),
-        (("schema_version",), 1, "schema version is 1, this groupify reads version 4"),
+        (("schema_version",), 1, "schema version is 1, this groupify reads version 5"),
         (("schema_version",), True, "schema version is True"),
         (("schema_version",), "1", "schema version is '1'"),
         (("model",), [], r"model is \[\]; expected an object"),
@@ -118,10 +118,24 @@ def test_versions_are_those_that_run() -> None:
         (("sites",), {}, "sites is {}; expected a valid array"),
         (("sites",), [DOCUMENT["sites"][0]] * 10_001, "a list of 10001; expected at most 10000 items"),
         (("sites",), [DOCUMENT["sites"][0]] * 2, "expected each site once"),
-        (("sites", 0, "groups"), 65_537, r"sites\[0\] is .*65537.*; expected 1 to 65536 groups"),
-        (("sites", 0, "groups"), 0, r"sites\[0\] is .*'groups': 0"),
-        (("sites", 0, "groups"), 2.0, r"sites\[0\].groups is 2.0; expected a valid integer"),
-        (("sites", 0, "kind"), "dense", "expected the kind 'grouped' or 'grouped-pointwise'"),
+        ((*STRUCTURE, "groups"), 65_537, r"sites\[0\] is .*65537.*; expected 1 to 65536 channels and groups"),
+        (
+            (*STRUCTURE, "reduce"),
+            131_072,
+            r"sites\[0\] is .*131072.*; expected 1 to 65536 channels and groups",
+        ),
+        ((*STRUCTURE, "groups"), 0, "recipe: groups is 0; expected 1 or more"),
+        ((*STRUCTURE, "groups"), None, r"sites\[0\].structure.groups is None; expected a valid integer"),
+        ((*STRUCTURE, "groups"), 2.0, r"sites\[0\].structure.groups is 2.0; expected a valid integer"),
+        ((*STRUCTURE, "reduce"), True, r"sites\[0\].structure.reduce is True; expected a valid integer"),
+        ((*STRUCTURE, "reduce"), 0, "recipe: reduce is 0; expected 1 or more, or None"),
+        (
+            (*STRUCTURE, "expand"),
+            6,
+            "recipe: expand is 6, which 4 groups do not divide; take a multiple of 4",
+        ),
+        (("sites", 0, "structure"), "grouped", r"sites\[0\].structure is 'grouped'; expected an object"),
+        (("sites", 0, "kind"), "grouped", "unknown key 'kind'"),
         (("sites", 0, "shuffle"), "no", "expected a valid boolean"),
         (("sites", 0, "extra"), 1, "unknown key 'extra'"),
         (("versions", "torch"), 2, "expected a valid string"),

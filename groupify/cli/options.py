@@ -229,12 +229,15 @@ model_options = together(
 
 _CPU_HELP = "Processor that will run the model: avx2, avx512, arm64, any, or auto: this one."
 plan_options = together(
-    _plan("--groups", "-g", type=int, default=4, show_default=True, help="Groups to aim at."),
+    _plan("--groups", "-g", default="4", show_default=True,
+          help="Groups to aim at; by name too: '4,layer3.*=8'."),
     _plan("--budget", multiple=True, callback=budget, metavar="LIMITS",
           help="Plan for a budget instead of --groups: macs=40%, params=8M, bytes=8MB, latency=2x, drop=0.5, "
           "or several with commas between. Repeatable; all hold."),
-    _plan("--kind", help="grouped, or grouped-pointwise: a grouped conv and a dense 1×1 conv. "
-          "Default: grouped; with a budget, whatever loses least."),
+    _plan("--structure", metavar="FAMILY",
+          help="grouped; grouped-pointwise: a grouped conv and a dense 1×1 conv; block-term: a grouped conv "
+          "between 1×1 convs; auto: each conv what loses least. The last two have the MACs of --groups plain "
+          "groups. Default: grouped; with a budget, auto."),
     _plan("--include", multiple=True, metavar="GLOB", help="Convert only these sites. Repeatable."),
     _plan("--exclude", multiple=True, metavar="GLOB", help="Leave these sites alone. Repeatable."),
     _plan("--cpu", default="auto", show_default=True, help=_CPU_HELP),

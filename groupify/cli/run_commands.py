@@ -65,7 +65,7 @@ def convert(model: str, **options: Any) -> None:
 
     label = model_label(model, options["arguments"])
     plan = plan_request(options)
-    ending = f"g{plan.groups}" if plan.is_uniform else "planned"
+    ending = f"g{plan.groups.largest}" if plan.is_uniform else "planned"
     output, training = output_request(options, Path(f"{label}-{ending}")), training_request(options)
     request = ConversionRequest(
         model=model_request(model, options),

@@ -108,6 +108,7 @@ def plan_request(options: dict[str, Any]) -> PlanRequest:
     """Return how the convs are to be replaced."""
     from groupify.files import cache_folder
     from groupify.pipeline.requests import PlanRequest
+    from groupify.planning.group_counts import GroupCounts
     from groupify.planning.rules import Rules
     from groupify.planning.search import SearchOptions
 
@@ -121,7 +122,7 @@ def plan_request(options: dict[str, Any]) -> PlanRequest:
         min_group_width=options["min_group_width"],
         cpu=options["cpu"],
         shuffle=options["shuffle"],
-        structures=None if options["kind"] is None else (options["kind"],),
+        structures=_families(options["structure"]),
     )
     search = SearchOptions(
         sensitivity=options["sensitivity"],
@@ -132,7 +133,7 @@ def plan_request(options: dict[str, Any]) -> PlanRequest:
         progress=not options["quiet"],
     )
     return PlanRequest(
-        options["groups"],
+        GroupCounts.of(options["groups"]),
         rules,
         file=options["plan_file"],
         budget=options["budget"],
@@ -142,8 +143,16 @@ def plan_request(options: dict[str, Any]) -> PlanRequest:
     )
 
 
+def _families(structure: str | None) -> tuple[str, ...] | None:
+    from groupify.structures import FAMILIES
+
+    if structure is None:
+        return None
+    return FAMILIES if structure == "auto" else (structure,)
+
+
 # Options that say what a plan may do, and would be ignored where the plan is read from a file.
-_RULES = ("groups", "kind", "include", "exclude", "cpu", "min_group_width", "shuffle")
+_RULES = ("groups", "structure", "include", "exclude", "cpu", "min_group_width", "shuffle")
 
 
 def _refuse_rules_beside_a_plan_file() -> None:

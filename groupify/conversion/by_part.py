@@ -17,11 +17,12 @@ from groupify.conversion.in_order import Calibration, Converted, convert_from_we
 from groupify.conversion.layer_samples import dense_parts
 from groupify.conversion.site_fit import FitOptions, SiteFit, fit_site
 from groupify.conversion.surgery import restructure
+from groupify.conversion.weights_only import fit_to_weights
 from groupify.graph.call import Call
 from groupify.graph.model_graph import computes_the_same
 from groupify.graph.parts import Part, find_parts, fitting, given_up, part_inputs, shown_names
-from groupify.graph.plain_layers import CONVS
-from groupify.stats.samples import SampleBudget, SiteSampler
+from groupify.graph.plain_layers import CONVS, conv_of
+from groupify.stats.samples import SampleBudget, Sampling, SiteSampler
 from groupify.structures import SiteRecipe
 
 
@@ -77,7 +78,9 @@ def convert_by_part(
     clock.lap("fit")
     unreached = sites.keys() - {fit.name for fit in fits}
     if unreached:
-        notes.append(f"no calibration image reaches {shown_names(sorted(unreached))}: truncated, not fitted")
+        notes.append(
+            f"no calibration image reaches {shown_names(sorted(unreached))}: converted from the weights alone"
+        )
     return Converted(
         student, tuple(fits), (given_up(problem, [part.name for part in done], len(left)), *notes)
     )
@@ -101,6 +104,7 @@ def convert_parts_from_weights(
         kept += (found.kept or 0.0) * len(part.sites)
     left = _left(sites, done)
     student = restructure(student, list(left.values()))
+    fit_to_weights(student, dense, left)
     note = given_up(problem, [part.name for part in done], len(left))
     if not done:
         return Converted(student, notes=(note,))
@@ -140,7 +144,7 @@ def fit_by_module(
 ) -> tuple[SiteFit, ...]:
     """Fit each conv on the dense model's inputs, then refresh the student's batch norms; in place.
 
-    A conv that no image reaches keeps its truncated weights, and is not in the result.
+    A conv that no image reaches is converted from its weights alone, and is not in the result.
 
     Args:
         student: the converted model.
@@ -153,16 +157,20 @@ def fit_by_module(
         progress: show a bar on stderr.
         keep: batch norms of the student that are not refreshed.
     """
-    sampler = SiteSampler({name: site.groups for name, site in sites.items()}, budget, batches, seed)
+    layers = {
+        name: Sampling(site.structure.separate_fits(conv_of(dense, name).groups))
+        for name, site in sites.items()
+    }
+    sampler = SiteSampler(layers, budget, batches, seed)
     _sample_by_hooks(dense, batches, sites, sampler, progress)
     held_out = HeldOutImages([batch.batch_size for batch in batches])
     fits = []
     with torch.no_grad():
         for name, site in sites.items():
-            conv = dense.get_submodule(name)
-            assert isinstance(conv, CONVS)
+            conv = conv_of(dense, name)
             samples = sampler.samples[name]
             if not samples.patches:
+                fit_to_weights(student, dense, {name: site})
                 continue
             parts = dense_parts(samples, held_out)
             fits.append(fit_site(student.get_submodule(name), conv, site, parts, None, options))

@@ -223,7 +223,7 @@ class _Fitter:
         # Behind the conv: y → scale·y + shift, plus the other term of a residual sum.
         scale, offset = torch.ones(outputs.shape[1]), torch.zeros(outputs.shape[1])
         if norm is not None:
-            scale, offset = _affine(norm)
+            scale, offset = norm.affine()
         usable = scale.abs() > 1e-3 * scale.abs().amax()
         scale = torch.where(usable, scale, 1.0)
         if other is not None:
@@ -294,7 +294,7 @@ class _Fitter:
         keeps_function = source in self._aimed
         if keeps_function and (norm.weight is None or norm.bias is None):
             return
-        before = _affine(norm)
+        before = norm.affine()
         norm.running_mean.add_(mean)
         norm.running_var.copy_(variance)
         if keeps_function:
@@ -312,12 +312,3 @@ class _Fitter:
         for dim in range(2, values.dim()) if step > 1 else ():
             values = values[(slice(None),) * dim + (slice(step // 2, None, step),)]
         return values
-
-
-def _affine(norm: Norm) -> tuple[Tensor, Tensor]:
-    """Scale and shift that a batch norm applies in inference, shape (C,) each."""
-    scale = torch.rsqrt(norm.running_var + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    shift = -norm.running_mean * scale
-    return scale, shift if norm.bias is None else norm.bias + shift

@@ -6,7 +6,7 @@ exactly and is far off on all others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,14 +86,36 @@ def best_ridge(fitting: RelaxedFit, held_out: GroupedSamples, ridge: float) -> H
     total = float(variance.sum().clamp(min=1e-12))
     in_sample = float((fit.error * variance).sum()) / total
     first = held_out.squared_error(fit, relaxed=False) / (len(held_out.inputs) * total)
-    if first <= max(_MOST * in_sample, _NEGLIGIBLE):
+    if not is_overfitted(in_sample, first):
         return HeldOutCheck(in_sample, first, overfitted=False, ridge=ridge)
-    errors = {}
-    for strength in (ridge, *(factor * max(ridge, _LEAST) for factor in _LADDER)):
-        errors[strength] = held_out.squared_error(fitting.fit(strength), relaxed=True)
+
+    def error(strength: float) -> float:
+        return held_out.squared_error(fitting.fit(strength), relaxed=True)
+
+    best, gain = weakest_good(ridge, error(ridge), error)
+    return HeldOutCheck(in_sample, first, overfitted=True, ridge=best, gain=gain)
+
+
+def is_overfitted(in_sample: float, held_out: float) -> bool:
+    """Whether a relative error on held-out images is so much larger that stronger ridges are worth a try."""
+    return held_out > max(_MOST * in_sample, _NEGLIGIBLE)
+
+
+def weakest_good(ridge: float, first: float, error: Callable[[float], float]) -> tuple[float, float]:
+    """Return the weakest ridge whose error is within a tenth of the least, and that error ÷ the first.
+
+    Args:
+        ridge: strength asked for, a multiple of the mean input variance.
+        first: error on the held-out images with it.
+        error: strength of a ridge → error on the held-out images.
+    """
+    errors = {ridge: first}
+    for factor in _LADDER:
+        strength = factor * max(ridge, _LEAST)
+        errors[strength] = error(strength)
     enough = _NEAR * min(errors.values())
-    best = min(strength for strength, error in errors.items() if error <= enough)
-    return HeldOutCheck(in_sample, first, overfitted=True, ridge=best, gain=errors[best] / errors[ridge])
+    best = min(strength for strength, found in errors.items() if found <= enough)
+    return best, errors[best] / max(first, 1e-30)
 
 
 def overfitting_note(checks: Mapping[str, HeldOutCheck | None]) -> str | None:

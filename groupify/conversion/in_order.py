@@ -14,8 +14,8 @@ from groupify.conversion.fit import Clock, fit_student
 from groupify.conversion.pictures import BlockPicture, block_pictures
 from groupify.conversion.reconstruct import ReconstructionOptions, reconstruct
 from groupify.conversion.site_fit import FitOptions, SiteFit
-from groupify.conversion.surgery import restructure
-from groupify.conversion.weights_only import correct_batch_norms
+from groupify.conversion.surgery import conv_shape, restructure
+from groupify.conversion.weights_only import fit_from_statistics
 from groupify.conversion.working_copy import take_values
 from groupify.data.calibration import calibration_inputs
 from groupify.data.calls import Inputs, calibration_calls
@@ -27,8 +27,9 @@ from groupify.graph.forward import same_outputs
 from groupify.graph.model_graph import ModelGraph
 from groupify.graph.neighbours import refittable, residual_sums
 from groupify.graph.permute import apply_orders, input_factors, layer_orders
+from groupify.graph.plain_layers import conv_of
 from groupify.stats.flow import fitted_error, norm_score, sampled_score
-from groupify.stats.samples import SampleBudget, SiteSamples, observe_teacher
+from groupify.stats.samples import SampleBudget, Sampling, SiteSamples, observe_teacher
 from groupify.structures import SiteRecipe
 
 CLUSTERINGS = ("data", "norm", "none")
@@ -162,15 +163,12 @@ def convert_in_order(
         progress: show bars on stderr.
     """
     batches = [batch.channels_last() for batch in batches]
-    sums = residual_sums(graph, sites)
-    groups = {name: site.groups for name, site in sites.items()}
-    if calibration.fit.refit_dense:
-        groups |= dict.fromkeys(refittable(graph, sites, calibration.fit.refit_max_inputs), 1)
-        sums = residual_sums(graph, groups)
-    samples = observe_teacher(graph, batches, groups, sums, calibration.budget, seed=seed, progress=progress)
+    layers = _sampled(dense, graph, sites, calibration)
+    sums = residual_sums(graph, layers)
+    samples = observe_teacher(graph, batches, layers, sums, calibration.budget, seed=seed, progress=progress)
     clock.lap("dense model")
     found = Converted(dense)
-    if calibration.clustering != "none":
+    if calibration.clustering != "none" and _ordered(dense, sites):
         example = batches[0] if graph.batch is not None else batches[0].head(2)
         channels = channels or channel_classes(graph, example)
         clock.lap("graph")
@@ -196,6 +194,22 @@ def convert_in_order(
         notes = (*notes, "several inputs, or of several sizes: no block reconstruction")
     take_values(student, worked_on)
     return replace(found, student=student, fits=tuple(fits.values()), notes=notes)
+
+
+def _sampled(
+    dense: nn.Module, graph: ModelGraph, sites: Mapping[str, SiteRecipe], calibration: Calibration
+) -> dict[str, Sampling]:
+    """What to sample: the sites, and the dense layers that will be fitted again."""
+    layers: dict[str, Sampling] = {}
+    if calibration.fit.refit_dense:
+        refitted = refittable(graph, sites, calibration.fit.refit_max_inputs)
+        layers |= dict.fromkeys(refitted, Sampling(1, patches=False))
+    for name, site in sites.items():
+        conv, calls = conv_of(dense, name), graph.calls[name]
+        clustered = calibration.clustering != "none" and site.structure.minds_order(conv_shape(conv))
+        patches = clustered or calls > 1 or not calibration.fit.in_order
+        layers[name] = Sampling(site.structure.separate_fits(conv.groups), patches)
+    return layers
 
 
 def _in_fast_layout(student: nn.Module) -> nn.Module:
@@ -235,11 +249,13 @@ def convert_from_weights(
         seed: seed of the clustering.
     """
     channels = channels or channel_classes(graph, example)
-    scores = [SiteScore(site, norm_score(dense.get_submodule(name))) for name, site in sites.items()]
+    scores = [
+        SiteScore(site, norm_score(conv_of(dense, name))) for name, site in _ordered(dense, sites).items()
+    ]
     found = cluster(channels, scores, restarts=0, seed=seed)
     permuted = apply_orders(dense, channels, found.orders)
     student = restructure(permuted, list(sites.values()))
-    correct_batch_norms(graph.on(student), permuted, sites)
+    fit_from_statistics(graph.on(student), permuted, sites)
     return Converted(student, kept_before=found.kept_before, kept=found.kept)
 
 
@@ -255,15 +271,16 @@ def _clustered(
 ) -> Converted:
     """Reorder the channels, of the samples too, if that lowers the fitted error."""
     scores = []
-    for name, site in sites.items():
-        conv = dense.get_submodule(name)
+    ordered = _ordered(dense, sites)
+    for name, site in ordered.items():
+        conv = conv_of(dense, name)
         by_norm = calibration.clustering == "norm"
         scores.append(SiteScore(site, norm_score(conv) if by_norm else sampled_score(conv, samples[name])))
     found = cluster(channels, scores, restarts=calibration.restarts, seed=seed)
     orders = found.orders
-    before = sum(fitted_error(site, samples[name]) for name, site in sites.items())
+    before = sum(fitted_error(site, samples[name]) for name, site in ordered.items())
     _permute_samples(samples, channels, orders)
-    after = sum(fitted_error(site, samples[name]) for name, site in sites.items())
+    after = sum(fitted_error(site, samples[name]) for name, site in ordered.items())
     permuted = apply_orders(dense, channels, orders)
     if after < before and same_outputs(dense, permuted, _contiguous(example)):
         clock.lap("clustering")
@@ -276,6 +293,15 @@ def _clustered(
     _permute_samples(samples, channels, {i: torch.argsort(order) for i, order in orders.items()})
     clock.lap("clustering")
     return Converted(dense, notes=(note,), kept_before=found.kept_before, kept=found.kept_before)
+
+
+def _ordered(dense: nn.Module, sites: Mapping[str, SiteRecipe]) -> dict[str, SiteRecipe]:
+    """The sites to which it matters which channels stand together."""
+    return {
+        name: site
+        for name, site in sites.items()
+        if site.structure.minds_order(conv_shape(conv_of(dense, name)))
+    }
 
 
 def _permute_samples(

@@ -13,7 +13,6 @@ from groupify.conversion.clustering import SiteScore
 from groupify.documents import Amount, Bytes, Count1
 from groupify.graph.channels import Channels
 from groupify.graph.permute import layer_orders, row_channels
-from groupify.structures import GROUPED
 
 PICTURES = 3
 _SIDE = 48  # pixels at most: enough to see blocks, and one byte each
@@ -54,7 +53,7 @@ def block_pictures(
     drawn = []
     for one in scores:
         inputs, outputs = layer_orders(one.site.name, channels, orders)
-        rows = row_channels(len(one.score), one.site.groups, one.site.kind == GROUPED and one.site.shuffle)
+        rows = row_channels(len(one.score), one.site.groups, one.site.shuffle)
         drawn.append(_picture(one, one.score[rows], one.score[outputs][:, inputs][rows]))
     gained = [picture for picture in drawn if picture.kept > picture.kept_before]
     return tuple(sorted(gained, key=lambda picture: picture.kept_before - picture.kept)[:count])

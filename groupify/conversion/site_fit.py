@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from groupify.conversion.factor_fit import fit_factors, write_factors
 from groupify.conversion.held_out import HeldOutCheck, best_ridge
 from groupify.conversion.layer_samples import Part
 from groupify.conversion.relaxed_fit import GroupedSamples, RelaxedFit
@@ -15,8 +16,8 @@ from groupify.documents import Amount, Count
 from groupify.graph.model_graph import Norm
 from groupify.graph.permute import row_channels
 from groupify.graph.plain_layers import CONVS, Conv
-from groupify.stats.moments import GroupedFit, GroupedMoments, InputMoments, principal_maps
-from groupify.structures import GROUPED, SiteRecipe
+from groupify.stats.moments import GroupedFit, GroupedMoments
+from groupify.structures import SiteRecipe
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class FitOptions:
     """What the fit does.
 
     Attributes:
-        ridge: ridge strength as a multiple of the mean input variance.
+        ridge: ridge strength of grouped convs as a multiple of the mean input variance.
         keep_prior: whether the ridge draws towards the dense blocks instead of towards zero.
         compensate_residual: whether a conv in front of a residual sum also makes good for the error
             of the other term.
@@ -87,21 +88,26 @@ def fit_site(
         norm: the batch norm behind it, into whose running mean the bias goes where the conv has none.
         options: what to do.
     """
-    if site.kind == GROUPED:
+    if site.structure.is_one_conv:
         assert isinstance(module, CONVS)
         found = _fit_grouped(module, site, parts, norm is not None, options)
-        last, channels = module, row_channels(module.out_channels, site.groups, site.shuffle)
+        channels = row_channels(module.out_channels, site.groups, site.shuffle)
+        _set_bias(module, found.bias(module), norm, channels)
+        error, samples, held_out = float(found.fit.error.mean()), found.samples, found.held_out
     else:
-        grouped, pointwise = module.get_submodule("grouped"), module.get_submodule("pointwise")
-        assert isinstance(grouped, CONVS)
-        assert isinstance(pointwise, CONVS)
-        found = _fit_grouped_pointwise(
-            grouped, pointwise, dense_conv, site.groups, parts, norm is not None, options
+        *_, last = module.children()
+        assert isinstance(last, CONVS)
+        centred, scale = norm is not None or last.bias is not None, None if norm is None else norm.affine()[0]
+        fitted = fit_factors(
+            dense_conv, site.structure, parts, scale, relaxations=options.relu_iterations, centred=centred
         )
-        last, channels = pointwise, torch.arange(pointwise.out_channels)
-    _set_bias(last, found.bias(last), norm, channels)
-    inputs = dense_conv.weight[0].numel() // site.groups
-    return SiteFit(site.name, float(found.fit.error.mean()), found.samples, inputs, found.held_out)
+        write_factors(module, fitted.factors)
+        _set_bias(last, fitted.bias.to(last.weight.dtype), norm, torch.arange(len(fitted.bias)))
+        error, samples, held_out = fitted.factors.error, fitted.samples, fitted.held_out
+    inputs = (
+        dense_conv.weight[0].numel() * dense_conv.groups // site.structure.separate_fits(dense_conv.groups)
+    )
+    return SiteFit(site.name, error, samples, inputs, held_out)
 
 
 def refit_layer(
@@ -211,38 +217,3 @@ def _samples(part: Part, groups: int, grouped: Callable[[Tensor], Tensor]) -> Gr
     thresholds = None if target.thresholds is None else grouped(target.thresholds)
     inputs = part.inputs.reshape(len(part.inputs), groups, -1)
     return GroupedSamples(inputs, grouped(target.outputs), thresholds)
-
-
-def _fit_grouped_pointwise(
-    grouped: Conv,
-    pointwise: Conv,
-    dense_conv: Conv,
-    groups: int,
-    parts: Sequence[Part],
-    has_norm: bool,
-    options: FitOptions,
-) -> _Found:
-    """Principal output directions of each input group, then a pointwise conv fitted on top.
-
-    The grouped conv holds the ``principal_maps`` of the dense weight.
-    """
-    out_channels = dense_conv.out_channels
-    rank = out_channels // groups
-    weight = dense_conv.weight.reshape(out_channels, groups, -1).transpose(0, 1).double()  # (G, O, D)
-    moments = InputMoments()
-    for part in parts:
-        moments.add(part.inputs.reshape(len(part.inputs), groups, -1))
-    basis = principal_maps(weight, moments.input_covariance(), rank)  # (G, r, D)
-    grouped.weight.copy_(basis.reshape(grouped.weight.shape))
-    kernel = basis.float()
-    features = [
-        replace(
-            part,
-            inputs=torch.einsum("grd,ngd->ngr", kernel, part.inputs.reshape(len(part.inputs), groups, -1)),
-        )
-        for part in parts
-    ]
-    centred, every = has_norm or pointwise.bias is not None, torch.arange(out_channels)
-    found = _least_squares(features, 1, every, centred, options.ridge, None, options)
-    pointwise.weight.copy_(found.fit.weight.reshape(pointwise.weight.shape))
-    return found

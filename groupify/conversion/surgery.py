@@ -1,4 +1,4 @@
-"""Replace the convolutions of a model by grouped ones, by name, in a copy.
+"""Replace the convolutions of a model by their structures, by name, in a copy.
 
 A converted model is made of plain PyTorch layers, plus a channel shuffle behind a conv where asked for.
 """
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from groupify.conversion.replaceable import shared_weights, why_not_replaceable
-from groupify.errors import ConversionError, near_names
+from groupify.errors import ConversionError, PlanError, near_names
 from groupify.graph.copying import copy_of
 from groupify.graph.permute import row_channels
 from groupify.graph.plain_layers import CONVS, Conv, conv_kind
 from groupify.models.wrappers import unwrapped
-from groupify.structures import GROUPED, GROUPED_POINTWISE, KINDS, SiteRecipe
+from groupify.structures import ConvShape, SiteRecipe, Structure
 
 
 def channel_shuffle(inputs: Tensor, groups: int) -> Tensor:
@@ -94,49 +94,98 @@ def block_diagonal(weight: Tensor, groups: int, *, shuffle: bool = False) -> Ten
     return torch.cat([blocks[group, :, group] for group in range(groups)])
 
 
-def _group(conv: Conv, site: SiteRecipe) -> None:
-    """Turn a dense conv into its replacement, with truncated weights.
+def _replace(conv: Conv, site: SiteRecipe) -> None:
+    """Turn a conv into its replacement, with truncated weights.
 
     It stays the same object, so that it keeps its hooks, attributes, children and flags, and whatever else
     refers to it (a list, a hook of another layer) goes on to.
     """
-    if site.kind == GROUPED_POINTWISE:
-        _become_pair(conv, site.groups)
-        return
-    if site.shuffle and conv.bias is not None:
-        rows = row_channels(conv.out_channels, site.groups, shuffle=True).to(conv.bias.device)
+    if site.structure.is_one_conv:
+        _group(conv, site.groups, shuffle=site.shuffle)
+    else:
+        _become_sequence(conv, site.structure)
+
+
+def _group(conv: Conv, groups: int, *, shuffle: bool) -> None:
+    if shuffle and conv.bias is not None:
+        rows = row_channels(conv.out_channels, groups, shuffle=True).to(conv.bias.device)
         conv.bias = _parameter(conv.bias.detach()[rows], like=conv.bias)
-    conv.weight = _parameter(
-        block_diagonal(conv.weight.detach(), site.groups, shuffle=site.shuffle), like=conv.weight
-    )
-    conv.groups = site.groups
-    if site.shuffle:
+    weight = _truncated(conv.weight.detach(), conv.groups, groups, shuffle=shuffle)
+    conv.weight = _parameter(weight, like=conv.weight)
+    conv.groups = groups
+    if shuffle:
         conv.__class__ = SHUFFLED[_kind(conv)]
-        conv.shuffle_groups = site.groups  # type: ignore[assignment]
+        conv.shuffle_groups = groups  # type: ignore[assignment]
 
 
-def _become_pair(conv: Conv, groups: int) -> None:
-    """Turn a conv into a sequence of a grouped and a pointwise one; it keeps its sizes as attributes."""
-    channels, device, dtype = conv.out_channels, conv.weight.device, conv.weight.dtype
-    biased = conv.bias is not None
-    # Built on the meta device: random initial weights would only be thrown away, and would draw from the
-    # global generator.
-    first = _kind(conv)(
-        conv.in_channels, channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, groups, False,  # type: ignore[arg-type]
-        conv.padding_mode, device="meta", dtype=dtype,
-    )  # fmt: skip
-    pointwise = _kind(conv)(channels, channels, 1, bias=biased, device="meta", dtype=dtype)
-    first.weight = _parameter(block_diagonal(conv.weight.detach(), groups), like=conv.weight)
-    identity = torch.eye(channels, device=device, dtype=dtype)
-    pointwise.weight = _parameter(identity.reshape(pointwise.weight.shape), like=conv.weight)
-    if conv.bias is not None:
-        pointwise.bias = conv.bias
+def _truncated(weight: Tensor, groups: int, wanted: int, *, shuffle: bool = False) -> Tensor:
+    """The blocks of the weight of a conv with some groups that a conv with more of them keeps."""
+    own = weight.chunk(groups)
+    return torch.cat([block_diagonal(part, wanted // groups, shuffle=shuffle) for part in own])
+
+
+def _become_sequence(conv: Conv, structure: Structure) -> None:
+    """Turn a conv into a sequence of up to three; it keeps its sizes as attributes.
+
+    Its weights are truncated to the first latents of each group, which the 1×1 convs pass on.
+    """
+    reads, writes = structure.reduce or conv.in_channels, structure.expand or conv.out_channels
+    own, like = conv.groups, conv.weight
+    # What a 1×1 conv would not compute, for its stride, need not be reduced.
+    reduces = structure.reduce is not None and set(conv.kernel_size) == {1}
+    layers = {}
+    if structure.reduce is not None:
+        reduce = (_in_place_of if reduces else _pointwise)(conv, conv.in_channels, reads, own)
+        reduce.weight = _parameter(_passing_on(reads, conv.in_channels, own, like), like=like)
+        layers["reduce"] = reduce
+    core = (_pointwise if reduces else _in_place_of)(conv, reads, writes, structure.groups)
+    weight = _resized(like.detach(), own, writes // own, reads // own)
+    core.weight = _parameter(_truncated(weight, own, structure.groups), like=like)
+    layers["core"] = core
+    if structure.expand is not None:
+        expand = _pointwise(conv, writes, conv.out_channels, own)
+        expand.weight = _parameter(_passing_on(conv.out_channels, writes, own, like), like=like)
+        layers["expand"] = expand
+    last = list(layers.values())[-1]
+    last.bias = conv.bias
     for name in ("weight", "bias"):
         del conv._parameters[name]
-    conv.groups = groups
+    conv.groups = structure.groups
     conv.__class__ = nn.Sequential  # type: ignore[assignment]
-    conv.add_module("grouped", first.train(conv.training))
-    conv.add_module("pointwise", pointwise.train(conv.training))
+    for name, layer in layers.items():
+        conv.add_module(name, layer.train(conv.training))
+
+
+def _in_place_of(conv: Conv, inputs: int, outputs: int, groups: int) -> Conv:
+    """A conv without bias of the same kernel, stride, padding and dilation, its weights still to be set.
+
+    Built on the meta device: random initial weights would only be thrown away, and would draw from the
+    global generator.
+    """
+    return _kind(conv)(
+        inputs, outputs, conv.kernel_size, conv.stride, conv.padding, conv.dilation, groups, False,  # type: ignore[arg-type]
+        conv.padding_mode, device="meta", dtype=conv.weight.dtype,
+    )  # fmt: skip
+
+
+def _pointwise(conv: Conv, inputs: int, outputs: int, groups: int) -> Conv:
+    """A 1×1 conv without bias, its weights still to be set."""
+    return _kind(conv)(inputs, outputs, 1, groups=groups, bias=False, device="meta", dtype=conv.weight.dtype)
+
+
+def _resized(weight: Tensor, groups: int, outputs: int, inputs: int) -> Tensor:
+    """The first outputs and inputs of each group, shape (groups·outputs, inputs, *kernel); zeros beyond."""
+    kernel = weight.shape[2:]
+    resized = weight.new_zeros(groups, outputs, inputs, *kernel)
+    kept = weight.reshape(groups, -1, weight.shape[1], *kernel)[:, :outputs, :inputs]
+    resized[:, : kept.shape[1], : kept.shape[2]] = kept
+    return resized.flatten(0, 1)
+
+
+def _passing_on(outputs: int, inputs: int, groups: int, like: Tensor) -> Tensor:
+    """The weight of a 1×1 conv that passes the first channels of each group on."""
+    identity = torch.eye(outputs // groups, inputs // groups, device=like.device, dtype=like.dtype)
+    return identity.repeat(groups, 1).reshape(outputs, -1, *[1] * (like.dim() - 2))
 
 
 def _kind(conv: Conv) -> type[Conv]:
@@ -174,47 +223,53 @@ def _check(site: SiteRecipe, conv: Conv, shared: Mapping[str, str]) -> None:
     reason = shared.get(site.name) if found is None else found.reason
     if reason is not None:
         raise ConversionError(f"layer {site.name!r} cannot be replaced: {reason}")
-    if conv.groups != 1:
-        raise ConversionError(f"layer {site.name!r} has {conv.groups} groups already, expected a dense conv")
-    if site.kind not in KINDS:
+    shape = conv_shape(conv)
+    try:
+        site.structure.check(shape)
+    except PlanError as error:
+        raise ConversionError(f"layer {site.name!r}: {error}") from error
+    if site.structure == Structure(groups=conv.groups):
+        raise ConversionError(f"layer {site.name!r}: {site.structure} is the conv as it is; leave it out")
+    if site.shuffle and not (site.structure.is_one_conv and conv.groups == 1):
         raise ConversionError(
-            f"layer {site.name!r}: unknown kind {site.kind!r}, expected one of {', '.join(KINDS)}"
+            f"layer {site.name!r}: a shuffle is for a dense conv that becomes one grouped conv, and this is "
+            f"{site.structure} for a {shape}"
         )
-    if site.groups < 2 or conv.in_channels % site.groups or conv.out_channels % site.groups:
+    if not site.structure.is_one_conv and conv._modules:
         raise ConversionError(
-            f"layer {site.name!r}: {site.groups} groups do not divide its "
-            f"{conv.in_channels} → {conv.out_channels} channels"
+            f"layer {site.name!r} {why_not_several(conv)}; expected a structure of one conv"
         )
-    if site.shuffle and site.kind != GROUPED:
-        raise ConversionError(f"layer {site.name!r}: a shuffle needs kind 'grouped', not {site.kind!r}")
-    if site.kind == GROUPED_POINTWISE and conv._modules:
-        raise ConversionError(f"layer {site.name!r} {why_no_pair(conv)}; expected kind 'grouped'")
 
 
-def why_no_pair(conv: Conv) -> str | None:
-    """Say why a conv cannot become a sequence of two, although it can be grouped; None where it can."""
+def conv_shape(conv: Conv) -> ConvShape:
+    """Return what a conv's weight says of it."""
+    return ConvShape(conv.in_channels, conv.out_channels, tuple(conv.kernel_size), conv.groups)
+
+
+def why_not_several(conv: Conv) -> str | None:
+    """Say why a conv cannot become a sequence of several, although it can be grouped; None where it can."""
     children = ", ".join(conv._modules)
-    return f"has layers of its own ({children}), which a pair of convs would run" if children else None
+    return f"has layers of its own ({children}), which a sequence of convs would run" if children else None
 
 
 def restructure(model: nn.Module, sites: Sequence[SiteRecipe]) -> nn.Module:
-    """Return a copy of ``model`` in which the named convs are replaced by grouped ones.
+    """Return a copy of ``model`` in which the named convs are replaced.
 
-    The new weights are the diagonal blocks of the dense ones (truncation). A shared conv is replaced under
-    every name that it has. Wrappers for data parallelism and compilation are gone.
+    The new weights are what is left of the old ones where channels and blocks are cut away (truncation).
+    A shared conv is replaced under every name that it has. Wrappers for data parallelism and compilation are
+    gone.
 
     Args:
         model: a dense model; it is left untouched.
         sites: what to replace.
 
     Raises:
-        ConversionError: a site does not name a dense conv that can be replaced, or its groups do not
-            divide the channels.
+        ConversionError: a site does not name a conv that can be replaced, or its structure does not suit it.
     """
     converted = copy_of(unwrapped(model))
     shared = shared_weights(converted) if sites else {}
     for site in sites:
         conv = _find(site.name, converted)
         _check(site, conv, shared)
-        _group(conv, site)
+        _replace(conv, site)
     return converted

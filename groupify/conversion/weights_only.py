@@ -1,9 +1,9 @@
-"""Without any data: keep the activations' mean and variance, as far as the weights tell them.
+"""Without any data: fit factors and keep the activations' mean and variance, as far as the weights tell them.
 
 Batch norms hold the mean and variance of what the dense net fed them. From there, mean and variance
 of every channel are carried through the graph under the assumption that channels are independent and
-Gaussian; where a truncated conv feeds a batch norm, its statistics are corrected by what the
-truncation takes away.
+Gaussian; the factors of a structure are fitted to that, and where a converted conv feeds a batch norm, its
+statistics are corrected by what the conversion takes away.
 """
 
 from __future__ import annotations
@@ -16,10 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from groupify.graph.model_graph import ModelGraph
+from groupify.conversion.factor_fit import write_factors
+from groupify.conversion.surgery import conv_shape
+from groupify.decomposition.decompose import decompose
+from groupify.decomposition.moments import Moments
+from groupify.graph.model_graph import ModelGraph, Norm
+from groupify.graph.neighbours import only_reader
 from groupify.graph.operators import ADDITION, CONCATENATIONS, Effect, argument, effect, operator_name
 from groupify.graph.permute import row_channels
-from groupify.structures import GROUPED, SiteRecipe
+from groupify.graph.plain_layers import Conv, conv_of
+from groupify.structures import SiteRecipe, Structure
 
 _QUADRATURE_POINTS = 32
 
@@ -32,10 +38,10 @@ class _Channels:
     variance: Tensor
 
 
-def correct_batch_norms(
+def fit_from_statistics(
     student: ModelGraph, dense: nn.Module, sites: Mapping[str, SiteRecipe]
 ) -> tuple[str, ...]:
-    """Correct the batch norms behind truncated convs, in place.
+    """Fit the factors of converted convs and correct the batch norms behind converted ones, in place.
 
     Args:
         student: graph of the converted model with truncated weights.
@@ -54,8 +60,14 @@ def correct_batch_norms(
             states[node] = _carry(student, node, states)
             name, source = str(node.target), next(iter(node.all_input_nodes), None)
             state, site = (states.get(source) if source is not None else None), sites.get(name)
-            if node.op == "call_module" and site is not None and site.kind == GROUPED and state is not None:
-                changes[node] = _change(student.layer(node), dense.get_submodule(name), site, state)
+            if node.op == "call_module" and site is not None:
+                conv, layer = conv_of(dense, name), student.layer(node)
+                if not site.structure.is_one_conv:
+                    kept = _fit_factors(layer, conv, site.structure, state, _norm_behind(student, node))
+                else:
+                    kept = _unfolded(layer.get_parameter("weight"), site)
+                if state is not None and conv.groups == 1:
+                    changes[node] = _change(kept, conv, site, state)
             norm = student.norm(node)
             if norm is not None and source in changes:
                 shift, ratio = changes[source]
@@ -65,19 +77,57 @@ def correct_batch_norms(
     return tuple(corrected)
 
 
-def _change(
-    grouped: nn.Module, dense: nn.Module, site: SiteRecipe, state: _Channels
-) -> tuple[Tensor, Tensor]:
-    """Shift of the mean and ratio of the variance of each output channel."""
-    full, kept = dense.get_parameter("weight").flatten(2), grouped.get_parameter("weight").flatten(2)
-    groups = site.groups
-    full_mean, full_variance = full.sum(2) @ state.mean, full.square().sum(2) @ state.variance
-    blocks = kept.reshape(groups, kept.shape[0] // groups, kept.shape[1], -1)
-    mean = torch.einsum("goi,gi->go", blocks.sum(3), state.mean.reshape(groups, -1)).reshape(-1)
-    variance = torch.einsum("goi,gi->go", blocks.square().sum(3), state.variance.reshape(groups, -1)).reshape(
-        -1
+def fit_to_weights(student: nn.Module, dense: nn.Module, sites: Mapping[str, SiteRecipe]) -> None:
+    """Fit the factors of converted convs as if all their inputs were alike and independent, in place.
+
+    Args:
+        student: the converted model.
+        dense: the dense one.
+        sites: the converted convs by name; grouped ones keep their truncated weights.
+    """
+    with torch.no_grad():
+        for name, site in sites.items():
+            if not site.structure.is_one_conv:
+                layer = student.get_submodule(name)
+                _fit_factors(layer, conv_of(dense, name), site.structure, None, None)
+
+
+def _fit_factors(
+    sequence: nn.Module, conv: Conv, structure: Structure, state: _Channels | None, norm: Norm | None
+) -> Tensor:
+    """Fit the factors of a sequence, and return the weight of the one conv that computes the same."""
+    taps = conv.weight[0, 0].numel()
+    variance = torch.ones(conv.in_channels) if state is None else state.variance
+    spread = (variance + 1e-4 * variance.mean().clamp(min=1e-12)).repeat_interleave(taps)
+    moments = Moments.of_weight(conv.weight, torch.diag_embed(spread.reshape(conv.groups, -1)))
+    scale = None if norm is None else norm.affine()[0]
+    factors = decompose(moments, conv_shape(conv), structure, scale)
+    write_factors(sequence, factors)
+    return factors.weight()
+
+
+def _norm_behind(graph: ModelGraph, node: fx.Node) -> Norm | None:
+    reader = only_reader(node)
+    return None if reader is None else graph.norm(reader)
+
+
+def _unfolded(weight: Tensor, site: SiteRecipe) -> Tensor:
+    """The weight of the dense conv that computes what a grouped one does, in front of its shuffle."""
+    outputs, width = weight.shape[:2]
+    blocks = weight.reshape(site.groups, outputs // site.groups, width, *weight.shape[2:])
+    dense = weight.new_zeros(*blocks.shape[:2], site.groups, *blocks.shape[2:])
+    groups = torch.arange(site.groups)
+    dense[groups, :, groups] = blocks
+    return dense.reshape(outputs, -1, *weight.shape[2:])
+
+
+def _change(kept: Tensor, dense: Conv, site: SiteRecipe, state: _Channels) -> tuple[Tensor, Tensor]:
+    """Shift of the mean and ratio of the variance of each output channel, ``kept`` being what is left."""
+    (full_mean, full_variance), (mean, variance) = (
+        (weight.flatten(2).sum(2) @ state.mean, weight.flatten(2).square().sum(2) @ state.variance)
+        for weight in (dense.weight, kept)
     )
-    rows = row_channels(len(mean), groups, site.shuffle)
+    rows = row_channels(len(mean), site.groups, site.shuffle)
     kept_mean, kept_variance = torch.empty_like(mean), torch.empty_like(variance)
     kept_mean[rows], kept_variance[rows] = mean, variance
     ratio = kept_variance / full_variance.clamp(min=1e-12)

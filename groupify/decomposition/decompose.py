@@ -7,12 +7,14 @@ that of De Lathauwer (2008); Tucker-2 is its one group, a depthwise core (CP) it
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
 from groupify.decomposition.factors import Factors
 from groupify.decomposition.moments import Moments
-from groupify.decomposition.problem import Part, Problem, joined
+from groupify.decomposition.problem import Inputs, Part, Problem, joined
 from groupify.errors import ConversionError
 from groupify.structures import ConvShape, Structure
 
@@ -73,11 +75,27 @@ class Decomposer:
         self._scale = weights
         self._energy = float((moments.energy * weights.square()).double().sum())
         self._problems = [
-            Problem(covariance, cross * weight, energies * weight.square(), conv.in_channels // conv.groups)
+            Problem(
+                Inputs(covariance, conv.in_channels // conv.groups),
+                cross * weight,
+                energies * weight.square(),
+            )
             for covariance, cross, energies, weight in zip(
                 moments.covariance, moments.cross, moments.energy, weights, strict=True
             )
         ]
+
+    def with_outputs(self, moments: Moments) -> Decomposer:
+        """Return the one of the same inputs with other outputs, whose fits start where these have ended."""
+        other = copy.copy(self)
+        other._energy = float((moments.energy * self._scale.square()).double().sum())
+        other._problems = [
+            problem.with_outputs(cross * weight, energies * weight.square())
+            for problem, cross, energies, weight in zip(
+                self._problems, moments.cross, moments.energy, self._scale, strict=True
+            )
+        ]
+        return other
 
     def fit(self, structure: Structure, evaluations: int = EVALUATIONS) -> Factors:
         """Return the factors with the least error, as they come.

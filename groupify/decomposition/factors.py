@@ -49,6 +49,12 @@ class Factors:
             maps = torch.einsum("gbs,gsik->gbik", expand, maps)
         return maps.reshape(-1, maps.shape[2], *kernel)
 
+    def scaled(self, scale: Tensor) -> Factors:
+        """Return factors whose outputs are multiplied, each by its number of ``scale``, shape (O,)."""
+        if self.expand is None:
+            return replace(self, core=_scale_outputs(self.core, scale))
+        return replace(self, expand=_scale_outputs(self.expand, scale))
+
     def balanced(self) -> Factors:
         """Return factors that compute the same, with equal norms on both sides of each latent channel.
 

@@ -14,6 +14,8 @@ from groupify.structures import ConvShape, Structure
 _WRITES_PER_READ = 2
 _MOST_WRITES = 4
 _MOST_GROUPS = 16
+# Channels of a group: what reaches the least error for 3×3 convs, where no kernel minds.
+_NARROW = 4
 
 
 @dataclass(frozen=True)
@@ -100,14 +102,17 @@ def _suits(structure: Structure, conv: ConvShape) -> bool:
     return True
 
 
-def families(cost: Cost, block: int) -> tuple[Family, ...]:
+def families(cost: Cost, block: int, narrowest: int = 1) -> tuple[Family, ...]:
     """Return the families worth a look for a conv.
 
     Args:
         cost: its shape, and on how many pixels it runs.
         block: channels that the processor's grouped kernel wants in a group; see ``groupify.machine``.
+        narrowest: fewest channels of a group, but for groups of one, which have a kernel of their own.
     """
-    return tuple(_pointwise(cost.conv, block) if cost.conv.positions == 1 else _spatial(cost, block))
+    if cost.conv.positions == 1:
+        return tuple(_pointwise(cost.conv, block))
+    return tuple(_spatial(cost, block, narrowest))
 
 
 def _pointwise(conv: ConvShape, block: int) -> Iterator[Family]:
@@ -122,14 +127,14 @@ def _pointwise(conv: ConvShape, block: int) -> Iterator[Family]:
         groups *= 2
 
 
-def _spatial(cost: Cost, block: int) -> Iterator[Family]:
+def _spatial(cost: Cost, block: int, narrowest: int) -> Iterator[Family]:
     """Tucker-2 and block terms; where the input's channels fill groups, also without a reduce."""
     conv, own = cost.conv, cost.conv.groups
     reading, writing = conv.in_channels * cost.input_positions, conv.out_channels * cost.output_positions
     writes = min(_MOST_WRITES, max(1, round(_WRITES_PER_READ * math.sqrt(reading / writing))))
     step = own * max(1, min(block, conv.in_channels // own // 8, conv.out_channels // own // 8))
     yield Family(Structure(step, own, writes * step), grows=False)
-    for width in (block, 4):
+    for width in sorted({block, max(_NARROW, narrowest)}, reverse=True):
         yield Family(Structure(own * width, own, own * width * writes), grows=True)
     yield Family(Structure(step, step, step), grows=True)
     channels = conv.in_channels // own

@@ -67,10 +67,10 @@ def ladder(
 
 
 def ladders(
-    decomposer: Decomposer, cost: Cost, block: int, ratios: Sequence[float] = RATIOS
+    decomposer: Decomposer, cost: Cost, block: int, narrowest: int = 1, ratios: Sequence[float] = RATIOS
 ) -> dict[Family, tuple[Rung, ...]]:
-    """Return the ladder of every family worth a look."""
-    return {family: ladder(decomposer, family, cost, ratios) for family in families(cost, block)}
+    """Return the ladder of every family worth a look; see :func:`families` and :func:`ladder`."""
+    return {family: ladder(decomposer, family, cost, ratios) for family in families(cost, block, narrowest)}
 
 
 def _spread(count: int) -> list[int]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from groupify.decomposition.cholesky import cholesky_with_ridge
+
 _RIDGE = 1e-9
 
 
@@ -29,7 +31,7 @@ class LowRank:
         """Fit from ``E[x xᵀ]``, shape (n, n), and ``E[x yᵀ]``, shape (n, O)."""
         dtype = covariance.dtype
         covariance, cross = covariance.double(), cross.double()
-        regression = torch.cholesky_solve(cross, _factor(covariance)).T
+        regression = torch.cholesky_solve(cross, cholesky_with_ridge(covariance, _RIDGE)).T
         if cross.shape[1] <= len(covariance):
             values, vectors = torch.linalg.eigh(_symmetric(regression @ cross))
         else:
@@ -45,31 +47,16 @@ class LowRank:
 
 def least_squares(covariance: Tensor, cross: Tensor) -> Tensor:
     """Return ``E[y xᵀ] E[x xᵀ]⁻¹`` in double precision, shape (O, n); 0 where nothing varies."""
-    return torch.cholesky_solve(cross.double(), _factor(covariance.double())).T
+    return torch.cholesky_solve(cross.double(), cholesky_with_ridge(covariance.double(), _RIDGE)).T
 
 
 def _few_inputs(regression: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
     """The same eigenvectors from an (n, n) problem: fewer inputs than outputs."""
-    root = torch.linalg.cholesky(_with_ridge(covariance, _RIDGE))
+    root = cholesky_with_ridge(covariance, _RIDGE)
     maps = regression @ root
     values, vectors = torch.linalg.eigh(_symmetric(maps.T @ maps))
     up = maps @ vectors
     return values, up / up.norm(dim=0).clamp(min=torch.finfo(up.dtype).tiny)
-
-
-def _factor(covariance: Tensor) -> Tensor:
-    ridge = _RIDGE
-    factor, failed = torch.linalg.cholesky_ex(_with_ridge(covariance, ridge))
-    while bool(failed):
-        ridge *= 10
-        factor, failed = torch.linalg.cholesky_ex(_with_ridge(covariance, ridge))
-    found: Tensor = factor
-    return found
-
-
-def _with_ridge(covariance: Tensor, ridge: float) -> Tensor:
-    added = ridge * covariance.diagonal().mean() + torch.finfo(torch.float32).tiny
-    return covariance + added * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
 
 
 def _symmetric(matrix: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from groupify.decomposition.cholesky import cholesky_with_ridge
 from groupify.decomposition.minimise import Evaluation
 from groupify.decomposition.whitening import ByChannel, ByGroup
 
@@ -37,12 +38,7 @@ class Expand:
     def solve(cls, latents: Tensor, cross: Tensor) -> Expand:
         """Solve for the expand from ``E[h hᵀ]``, shape (S, S), and ``E[h yᵀ]``, shape (S, O)."""
         system = (latents + latents.T) / 2
-        precision = torch.finfo(system.dtype).eps
-        strength = 10 * precision * system.diagonal().mean() + torch.finfo(system.dtype).tiny
-        factor, failed = torch.linalg.cholesky_ex(_added(system, strength))
-        while bool(failed):
-            strength = 100 * strength
-            factor, failed = torch.linalg.cholesky_ex(_added(system, strength))
+        factor = cholesky_with_ridge(system, 10 * torch.finfo(system.dtype).eps)
         weight = torch.cholesky_solve(cross, factor)
         return cls(weight, weight @ weight.T, 1 - float((weight.double() * cross.double()).sum()))
 
@@ -57,10 +53,6 @@ class Expand:
         if outputs < latents:
             return 2 * self.weight @ (self.weight.T @ seen - cross)
         return 2 * (self.gram @ seen - self.weight @ cross)
-
-
-def _added(matrix: Tensor, strength: Tensor) -> Tensor:
-    return matrix + strength * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
 
 
 class Mixing:

@@ -35,43 +35,64 @@ class Part:
     left: list[float]
 
 
+class Inputs:
+    """What one group of a conv reads.
+
+    Args:
+        covariance: ``E[x xᵀ]``, shape (I·K, I·K).
+        channels: I.
+    """
+
+    def __init__(self, covariance: Tensor, channels: int) -> None:
+        self.covariance, self.channels = covariance, channels
+        self.positions = len(covariance) // channels
+        self._by_group: dict[int, ByGroup] = {}
+
+    @cached_property
+    def whitened(self) -> ByChannel:
+        """They where all channels may be mixed."""
+        return ByChannel.of(self.covariance, self.channels)
+
+    def by_group(self, groups: int) -> ByGroup:
+        """They where the channels of each group stay by themselves."""
+        if groups not in self._by_group:
+            self._by_group[groups] = ByGroup.of(self.covariance, groups)
+        return self._by_group[groups]
+
+
 class Problem:
     """Inputs and outputs of one group of a conv, ready to be fitted by many structures.
 
     Args:
-        covariance: ``E[x xᵀ]``, shape (I·K, I·K).
+        inputs: what it reads.
         cross: ``E[x yᵀ]``, shape (I·K, O).
         energies: ``E[y²]``, shape (O,).
-        channels: I.
-        whitened: the whitened inputs, where they are known.
+        starts: where to start the fits of structures; None = truncations.
     """
 
     def __init__(
-        self,
-        covariance: Tensor,
-        cross: Tensor,
-        energies: Tensor,
-        channels: int,
-        whitened: ByChannel | None = None,
+        self, inputs: Inputs, cross: Tensor, energies: Tensor, starts: dict[Structure, Tensor] | None = None
     ) -> None:
-        self._covariance, self._cross, self._energies = covariance, cross, energies
+        self._inputs, self._cross, self._energies = inputs, cross, energies
+        self._covariance, self._channels, self._positions = (
+            inputs.covariance,
+            inputs.channels,
+            inputs.positions,
+        )
         self._energy = float(energies.double().sum())
-        self._channels, self._positions = channels, len(covariance) // channels
         self._outputs = cross.shape[1]
-        if whitened is not None:
-            self.whitened = whitened
-        self._separate: dict[int, ByGroup] = {}
+        self._starts = {} if starts is None else starts
 
-    @cached_property
-    def whitened(self) -> ByChannel:
-        """The inputs where all channels may be mixed."""
-        return ByChannel.of(self._covariance, self._channels)
+    def with_outputs(self, cross: Tensor, energies: Tensor) -> Problem:
+        """Return the problem of the same inputs with other outputs; its fits start where these have ended."""
+        return Problem(self._inputs, cross, energies, dict(self._starts))
 
     @cached_property
     def _whitened_outputs(self) -> tuple[Tensor, Tensor]:
         """``E[x yᵀ]`` with whitened inputs and outputs of an energy of 1, and their regression."""
-        cross = self.whitened.inputs(self._cross / self._root)
-        return cross, self.whitened.regression(cross)
+        whitened = self._inputs.whitened
+        cross = whitened.inputs(self._cross / self._root)
+        return cross, whitened.regression(cross)
 
     @cached_property
     def low_rank(self) -> LowRank:
@@ -114,13 +135,18 @@ class Problem:
         return Part(None, self._by_channel(weight.to(self._cross.dtype)), None, [left])
 
     def _mixing(self, reduce: int, groups: int, expand: int, evaluations: int) -> Part:
-        inputs, root = self.whitened, self._root
+        inputs, root = self._inputs.whitened, self._root
         cross, target = self._whitened_outputs
         width, outputs = reduce // groups, expand // groups
         objective = Mixing(inputs, cross, groups, width, outputs)
-        depthwise = width == outputs == 1
-        start = depthwise_start(target, groups) if depthwise else mixing_start(target, groups, width, outputs)
+        structure = Structure(reduce, groups, expand)
+        start = self._starts.get(structure)
+        if start is None and width == outputs == 1:
+            start = depthwise_start(target, groups)
+        elif start is None:
+            start = mixing_start(target, groups, width, outputs)
         best, values = minimise(objective.evaluate, start, evaluations)
+        self._starts[structure] = best.point
         mixture, core = objective.split(best.point)
         core = inputs.positions.T @ core.reshape(expand, self._positions, width)
         return Part(
@@ -131,13 +157,16 @@ class Problem:
         )
 
     def _grouped_then_dense(self, groups: int, expand: int, evaluations: int) -> Part:
-        if groups not in self._separate:
-            self._separate[groups] = ByGroup.of(self._covariance, groups)
-        inputs, root = self._separate[groups], self._root
+        inputs, root = self._inputs.by_group(groups), self._root
         cross = inputs.inputs(self._cross / root)
         objective = Separate(inputs, cross)
-        target = cross.reshape(groups, -1, self._outputs).transpose(1, 2)
-        best, values = minimise(objective.evaluate, separate_start(target, expand // groups), evaluations)
+        structure = Structure(None, groups, expand)
+        start = self._starts.get(structure)
+        if start is None:
+            target = cross.reshape(groups, -1, self._outputs).transpose(1, 2)
+            start = separate_start(target, expand // groups)
+        best, values = minimise(objective.evaluate, start, evaluations)
+        self._starts[structure] = best.point
         core = objective.split(best.point) @ inputs.maps
         return Part(
             None,
@@ -160,13 +189,11 @@ class Problem:
         mine = slice(group * outputs, (group + 1) * outputs)
         cross, energies = self._cross[:, mine], self._energies[mine]
         if structure.reduce is not None:
-            shared = self.whitened if self._positions > 1 else None
-            return Problem(self._covariance, cross, energies, self._channels, shared)
-        inputs = len(self._covariance) // structure.groups
-        read = slice(group * inputs, (group + 1) * inputs)
-        return Problem(
-            self._covariance[read, read], cross[read], energies, self._channels // structure.groups
-        )
+            return Problem(self._inputs, cross, energies)
+        count = len(self._covariance) // structure.groups
+        read = slice(group * count, (group + 1) * count)
+        own = Inputs(self._covariance[read, read], self._channels // structure.groups)
+        return Problem(own, cross[read], energies)
 
 
 def joined(parts: Sequence[Part]) -> Part:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from groupify.decomposition.cholesky import cholesky_with_ridge
+
 # Directions of less variance than this part of the mean are not blown up to one.
 _FLOOR = 1e-4
 # Added to the variance of every direction in a regression: the least known would only mislead a start.
@@ -57,9 +59,7 @@ class ByChannel:
         Args:
             cross: ``E[x yᵀ]`` in these coordinates, shape (K·I, O).
         """
-        system = self.covariance.clone()
-        system.diagonal().add_(_START_RIDGE)
-        weight = torch.cholesky_solve(cross, torch.linalg.cholesky(system))
+        weight = torch.cholesky_solve(cross, cholesky_with_ridge(self.covariance, _START_RIDGE))
         return weight.T.reshape(-1, len(self.positions), len(self.channels))
 
     def inputs(self, rows: Tensor) -> Tensor:

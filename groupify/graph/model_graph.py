@@ -34,6 +34,14 @@ class Norm:
     bias: Tensor | None
     eps: float
 
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Return the scale and the shift that it applies, shape (C,) each."""
+        scale = torch.rsqrt(self.running_var + self.eps)
+        if self.weight is not None:
+            scale = scale * self.weight
+        shift = -self.running_mean * scale
+        return scale, shift if self.bias is None else self.bias + shift
+
 
 @dataclass(frozen=True)
 class ModelGraph:

@@ -20,6 +20,13 @@ def conv_kind(module: nn.Module) -> type[Conv] | None:
     return None
 
 
+def conv_of(model: nn.Module, name: str) -> Conv:
+    """Return the conv that has a name in a model."""
+    conv = model.get_submodule(name)
+    assert isinstance(conv, CONVS)
+    return conv
+
+
 def is_plain_layer(module: nn.Module) -> bool:
     """Whether a module computes what a conv or ``nn.Linear`` does, from a weight that is a parameter."""
     plain = conv_kind(module) is not None or type(module) is nn.Linear

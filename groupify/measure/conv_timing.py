@@ -27,22 +27,24 @@ from groupify.measure.benchmarks import UNDISTURBED, percentile
 from groupify.measure.profiling import kernel_times
 from groupify.onnx.lowering import optimise
 from groupify.onnx.tracing import OPSET
+from groupify.structures import ConvShape, Structure
 
 _SESSION_BYTES = 2**28  # of weights and activations in one session
 _IR_VERSION = 9
+_AS_IT_IS = Structure()
 _END = re.compile(r"(before|after)(\d+)(_nchwc)?")
 
 
 @dataclass(frozen=True)
-class ConvShape:
+class TimedConv:
     """A conv and what replaces it.
 
     Attributes:
         in_channels, out_channels, kernel_size, stride, dilation: as in the conv itself.
         padding: in front along each dimension, then behind, pixels.
         input_size: spatial size, pixels.
-        groups: number of groups.
-        pointwise: whether a dense 1×1 conv follows before the activation.
+        groups: number of groups of the conv itself.
+        structure: what it becomes.
         shuffle: whether a channel shuffle follows behind the activation.
     """
 
@@ -54,7 +56,7 @@ class ConvShape:
     padding: tuple[int, ...]
     input_size: tuple[int, ...]
     groups: int = 1
-    pointwise: bool = False
+    structure: Structure = _AS_IT_IS
     shuffle: bool = False
 
     def __str__(self) -> str:
@@ -65,20 +67,20 @@ class ConvShape:
             f"{self.in_channels}x{by(self.input_size)} to {self.out_channels}, "
             f"kernel {by(self.kernel_size)}, "
             f"stride {by(self.stride)}, padding {by(self.padding)}, dilation {by(self.dilation)}, "
-            f"groups {self.groups}" + (", pointwise" if self.pointwise else "")
-            + (", shuffle" if self.shuffle else "")
+            f"groups {self.groups}, structure {self.structure}" + (", shuffle" if self.shuffle else "")
         )  # fmt: skip
 
     @property
-    def dense(self) -> ConvShape:
-        """The same conv with one group."""
-        return replace(self, groups=1, pointwise=False, shuffle=False)
+    def dense(self) -> TimedConv:
+        """The conv as it is."""
+        return replace(self, structure=Structure(groups=self.groups), shuffle=False)
 
     @property
     def weights(self) -> int:
         """Number of weights."""
-        own = self.out_channels * self.in_channels // self.groups * math.prod(self.kernel_size)
-        return own + (self.out_channels**2 if self.pointwise else 0)
+        return self.structure.parameters(
+            ConvShape(self.in_channels, self.out_channels, self.kernel_size, self.groups)
+        )
 
     @property
     def output_size(self) -> tuple[int, ...]:
@@ -94,14 +96,14 @@ class ConvShape:
 
 
 def time_convs(
-    shapes: Iterable[ConvShape],
+    shapes: Iterable[TimedConv],
     *,
     threads: int = 1,
     batch_size: int = 1,
     rounds: int = 24,
     warm: bool = False,
     progress: bool = False,
-) -> dict[ConvShape, float]:
+) -> dict[TimedConv, float]:
     """Return the time of each conv with its activation, in milliseconds for one image.
 
     Args:
@@ -122,7 +124,7 @@ def time_convs(
             1 if warm else _SESSION_BYTES,
         )
     )
-    times: dict[ConvShape, float] = {}
+    times: dict[TimedConv, float] = {}
     total = sum(map(len, sessions))
     with tqdm(total=total, desc="latency table", unit="conv", disable=None if progress else True) as bar:
         for session in sessions:
@@ -131,7 +133,7 @@ def time_convs(
     return times
 
 
-def _session_bytes(shape: ConvShape, batch_size: int) -> int:
+def _session_bytes(shape: TimedConv, batch_size: int) -> int:
     """Memory that one conv takes in a session: its weights, and its tensors with their copies."""
     values = shape.in_channels * math.prod(shape.input_size)
     values += shape.out_channels * math.prod(shape.output_size)
@@ -139,8 +141,8 @@ def _session_bytes(shape: ConvShape, batch_size: int) -> int:
 
 
 def _time_session(
-    shapes: Sequence[ConvShape], threads: int, batch_size: int, rounds: int
-) -> dict[ConvShape, float]:
+    shapes: Sequence[TimedConv], threads: int, batch_size: int, rounds: int
+) -> dict[TimedConv, float]:
     graph = _Graph(batch_size)
     for number, shape in enumerate(shapes):
         graph.add(number, shape)
@@ -191,7 +193,7 @@ class _Graph:
         self._inputs: list[Any] = []
         self._outputs: list[Any] = []
 
-    def add(self, number: int, shape: ConvShape) -> None:
+    def add(self, number: int, shape: TimedConv) -> None:
         """Add the branch of one conv."""
         channels, outputs = shape.in_channels, shape.out_channels
         point = (1,) * len(shape.kernel_size)
@@ -201,12 +203,7 @@ class _Graph:
             helper.make_tensor_value_info(source, kind, [self._batch_size, channels, *shape.input_size])
         )
         value = self._conv(f"before{number}", source, channels, channels, channels, kernel_shape=point)
-        value = self._conv(
-            f"conv{number}", value, channels, outputs, shape.groups, kernel_shape=shape.kernel_size,
-            strides=shape.stride, dilations=shape.dilation, pads=shape.padding,
-        )  # fmt: skip
-        if shape.pointwise:
-            value = self._conv(f"pointwise{number}", value, outputs, outputs, 1, kernel_shape=point)
+        value = self._structure(number, value, shape)
         value = self._node("Relu", f"relu{number}", [value])
         readers = outputs
         if shape.shuffle:
@@ -216,6 +213,23 @@ class _Graph:
             readers = 2  # a shuffle could move through a depthwise conv, away from where it is timed
         value = self._conv(f"after{number}", value, outputs, outputs, readers, kernel_shape=point)
         self._outputs.append(helper.make_tensor_value_info(value, kind, None))
+
+    def _structure(self, number: int, value: str, shape: TimedConv) -> str:
+        """Add what the conv becomes; of a 1×1 conv the first takes the stride."""
+        point, structure = (1,) * len(shape.kernel_size), shape.structure
+        reads, writes = structure.reduce or shape.in_channels, structure.expand or shape.out_channels
+        kernel = {
+            "kernel_shape": shape.kernel_size, "strides": shape.stride, "dilations": shape.dilation,
+            "pads": shape.padding,
+        }  # fmt: skip
+        plain = {"kernel_shape": point}
+        if structure.reduce is not None:
+            own, kernel = (kernel, plain) if shape.kernel_size == point else (plain, kernel)
+            value = self._conv(f"reduce{number}", value, shape.in_channels, reads, shape.groups, **own)
+        value = self._conv(f"conv{number}", value, reads, writes, structure.groups, **kernel)
+        if structure.expand is not None:
+            value = self._conv(f"expand{number}", value, writes, shape.out_channels, shape.groups, **plain)
+        return value
 
     def serialised(self) -> bytes:
         """Return the model, its shuffles brought into the form that an export gives them."""
@@ -230,12 +244,12 @@ class _Graph:
         return bytes(ir.to_proto(inferred).SerializeToString())
 
     def _shuffle_step(
-        self, name: str, value: str, shape: ConvShape, step: int, perm: list[int] | None
+        self, name: str, value: str, shape: TimedConv, step: int, perm: list[int] | None
     ) -> str:
         if perm is not None:
             return self._node("Transpose", name, [value], perm=perm)
-        width = shape.out_channels // shape.groups
-        channels = [shape.groups, width] if step == 0 else [shape.out_channels]
+        groups = shape.structure.groups
+        channels = [groups, shape.out_channels // groups] if step == 0 else [shape.out_channels]
         sizes = np.array([self._batch_size, *channels, *shape.output_size], dtype=np.int64)
         self._weights.append(numpy_helper.from_array(sizes, f"{name}_sizes"))
         return self._node("Reshape", name, [value, f"{name}_sizes"])

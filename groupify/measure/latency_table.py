@@ -19,11 +19,11 @@ from groupify.errors import ArtefactError, PlanError
 from groupify.files import cache_folder, fingerprint
 from groupify.graph.plain_layers import CONVS, Conv
 from groupify.machine import describe_machine
-from groupify.measure.conv_timing import ConvShape, time_convs
+from groupify.measure.conv_timing import TimedConv, time_convs
 from groupify.measure.profiling import Milliseconds, NetworkTime, mean_time, time_network
 from groupify.onnx.exporting import export_onnx
 from groupify.stats.positions import padding_amounts
-from groupify.structures import GROUPED_POINTWISE, Candidate, Choices, Observed
+from groupify.structures import Candidate, Choices, Observed
 
 Times = Annotated[Mapping[str, Milliseconds], Field(max_length=100_000)]
 
@@ -44,7 +44,7 @@ class LatencyTable(Document):
     remedy: ClassVar[str] = "make one with groupify bench MODEL --table FILE"
 
     format: Literal["groupify latency table"] = field(default="groupify latency table", kw_only=True)
-    schema_version: Literal[3] = field(default=3, kw_only=True)
+    schema_version: Literal[4] = field(default=4, kw_only=True)
     machine: Text
     threads: Annotated[int, Field(ge=1, le=65_536)] = 1
     convs: Times = field(default_factory=dict)
@@ -74,11 +74,11 @@ class Latencies:
         return self.rest_ms + sum(times[index] for times, index in zip(self.convs_ms, chosen, strict=True))
 
 
-def conv_shape(candidate: Candidate, conv: Conv, run: Observed) -> ConvShape:
+def timed_conv(candidate: Candidate, conv: Conv, run: Observed) -> TimedConv:
     """Return what decides the latency of a candidate."""
     amounts = padding_amounts(conv)[::-1]  # behind and in front, the first dimension first
     site = candidate.site
-    return ConvShape(
+    return TimedConv(
         in_channels=conv.in_channels,
         out_channels=conv.out_channels,
         kernel_size=tuple(conv.kernel_size),
@@ -86,8 +86,8 @@ def conv_shape(candidate: Candidate, conv: Conv, run: Observed) -> ConvShape:
         dilation=tuple(conv.dilation),
         padding=(*amounts[1::2], *amounts[::2]),
         input_size=run.input_size,
-        groups=site.groups,
-        pointwise=site.kind == GROUPED_POINTWISE,
+        groups=site.groups_before,
+        structure=site.structure,
         shuffle=site.shuffle,
     )
 
@@ -108,7 +108,7 @@ class Stopwatch:
         self._model, self._shape = model, input_shape
         self._threads, self._progress = threads, progress
 
-    def convs(self, shapes: Sequence[ConvShape], *, warm: bool) -> Mapping[ConvShape, float]:
+    def convs(self, shapes: Sequence[TimedConv], *, warm: bool) -> Mapping[TimedConv, float]:
         """Return the milliseconds of convs, with their weights in the caches or not."""
         return time_convs(shapes, threads=self._threads, warm=warm, progress=self._progress)
 
@@ -158,7 +158,7 @@ def measure_table(
     return LatencyTable(known.machine, threads, convs, warm_convs, networks)
 
 
-def _timed(stopwatch: Stopwatch, shapes: Sequence[ConvShape], *, warm: bool) -> dict[str, float]:
+def _timed(stopwatch: Stopwatch, shapes: Sequence[TimedConv], *, warm: bool) -> dict[str, float]:
     times = stopwatch.convs(shapes, warm=warm) if shapes else {}
     return {str(shape): time for shape, time in times.items()}
 
@@ -230,7 +230,7 @@ def look_up(table: LatencyTable, model: nn.Module, choices: Choices, *, warm: bo
     return Latencies(max(0.0, rest), tuple(convs))
 
 
-def _find(table: LatencyTable, times: Mapping[str, float], shape: ConvShape | None) -> float:
+def _find(table: LatencyTable, times: Mapping[str, float], shape: TimedConv | None) -> float:
     if shape is None:
         return 0.0
     if str(shape) not in times:
@@ -241,9 +241,9 @@ def _find(table: LatencyTable, times: Mapping[str, float], shape: ConvShape | No
     return times[str(shape)]
 
 
-def _shapes(model: nn.Module, choices: Choices) -> list[list[ConvShape | None]]:
+def _shapes(model: nn.Module, choices: Choices) -> list[list[TimedConv | None]]:
     """The shape of each candidate of each conv; None where the conv never runs or has no choice."""
-    rows: list[list[ConvShape | None]] = []
+    rows: list[list[TimedConv | None]] = []
     for options in choices.sites:
         run = choices.observed.get(options[0].site.name)
         conv = model.get_submodule(options[0].site.name)
@@ -251,7 +251,7 @@ def _shapes(model: nn.Module, choices: Choices) -> list[list[ConvShape | None]]:
         if run is None or len(options) == 1:
             rows.append([None] * len(options))
         else:
-            rows.append([conv_shape(option, conv, run) for option in options])
+            rows.append([timed_conv(option, conv, run) for option in options])
     return rows
 
 

@@ -56,16 +56,24 @@ def python_file(recipe: Recipe, *, stem: str, trust: bool = False) -> str:
 
     Raises:
         SpecError: the model is code of its own and ``trust`` is off.
-        ArtefactError: the recipe's factory is no dotted name of Python.
+        ArtefactError: the recipe's factory is no dotted name of Python, or a shuffle is where none can be.
     """
     library = inspect.getsource(standalone).partition(_FUTURE)[2].strip()
-    sites = {site.name: (site.kind, site.groups, site.shuffle) for site in recipe.sites}
+    sites = {
+        site.name: (site.structure.reduce, site.groups, site.structure.expand, site.shuffle)
+        for site in recipe.sites
+    }
+    mixed = next((site for site in recipe.sites if site.shuffle and not site.structure.is_one_conv), None)
+    if mixed is not None:
+        raise ArtefactError(
+            f"the recipe's site {mixed.name!r} shuffles what the 1×1 convs of {mixed.structure} mix already"
+        )
     preprocessing = recipe.model.preprocessing
     facts = [
         "# (C, H, W) of one input.",
         f"INPUT_SHAPE = {tuple(recipe.model.input_shape)!r}",
         f"CHANNELS_LAST = {recipe.memory_format == 'channels_last'}",
-        "# Conv: (kind, groups, whether a channel shuffle follows).",
+        "# Conv: (channels of a 1×1 conv in front, groups, channels in front of a 1×1 conv behind, shuffle).",
         f"SITES = {pprint.pformat(sites, width=100, sort_dicts=False)}",
     ]
     if preprocessing is not None:

@@ -36,35 +36,38 @@ class Shuffled(nn.Module):
         return blocks.transpose(1, 2).reshape(outputs.shape)
 
 
-def grouped(conv: Any, kind: str, groups: int, shuffle: bool) -> nn.Module:
-    """Return what takes the place of a dense conv, its weights still to be loaded.
+def grouped(conv: Any, reduce: int | None, groups: int, expand: int | None, shuffle: bool) -> nn.Module:
+    """Return what takes the place of a conv, its weights still to be loaded.
 
     Args:
-        conv: the dense conv, in one, two or three dimensions.
-        kind: ``"grouped"``, or ``"grouped-pointwise"`` for a grouped conv and a dense one with kernel 1.
-        groups: number of groups.
+        conv: the conv, in one, two or three dimensions.
+        reduce: channels behind a 1×1 conv in front; None without one.
+        groups: number of groups of the conv.
+        expand: channels in front of a 1×1 conv behind; None without one.
         shuffle: whether a channel shuffle follows.
     """
     base = next(kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(conv, kind))
-    options = {
-        "kernel_size": conv.kernel_size, "stride": conv.stride, "padding": conv.padding,
-        "dilation": conv.dilation, "groups": groups, "padding_mode": conv.padding_mode,
-    }  # fmt: skip
-    channels, biased = (conv.in_channels, conv.out_channels), conv.bias is not None
-    if kind == "grouped-pointwise":
-        pointwise = base(channels[1], channels[1], 1, bias=biased)
-        first = base(*channels, bias=False, **options)
-        return nn.Sequential(OrderedDict([("grouped", first), ("pointwise", pointwise)]))
+    place = {"stride": conv.stride, "padding": conv.padding, "padding_mode": conv.padding_mode}
+    kernel = {"kernel_size": conv.kernel_size, "dilation": conv.dilation}
+    inputs, outputs, biased = conv.in_channels, conv.out_channels, conv.bias is not None
     if shuffle:
-        kept: nn.Module = type("Shuffled", (Shuffled, base), {})(
-            *channels, bias=biased, shuffle_groups=groups, **options
+        shuffled: nn.Module = type("Shuffled", (Shuffled, base), {})(
+            inputs, outputs, groups=groups, bias=biased, shuffle_groups=groups, **kernel, **place
         )
-        return kept
-    plain: nn.Module = base(*channels, bias=biased, **options)
-    return plain
+        return shuffled
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    if reduce is not None:
+        first = place if set(conv.kernel_size) == {1} else {}  # what is not computed need not be reduced
+        place = {} if first else place
+        layers["reduce"] = base(inputs, reduce, 1, groups=conv.groups, bias=False, **first)
+    own = biased and expand is None
+    layers["core"] = base(reduce or inputs, expand or outputs, groups=groups, bias=own, **kernel, **place)
+    if expand is not None:
+        layers["expand"] = base(expand, outputs, 1, groups=conv.groups, bias=biased)
+    return layers["core"] if len(layers) == 1 else nn.Sequential(layers)
 
 
-def with_groups(model: nn.Module, sites: dict[str, tuple[str, int, bool]]) -> nn.Module:
+def with_groups(model: nn.Module, sites: dict[str, tuple[int | None, int, int | None, bool]]) -> nn.Module:
     """Return a copy of a dense model with the named convs replaced."""
     model = copy.deepcopy(model)
     for name, site in sites.items():

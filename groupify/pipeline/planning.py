@@ -18,6 +18,7 @@ from groupify.pipeline.inputs import tell_preprocessing, with_data
 from groupify.pipeline.requests import ModelRequest, PlanRequest
 from groupify.planning.budget import Budget
 from groupify.planning.candidates import candidates
+from groupify.planning.like_groups import budget_like_groups
 from groupify.planning.plan_file import PlanFile
 from groupify.planning.race import BudgetPlan, Frontier, trace_frontier
 from groupify.planning.rules import Rules
@@ -64,13 +65,14 @@ def make_plan(
     model, shape = source.model, source.spec.input_shape
     if request.file is not None:
         return Planned(PlanFile.read(request.file).apply(model, shape))
-    if request.budget is None:
+    if request.is_uniform:
         return Planned(plan(model, shape, groups=request.groups, rules=request.rules))
+    budget = request.budget or budget_like_groups(model, shape, groups=request.groups, rules=request.rules)
     images = None
     if data is not None and calibration_images:
-        images = planning_images(data, calibration_images, request.budget, seed=seed)
+        images = planning_images(data, calibration_images, budget, seed=seed)
     options = _with_table(request.search, request.latency_table)
-    found = plan_for_budget(model, shape, request.budget, images, rules=request.rules, options=options)
+    found = plan_for_budget(model, shape, budget, images, rules=request.rules, options=options)
     if request.frontier is None:
         return Planned(found.plan, found)
     measure = None
@@ -92,10 +94,10 @@ def run_plan(
         request, calibration_images, seed: as for ``make_plan``.
     """
     # Without a budget a plan depends on shapes alone: weights not at hand are no reason to warn or to wait.
-    if request.budget is None and model.weights == "auto":
+    if not request.is_searched and model.weights == "auto":
         model = replace(model, weights="none")
     source = model.load(seed)
-    used = data if request.budget is not None or not source.input_known else None
+    used = data if request.is_searched or not source.input_known else None
     source, splits = with_data(source, used, model.preprocessing, seed=seed)
     if splits is not None:
         tell_preprocessing(source, splits)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from groupify.artefact import read_recipe
@@ -83,7 +83,7 @@ def _check_comparable(request: ConversionRequest, source: Source, data: DataSpli
 def _refuse_what_one_process_measures(request: ConversionRequest) -> None:
     if request.uniform:
         raise SpecError("--uniform is measured in one process: leave it out under torchrun")
-    if request.plan.budget is not None and request.plan.file is None:
+    if request.plan.is_searched:
         raise SpecError(
             "a budget is planned in one process: write the plan with 'groupify plan --save-plan FILE', "
             "then give --plan FILE under torchrun"
@@ -94,8 +94,11 @@ def _uniform_plans(request: ConversionRequest, source: Source, planned: Planned)
     """Return a plan for each number of groups in ``request.uniform``, each other than all before."""
     seen = [planned.plan.recipes]
     plans = {}
+    rules = request.plan.rules
+    if rules.structures is not None and not rules.is_uniform:
+        rules = replace(rules, structures=None)
     for groups in request.uniform:
-        made = plan_uniform(source.model, source.spec.input_shape, groups=groups, rules=request.plan.rules)
+        made = plan_uniform(source.model, source.spec.input_shape, groups=groups, rules=rules)
         if made.recipes not in seen:
             seen.append(made.recipes)
             plans[groups] = made

@@ -12,6 +12,7 @@ from groupify.models.preprocessing import PreprocessingOptions
 from groupify.models.sources import load_model
 from groupify.models.specs import Source
 from groupify.planning.budget import Budget
+from groupify.planning.group_counts import GroupCounts
 from groupify.planning.rules import Rules
 from groupify.planning.search import SearchOptions
 from groupify.training.history import LogSettings
@@ -67,12 +68,16 @@ class ModelRequest:
         )
 
 
+_FOUR = GroupCounts.of(4)
+
+
 @dataclass(frozen=True)
 class PlanRequest:
     """How the convs are to be replaced.
 
     Attributes:
-        groups: number of groups to aim at.
+        groups: number of groups to aim at; where each conv gets a structure of its own, the MACs are those of
+            so many plain groups.
         rules: which convs may be converted, and into what.
         file: a plan file to take instead.
         budget: a budget to plan for instead of ``groups``.
@@ -83,7 +88,7 @@ class PlanRequest:
         save: file to write the plan to.
     """
 
-    groups: int = 4
+    groups: GroupCounts = _FOUR
     rules: Rules = Rules()
     file: Path | None = None
     budget: Budget | None = None
@@ -95,7 +100,12 @@ class PlanRequest:
     @property
     def is_uniform(self) -> bool:
         """Whether it is a plan with the same number of groups everywhere."""
-        return self.file is None and self.budget is None
+        return self.file is None and self.budget is None and self.rules.is_uniform
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether the plan is one for a budget, given or that of plain groups."""
+        return self.file is None and not self.is_uniform
 
 
 @dataclass(frozen=True)

@@ -9,25 +9,31 @@ from dataclasses import replace
 
 from torch import nn
 
-from groupify.conversion.surgery import why_no_pair
+from groupify.conversion.replaceable import LeftAlone
+from groupify.conversion.surgery import conv_shape, why_not_several
+from groupify.decomposition.families import Cost, families
+from groupify.decomposition.ladder import RATIOS
 from groupify.errors import PlanError
 from groupify.graph.call import Example, as_call, shape_of
 from groupify.graph.plain_layers import Conv
 from groupify.models.wrappers import unwrapped
+from groupify.planning.group_counts import GroupCounts
+from groupify.planning.left_alone import nothing_fits
 from groupify.planning.observing import observe
 from groupify.planning.rules import Rules
-from groupify.planning.sites import find_convs
-from groupify.planning.uniform import plan_observed
+from groupify.planning.sites import find_convs, in_order, site_plan
+from groupify.planning.uniform import plan_observed, reasons_to_leave
 from groupify.structures import (
+    BLOCK_TERM,
     GROUPED,
     GROUPED_POINTWISE,
     Candidate,
-    Change,
     Choices,
     Observed,
     Plan,
     SitePlan,
     SiteRecipe,
+    Structure,
     Uniform,
 )
 
@@ -58,18 +64,19 @@ def candidates(
     model = unwrapped(model)
     call = as_call(example, model, batch=1)
     observed = observe(model, call)
-    plans = _uniform_plans(model, observed, example, rules, group_counts)
-    convs = find_convs(model)
+    plans, problem = _uniform_plans(model, observed, example, rules, group_counts)
+    rules.check_patterns(find_convs(model))
+    reasons = reasons_to_leave(model, observed, rules)
     sites = []
-    for every in zip(*(made.sites for made in plans.values()), strict=True):
-        name = every[0].name
-        run = observed.get(name)
-        pairs = run is None or run.pair_hindrance is None
-        options = _options(every, convs[name], rules, pairs=pairs and why_no_pair(convs[name]) is None)
-        sites.append(tuple(_priced(site, convs[name], run) for site in options))
+    for name, conv in in_order(find_convs(model), observed).items():
+        run, every = observed.get(name), [made.site(name) for made in plans.values()]
+        options = _options(name, conv, run, every, rules, reasons[name])
+        sites.append(tuple(_priced(site, conv, run) for site in options))
+    if all(len(options) == 1 for options in sites):
+        raise problem or PlanError(nothing_fits([why for why in reasons.values() if why is not None]))
     names = tuple(call.named_tensors(model))
     cpu = rules.resolved().cpu
-    choices = Choices(tuple(sites), {}, observed, shape_of(example), cpu, example, names)
+    choices = Choices(tuple(sites), {}, observed, shape_of(example), cpu, example, names, rules)
     return replace(choices, uniform={key: choices.indices(made) for key, made in plans.items()})
 
 
@@ -79,69 +86,93 @@ def _uniform_plans(
     example: Example,
     rules: Rules,
     group_counts: Sequence[int],
-) -> dict[Uniform, Plan]:
-    """Return the plans with one number of groups, as far as the rules allow them."""
+) -> tuple[dict[Uniform, Plan], PlanError | None]:
+    """Return the plans with one number of groups, as far as the rules allow them, and why not."""
     plans: dict[Uniform, Plan] = {}
     problem: PlanError | None = None
-    for kind in rules.kinds:
-        shuffles = ("none", "all") if kind == GROUPED and rules.shuffle == "all" else ("none",)
+    for family in (GROUPED, GROUPED_POINTWISE):
+        if family not in rules.families:
+            continue
+        shuffles = ("none", "all") if family == GROUPED and rules.shuffle == "all" else ("none",)
         for groups, shuffle in itertools.product(group_counts, shuffles):
-            own = replace(rules, structures=(kind,), shuffle=shuffle)
+            own = replace(rules, structures=(family,), shuffle=shuffle)
             try:
-                made = plan_observed(model, observed, example, groups=groups, rules=own)
+                made = plan_observed(model, observed, example, groups=GroupCounts.of(groups), rules=own)
             except PlanError as error:
-                if problem is None or kind == rules.kinds[0]:  # of plain groups, as many as there may be
+                if problem is None or family == rules.families[0]:  # of plain groups, as many as there may be
                     problem = error
             else:
-                plans[Uniform(kind, groups, shuffle == "all")] = made
-    if not plans:
-        assert problem is not None, "no kinds or no numbers of groups"
-        raise problem
-    return plans
+                plans[Uniform(family, groups, shuffle == "all")] = made
+    return plans, problem
 
 
-def _options(every: Sequence[SitePlan], conv: Conv, rules: Rules, *, pairs: bool) -> list[SitePlan]:
-    """Return what may become of one conv, each once; dense first. ``pairs``: whether it may become two."""
+def _options(
+    name: str,
+    conv: Conv,
+    run: Observed | None,
+    every: Sequence[SitePlan],
+    rules: Rules,
+    why: LeftAlone | None,
+) -> list[SitePlan]:
+    """Return what may become of one conv, each once; as it is first.
+
+    Args:
+        name: its name.
+        conv: the conv.
+        run: what a forward pass showed of it.
+        every: what the uniform plans make of it.
+        rules: what is allowed.
+        why: why it is left alone; None where it may be replaced.
+    """
     grouped = [site for site in every if site.converted]
-    if not grouped:
-        return [every[0]]
-    options = [every[0].left_dense(None), *grouped]
+    options = list(grouped)
+    several = run is not None and run.several_hindrance is None and why_not_several(conv) is None
+    block = rules.block if len(conv.kernel_size) == 2 else 1
     # With a limit on the width that is no block of the kernel, one channel per group is too narrow.
-    if pairs and GROUPED_POINTWISE in rules.kinds and rules.narrowest <= rules.block:
-        options += _depthwise(every[0], conv, rules.block if len(conv.kernel_size) == 2 else 1)
-    distinct: dict[SiteRecipe, SitePlan] = {}
-    for site in options:
-        distinct.setdefault(site.recipe, site)
-    return list(distinct.values())
+    if grouped and several and GROUPED_POINTWISE in rules.families and rules.narrowest <= rules.block:
+        options += _depthwise(name, conv, run, block)
+    if why is None and several and run is not None and BLOCK_TERM in rules.families:
+        options += [
+            site_plan(conv, SiteRecipe(name, found), run, None) for found in structures(conv, run, rules)
+        ]
+    reason = why.reason if why is not None else next((site.reason for site in every), None)
+    dense = site_plan(conv, SiteRecipe(name, Structure(groups=conv.groups)), run, None if options else reason)
+    return list({site.recipe: site for site in reversed([dense, *options])}.values())[::-1]
 
 
-def _depthwise(site: SitePlan, conv: Conv, block: int) -> list[SitePlan]:
+def structures(conv: Conv, run: Observed, rules: Rules) -> list[Structure]:
+    """Return the block-term structures worth a look for a conv."""
+    cost = Cost(conv_shape(conv), math.prod(run.input_size), math.prod(run.output_size))
+    found = families(cost, rules.cpu_block, rules.narrowest)
+    return [member for family in found for member in family.members(cost, RATIOS)]
+
+
+def _depthwise(name: str, conv: Conv, run: Observed | None, block: int) -> list[SitePlan]:
     """Return the depthwise and pointwise plan of a k×k conv, where there is one worth having."""
     channels = conv.in_channels
-    weights = channels * math.prod(conv.kernel_size) + channels**2
-    if channels != conv.out_channels or channels % block or weights >= conv.weight.numel():
+    structure = Structure(None, channels, channels)
+    shape = conv_shape(conv)
+    fits = channels == conv.out_channels and channels % block == 0
+    if not fits or structure.parameters(shape) >= conv.weight.numel():
         return []
-    biases = channels if conv.bias is not None else 0
-    outputs = site.macs.dense // (site.params.dense - biases)
-    return [
-        replace(
-            site,
-            kind=GROUPED_POINTWISE,
-            groups=channels,
-            shuffle=False,
-            reason=None,
-            params=Change(site.params.dense, weights + biases),
-            macs=Change(site.macs.dense, weights * outputs),
-        )
-    ]
+    return [site_plan(conv, SiteRecipe(name, structure), run, None)]
 
 
 def _priced(site: SitePlan, conv: Conv, run: Observed | None) -> Candidate:
     size = conv.weight.element_size()
     live = 0
     if run is not None:
-        inputs = conv.in_channels * math.prod(run.input_size) * size
-        outputs = conv.out_channels * math.prod(run.output_size) * size
-        between = site.kind == GROUPED_POINTWISE or site.shuffle  # a second tensor of the output's size
-        live = max(inputs + outputs, 2 * outputs if between else 0)
+        ins, outs = math.prod(run.input_size), math.prod(run.output_size)
+        reads, writes = site.core_channels
+        if conv.kernel_size == (1,) * len(conv.kernel_size):
+            ins_core = outs if site.structure.reduce else ins
+        else:
+            ins_core = ins
+        tensors = [conv.in_channels * ins]
+        if site.structure.reduce:
+            tensors.append(reads * ins_core)
+        tensors.append(writes * outs)
+        if site.structure.expand or site.shuffle:
+            tensors.append(conv.out_channels * outs)
+        live = size * max(a + b for a, b in itertools.pairwise(tensors))
     return Candidate(site, site.params.grouped * size, live)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from groupify.graph.permute import row_channels
 from groupify.stats.moments import Ridge, principal_maps
-from groupify.structures import GROUPED, SiteRecipe
+from groupify.structures import SiteRecipe
 
 _RIDGE = 0.01
 
@@ -56,7 +56,7 @@ class LayerMoments:
         """Return the error of the best replacement by least squares.
 
         Args:
-            site: kind, groups and shuffle.
+            site: structure and shuffle; one conv, or grouped and pointwise.
             input_order, output_order: channels of the dense model at each place of the grouped one,
                 shapes (I,) and (O,); as they are if None.
         """
@@ -64,7 +64,7 @@ class LayerMoments:
         columns = torch.arange(inputs) if input_order is None else input_order
         parts = (columns.unsqueeze(1) * taps + torch.arange(taps)).reshape(site.groups, -1)
         covariances = torch.stack([self._covariance[part[:, None], part] for part in parts])  # (G, D, D)
-        if site.kind == GROUPED:
+        if site.structure.is_one_conv:
             rows = torch.arange(outputs) if output_order is None else output_order
             rows = rows[row_channels(outputs, site.groups, site.shuffle)].reshape(site.groups, -1)
             cross = torch.stack(
@@ -75,7 +75,7 @@ class LayerMoments:
             places = torch.argsort(rows.reshape(-1))  # of each output among the features
             return self._remaining(own[places[:, None], places], with_outputs[:, places])
         share = torch.stack([self._weight[:, part] for part in parts])  # (G, O, D)
-        maps = principal_maps(share, covariances, outputs // site.groups)
+        maps = principal_maps(share, covariances, (site.structure.expand or outputs) // site.groups)
         own, with_outputs = self._of_features(maps, parts)
         pointwise = Ridge(own.clone().unsqueeze(0), _RIDGE).solve(with_outputs.unsqueeze(0))[0]
         return self._remaining(pointwise @ own @ pointwise.T, with_outputs @ pointwise.T)

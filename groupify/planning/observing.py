@@ -140,13 +140,13 @@ class _Watch(TorchFunctionMode):
                     )
                     self._note(name, *((None, what) if harmless else (what, None)))
 
-    def _note(self, name: str, hindrance: str | None, pair_hindrance: str | None = None) -> None:
+    def _note(self, name: str, hindrance: str | None, several_hindrance: str | None = None) -> None:
         """Keep the first reason not to replace a conv, or not by two."""
         known = self.observed.get(name, Observed((), (), 0))
         self.observed[name] = replace(
             known,
             hindrance=known.hindrance or hindrance,
-            pair_hindrance=known.pair_hindrance or pair_hindrance,
+            several_hindrance=known.several_hindrance or several_hindrance,
         )
 
     def _enter(self, name: str) -> Callable[..., None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -10,25 +12,14 @@ from torch import nn
 
 from groupify.conversion.surgery import restructure
 from groupify.documents import Document, OneOf, Text
-from groupify.errors import PlanError
+from groupify.errors import PlanError, near_names
 from groupify.graph.call import one_example
+from groupify.graph.plain_layers import Conv
 from groupify.machine import KNOWN_CPUS
 from groupify.models.wrappers import unwrapped
 from groupify.planning.sites import describe, find_convs
-from groupify.recipe import MAX_GROUPS, MAX_SITES, each_once
-from groupify.structures import DENSE, KINDS, Plan, SiteRecipe
-
-
-def _check_site(site: SiteRecipe) -> SiteRecipe:
-    kinds = (DENSE, *KINDS)
-    if site.kind not in kinds:
-        raise ValueError(f"the kind {' or '.join(map(repr, kinds))}")
-    fewest = 1 if site.kind == DENSE else 2
-    if not fewest <= site.groups <= MAX_GROUPS:
-        raise ValueError(f"groups from {fewest} to {MAX_GROUPS}")
-    if site.kind == DENSE and site.shuffle:
-        raise ValueError("no shuffle behind a conv that stays dense")
-    return site
+from groupify.recipe import MAX_SITES, check_site, each_once
+from groupify.structures import Plan, SiteRecipe, Structure
 
 
 @dataclass(frozen=True)
@@ -38,26 +29,22 @@ class PlanFile(Document):
     Attributes:
         model: name of the model that it was made for.
         cpu: the processor that it was made for, one of ``groupify.machine.CPUS`` but never ``"auto"``.
-        sites: every conv that it names, in order; one of kind ``"dense"`` stays as it is.
+        sites: every conv that it names, in order; one whose structure is one conv of as many groups as it has
+            stays as it is.
     """
 
     what: ClassVar[str] = "plan"
     remedy: ClassVar[str] = "save one with groupify plan MODEL --save-plan FILE"
 
     format: Literal["groupify plan"] = field(default="groupify plan", kw_only=True)
-    schema_version: Literal[3] = field(default=3, kw_only=True)
+    schema_version: Literal[4] = field(default=4, kw_only=True)
     model: Text
     cpu: Annotated[str, OneOf(*KNOWN_CPUS)]
     sites: Annotated[
-        tuple[Annotated[SiteRecipe, AfterValidator(_check_site)], ...],
+        tuple[Annotated[SiteRecipe, AfterValidator(check_site)], ...],
         Field(min_length=1, max_length=MAX_SITES),
         AfterValidator(each_once),
     ]
-
-    @property
-    def recipes(self) -> tuple[SiteRecipe, ...]:
-        """What is replaced."""
-        return tuple(site for site in self.sites if site.kind != DENSE)
 
     @classmethod
     def of(cls, model: str, plan: Plan) -> PlanFile:
@@ -67,7 +54,8 @@ class PlanFile(Document):
     def dumps(self) -> str:
         """Return the JSON text, one line for each conv; ``loads`` of it is this plan."""
         text = super().dumps()  # the line breaks in it are those of its layout: texts have none
-        return text.replace("{\n      ", "{").replace(",\n      ", ", ").replace("\n    }", "}")
+        site = re.compile(r"^    \{.*?^    \}", re.DOTALL | re.MULTILINE)
+        return site.sub(lambda found: "    " + re.sub(r"\s*\n\s*", " ", found[0].strip()), text)
 
     def apply(
         self, model: nn.Module, input_shape: tuple[int, ...] | None = None, *, example_inputs: Any = None
@@ -80,29 +68,28 @@ class PlanFile(Document):
             example_inputs: in its place, what the model is called with; see ``plan``.
 
         Raises:
-            PlanError: it replaces nothing, names a conv that the model has not, or leaves one dense with
-                another number of groups.
+            PlanError: it replaces nothing, names a conv that the model has not, or gives one a structure that
+                does not suit it.
             SpecError: neither ``input_shape`` nor ``example_inputs``, or both.
             ConversionError: a conv cannot be replaced as it says.
         """
-        if not self.recipes:
-            raise PlanError('the plan leaves every conv dense; give at least one the kind "grouped"')
         model = unwrapped(model)
         convs = find_convs(model)
-        for site in self.sites:
-            if site.kind == DENSE:
-                _check_dense(site, convs[site.name].groups if site.name in convs else None)
-        restructure(model, self.recipes)  # refuses what does not fit
-        plan = describe(model, self.recipes, one_example(input_shape, example_inputs), self.cpu)
+        replaced = [site for site in self.sites if not _stays(site, convs)]
+        if not replaced:
+            raise PlanError(
+                "the plan leaves every conv as it is; give at least one a structure of more groups"
+            )
+        restructure(model, replaced)  # refuses what does not fit
+        plan = describe(model, replaced, one_example(input_shape, example_inputs), self.cpu)
         sites = (site if site.converted else replace(site, reason="dense in the plan") for site in plan.sites)
         return replace(plan, sites=tuple(sites))
 
 
-def _check_dense(site: SiteRecipe, groups: int | None) -> None:
-    if groups is None:
-        raise PlanError(f"the plan names {site.name!r}, which is no conv of the model it is applied to")
-    if site.groups != groups:
+def _stays(site: SiteRecipe, convs: Mapping[str, Conv]) -> bool:
+    if site.name not in convs:
         raise PlanError(
-            f"the plan leaves {site.name!r} dense and gives it {site.groups} groups; expected {groups}, as "
-            'it has, or the kind "grouped"'
+            f"the plan names {site.name!r}, which is no conv of the model it is applied to"
+            f"{near_names(site.name, list(convs))}"
         )
+    return not site.shuffle and site.structure == Structure(groups=convs[site.name].groups)

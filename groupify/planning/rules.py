@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from groupify.errors import PlanError, near_names
 from groupify.machine import blocked_width, find_cpu
-from groupify.structures import GROUPED, KINDS
+from groupify.structures import BLOCK_TERM, FAMILIES, GROUPED, GROUPED_POINTWISE
 
 AUTO = "auto"
 SHUFFLES = ("none", "all")
@@ -28,7 +28,7 @@ class Rules:
         cpu: the processor that will run the model, one of ``groupify.machine.CPUS``; ``"auto"``: this one.
         shuffle: ``"none"``, or ``"all"`` for a channel shuffle behind every conv that is grouped. With a
             budget, ``"all"`` tries both.
-        structures: kinds of replacement; None = plain groups for a number of groups, all kinds for a budget.
+        structures: families to choose from; None = plain groups for a number of groups, all for a budget.
 
     Raises:
         PlanError: a field is out of range.
@@ -57,12 +57,12 @@ class Rules:
                 f"{near_names(self.shuffle, SHUFFLES)}"
             )
         if self.structures is not None and not self.structures:
-            raise PlanError(f"structures is empty, expected some of {', '.join(KINDS)}, or None")
+            raise PlanError(f"structures is empty, expected some of {', '.join(FAMILIES)}, or None")
         for structure in self.structures or ():
-            if structure not in KINDS:
+            if structure not in FAMILIES:
                 raise PlanError(
-                    f"unknown structure {structure!r}, expected one of {', '.join(KINDS)}"
-                    f"{near_names(structure, KINDS)}"
+                    f"unknown structure {structure!r}, expected one of {', '.join(FAMILIES)}"
+                    f"{near_names(structure, FAMILIES)}"
                 )
         find_cpu(self.cpu)
 
@@ -82,17 +82,17 @@ class Rules:
         return self.cpu_block if self.min_group_width == AUTO else int(self.min_group_width)
 
     @property
-    def kind(self) -> str:
-        """The one kind of replacement of a plan with a number of groups.
+    def family(self) -> str:
+        """The one family of structures of a plan with a number of groups.
 
         Raises:
-            PlanError: there are several, or the kind and the shuffle exclude each other.
+            PlanError: there are several, or the family and the shuffle exclude each other.
         """
         structures = self.structures or (GROUPED,)
-        if len(structures) > 1:
+        if not self.is_uniform:
             raise PlanError(
-                f"structures are {', '.join(structures)}: a number of groups takes one of them; give one, "
-                "or a budget, which chooses among several"
+                f"structures are {', '.join(structures)}: a number of groups takes {GROUPED} or "
+                f"{GROUPED_POINTWISE}; give one of these, or a budget, which chooses for each conv"
             )
         if self.shuffle != "none" and structures != (GROUPED,):
             raise PlanError(
@@ -102,9 +102,15 @@ class Rules:
         return structures[0]
 
     @property
-    def kinds(self) -> Sequence[str]:
-        """The kinds of replacement that a budget chooses among."""
-        return self.structures or KINDS
+    def is_uniform(self) -> bool:
+        """Whether a number of groups says what becomes of each conv."""
+        families = self.structures or (GROUPED,)
+        return len(families) == 1 and families[0] != BLOCK_TERM
+
+    @property
+    def families(self) -> Sequence[str]:
+        """The families that a budget chooses among."""
+        return self.structures or FAMILIES
 
     def resolved(self) -> Rules:
         """Return the rules with the processor that ``"auto"`` stands for on this machine."""

@@ -28,6 +28,7 @@ from groupify.graph.copying import copy_of
 from groupify.graph.permute import layer_orders
 from groupify.machine import chunks
 from groupify.planning.layer_error import LayerMoments
+from groupify.planning.structure_losses import structure_losses
 from groupify.scores import Judge
 from groupify.stats.fisher import SiteStatistics, observe_sites
 from groupify.stats.flow import data_score
@@ -123,11 +124,15 @@ def weight_sensitivity(
     scores = {name: weight.square().sum(2) for name, weight in weights.items()}
     example = as_call(choices.example, dense).floats(Tensor.float)
     orders = _channel_orders(dense, choices, example, scores, seed)
-    losses = {}
+    losses: dict[str, float] = {}
     for options in tqdm(convs, desc="errors", disable=None if progress else True, leave=False):
         weight = weights[options[0].site.name]
-        layer = LayerMoments(weight, torch.eye(weight[0].numel()))
+        covariance = torch.eye(weight[0].numel())
+        layer = LayerMoments(weight, covariance)
+        losses |= structure_losses(dense, choices, options, covariance[None], None)
         for candidate in options[1:]:
+            if candidate.key in losses:
+                continue
             recipe = candidate.site.recipe
             losses[candidate.key] = layer.error(recipe, *orders.get(candidate.key, (None, None))).relative
     return Sensitivity(losses, "from the weights alone")
@@ -242,9 +247,12 @@ class _Measurement:
         """Return the loss of each candidate of one conv that is observed at present; used up."""
         name = options[0].site.name
         statistics = self._statistics.pop(name)
-        layer = LayerMoments(self._weight(name), statistics.moments.input_covariance()[0])
-        found = {}
+        covariance = statistics.moments.input_covariance()
+        layer = LayerMoments(self._weight(name), covariance[0])
+        found = structure_losses(self._dense, self._choices, options, covariance, statistics.importance)
         for candidate in options[1:]:
+            if candidate.key in found:
+                continue
             inputs, outputs = (self._orders or {}).get(candidate.key, (None, None))
             error = layer.error(candidate.site.recipe, inputs, outputs)
             importance = statistics.importance

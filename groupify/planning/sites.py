@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from groupify.conversion.surgery import conv_shape
 from groupify.errors import ConversionError
 from groupify.graph.call import Call, Example, as_call, shape_of
 from groupify.graph.capture import capture
@@ -19,7 +20,7 @@ from groupify.graph.plain_layers import CONVS, Conv
 from groupify.models.wrappers import unseen_layers, unwrapped
 from groupify.planning.observing import functional_convs, observe
 from groupify.scores import conv_params
-from groupify.structures import DENSE, GROUPED_POINTWISE, Change, Observed, Plan, SitePlan, SiteRecipe
+from groupify.structures import Change, Observed, Plan, SitePlan, SiteRecipe, Structure
 
 
 def find_convs(model: nn.Module) -> dict[str, Conv]:
@@ -42,20 +43,23 @@ def conv_macs(conv: Conv, observed: Observed) -> int:
 
 
 def site_plan(conv: Conv, recipe: SiteRecipe, run: Observed | None, reason: str | None) -> SitePlan:
-    """Return what a replacement of a conv, dense or grouped, amounts to."""
-    has_bias = conv.bias is not None
-    sizes = (conv.in_channels, conv.out_channels, conv.kernel_size)
-    before = conv_params(*sizes, conv.groups, has_bias)
-    after = conv_params(*sizes, recipe.groups, has_bias)
-    if recipe.kind == GROUPED_POINTWISE:
-        after += conv.out_channels**2
-    biases = conv.out_channels if has_bias else 0
-    outputs = math.prod(run.output_size) * run.calls if run else 0
+    """Return what a replacement of a conv, or the conv as it is, amounts to.
+
+    Raises:
+        PlanError: the structure does not suit the conv.
+    """
+    shape, dense = conv_shape(conv), Structure(groups=conv.groups)
+    recipe.structure.check(shape)
+    pixels = (math.prod(run.input_size), math.prod(run.output_size)) if run else (0, 0)
+    calls = run.calls if run else 0
+    before, after = (
+        (structure.parameters(shape, bias=conv.bias is not None), structure.macs(shape, *pixels) * calls)
+        for structure in (dense, recipe.structure)
+    )
     return SitePlan(
         name=recipe.name,
-        kind=recipe.kind,
         groups_before=conv.groups,
-        groups=recipe.groups,
+        structure=recipe.structure,
         shuffle=recipe.shuffle,
         reason=reason,
         in_channels=conv.in_channels,
@@ -63,8 +67,8 @@ def site_plan(conv: Conv, recipe: SiteRecipe, run: Observed | None, reason: str 
         kernel_size=tuple(conv.kernel_size),
         stride=tuple(conv.stride),
         output_size=run.output_size if run else (),
-        params=Change(before, after),
-        macs=Change((before - biases) * outputs, (after - biases) * outputs),
+        params=Change(before[0], after[0]),
+        macs=Change(before[1], after[1]),
     )
 
 
@@ -88,7 +92,7 @@ def describe(model: nn.Module, recipes: Sequence[SiteRecipe], example: Example, 
     for name, conv in in_order(find_convs(model), observed).items():
         recipe, reason = replaced.get(name), None
         if recipe is None:
-            recipe, reason = SiteRecipe(name, DENSE, conv.groups), "left alone by the recipe"
+            recipe, reason = SiteRecipe(name, Structure(groups=conv.groups)), "left alone by the recipe"
         else:
             _refuse_hindered(recipe, observed.get(name))
         sites.append(site_plan(conv, recipe, observed.get(name), reason))
@@ -97,9 +101,9 @@ def describe(model: nn.Module, recipes: Sequence[SiteRecipe], example: Example, 
 
 
 def _refuse_hindered(recipe: SiteRecipe, run: Observed | None) -> None:
-    if run is None or recipe.kind == DENSE:
+    if run is None:
         return
-    hindrance = run.hindrance or (run.pair_hindrance if recipe.kind == GROUPED_POINTWISE else None)
+    hindrance = run.hindrance or (None if recipe.structure.is_one_conv else run.several_hindrance)
     if hindrance is not None:
         raise ConversionError(f"layer {recipe.name!r} cannot be replaced as planned: {hindrance}")
 

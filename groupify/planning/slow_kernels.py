@@ -11,7 +11,7 @@ import dataclasses
 import math
 
 from groupify.errors import PlanError
-from groupify.structures import GROUPED_POINTWISE, Plan, SitePlan
+from groupify.structures import Plan, SitePlan
 
 # All in MACs of the blocked kernel at its peak, about 55 per nanosecond and core where they were measured
 # (AVX-512). With narrower vectors a MAC takes longer and the rest weighs less: these err on the careful side.
@@ -35,27 +35,45 @@ def relative_latency(site: SitePlan, block: int) -> float:
         site: a converted site that runs in inference.
         block: channels per block of the processor's kernel; see ``blocked_width``.
     """
-    inputs, outputs, groups = site.in_channels, site.out_channels, site.groups
-    area, positions = math.prod(site.kernel_size), math.prod(site.output_size)
-    weights = inputs * outputs * area
-    values = inputs * positions * math.prod(site.stride) + outputs * positions
-    patches = inputs * positions * area * _PATCH_VALUE if area > 1 or max(site.stride) > 1 else 0
-    grouped = weights / groups * (positions + _WEIGHT)
-    if len(site.output_size) != 2:  # neither of the two has a blocked kernel
-        dense = weights * (_SLOW_MAC * positions + _WEIGHT) + patches
-        grouped = weights / groups * (_SLOW_MAC * positions + _WEIGHT) + patches + groups * _GROUP
+    outputs_at, groups = math.prod(site.output_size), site.groups
+    inputs_at, area = outputs_at * math.prod(site.stride), math.prod(site.kernel_size)
+    reads, writes = site.core_channels
+    dense = _work(site, site.in_channels, site.out_channels, site.groups_before, block)
+    if len(site.output_size) == 2 and not _is_blocked(site, block):
+        patches = reads * outputs_at * area * _PATCH_VALUE if area > 1 or max(site.stride) > 1 else 0
+        values = reads * inputs_at + writes * outputs_at
+        core = reads * writes * area / groups * (_SLOW_MAC * outputs_at + _WEIGHT)
+        total = _MARGIN * (core + patches + values * _VALUE + groups * _GROUP + _NODE)
     else:
-        # The kernel fills the dense conv's last block up.
-        filled = [math.ceil(channels / block) * block for channels in (inputs, outputs)]
-        dense = math.prod(filled) * area * (positions + _WEIGHT)
-        if not _is_blocked(site, block):
-            grouped = weights / groups * (_SLOW_MAC * positions + _WEIGHT)
-            grouped = _MARGIN * (grouped + patches + values * _VALUE + groups * _GROUP + _NODE)
-    if site.kind == GROUPED_POINTWISE:
-        grouped += outputs**2 * (positions + _WEIGHT) + outputs * positions * _VALUE
+        total = _work(site, reads, writes, groups, block)
+    if site.structure.reduce is not None:
+        at = inputs_at if area > 1 else outputs_at
+        total += _pointwise_work(site.in_channels * reads // site.groups_before, reads, at)
+    if site.structure.expand is not None:
+        total += _pointwise_work(
+            writes * site.out_channels // site.groups_before, site.out_channels, outputs_at
+        )
     if site.shuffle:
-        grouped += shuffle_work(site)
-    return grouped / dense
+        total += shuffle_work(site)
+    return total / dense
+
+
+def _work(site: SitePlan, inputs: int, outputs: int, groups: int, block: int) -> float:
+    """Estimate what a conv of a site's kernel size costs, in MACs of the blocked kernel."""
+    area, positions = math.prod(site.kernel_size), math.prod(site.output_size)
+    if len(site.output_size) == 2:
+        if groups == 1:  # the kernel fills the last block up
+            inputs, outputs = (math.ceil(channels / block) * block for channels in (inputs, outputs))
+        return inputs * outputs * area / groups * (positions + _WEIGHT)
+    # No blocked kernel but for two dimensions.
+    patches = inputs * positions * area * _PATCH_VALUE if area > 1 or max(site.stride) > 1 else 0
+    started = groups * _GROUP if groups > 1 else 0
+    return inputs * outputs * area / groups * (_SLOW_MAC * positions + _WEIGHT) + patches + started
+
+
+def _pointwise_work(weights: int, outputs: int, positions: int) -> float:
+    """Estimate what a 1×1 conv more costs, and the tensor that it writes."""
+    return weights * (positions + _WEIGHT) + outputs * positions * _VALUE
 
 
 def shuffle_work(site: SitePlan) -> float:
@@ -124,7 +142,7 @@ def _without_shuffle(site: SitePlan) -> SitePlan:
 
 def _is_blocked(site: SitePlan, block: int) -> bool:
     """Whether the blocked kernel takes the grouped conv; one channel in, one out per group has its own."""
-    sizes = (site.in_channels, site.out_channels)
+    sizes = site.core_channels
     depthwise = sizes == (site.groups, site.groups) and site.groups % block == 0
     return depthwise or all(size // site.groups % block == 0 for size in sizes)
 
@@ -133,5 +151,6 @@ def _why(site: SitePlan, block: int) -> str:
     share = f"slower, an estimated {relative_latency(site, block):.1f}× of the dense latency"
     if len(site.output_size) != 2 or _is_blocked(site, block):
         return share + (" with the shuffle" if site.shuffle else "")
-    widths = f"{site.in_channels // site.groups} → {site.out_channels // site.groups}"
+    reads, writes = site.core_channels
+    widths = f"{reads // site.groups} → {writes // site.groups}"
     return f"{share}: groups of {widths} channels are no multiples of {block}"

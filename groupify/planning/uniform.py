@@ -11,39 +11,39 @@ from typing import Any
 from torch import nn
 
 from groupify.conversion.replaceable import LeftAlone, shared_weights
-from groupify.conversion.surgery import why_no_pair
+from groupify.conversion.surgery import conv_shape, why_not_several
 from groupify.errors import GroupifyWarning, PlanError
 from groupify.graph.call import Call, Example, as_call, one_example, shape_of
 from groupify.graph.plain_layers import Conv
 from groupify.models.wrappers import unseen_layers, unwrapped
+from groupify.planning.group_counts import GroupCounts
 from groupify.planning.left_alone import nothing_fits, why_left_alone, why_shortcut
 from groupify.planning.observing import functional_convs, observe
 from groupify.planning.rules import Rules
 from groupify.planning.sites import conv_macs, find_convs, in_order, limits, site_plan
 from groupify.planning.slow_kernels import latency_warning, leave_slow_sites_dense, with_latency_reasons
-from groupify.structures import DENSE, GROUPED, GROUPED_POINTWISE, Observed, Plan, SiteRecipe
+from groupify.structures import GROUPED_POINTWISE, Observed, Plan, SiteRecipe, Structure
 
-_PLAIN_GROUPS = "--kind grouped makes it a grouped conv alone"
+_PLAIN_GROUPS = "--structure grouped makes it a grouped conv alone"
 
 
 @dataclass(frozen=True)
 class _Choice:
-    kind: str
-    groups: int
+    structure: Structure
     reason: str | None = None
     left_alone: LeftAlone | None = None
 
     @classmethod
     def dense(cls, conv: Conv, why: LeftAlone) -> _Choice:
         """Leave a conv as it is."""
-        return cls(DENSE, conv.groups, why.reason, why)
+        return cls(Structure(groups=conv.groups), why.reason, why)
 
 
 def plan(
     model: nn.Module,
     input_shape: tuple[int, ...] | None = None,
     *,
-    groups: int,
+    groups: int | Mapping[str, int] | GroupCounts,
     rules: Rules = Rules(),
     example_inputs: Any = None,
 ) -> Plan:
@@ -52,8 +52,9 @@ def plan(
     Args:
         model: a dense model; left untouched (one forward pass is run).
         input_shape: (C, H, W) of one image, for a model of one input.
-        groups: number of groups to aim at; a conv whose channels it does not divide gets the largest
-            smaller number that does.
+        groups: number of groups to aim at, or glob pattern of names → number, of which the last that matches
+            counts (``{"*": 4, "layer3.*": 8}``; others stay as they are); a conv whose channels it does not
+            divide gets the largest smaller number that does.
         rules: which convs may be converted and into what; by default plain groups that are fast on this
             machine's processor.
         example_inputs: in the place of ``input_shape``, what the model is called with: a tensor with a batch
@@ -68,18 +69,18 @@ def plan(
 
     Raises:
         PlanError: ``groups`` fits no conv or is out of range, a pattern matches nothing, or the rules allow
-            more than one kind of replacement.
+            more than one family of structures.
         SpecError: neither ``input_shape`` nor ``example_inputs``, or both.
         ConversionError: the model does not run on such inputs.
 
     Warns:
         GroupifyWarning: convs are expected to be slower with groups; where ``min_group_width`` is a number.
     """
-    _check_groups(groups)
+    counts = GroupCounts.of(groups)
     model = unwrapped(model)
     example = one_example(input_shape, example_inputs)
     observed = observe(model, as_call(example, model, batch=1))
-    made = plan_observed(model, observed, example, groups=groups, rules=rules)
+    made = plan_observed(model, observed, example, groups=counts, rules=rules)
     found = limits(model, [site.name for site in made.converted], as_call(example, model))
     notes = found.notes
     slower = latency_warning(made, rules.cpu_block)
@@ -95,22 +96,22 @@ def plan_observed(
     observed: Mapping[str, Observed],
     example: Example,
     *,
-    groups: int,
+    groups: GroupCounts,
     rules: Rules,
 ) -> Plan:
     """Do what ``plan`` does, from a forward pass that ``observe`` has watched; without notes and warnings."""
-    _check_groups(groups)
     convs, call = find_convs(model), as_call(example, model, batch=1)
     if not convs:
         raise PlanError(_no_convs(model, call))
     rules.check_patterns(convs)
+    groups.check_patterns(convs)
     choices = _choices(convs, observed, shared_weights(model), groups, rules)
     sites = [
         site_plan(convs[name], _recipe(name, choice, rules), observed.get(name), choice.reason)
         for name, choice in choices.items()
     ]
     inputs = tuple(call.named_tensors(model))
-    result = Plan(tuple(sites), shape_of(example), groups, rules.resolved().cpu, inputs=inputs)
+    result = Plan(tuple(sites), shape_of(example), groups.largest, rules.resolved().cpu, inputs=inputs)
     if not result.converted:
         raise PlanError(nothing_fits([choice.left_alone for choice in choices.values() if choice.left_alone]))
     return leave_slow_sites_dense(result, rules.block) if rules.block > 1 else result
@@ -122,37 +123,60 @@ def _no_convs(model: nn.Module, example: Call) -> str:
 
 
 def _recipe(name: str, choice: _Choice, rules: Rules) -> SiteRecipe:
-    return SiteRecipe(name, choice.kind, choice.groups, choice.kind == GROUPED and rules.shuffle == "all")
+    shuffle = rules.shuffle == "all" and choice.left_alone is None and choice.structure.is_one_conv
+    return SiteRecipe(name, choice.structure, shuffle)
 
 
 def _choices(
     convs: Mapping[str, Conv],
     observed: Mapping[str, Observed],
     shared: Mapping[str, str],
-    groups: int,
+    groups: GroupCounts,
     rules: Rules,
 ) -> dict[str, _Choice]:
     """Choose what becomes of each conv, in the order in which they run."""
-    first = next((name for name, run in observed.items() if run.calls), None)
-    total = sum(conv_macs(convs[name], run) for name, run in observed.items())
     choices = {}
-    for name, conv in in_order(convs, observed).items():
-        run = observed.get(name)
-        why = why_left_alone(name, conv, run, name == first, shared, rules)
-        why = why or why_shortcut(conv, run, total, rules)
-        choices[name] = _choose(conv, run, groups, rules) if why is None else _Choice.dense(conv, why)
+    for name, why in _reasons(convs, observed, shared, rules, shortcuts=True).items():
+        conv = convs[name]
+        choices[name] = (
+            _choose(conv, observed.get(name), groups.of_conv(name), rules)
+            if why is None
+            else _Choice.dense(conv, why)
+        )
     return choices
 
 
-def _check_groups(groups: int) -> None:
-    if groups < 2:
-        dense = ", which leaves the model dense" if groups == 1 else ""
-        raise PlanError(f"groups is {groups}{dense}; expected at least 2, for example 4")
+def reasons_to_leave(
+    model: nn.Module, observed: Mapping[str, Observed], rules: Rules
+) -> dict[str, LeftAlone | None]:
+    """Return why each conv is left alone whatever structure it might get, in the order in which they run."""
+    return _reasons(find_convs(model), observed, shared_weights(model), rules, shortcuts=False)
+
+
+def _reasons(
+    convs: Mapping[str, Conv],
+    observed: Mapping[str, Observed],
+    shared: Mapping[str, str],
+    rules: Rules,
+    *,
+    shortcuts: bool,
+) -> dict[str, LeftAlone | None]:
+    """Why each conv is left alone; with ``shortcuts`` those that let the groups mix too."""
+    first = next((name for name, run in observed.items() if run.calls), None)
+    total = sum(conv_macs(convs[name], run) for name, run in observed.items())
+    reasons = {}
+    for name, conv in in_order(convs, observed).items():
+        run = observed.get(name)
+        why = why_left_alone(name, conv, run, name == first, shared, rules)
+        reasons[name] = why or (why_shortcut(conv, run, total, rules) if shortcuts else None)
+    return reasons
 
 
 def _choose(conv: Conv, observed: Observed | None, groups: int, rules: Rules) -> _Choice:
     """Choose the number of groups of a dense conv that nothing else forbids to convert."""
-    kind, narrowest = rules.kind, rules.narrowest
+    if groups == 1:
+        return _Choice.dense(conv, LeftAlone("not asked for", "no groups asked for", "give it some"))
+    pointwise, narrowest = rules.family == GROUPED_POINTWISE, rules.narrowest
     # ONNX Runtime's blocked kernel is for two dimensions; elsewhere no width is special.
     block = rules.block if isinstance(conv, nn.Conv2d) else 1
     sizes = (conv.in_channels, conv.out_channels)
@@ -160,13 +184,14 @@ def _choose(conv: Conv, observed: Observed | None, groups: int, rules: Rules) ->
     channels = f"{conv.in_channels} → {conv.out_channels} channels"
     dividing = [count for count in range(2, min(groups, common) + 1) if common % count == 0]
     wide = [count for count in dividing if min(sizes) // count >= narrowest]
-    why = _why_no_pair(conv, observed) if kind == GROUPED_POINTWISE else None
+    why = _why_no_pair(conv, observed) if pointwise else None
     why = why or (None if wide else _why_no_groups(conv, groups, dividing, narrowest))
     if why is not None:
         return _Choice.dense(conv, why)
     whole = [count for count in wide if all(size // count % block == 0 for size in sizes)]
     chosen = max(whole or wide)
-    if kind == GROUPED_POINTWISE and not _pointwise_is_smaller(conv, chosen):
+    structure = Structure(groups=chosen, expand=conv.out_channels if pointwise else None)
+    if structure.parameters(conv_shape(conv)) >= conv.weight.numel():
         reason = f"{chosen} groups and a pointwise conv would cost more than this conv"
         return _Choice.dense(conv, LeftAlone("costly pair", reason, _PLAIN_GROUPS))
     reasons = []
@@ -178,7 +203,7 @@ def _choose(conv: Conv, observed: Observed | None, groups: int, rules: Rules) ->
         reasons.append(f"clamped: {groups} groups do not divide {channels}")
     if not whole:
         reasons.append(f"slower kernel: no width is a multiple of {block}")
-    return _Choice(kind, chosen, "; ".join(reasons) or None)
+    return _Choice(structure, "; ".join(reasons) or None)
 
 
 def _why_no_groups(conv: Conv, groups: int, dividing: list[int], narrowest: int) -> LeftAlone:
@@ -199,11 +224,6 @@ def _why_no_pair(conv: Conv, observed: Observed | None) -> LeftAlone | None:
     if max(conv.kernel_size) == 1:
         reason = "a 1×1 conv costs less than a grouped conv and a pointwise conv"
         return LeftAlone("pointwise", reason, _PLAIN_GROUPS)
-    reasons = (why_no_pair(conv), None if observed is None else observed.pair_hindrance)
+    reasons = (why_not_several(conv), None if observed is None else observed.several_hindrance)
     found = next((reason for reason in reasons if reason is not None), None)
     return None if found is None else LeftAlone("no pair", found, _PLAIN_GROUPS)
-
-
-def _pointwise_is_smaller(conv: Conv, groups: int) -> bool:
-    dense = conv.weight.numel()
-    return dense // groups + conv.out_channels**2 < dense

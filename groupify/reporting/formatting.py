@@ -69,5 +69,5 @@ def shape(site: SitePlan) -> str:
 
 def extras(site: SitePlan) -> str:
     """What stands behind the number of groups."""
-    pointwise = " + 1×1" if site.kind == "grouped-pointwise" else ""
-    return pointwise + (" + shuffle" if site.shuffle else "")
+    inside = "" if site.structure.is_one_conv else f" in {site.structure}"
+    return inside + (" + shuffle" if site.shuffle else "")

@@ -159,7 +159,7 @@ class Report(Document):
     __pydantic_config__: ClassVar[ConfigDict] = {**CONFIG, "extra": "ignore"}
 
     format: Literal["groupify-report"] = field(default="groupify-report", kw_only=True)
-    schema_version: Literal[3] = field(default=3, kw_only=True)
+    schema_version: Literal[4] = field(default=4, kw_only=True)
     groupify: str | None = field(default=None, kw_only=True)
     command: str | None = field(default=None, kw_only=True)
     cpu: str | None = field(default=None, kw_only=True)

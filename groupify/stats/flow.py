@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from groupify.graph.permute import row_channels
 from groupify.stats.moments import GroupedMoments, InputMoments
 from groupify.stats.samples import SiteSamples
-from groupify.structures import GROUPED, SiteRecipe
+from groupify.structures import SiteRecipe
 
 
 def norm_score(conv: nn.Module) -> Tensor:
@@ -43,7 +43,7 @@ def fitted_error(site: SiteRecipe, samples: SiteSamples) -> float:
     """Return the mean relative error of the best grouped conv on the dense model's own inputs."""
     moments = GroupedMoments(precision=torch.float32)  # for a comparison alone
     for patches, outputs in zip(samples.patches, samples.patch_outputs, strict=True):
-        rows = row_channels(outputs.shape[1], site.groups, site.kind == GROUPED and site.shuffle)
+        rows = row_channels(outputs.shape[1], site.groups, site.shuffle)
         count = len(patches)
         moments.update(
             patches.reshape(count, site.groups, -1), outputs[:, rows].reshape(count, site.groups, -1)

@@ -146,29 +146,38 @@ class GroupedMoments(InputMoments):
             ``V = P + (Cov(y, u) − P Cov(u)) (Cov(u) + λI)⁻¹`` with prior P, and ``b = E[y] − V E[u]``
             (zero when not centred).
         """
-        assert self._input_shift is not None, "no samples yet"
-        assert self._output_shift is not None
-        input_mean, output_mean = self._input_sum / self.count, self._output_sum / self.count
-        cov_yu = self._output_input / self.count
-        var_y = self.output_variance()
-        if self.centred:
-            cov_yu -= output_mean.unsqueeze(2) * input_mean.unsqueeze(1)
         system = self._rough_ridge(ridge) if rough else self.ridge(ridge)
         precision = system.strength.dtype
-        cov_yu = cov_yu.to(precision)
+        cov_yu, var_y = self.cross_covariance().to(precision), self.output_variance()
         start = torch.zeros((), dtype=precision) if prior is None else prior.to(precision)
         # (Cov(u) + λI) V = Cov(u, y) + λP is the same, and spares the product with Cov(u).
         weight = system.solve(cov_yu + system.strength * start)
         # V Cov(u) Vᵀ = V (Cov(u, y) − λ(V − P)), so the error needs no product with Cov(u) either.
         explained = (weight * (cov_yu + system.strength * (weight - start))).sum(2)
         error = (var_y - explained).clamp(min=0) / var_y.clamp(min=1e-12)
+        input_mean, output_mean = self.means()
+        bias = torch.zeros_like(output_mean)
         if self.centred:
-            input_mean = (input_mean + self._input_shift.squeeze(1)).to(precision)
-            output_mean = output_mean + self._output_shift.squeeze(1)
-            bias = output_mean - (weight @ input_mean.unsqueeze(2)).squeeze(2)
-        else:
-            bias = torch.zeros_like(output_mean)
+            bias = output_mean - (weight @ input_mean.to(precision).unsqueeze(2)).squeeze(2)
         return GroupedFit(weight, bias, error)
+
+    def cross_covariance(self) -> Tensor:
+        """Return ``Cov(y, u)`` of each group, shape (G, O/G, D); the second moment where not centred."""
+        cross = self._output_input / self.count
+        if self.centred:
+            cross -= (self._output_sum / self.count).unsqueeze(2) * (self._input_sum / self.count).unsqueeze(
+                1
+            )
+        return cross
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Return the means of the inputs and outputs of each group, shapes (G, D) and (G, O/G)."""
+        assert self._input_shift is not None, "no samples yet"
+        assert self._output_shift is not None
+        return (
+            self._input_sum / self.count + self._input_shift.squeeze(1),
+            self._output_sum / self.count + self._output_shift.squeeze(1),
+        )
 
     def output_variance(self) -> Tensor:
         """Return the variance of each output, shape (G, O/G); the second moment where not centred."""

@@ -86,10 +86,23 @@ class SampleBudget:
         return max(self.patches_minimum, int(self.patches_per_input * group_inputs))
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """What to sample of a layer.
+
+    Attributes:
+        groups: of its inputs, each fitted by itself: the fewer, the more positions it takes.
+        patches: whether input patches are kept, for a clustering or where the fit is on the teacher's inputs.
+    """
+
+    groups: int
+    patches: bool = True
+
+
 def observe_teacher(
     graph: ModelGraph,
     batches: Sequence[Call],
-    groups: Mapping[str, int],
+    layers: Mapping[str, Sampling],
     residual_sums: Mapping[fx.Node, fx.Node],
     budget: SampleBudget,
     *,
@@ -101,7 +114,7 @@ def observe_teacher(
     Args:
         graph: the dense model's graph.
         batches: calibration images.
-        groups: number of groups to be of each conv to sample, by name.
+        layers: what to sample of each, by name.
         residual_sums: conv node → node of the residual sum that its output ends up in.
         budget: how many positions.
         seed: seed of the positions.
@@ -109,7 +122,7 @@ def observe_teacher(
     Raises:
         ConversionError: an activation is NaN or infinite; names the layer.
     """
-    sampler = SiteSampler(groups, budget, batches, seed)
+    sampler = SiteSampler(layers, budget, batches, seed)
     convs_of: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for conv, total in residual_sums.items():
         convs_of[total].append(conv)
@@ -126,17 +139,17 @@ class SiteSampler:
     """Takes samples of convs while the dense model runs.
 
     Args:
-        groups: number of groups to be of each conv, by name.
+        layers: what to sample of each, by name.
         budget: how many positions.
         batches: the batches to come; their sizes share the budget.
         seed: seed of the positions.
     """
 
     def __init__(
-        self, groups: Mapping[str, int], budget: SampleBudget, batches: Sequence[Call], seed: int
+        self, layers: Mapping[str, Sampling], budget: SampleBudget, batches: Sequence[Call], seed: int
     ) -> None:
-        self.groups = groups
-        self.samples = {name: SiteSamples() for name in groups}
+        self.layers = layers
+        self.samples = {name: SiteSamples() for name in layers}
         self._budget = budget
         self._images = sum(batch.batch_size for batch in batches)
         self._share = 1.0
@@ -167,7 +180,7 @@ class SiteSampler:
         self._calls[name] = self._calls.get(name, 0) + 1
         samples.calls = max(samples.calls, self._calls[name])
         share = self._share
-        group_inputs = layer.weight[0].numel() // self.groups[name]
+        group_inputs = layer.weight[0].numel() * _own_groups(layer) // self.layers[name].groups
         positions = sample_positions(
             outputs.shape,
             max(1, math.ceil(self._budget.count(group_inputs) * share)),
@@ -176,8 +189,8 @@ class SiteSampler:
         )
         samples.positions.append(positions)
         samples.outputs.append(compact(pick(outputs, positions)))
-        if self.groups[name] == 1:
-            return  # nothing to cluster
+        if not self.layers[name].patches:
+            return
         kept = min(len(positions), max(1, math.ceil(self._budget.patch_count(group_inputs) * share)))
         some = torch.linspace(0, len(positions) - 1, kept).long()
         few = positions.subset(some)
@@ -186,10 +199,14 @@ class SiteSampler:
         samples.patch_outputs.append(compact(pick(outputs, few)))
 
 
+def _own_groups(layer: Conv | nn.Linear) -> int:
+    return 1 if isinstance(layer, nn.Linear) else layer.groups
+
+
 def _observe(graph: ModelGraph, node: fx.Node, value: Any, fetch: Fetch, sampler: SiteSampler) -> None:
     """Sample a node if it is a site."""
     name = str(node.target)
-    if node.op != "call_module" or name not in sampler.groups:
+    if node.op != "call_module" or name not in sampler.layers:
         return
     layer, source = graph.layer(node), node.args[0]
     assert isinstance(layer, (*CONVS, nn.Linear))

@@ -26,8 +26,8 @@ from groupify.graph.call import Call
 from groupify.graph.capture import capture
 from groupify.graph.model_graph import ModelGraph
 from groupify.graph.neighbours import only_reader, refittable, residual_sums
-from groupify.stats.samples import SampleBudget, SiteSamples, observe_teacher
-from groupify.structures import GROUPED, SiteRecipe
+from groupify.stats.samples import SampleBudget, Sampling, SiteSamples, observe_teacher
+from groupify.structures import SiteRecipe, Structure
 
 # Sampled as a conv of two groups is: that keeps input patches, and more positions than any factor has inputs.
 _SAMPLED_AS = 2
@@ -234,8 +234,9 @@ def factorise(
     assert traced is not None
     batches = [Call((part,)).channels_last() for part in images.split(64)]
     options = FitOptions()
-    sampled = dict.fromkeys(sites, _SAMPLED_AS)
-    sampled |= dict.fromkeys(refittable(traced, sites, options.refit_max_inputs), 1)
+    sampled = dict.fromkeys(sites, Sampling(_SAMPLED_AS))
+    refitted = refittable(traced, sites, options.refit_max_inputs)
+    sampled |= dict.fromkeys(refitted, Sampling(1, patches=False))
     samples = observe_teacher(
         traced, batches, sampled, residual_sums(traced, sampled), SampleBudget(), seed=seed
     )
@@ -257,7 +258,7 @@ def factorise(
         parent, _, attribute = name.rpartition(".")
         setattr(student.get_submodule(parent), attribute, factors[name].build(ranks))
         for index, part in factors[name].fitted(ranks, samples[name]).items():
-            recipes[f"{name}.{index}"] = SiteRecipe(f"{name}.{index}", GROUPED, 1)
+            recipes[f"{name}.{index}"] = SiteRecipe(f"{name}.{index}", Structure(groups=1))
             fitted[f"{name}.{index}"] = part
     student = student.eval().to(memory_format=torch.channels_last)
     graph = capture(student, example).graph

@@ -22,7 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 from groupify.machine import blocked_width
 from groupify.measure.benchmarks import benchmark_onnx, speed_up
 from groupify.planning.slow_kernels import relative_latency
-from groupify.structures import Change, SitePlan
+from groupify.structures import Change, SitePlan, Structure
 from scripts.benchmarks.harness import Parser, Results
 
 WIDTHS = (1, 2, 4, 8, 16, 32)
@@ -80,8 +80,8 @@ def expected_gain(kernel: int, channels: int, side: int, width: int) -> float:
 def site(kernel: int, channels: int, side: int, width: int) -> SitePlan:
     """Return the conv as a plan has it."""
     return SitePlan(
-        "conv", "grouped", 1, channels // width, False, None, channels, channels, (kernel, kernel), (1, 1),
-        (side, side), Change(1, 1), Change(1, 1),
+        "conv", 1, Structure(groups=channels // width), False, None, channels, channels, (kernel, kernel),
+        (1, 1), (side, side), Change(1, 1), Change(1, 1),
     )  # fmt: skip
 
 

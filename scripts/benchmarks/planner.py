@@ -39,7 +39,7 @@ from groupify.planning.candidates import candidates
 from groupify.planning.rules import AUTO, Rules
 from groupify.planning.search import Images, SearchOptions, make_costing, plan_for_budget
 from groupify.scores import evaluate
-from groupify.structures import GROUPED, Plan, SiteRecipe, Uniform
+from groupify.structures import GROUPED, Plan, SiteRecipe, Structure, Uniform
 from scripts.benchmarks.contest import IMAGES, MODEL
 from scripts.benchmarks.harness import Parser, Results
 from scripts.benchmarks.methods import Setting, make, rules_for
@@ -191,10 +191,7 @@ class Run:
             predicted={c.name: c.loss for c in found.contenders} | {"row": costing.loss(uniform)},
             divergence={c.name: c.measured.divergence if c.measured else None for c in found.contenders},
             speed_up=timed,
-            plan={
-                site.name: f"{site.kind} {site.groups}" + (" shuffle" if site.shuffle else "")
-                for site in found.plan.converted
-            },
+            plan={site.name: written(site) for site in found.plan.recipes},
             shuffle=self.arguments.shuffle,
             images=len(self.setting.images),
             seconds=time.perf_counter() - start,
@@ -227,16 +224,27 @@ def retimed(row: Row, source: Source) -> Row:
     quantity, _, groups = row.row.partition(" g=")
     model, shape = source.model, source.spec.input_shape
     choices = candidates(model, shape, budget_rules(model, quantity, row.shuffle))
-    planned = []
-    for name, site in row.plan.items():
-        kind, count, *shuffle = site.split()
-        planned.append(SiteRecipe(name, kind, int(count), bool(shuffle)))
+    planned = [read(name, text) for name, text in row.plan.items()]
     uniform = choices.plan(choices.uniform[Uniform(GROUPED, int(groups))]).recipes
     recipes = {"uniform": uniform, "planned": planned}
     models = {name: restructure(model, sites) for name, sites in recipes.items()}
     timed = replace(row, speed_up=timed_beside(model, models, shape))
     print(f"{row.model} {row.row} seed {row.seed}: {row.speed_up} → {timed.speed_up}", flush=True)
     return timed
+
+
+def written(site: SiteRecipe) -> str:
+    """Return the reduce, groups and expand of a site as a row has them, such as ``- 4 64``."""
+    structure = site.structure
+    parts = [structure.reduce or "-", structure.groups, structure.expand or "-"]
+    return " ".join(map(str, parts + ["shuffle"] * site.shuffle))
+
+
+def read(name: str, text: str) -> SiteRecipe:
+    """Return the site that ``written`` wrote."""
+    reduce, groups, expand, *shuffle = text.split()
+    reads, writes = (None if part == "-" else int(part) for part in (reduce, expand))
+    return SiteRecipe(name, Structure(reads, int(groups), writes), bool(shuffle))
 
 
 def timed_beside(

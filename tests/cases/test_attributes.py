@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import groupify
 from groupify.conversion.surgery import restructure
 from groupify.planning.candidates import candidates
-from groupify.structures import GROUPED, GROUPED_POINTWISE, SiteRecipe
+from groupify.structures import GROUPED_POINTWISE, SiteRecipe, Structure
 from tests.cases.nets import (
     SHAPE,
     Straight,
@@ -120,8 +120,8 @@ def test_a_conv_with_layers_of_its_own_becomes_no_pair() -> None:
     net = grouped_already(WithNorm())
     said = refusal(lambda: planned(net, structures=(GROUPED_POINTWISE,)))
     assert "has layers of its own (norm)" in said
-    assert said.endswith("--kind grouped makes it a grouped conv alone")
-    said = refusal(lambda: restructure(net, [SiteRecipe("c1", GROUPED_POINTWISE, 4)]))
+    assert said.endswith("--structure grouped makes it a grouped conv alone")
+    said = refusal(lambda: restructure(net, [SiteRecipe("c1", Structure(None, 4, 16))]))
     assert "layer 'c1' has layers of its own (norm)" in said
 
 
@@ -165,12 +165,12 @@ def test_a_weight_that_is_asked_for_its_type_alone_may_be_grouped() -> None:
     reason = "its weight is used outside of its own call, in the model itself"
     assert reason_of(pairs, "c1") == reason
     rules = groupify.Rules(min_group_width=1, structures=("grouped", GROUPED_POINTWISE))
-    kinds = {
-        site[0].site.name: {option.site.kind for option in site}
+    one_conv = {
+        site[0].site.name: {option.site.structure.is_one_conv for option in site[1:]}
         for site in candidates(net, SHAPE, rules).sites
     }
-    assert kinds["c1"] == {"dense", "grouped"}
-    assert kinds["rest.0"] == {"dense", "grouped", GROUPED_POINTWISE}
+    assert one_conv["c1"] == {True}
+    assert one_conv["rest.0"] == {True, False}
 
 
 class CallingForward(Straight):
@@ -203,13 +203,14 @@ class Listed(Straight):
         return result
 
 
-@pytest.mark.parametrize("kind", [GROUPED, GROUPED_POINTWISE])
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_whatever_refers_to_a_conv_refers_to_its_replacement(kind: str, shuffle: bool) -> None:
+@pytest.mark.parametrize(
+    ("structure", "shuffle"),
+    [(Structure(groups=4), False), (Structure(groups=4), True), (Structure(None, 4, 16), False),
+     (Structure(8, 4, 12), False), (Structure(4), False)],
+)  # fmt: skip
+def test_whatever_refers_to_a_conv_refers_to_its_replacement(structure: Structure, shuffle: bool) -> None:
     net = Listed()
-    if kind == GROUPED_POINTWISE and shuffle:
-        return
-    again = restructure(net, [SiteRecipe("c1", kind, 4, shuffle)])
+    again = restructure(net, [SiteRecipe("c1", structure, shuffle)])
     order: Any = again.order
     assert order[1] is again.get_submodule("c1")
     assert net.order[1] is net.c1

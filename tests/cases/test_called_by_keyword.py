@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from groupify.conversion.surgery import restructure
-from groupify.structures import GROUPED, GROUPED_POINTWISE, SiteRecipe
+from groupify.structures import SiteRecipe, Structure
 from tests.cases.nets import Straight, assert_exact, converted, converted_names, grouped_already, planned
 
 
@@ -37,8 +37,12 @@ def test_it_is_planned() -> None:
     assert converted_names(planned(ByKeyword())) == ["c1", "rest.0"]
 
 
-@pytest.mark.parametrize(("kind", "shuffle"), [(GROUPED, False), (GROUPED, True), (GROUPED_POINTWISE, False)])
-def test_a_replacement_takes_the_keyword(kind: str, shuffle: bool) -> None:
+@pytest.mark.parametrize(
+    ("structure", "shuffle"),
+    [(Structure(groups=4), False), (Structure(groups=4), True), (Structure(None, 4, 16), False),
+     (Structure(8, 4, 12), False)],
+)  # fmt: skip
+def test_a_replacement_takes_the_keyword(structure: Structure, shuffle: bool) -> None:
     net = grouped_already(ByKeyword())
-    again = restructure(net, [SiteRecipe("c1", kind, 4, shuffle)])
+    again = restructure(net, [SiteRecipe("c1", structure, shuffle)])
     assert again(torch.zeros(2, 3, 8, 8)).shape == (2, 5)

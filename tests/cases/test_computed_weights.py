@@ -14,7 +14,7 @@ from torch.nn.utils import fusion, parametrizations, parametrize, prune
 
 from groupify.conversion.surgery import restructure
 from groupify.models.wrappers import unseen_layers
-from groupify.structures import GROUPED, SiteRecipe
+from groupify.structures import SiteRecipe, Structure
 from tests.cases.nets import (
     Straight,
     assert_exact,
@@ -78,7 +78,7 @@ def test_a_conv_whose_weight_is_computed_stays(name: str) -> None:
     plan = planned(net)
     assert remedy in (reason_of(plan, "c1") or "")
     assert converted_names(plan) == ["rest.0"]
-    assert remedy in refusal(lambda: restructure(net, [SiteRecipe("c1", GROUPED, 4)]))
+    assert remedy in refusal(lambda: restructure(net, [SiteRecipe("c1", Structure(groups=4))]))
 
 
 @pytest.mark.parametrize("name", ["weight norm", "bias", "pruned"])
@@ -134,7 +134,7 @@ def test_a_shared_weight_is_named_with_its_other_owner() -> None:
     said = refusal(lambda: planned(net))
     assert "it shares its weight with 'rest.0.weight' (2×)" in said
     assert said.endswith("give each layer a weight of its own")
-    assert "shares its weight" in refusal(lambda: restructure(net, [SiteRecipe("c1", GROUPED, 4)]))
+    assert "shares its weight" in refusal(lambda: restructure(net, [SiteRecipe("c1", Structure(groups=4))]))
 
 
 def test_a_weight_whose_memory_is_shared_counts() -> None:
@@ -192,7 +192,9 @@ def test_quantised_convs_are_named() -> None:
 def test_double_precision_and_a_mixture_keep_their_types() -> None:
     net: Any = grouped_already(Straight())
     net.c1.to(torch.bfloat16)
-    again: Any = restructure(net, [SiteRecipe("c1", GROUPED, 4), SiteRecipe("rest.0", GROUPED, 4)])
+    again: Any = restructure(
+        net, [SiteRecipe("c1", Structure(groups=4)), SiteRecipe("rest.0", Structure(groups=4))]
+    )
     assert (again.c1.weight.dtype, again.c1.bias.dtype) == (torch.bfloat16, torch.bfloat16)
     assert again.rest[0].weight.dtype == torch.float32
     net = grouped_already(Straight()).double()

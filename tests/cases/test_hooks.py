@@ -14,7 +14,7 @@ import groupify
 from groupify.errors import GroupifyWarning
 from groupify.models.specs import ModelSpec, WeightsOrigin
 from groupify.planning.plan_file import PlanFile
-from groupify.structures import GROUPED_POINTWISE
+from groupify.structures import GROUPED, GROUPED_POINTWISE
 from tests.cases.nets import (
     Straight,
     assert_exact,
@@ -87,8 +87,8 @@ def test_a_conv_whose_hook_acts_is_left_alone(add: Callable[[nn.Module], None], 
     assert_exact(converted(net, plan=plan).model, net)
 
 
-@pytest.mark.parametrize("kind", ["grouped", GROUPED_POINTWISE])
-def test_a_hook_that_looks_on_stays_on_the_replacement(kind: str) -> None:
+@pytest.mark.parametrize("family", [GROUPED, GROUPED_POINTWISE])
+def test_a_hook_that_looks_on_stays_on_the_replacement(family: str) -> None:
     net = grouped_already(Straight())
     seen: list[tuple[str, int]] = []
     c1 = net.c1
@@ -97,7 +97,7 @@ def test_a_hook_that_looks_on_stays_on_the_replacement(kind: str) -> None:
     c1.register_forward_hook(lambda *called: seen.append(("behind", len(called))), with_kwargs=True)
     c1.register_full_backward_hook(lambda *_: seen.append(("backward", 3)))
     c1.register_full_backward_pre_hook(lambda *_: seen.append(("gradient", 2)))
-    plan = planned(net, structures=(kind,))
+    plan = planned(net, structures=(family,))
     assert converted_names(plan) == ["c1", "rest.0"]
     model = converted(net, plan=plan).model
     assert_exact(model, net)

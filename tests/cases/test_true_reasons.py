@@ -127,12 +127,12 @@ REASONS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], list[str], str
     "pointwise convs": (
         lambda: chain(nn.Conv2d(16, 16, 1)), PAIRS,
         ["a 1×1 conv costs less than a grouped conv and a pointwise conv (1×)", STEM],
-        "--kind grouped makes it a grouped conv alone",
+        "--structure grouped makes it a grouped conv alone",
     ),
     "pairs that cost more": (
         lambda: chain(nn.Conv2d(16, 16, (1, 2))), PAIRS | {"min_group_width": 8},
         ["2 groups and a pointwise conv would cost more than this conv (1×)", STEM],
-        "--kind grouped makes it a grouped conv alone",
+        "--structure grouped makes it a grouped conv alone",
     ),
 }  # fmt: skip
 
@@ -200,7 +200,7 @@ def test_a_budget_has_the_same_reasons(name: str) -> None:
 
 
 def test_a_budget_names_the_most_groups_that_were_tried() -> None:
-    net, rules = chain(nn.Conv2d(16, 9, 3)), groupify.Rules(min_group_width=1)
+    net, rules = chain(nn.Conv2d(16, 9, 3)), groupify.Rules(min_group_width=1, structures=("grouped",))
     said = refusal(lambda: groupify.plan_for_budget(net, SHAPE, "macs=50%", rules=rules))
     assert "no number of groups from 2 to 64 divides 16 → 9 channels" in said
 

@@ -93,7 +93,7 @@ BAD_INPUT = [
         "no number of groups from 2 to 2 divides 9 → 18 channels",
     ),
     ("convert demo -g 4 --min-group-width 1000", "groups narrower than 1000 channels"),
-    ("convert demo -g four", "Invalid value for '--groups'", "'four'"),
+    ("convert demo -g four", "groups 'four': expected a number"),
     # weights
     ("convert demo --checkpoint missing.pt", "no checkpoint missing.pt"),
     ("convert demo --checkpoint there", "no checkpoint there"),
@@ -142,10 +142,10 @@ BAD_INPUT = [
     ("plan demo --include layer9.*", "pattern 'layer9.*' matches no conv", "layer"),
     ("plan demo --include layer3.0.conv3", "did you mean 'layer3.0.conv", "'layer3.0.conv3'"),
     ("plan demo --exclude nothing", "pattern 'nothing' matches no conv"),
-    ("plan demo --kind depthwise", "unknown structure 'depthwise'"),
+    ("plan demo --structure depthwise", "unknown structure 'depthwise'"),
     ("plan demo --shuffle some", "unknown shuffle 'some'"),
     ("plan demo --shuffle auto", "unknown shuffle 'auto', expected one of none, all"),
-    ("plan demo --kind grouped-pointwise --shuffle all", "the pointwise conv mixes the groups already"),
+    ("plan demo --structure grouped-pointwise --shuffle all", "the pointwise conv mixes the groups already"),
     ("plan demo --cpu sparc", "unknown CPU 'sparc': expected one of avx2, avx512"),
     ("plan demo --seed -1", "Invalid value for '--seed'"),
     ("convert demo --epochs 1", "--epochs 1 needs --data"),
@@ -361,7 +361,8 @@ def test_plan_as_json(run: Run) -> None:
     # 256 outputs of 128 / 4 inputs each, 3×3 taps, at 4×4 positions.
     assert site["params"] == {"dense": 128 * 256 * 9, "grouped": 32 * 256 * 9}
     assert site["macs"] == {"dense": 128 * 256 * 9 * 16, "grouped": 32 * 256 * 9 * 16}
-    assert (site["kind"], site["groups_before"], site["groups"], site["shuffle"]) == ("grouped", 1, 4, True)
+    assert (site["groups_before"], site["shuffle"]) == (1, True)
+    assert site["structure"] == {"reduce": None, "groups": 4, "expand": None}
     for key in ("params", "macs"):
         for side in ("dense", "grouped"):
             assert document[key][side] == sum(site[key][side] for site in document["sites"])
@@ -450,14 +451,39 @@ def test_a_budget_is_planned_saved_and_converted(run: Run, tmp_path: Path, cache
     assert list(cache.glob("sensitivity-*.json"))
     saved = json.loads(path.read_text())
     assert saved["model"] == TINY[0]
-    converted = [site for site in saved["sites"] if site["kind"] != "dense"]
+    dense = {"reduce": None, "groups": 1, "expand": None}
+    converted = {site["name"]: site["structure"] for site in saved["sites"] if site["structure"] != dense}
     assert converted
     outcome = run("convert", *TINY, "--plan", path, "-o", tmp_path / "out", "-q", "--json")
     assert outcome.code == 0
     sites = json.loads(outcome.out)["sites"]
-    assert {site["name"]: site["groups"] for site in sites if site["kind"] != "dense"} == {
-        site["name"]: site["groups"] for site in converted
-    }
+    found = {site["name"]: site["structure"] for site in sites if site["structure"] != dense}
+    assert found == converted
+
+
+def test_a_plan_file_may_give_any_structure(run: Run, tmp_path: Path) -> None:
+    path, folder = tmp_path / "plan.json", tmp_path / "out"
+    assert run("plan", *TINY, "-g", 2, "--min-group-width", 1, "--save-plan", path, "-q").code == 0
+    plan = json.loads(path.read_text())
+    given = [{"reduce": 16, "groups": 4, "expand": 32}, {"reduce": 24, "groups": 1, "expand": None}]
+    names = [site["name"] for site in plan["sites"] if site["structure"]["groups"] == 2][:2]
+    plan["sites"] = [
+        {"name": name, "structure": structure, "shuffle": False}
+        for name, structure in zip(names, given, strict=True)
+    ]
+    path.write_text(json.dumps(plan))
+    data = ("--data", "tests.cli_nets:data", "--calibrate", 64)
+    outcome = run("convert", *TINY, "--plan", path, *data, "-o", folder, "-q", "--json")
+    assert outcome.code == 0
+    document = json.loads(outcome.out)
+    sites = {site["name"]: site["structure"] for site in document["sites"] if site["name"] in names}
+    assert list(sites.values()) == given
+    assert document["params"]["grouped"] < document["params"]["dense"]
+    assert document["parity"]["max_rel_diff"] < 1e-3
+    assert {fit["name"] for fit in document["fits"]} == set(names)
+    again = run("evaluate", folder, "--data", "tests.cli_nets:data", "--trust", "-q")
+    assert again.code == 0
+    assert run("report", folder, "--format", "text").code == 0
 
 
 def test_convert_takes_a_budget_and_says_what_it_won_against(run: Run, tmp_path: Path, cache: Path) -> None:

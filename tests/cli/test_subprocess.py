@@ -71,7 +71,7 @@ def test_the_document(converted: tuple[Path, dict[str, Any]]) -> None:
     assert len(document["sites"]) == 15
     for site in document["sites"]:
         kept = site["name"] == "conv1" or "downsample" in site["name"]
-        assert site["groups"] == (1 if kept else 4)
+        assert site["structure"] == {"reduce": None, "groups": 1 if kept else 4, "expand": None}
         assert (site["reason"] is not None) == kept
     assert document["sites"][0]["reason"] == "first conv: too few input channels (3)"
     for key in ("params", "macs", "weight_bytes", "activation_bytes", "latency_ms", "onnx_bytes"):
@@ -145,7 +145,9 @@ def test_finetune(converted: tuple[Path, dict[str, Any]], run: Run, tmp_path: Pa
     assert report["accuracy"]["converted"] == before["top1"]
     assert report["accuracy"]["dense"] > 0.9
     assert report["accuracy"]["recovered"] > 0.75
-    assert [site["groups"] for site in report["sites"]] == [site["groups"] for site in document["sites"]]
+    assert [site["structure"] for site in report["sites"]] == [
+        site["structure"] for site in document["sites"]
+    ]
     assert report["params"] == document["params"]
     assert len(report["history"]) >= 2
     refused = run("finetune", "moved", *data)

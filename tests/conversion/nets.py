@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from groupify.graph.plain_layers import Conv
 from groupify.planning.sites import describe
-from groupify.structures import Plan, SiteRecipe
+from groupify.structures import Plan, SiteRecipe, Structure
 
 SHAPE = (3, 8, 8)
 
@@ -119,7 +119,7 @@ def images(count: int = 32, shape: Sequence[int] = SHAPE, seed: int = 0) -> Tens
 
 
 def plan_of(model: nn.Module, *names: str, groups: int = 4, shuffle: bool = False) -> Plan:
-    recipes = [SiteRecipe(name, "grouped", groups, shuffle) for name in names]
+    recipes = [SiteRecipe(name, Structure(groups=groups), shuffle) for name in names]
     return describe(model, recipes, SHAPE, "any")
 
 

@@ -15,7 +15,7 @@ from groupify.graph.capture import capture
 from groupify.graph.channels import Channels, channel_classes
 from groupify.graph.permute import apply_orders
 from groupify.stats.flow import norm_score
-from groupify.structures import GROUPED, SiteRecipe
+from groupify.structures import SiteRecipe, Structure
 from tests.conversion.nets import SHAPE, Chain, Residual, images, make_block_diagonal, randomise
 
 
@@ -72,7 +72,7 @@ def find(model: nn.Module) -> Channels:
 
 def cluster_by_norm(model: nn.Module, groups: dict[str, int], shuffle: bool = False) -> Clustering:
     scores = [
-        SiteScore(SiteRecipe(name, GROUPED, count, shuffle), norm_score(model.get_submodule(name)))
+        SiteScore(SiteRecipe(name, Structure(groups=count), shuffle), norm_score(model.get_submodule(name)))
         for name, count in groups.items()
     ]
     return cluster(find(model), scores, restarts=4)
@@ -142,5 +142,5 @@ def test_the_score_inside_never_falls_and_is_what_the_reordered_weights_hold(
 def test_no_score_at_all_changes_nothing() -> None:
     net = Chain().eval()
     score: Tensor = torch.zeros(16, 16)
-    found = cluster(find(net), [SiteScore(SiteRecipe("conv1", GROUPED, 4), score)], restarts=2)
+    found = cluster(find(net), [SiteScore(SiteRecipe("conv1", Structure(groups=4)), score)], restarts=2)
     assert found.kept == found.kept_before == 0

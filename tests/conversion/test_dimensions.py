@@ -16,7 +16,7 @@ from groupify.models.specs import ModelSpec, WeightsOrigin
 from groupify.onnx.exporting import export_onnx
 from groupify.onnx.parity import check_parity
 from groupify.planning.sites import describe
-from groupify.structures import SiteRecipe
+from groupify.structures import SiteRecipe, Structure
 from tests.conversion.nets import images, make_block_diagonal, randomise, relative_error
 
 EXACT = FitOptions(ridge=1e-9, refit_ridge=1e-9)
@@ -46,11 +46,12 @@ class Net(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("dims", "kind", "shuffle"), [(1, "grouped", True), (3, "grouped", True), (3, "grouped-pointwise", False)]
+    ("dims", "family", "shuffle"),
+    [(1, "grouped", True), (3, "grouped", True), (3, "grouped-pointwise", False)],
 )
-def test_plan_convert_save_load_export(dims: int, kind: str, shuffle: bool, tmp_path: Path) -> None:
+def test_plan_convert_save_load_export(dims: int, family: str, shuffle: bool, tmp_path: Path) -> None:
     net, shape = randomise(Net(dims)).eval(), SHAPES[dims]
-    rules = groupify.Rules(min_group_width=1, structures=kind, shuffle="all" if shuffle else "none")
+    rules = groupify.Rules(min_group_width=1, structures=family, shuffle="all" if shuffle else "none")
     found = groupify.plan(net, shape, groups=4, rules=rules)
     assert [site.name for site in found.converted] == ["conv1", "conv2", "conv3"]
     site = found.sites[1]
@@ -75,7 +76,7 @@ def test_a_net_that_is_grouped_already_is_recovered(dims: int) -> None:
     net, shape = randomise(Net(dims)).eval(), SHAPES[dims]
     for conv in (net.conv1, net.conv2):
         make_block_diagonal(conv, 4)
-    plan = describe(net, [SiteRecipe(name, "grouped", 4) for name in ("conv1", "conv2")], shape, "any")
+    plan = describe(net, [SiteRecipe(name, Structure(groups=4)) for name in ("conv1", "conv2")], shape, "any")
     result = convert(net, plan, Calibration(images(64, shape), fit=EXACT))
     assert max(fit.error for fit in result.fits) < 1e-3
     assert relative_error(result.model, net, images(seed=1, shape=shape)) < 1e-3

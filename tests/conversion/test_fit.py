@@ -15,7 +15,7 @@ from groupify.conversion.surgery import restructure
 from groupify.planning.sites import describe
 from groupify.stats.moments import GroupedFit
 from groupify.stats.samples import SampleBudget
-from groupify.structures import GROUPED, GROUPED_POINTWISE, SiteRecipe
+from groupify.structures import SiteRecipe, Structure
 from tests.conversion.nets import SHAPE, Chain, Residual, images, plan_of, randomise, relative_error
 
 PLAIN = FitOptions(ridge=1e-6, relu_iterations=0, refit_dense=False, refresh_batch_norm=False)
@@ -182,7 +182,7 @@ def test_grouped_pointwise_is_exact_where_the_rank_allows_it() -> None:
         left, right = torch.randn(16, 4, generator=generator), torch.randn(4, 36, generator=generator) / 6
         weight[:, group * 4 : group * 4 + 4] = (left @ right).reshape(16, 4, 3, 3) / 4
     net.conv1.weight.data = weight
-    recipe = SiteRecipe("conv1", GROUPED_POINTWISE, 4)
+    recipe = SiteRecipe("conv1", Structure(None, 4, 16))
     options = dataclasses.replace(PLAIN, ridge=1e-8)
     calibration = Calibration(images(256), clustering="none", fit=options)
     result = convert(net, describe(net, [recipe], SHAPE, "any"), calibration)
@@ -193,14 +193,16 @@ def test_grouped_pointwise_is_exact_where_the_rank_allows_it() -> None:
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_fit_of_one_site_equals_least_squares_by_hand(shuffle: bool) -> None:
     dense = randomise(nn.Conv2d(4, 4, 1))
-    module = restructure(nn.Sequential(dense), [SiteRecipe("0", GROUPED, 2, shuffle)]).get_submodule("0")
+    module = restructure(nn.Sequential(dense), [SiteRecipe("0", Structure(groups=2), shuffle)]).get_submodule(
+        "0"
+    )
     generator = torch.Generator().manual_seed(0)
     patches = torch.randn(50, 4, 1, generator=generator)
     targets = torch.randn(50, 4, generator=generator)
     before = copy.deepcopy(dense.state_dict())
     with torch.no_grad():
         parts = [Part(patches, Target(targets))]
-        fit = fit_site(module, dense, SiteRecipe("0", GROUPED, 2, shuffle), parts, None, PLAIN)
+        fit = fit_site(module, dense, SiteRecipe("0", Structure(groups=2), shuffle), parts, None, PLAIN)
     assert fit.samples == 50
     assert fit.inputs == 2
     assert all(torch.equal(before[key], value) for key, value in dense.state_dict().items())

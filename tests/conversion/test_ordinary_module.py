@@ -18,12 +18,15 @@ from groupify.conversion.conversion import convert
 from groupify.conversion.surgery import SHUFFLED
 from groupify.models.demo import INPUT_SHAPE, demo_model
 from groupify.planning.rules import Rules
+from groupify.planning.sites import describe
 from groupify.planning.uniform import plan
+from groupify.structures import SiteRecipe, Structure
 
 KINDS: dict[str, dict[str, Any]] = {
     "grouped": {},
     "shuffled": {"shuffle": "all"},
     "grouped-pointwise": {"structures": "grouped-pointwise"},
+    "block-term": {},
 }
 
 
@@ -32,6 +35,13 @@ def model(request: pytest.FixtureRequest) -> nn.Module:
     torch.manual_seed(0)
     dense = demo_model().eval()
     chosen = plan(dense, INPUT_SHAPE, groups=4, rules=Rules(min_group_width=1, **KINDS[request.param]))
+    if request.param == "block-term":
+        recipes = [
+            SiteRecipe(site.name, Structure(site.in_channels // 2, 4, site.out_channels // 2))
+            for site in chosen.converted
+            if max(site.kernel_size) > 1
+        ]
+        chosen = describe(dense, recipes, INPUT_SHAPE, chosen.cpu)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return convert(dense, chosen).model.eval()

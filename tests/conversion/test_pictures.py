@@ -8,7 +8,7 @@ from groupify.conversion.pictures import block_pictures
 from groupify.graph.call import Call
 from groupify.graph.capture import capture
 from groupify.graph.channels import channel_classes
-from groupify.structures import SiteRecipe
+from groupify.structures import SiteRecipe, Structure
 
 
 class Pair(nn.Module):
@@ -35,7 +35,7 @@ def test_reordering_brings_the_flow_into_the_blocks() -> None:
     blocks = torch.kron(torch.eye(2), torch.ones(4, 4))
     score = torch.zeros(8, 8)
     score[shuffled.unsqueeze(1), shuffled] = blocks
-    site = SiteRecipe("second", "grouped", 2)
+    site = SiteRecipe("second", Structure(groups=2))
     orders = {index: shuffled for index, found in enumerate(channels.classes) if found.size == 8}
     assert len(orders) == 2
     (picture,) = block_pictures([SiteScore(site, score)], channels, orders)
@@ -59,7 +59,7 @@ def test_pictures_are_small_and_few() -> None:
     for strength in range(4):
         score = torch.full((96, 96), 1.0)
         score[order.unsqueeze(1), order] += strength * torch.kron(torch.eye(4), torch.ones(24, 24))
-        scores.append(SiteScore(SiteRecipe(str(strength), "grouped", 4), score))
+        scores.append(SiteScore(SiteRecipe(str(strength), Structure(groups=4)), score))
     orders = dict.fromkeys(range(len(channels.classes)), order)
     pictures = block_pictures(scores[1:], channels, orders)
     assert [picture.name for picture in pictures] == ["3", "2", "1"]

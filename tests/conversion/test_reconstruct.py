@@ -14,7 +14,7 @@ from groupify.conversion.surgery import restructure
 from groupify.graph.call import Call
 from groupify.graph.capture import capture
 from groupify.graph.model_graph import ModelGraph
-from groupify.structures import GROUPED, SiteRecipe
+from groupify.structures import SiteRecipe, Structure
 from tests.conversion.nets import SHAPE, Residual, images, plan_of, randomise, relative_error
 
 SITES = ("conv1", "conv2", "conv3")
@@ -73,7 +73,7 @@ def test_densenet_is_cut_at_its_transitions() -> None:
 
 def pair(seed: int = 0) -> tuple[ModelGraph, ModelGraph]:
     net = randomise(Residual(), seed).eval()
-    student = restructure(net, [SiteRecipe(name, GROUPED, 4) for name in SITES])
+    student = restructure(net, [SiteRecipe(name, Structure(groups=4)) for name in SITES])
     traced = graph_of(net, SHAPE)
     return traced.on(student), traced
 

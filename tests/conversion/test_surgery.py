@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from groupify.conversion.surgery import ShuffledConv2d, block_diagonal, channel_shuffle, restructure
 from groupify.errors import ConversionError
 from groupify.graph.permute import row_channels, shuffle_order
-from groupify.structures import GROUPED, GROUPED_POINTWISE, SiteRecipe
+from groupify.structures import SiteRecipe, Structure
 from tests.conversion.nets import CalledTwice, images, make_block_diagonal, randomise
 
 
@@ -36,7 +36,7 @@ def test_a_block_diagonal_conv_computes_the_same(options: dict[str, Any], shuffl
         if dense.bias is not None:
             dense.bias.data = dense.bias.data[order]
     net = nn.Sequential(dense)
-    grouped = restructure(net, [SiteRecipe("0", GROUPED, 4, shuffle)])
+    grouped = restructure(net, [SiteRecipe("0", Structure(groups=4), shuffle)])
     conv = grouped.get_submodule("0")
     assert type(conv) is (ShuffledConv2d if shuffle else nn.Conv2d)
     assert conv.weight.shape == (16, 2, *dense.kernel_size)
@@ -63,7 +63,7 @@ def test_truncation_keeps_the_diagonal_blocks() -> None:
 
 def test_a_bare_conv_is_replaced_itself() -> None:
     dense = nn.Conv2d(4, 4, 3)
-    converted = restructure(dense, [SiteRecipe("", GROUPED, 2)])
+    converted = restructure(dense, [SiteRecipe("", Structure(groups=2))])
     assert isinstance(converted, nn.Conv2d)
     assert converted.groups == 2
     assert dense.groups == 1
@@ -73,16 +73,16 @@ def test_grouped_pointwise() -> None:
     conv = nn.Conv2d(8, 8, 3, padding=1)
     make_block_diagonal(conv, 2)
     dense = nn.Sequential(conv)
-    converted = restructure(dense, [SiteRecipe("0", GROUPED_POINTWISE, 2)])
+    converted = restructure(dense, [SiteRecipe("0", Structure(None, 2, 8))])
     x = images(2, (8, 6, 6))
     torch.testing.assert_close(converted(x), dense(x))
-    assert set(converted.state_dict()) == {"0.grouped.weight", "0.pointwise.weight", "0.pointwise.bias"}
+    assert set(converted.state_dict()) == {"0.core.weight", "0.expand.weight", "0.expand.bias"}
 
 
 def test_a_shared_conv_is_replaced_under_each_of_its_names() -> None:
     conv = nn.Conv2d(8, 8, 1)
     net = nn.Sequential(conv, nn.ReLU(), nn.Sequential(conv))
-    converted = restructure(net, [SiteRecipe("0", GROUPED, 2)])
+    converted = restructure(net, [SiteRecipe("0", Structure(groups=2))])
     assert converted.get_submodule("0") is converted.get_submodule("2.0")
     assert conv.groups == 1
 
@@ -92,7 +92,7 @@ def test_dtype_mode_and_requires_grad_are_kept(dtype: torch.dtype) -> None:
     net = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)).to(dtype)
     net[0].eval()
     net[0].weight.requires_grad_(False)
-    converted = restructure(net, [SiteRecipe("0", GROUPED, 2), SiteRecipe("1", GROUPED, 2)])
+    converted = restructure(net, [SiteRecipe("0", Structure(groups=2)), SiteRecipe("1", Structure(groups=2))])
     assert {p.dtype for p in converted.parameters()} == {dtype}
     assert [m.training for m in converted.children()] == [False, True]
     assert not converted.get_parameter("0.weight").requires_grad
@@ -108,7 +108,7 @@ def test_the_given_model_and_its_hooks_are_kept() -> None:
 
     net.fc.register_forward_hook(hook)
     before = {key: value.clone() for key, value in net.state_dict().items()}
-    converted = restructure(net, [SiteRecipe("conv", GROUPED, 2)])
+    converted = restructure(net, [SiteRecipe("conv", Structure(groups=2))])
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
     converted(images(1))
     assert calls == ["hook"]
@@ -117,19 +117,18 @@ def test_the_given_model_and_its_hooks_are_kept() -> None:
 def test_nothing_is_drawn_from_the_global_generator() -> None:
     net = CalledTwice()
     before = torch.get_rng_state()
-    restructure(net, [SiteRecipe("conv", GROUPED, 2)])
+    restructure(net, [SiteRecipe("conv", Structure(groups=2))])
     assert torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.parametrize(
     ("site", "message"),
     [
-        (SiteRecipe("convv", GROUPED, 2), "did you mean 'conv'"),
-        (SiteRecipe("fc", GROUPED, 2), "is a Linear"),
-        (SiteRecipe("conv", GROUPED, 3), "3 groups do not divide"),
-        (SiteRecipe("conv", GROUPED, 1), "1 groups do not divide"),
-        (SiteRecipe("conv", "gruped", 2), "unknown kind 'gruped'"),
-        (SiteRecipe("conv", GROUPED_POINTWISE, 2, True), "a shuffle needs kind"),
+        (SiteRecipe("convv", Structure(groups=2)), "did you mean 'conv'"),
+        (SiteRecipe("fc", Structure(groups=2)), "is a Linear"),
+        (SiteRecipe("conv", Structure(groups=3)), "3 groups do not divide"),
+        (SiteRecipe("conv", Structure()), "is the conv as it is; leave it out"),
+        (SiteRecipe("conv", Structure(None, 2, 8), True), "a shuffle is for a dense conv that becomes one"),
     ],
 )
 def test_wrong_sites_are_refused(site: SiteRecipe, message: str) -> None:
@@ -137,13 +136,13 @@ def test_wrong_sites_are_refused(site: SiteRecipe, message: str) -> None:
         restructure(CalledTwice(), [site])
 
 
-def test_grouped_convs_and_subclasses_are_refused() -> None:
+def test_groups_that_a_conv_has_already_and_subclasses_are_refused() -> None:
     class Own(nn.Conv2d):
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
 
     net = nn.Sequential(nn.Conv2d(8, 8, 1, groups=2), Own(8, 8, 1))
-    with pytest.raises(ConversionError, match="2 groups already"):
-        restructure(net, [SiteRecipe("0", GROUPED, 2)])
+    with pytest.raises(ConversionError, match="is the conv as it is; leave it out"):
+        restructure(net, [SiteRecipe("0", Structure(groups=2))])
     with pytest.raises(ConversionError, match=r"layer '1' cannot be replaced: a subclass of Conv2d \(Own\)"):
-        restructure(net, [SiteRecipe("1", GROUPED, 2)])
+        restructure(net, [SiteRecipe("1", Structure(groups=2))])

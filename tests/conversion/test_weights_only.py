@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from groupify.conversion.by_part import refresh_batch_norms
 from groupify.conversion.conversion import convert
 from groupify.conversion.surgery import restructure
-from groupify.conversion.weights_only import _Channels, _through, correct_batch_norms
+from groupify.conversion.weights_only import _Channels, _through, fit_from_statistics
 from groupify.graph.call import Call
 from groupify.graph.capture import capture
-from groupify.structures import GROUPED, SiteRecipe
+from groupify.structures import SiteRecipe, Structure
 from tests.conversion.nets import SHAPE, Chain, images, plan_of, randomise
 
 
@@ -62,12 +62,12 @@ def statistics(net: nn.Module) -> list[tuple[Tensor, Tensor]]:
 
 def test_correction_brings_the_actual_statistics_closer() -> None:
     net = trained_like()
-    truncated = restructure(net, [SiteRecipe("conv2", GROUPED, 4)])
-    corrected = restructure(net, [SiteRecipe("conv2", GROUPED, 4)])
+    truncated = restructure(net, [SiteRecipe("conv2", Structure(groups=4))])
+    corrected = restructure(net, [SiteRecipe("conv2", Structure(groups=4))])
     traced = capture(net, Call((torch.zeros(2, *SHAPE),)))
     assert traced.graph is not None
-    named = {"conv2": SiteRecipe("conv2", GROUPED, 4)}
-    assert correct_batch_norms(traced.graph.on(corrected), net, named) == ("bn2",)
+    named = {"conv2": SiteRecipe("conv2", Structure(groups=4))}
+    assert fit_from_statistics(traced.graph.on(corrected), net, named) == ("bn2",)
     wanted = statistics(net)[1]
     for part in range(2):
         before = (statistics(truncated)[1][part] - wanted[part]).abs().mean()
@@ -82,10 +82,10 @@ def test_without_truncation_there_is_nothing_to_correct() -> None:
         own = slice(4 * group, 4 * group + 4)
         net.conv2.weight.data[own] = 0
         net.conv2.weight.data[own, own] = kept[own, own]
-    student = restructure(net, [SiteRecipe("conv2", GROUPED, 4)])
+    student = restructure(net, [SiteRecipe("conv2", Structure(groups=4))])
     traced = capture(net, Call((torch.zeros(2, *SHAPE),)))
     assert traced.graph is not None
-    correct_batch_norms(traced.graph.on(student), net, {"conv2": SiteRecipe("conv2", GROUPED, 4)})
+    fit_from_statistics(traced.graph.on(student), net, {"conv2": SiteRecipe("conv2", Structure(groups=4))})
     torch.testing.assert_close(student.get_buffer("bn2.running_mean"), net.bn2.running_mean)
     torch.testing.assert_close(student.get_buffer("bn2.running_var"), net.bn2.running_var)
 

@@ -32,8 +32,8 @@ def problem(conv: ConvShape, seed: int = 0) -> tuple[Moments, Tensor]:
     return Moments.of_weight(weight, covariance(width * conv.positions, seed + 1, conv.groups)), weight
 
 
-def planted(conv: ConvShape, structure: Structure, seed: int = 0) -> Tensor:
-    """A weight that a structure computes exactly."""
+def random_factors(conv: ConvShape, structure: Structure, seed: int = 0) -> Factors:
+    """Factors of a structure, of weights that are all about 1."""
     width, ones = conv.in_channels // conv.groups, [1] * len(conv.kernel_size)
     reads, writes = structure.reduce or conv.in_channels, structure.expand or conv.out_channels
     reduce = random(reads, width, *ones, seed=seed) if structure.reduce else None
@@ -41,7 +41,12 @@ def planted(conv: ConvShape, structure: Structure, seed: int = 0) -> Tensor:
     expand = (
         random(conv.out_channels, writes // conv.groups, *ones, seed=seed + 2) if structure.expand else None
     )
-    return Factors(reduce, core, expand, structure.groups, conv.groups, 0.0).weight()
+    return Factors(reduce, core, expand, structure.groups, conv.groups, 0.0)
+
+
+def planted(conv: ConvShape, structure: Structure, seed: int = 0) -> Tensor:
+    """A weight that a structure computes exactly."""
+    return random_factors(conv, structure, seed).weight()
 
 
 def left_over(weight: Tensor, wanted: Tensor, moments: Moments, scale: Tensor | None = None) -> float:

@@ -60,7 +60,7 @@ def test_members_suit_the_conv_and_cost_less(
 @pytest.mark.parametrize("cost", [SQUARE, POINTWISE], ids=["3×3", "1×1"])
 def test_errors_are_near_those_of_fits(cost: Cost) -> None:
     decomposer = Decomposer(problem(cost.conv)[0], cost.conv)
-    found = ladders(decomposer, cost, 4, (2, 3, 4, 6, 8))
+    found = ladders(decomposer, cost, 4, ratios=(2, 3, 4, 6, 8))
     assert any(found.values())
     for rungs in found.values():
         for rung in rungs:

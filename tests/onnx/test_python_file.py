@@ -21,7 +21,7 @@ from groupify.errors import ArtefactError, SpecError
 from groupify.models.specs import ModelSpec, WeightsOrigin
 from groupify.onnx import standalone
 from groupify.onnx.python_file import python_file, write_python_file
-from groupify.structures import SiteRecipe
+from groupify.structures import SiteRecipe, Structure
 from tests.conftest import Run
 from tests.conversion.nets import images, randomise
 
@@ -87,11 +87,17 @@ def test_bit_equal_outputs_where_groupify_cannot_be_imported(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("conv", [nn.Conv1d(8, 16, 3, padding=1), nn.Conv3d(8, 16, (1, 3, 3), bias=False)])
 @pytest.mark.parametrize(
-    "site", [("grouped", 4, True), ("grouped", 2, False), ("grouped-pointwise", 2, False)]
-)
-def test_in_one_and_three_dimensions(conv: nn.Module, site: tuple[str, int, bool], tmp_path: Path) -> None:
+    "site",
+    [
+        (None, 4, None, True), (None, 2, None, False), (None, 2, 16, False), (6, 2, 10, False),
+        (4, 1, None, False), (8, 8, 8, False),
+    ],
+)  # fmt: skip
+def test_in_one_and_three_dimensions(
+    conv: nn.Module, site: tuple[int | None, int, int | None, bool], tmp_path: Path
+) -> None:
     net = nn.Sequential(conv, nn.ReLU())
-    ours = randomise(restructure(net, [SiteRecipe("0", *site)])).eval()
+    ours = randomise(restructure(net, [SiteRecipe("0", Structure(*site[:3]), site[3])])).eval()
     theirs = standalone.with_groups(net, {"0": site})
     safetensors.torch.save_file(ours.state_dict(), tmp_path / "weights")
     theirs = standalone.fill(theirs, standalone.read_safetensors(tmp_path / "weights"), channels_last=False)
@@ -116,7 +122,9 @@ def test_safetensors_of_every_type(dtype: torch.dtype, tmp_path: Path) -> None:
 def recipe_of(name: str, **changes: Any) -> groupify.Recipe:
     spec = ModelSpec(name, {}, (3, 8, 8), None)
     origin = WeightsOrigin("factory")
-    return dataclasses.replace(groupify.Recipe(spec, origin, (SiteRecipe("a", "grouped", 2),)), **changes)
+    return dataclasses.replace(
+        groupify.Recipe(spec, origin, (SiteRecipe("a", Structure(groups=2)),)), **changes
+    )
 
 
 def test_code_of_others_is_imported_only_if_trusted() -> None:
@@ -139,11 +147,11 @@ def test_a_recipe_cannot_put_code_into_the_file(name: str) -> None:
 
 def test_names_of_layers_are_literals() -> None:
     name = "'): 1}\nimport os; os.system('x')#\"\"\""
-    recipe = recipe_of("resnet18", sites=(SiteRecipe(name, "grouped", 2),))
+    recipe = recipe_of("resnet18", sites=(SiteRecipe(name, Structure(groups=2)),))
     names: dict[str, Any] = {}
     text = python_file(recipe, stem="net")
     exec(compile(text, "net.py", "exec"), names)
-    assert names["SITES"] == {name: ("grouped", 2, False)}
+    assert names["SITES"] == {name: (None, 2, None, False)}
 
 
 def test_the_command(run: Run, tmp_path: Path) -> None:

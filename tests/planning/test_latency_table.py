@@ -9,25 +9,26 @@ from typing import Any
 import pytest
 
 from groupify.errors import ArtefactError, PlanError
-from groupify.measure.conv_timing import ConvShape, time_convs
+from groupify.measure.conv_timing import TimedConv, time_convs
 from groupify.measure.latency_table import LatencyTable, Stopwatch, cached_table, look_up, measure_table
 from groupify.measure.profiling import NetworkTime
 from groupify.planning.candidates import candidates
 from groupify.planning.rules import Rules
+from groupify.structures import Structure
 from tests.cli_nets import net
 
 SHAPE = (3, 8, 8)
 GROUPED = Rules(min_group_width=1, structures="grouped")
-CONV = ConvShape(32, 32, (3, 3), (1, 1), (1, 1), (1, 1, 1, 1), (28, 28))
+CONV = TimedConv(32, 32, (3, 3), (1, 1), (1, 1), (1, 1, 1, 1), (28, 28))
 
 
 class Fake(Stopwatch):
     """Times that are known beforehand."""
 
-    def __init__(self, time: Callable[[ConvShape, bool], float], network: NetworkTime) -> None:
+    def __init__(self, time: Callable[[TimedConv, bool], float], network: NetworkTime) -> None:
         self._time, self._network = time, network
 
-    def convs(self, shapes: Sequence[ConvShape], *, warm: bool) -> dict[ConvShape, float]:
+    def convs(self, shapes: Sequence[TimedConv], *, warm: bool) -> dict[TimedConv, float]:
         return {shape: self._time(shape, warm) for shape in shapes}
 
     def network(self, sites: Sequence[str]) -> NetworkTime:
@@ -35,10 +36,12 @@ class Fake(Stopwatch):
 
 
 def test_groups_and_what_follows_them_are_timed() -> None:
-    grouped = replace(CONV, groups=2)
-    shapes = [CONV, grouped, replace(grouped, pointwise=True), replace(grouped, shuffle=True), CONV]
+    grouped = replace(CONV, structure=Structure(groups=2))
+    several = [Structure(None, 2, 32), Structure(16), Structure(8, 4, 12), Structure(8, 8, 8)]
+    shapes = [CONV, grouped, replace(grouped, shuffle=True), CONV]
+    shapes += [replace(CONV, structure=structure) for structure in several]
     times = time_convs(shapes, rounds=5)
-    assert len(times) == 4
+    assert len(times) == 7
     assert all(0 < time < 1000 for time in times.values())
     # The kernel times of ONNX Runtime have whole microseconds: only what must take far longer is compared.
     large = time_convs([replace(CONV, input_size=(112, 112))], rounds=5)
@@ -46,11 +49,17 @@ def test_groups_and_what_follows_them_are_timed() -> None:
 
 
 def test_convs_of_other_dimensions_strides_and_paddings_are_timed() -> None:
-    line = ConvShape(16, 32, (3,), (2,), (1,), (0, 2), (50,), groups=4, shuffle=True)
-    odd = ConvShape(6, 9, (1, 3), (2, 1), (1, 2), (0, 1, 1, 0), (9, 11), groups=3, pointwise=True)
+    line = TimedConv(16, 32, (3,), (2,), (1,), (0, 2), (50,), structure=Structure(groups=4), shuffle=True)
+    odd = TimedConv(
+        6, 9, (1, 3), (2, 1), (1, 2), (0, 1, 1, 0), (9, 11), groups=3, structure=Structure(3, 3, 9)
+    )
+    cube = TimedConv(
+        8, 6, (1, 1, 1), (2, 1, 2), (1,) * 3, (0,) * 6, (4, 5, 6), groups=2, structure=Structure(4, 2)
+    )
     assert line.output_size == (25,)
     assert odd.output_size == (5, 8)
-    assert all(time > 0 for time in time_convs([line, odd], rounds=3).values())
+    assert cube.output_size == (2, 5, 3)
+    assert all(time > 0 for time in time_convs([line, odd, cube], rounds=3).values())
 
 
 def test_a_table_knows_its_model_and_all_candidates(tmp_path: Path) -> None:
@@ -77,7 +86,7 @@ def test_a_table_knows_its_model_and_all_candidates(tmp_path: Path) -> None:
 
 
 def test_convs_with_warm_weights_have_times_of_their_own(tmp_path: Path) -> None:
-    fake = Fake(lambda shape, warm: (1.0 if warm else 3.0) / shape.groups, NetworkTime(100.0, {}))
+    fake = Fake(lambda shape, warm: (1.0 if warm else 3.0) / shape.structure.groups, NetworkTime(100.0, {}))
     choices = candidates(net(), SHAPE, GROUPED, group_counts=(4,))
     cold = cached_table(net(), choices, cache=tmp_path, stopwatch=fake)
     table = cached_table(net(), choices, cache=tmp_path, warm=True, stopwatch=fake)
@@ -104,7 +113,7 @@ def test_convs_take_what_the_dense_ones_take_in_the_network(
     choices = candidates(net(), SHAPE, GROUPED, group_counts=(4,))
     number, site = next((n, o[0].site.name) for n, o in enumerate(choices.sites) if len(o) > 1)
     network = NetworkTime(100.0, {} if inside is None else {site: inside})
-    fake = Fake(lambda shape, _: 4 / shape.groups, network)
+    fake = Fake(lambda shape, _: 4 / shape.structure.groups, network)
     latencies = look_up(measure_table(net(), choices, stopwatch=fake), net(), choices)
     assert latencies.convs_ms[number] == expected
     assert latencies.dense_ms == pytest.approx(100)
@@ -116,7 +125,7 @@ def test_a_table_of_another_model_or_of_other_options_is_refused() -> None:
     table = measure_table(net(), few, stopwatch=fake)
     with pytest.raises(PlanError, match="does not know this model"):
         look_up(table, net(64), candidates(net(64), SHAPE, GROUPED))
-    with pytest.raises(PlanError, match=r"has no conv .* groups 4"):
+    with pytest.raises(PlanError, match=r"has no conv .* structure \(–, 4, –\)"):
         look_up(table, net(), candidates(net(), SHAPE, GROUPED))
 
 
@@ -124,7 +133,7 @@ def test_a_table_of_another_model_or_of_other_options_is_refused() -> None:
     ("changed", "says"),
     [
         ({"format": "x"}, "no latency table"),
-        ({"schema_version": 2}, "schema version is 2, this groupify reads version 3: make one with"),
+        ({"schema_version": 2}, "schema version is 2, this groupify reads version 4: make one with"),
         ({"convs": {"a": -1}}, "latency table.convs.a is -1; expected greater than or equal to 0"),
         ({"convs": {"a": 1e9}}, "less than or equal to 10000000"),
         ({"convs": {"a": "fast"}}, "latency table.convs.a is 'fast'; expected a valid number"),

@@ -10,7 +10,7 @@ from groupify.stats.fisher import observe_sites, score_directions
 from groupify.stats.flow import fitted_error
 from groupify.stats.moments import principal_maps
 from groupify.stats.samples import SiteSamples
-from groupify.structures import SiteRecipe
+from groupify.structures import SiteRecipe, Structure
 
 
 def correlated(count: int, size: int, seed: int = 0) -> Tensor:
@@ -29,7 +29,7 @@ def layer(outputs: int = 8, inputs: int = 8, taps: int = 3) -> tuple[Tensor, Ten
 @pytest.mark.parametrize("groups", [2, 4, 8])
 def test_the_error_from_moments_is_that_of_the_fit_to_samples(groups: int, shuffle: bool) -> None:
     weight, samples, moments = layer()
-    site = SiteRecipe("", "grouped", groups, shuffle)
+    site = SiteRecipe("", Structure(groups=groups), shuffle)
     given = SiteSamples(
         patches=[samples.reshape(-1, 8, 3)], patch_outputs=[samples @ weight.flatten(1).T], calls=1
     )
@@ -38,7 +38,7 @@ def test_the_error_from_moments_is_that_of_the_fit_to_samples(groups: int, shuff
 
 def test_the_error_is_weighted_by_importance_and_turns_with_the_order() -> None:
     _, _, moments = layer()
-    site = SiteRecipe("", "grouped", 4)
+    site = SiteRecipe("", Structure(groups=4))
     error = moments.error(site)
     assert error.weighted(torch.eye(8)) == pytest.approx(float(error.covariance.trace()))
     gradients = torch.randn(5, 8, dtype=torch.float64)
@@ -53,13 +53,13 @@ def test_the_error_is_weighted_by_importance_and_turns_with_the_order() -> None:
 
 def test_more_groups_lose_more_and_a_block_diagonal_map_loses_nothing() -> None:
     _, _, moments = layer()
-    errors = [moments.error(SiteRecipe("", "grouped", groups)).relative for groups in (2, 4, 8)]
+    errors = [moments.error(SiteRecipe("", Structure(groups=groups))).relative for groups in (2, 4, 8)]
     assert errors == sorted(errors)
     blocks = torch.zeros(8, 8, 1)
     blocks[:4, :4], blocks[4:, 4:] = torch.randn(4, 4, 1), torch.randn(4, 4, 1)
     own = LayerMoments(blocks, torch.eye(8))
-    assert own.error(SiteRecipe("", "grouped", 2)).relative < 1e-3
-    assert own.error(SiteRecipe("", "grouped", 4)).relative > 0.01
+    assert own.error(SiteRecipe("", Structure(groups=2))).relative < 1e-3
+    assert own.error(SiteRecipe("", Structure(groups=4))).relative > 0.01
 
 
 @pytest.mark.parametrize("groups", [2, 4, 8])
@@ -78,7 +78,7 @@ def test_the_pointwise_conv_behind_a_grouped_one_takes_the_best_of_its_features(
     centred = features - features.mean(0), outputs - outputs.mean(0)
     solution = torch.linalg.lstsq(*centred).solution
     left = (centred[1] - centred[0] @ solution).square().mean(0) / centred[1].square().mean(0)
-    site = SiteRecipe("", "grouped-pointwise", groups)
+    site = SiteRecipe("", Structure(None, groups, 8))
     assert moments.error(site).relative == pytest.approx(float(left.mean()), rel=0.02, abs=1e-4)
 
 

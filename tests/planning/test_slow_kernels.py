@@ -14,7 +14,7 @@ from groupify.errors import GroupifyWarning, PlanError
 from groupify.planning.rules import Rules
 from groupify.planning.slow_kernels import latency_warning, relative_latency
 from groupify.planning.uniform import plan
-from groupify.structures import Change, SitePlan
+from groupify.structures import Change, SitePlan, Structure
 from tests.conftest import Run
 
 
@@ -23,8 +23,8 @@ def site(
 ) -> SitePlan:
     outputs = outputs or channels
     return SitePlan(
-        "conv", "grouped", 1, channels // width, shuffle, None, channels, outputs, (kernel, kernel), (1, 1),
-        (size, size), Change(1, 1), Change(1, 1),
+        "conv", 1, Structure(groups=channels // width), shuffle, None, channels, outputs, (kernel, kernel),
+        (1, 1), (size, size), Change(1, 1), Change(1, 1),
     )  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def test_groups_that_the_fast_kernel_takes_are_never_expected_slower(
     for groups in (2, 4, 8, 16):
         if narrow // groups % block == 0 and narrow >= groups * block:
             assert relative_latency(replace(site(channels, size, kernel, channels // groups, outputs=outputs),
-                                            groups=groups), block) < 1  # fmt: skip
+                                            structure=Structure(groups=groups)), block) < 1  # fmt: skip
 
 
 def nets(*convs: nn.Module) -> nn.Sequential:

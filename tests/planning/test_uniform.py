@@ -14,12 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from groupify.conversion.surgery import restructure
 from groupify.errors import ConversionError, PlanError
 from groupify.graph.call import example_input
+from groupify.planning.group_counts import GroupCounts
 from groupify.planning.observing import observe
 from groupify.planning.rules import Rules
 from groupify.planning.sites import describe
 from groupify.planning.uniform import plan, plan_observed
 from groupify.scores import conv_params, measure_cost
-from groupify.structures import KINDS, Change, Plan, SitePlan, SiteRecipe
+from groupify.structures import GROUPED, GROUPED_POINTWISE, Change, Plan, SitePlan, SiteRecipe, Structure
 
 
 def stem(channels: int) -> nn.Conv2d:
@@ -35,7 +36,7 @@ def planned(model: nn.Module, shape: tuple[int, ...], *, groups: int, **options:
     """What the rules say, of any width unless asked otherwise; without what is added of latencies."""
     rules = Rules(**{"min_group_width": 1, "cpu": "avx512", **options})
     observed = observe(model, example_input(shape, like=model))
-    return plan_observed(model, observed, shape, groups=groups, rules=rules)
+    return plan_observed(model, observed, shape, groups=GroupCounts.of(groups), rules=rules)
 
 
 def only_site(model: nn.Module, groups: int, size: int = 8, **options: Any) -> SitePlan:
@@ -64,7 +65,7 @@ def test_hand_counted_conv() -> None:
     model = behind_stem(nn.Conv2d(8, 6, 1), 8)
     result = planned(model, (3, 5, 7), groups=2)
     site = result.sites[1]
-    assert (site.groups_before, site.groups, site.kind, site.reason) == (1, 2, "grouped", None)
+    assert (site.groups_before, site.groups, site.structure, site.reason) == (1, 2, Structure(groups=2), None)
     assert site.params == Change(48 + 6, 24 + 6)
     assert site.macs == Change(48 * 35, 24 * 35)
     assert site.output_size == (5, 7)
@@ -93,7 +94,7 @@ def test_grouped_pointwise() -> None:
     """8 groups of a 3×3 conv and a dense 1×1 conv, which has the bias."""
     conv = nn.Conv2d(32, 16, 3, padding=1)
     site = only_site(behind_stem(conv, 32), 8, structures=("grouped-pointwise",))
-    assert (site.kind, site.groups, site.reason) == ("grouped-pointwise", 8, None)
+    assert (site.structure, site.groups, site.reason) == (Structure(None, 8, 16), 8, None)
     assert site.params == Change(32 * 16 * 9 + 16, 32 // 8 * 16 * 9 + 16 * 16 + 16)
     assert site.macs == Change(32 * 16 * 9 * 64, (32 // 8 * 16 * 9 + 16 * 16) * 64)
 
@@ -263,7 +264,10 @@ def test_a_pattern_that_matches_nothing(option: str) -> None:
         ({"groups": 1}, "groups is 1, which leaves the model dense"),
         ({"groups": 2, "structures": ["group"]}, "unknown structure 'group'.*did you mean 'grouped'"),
         ({"groups": 2, "structures": []}, "structures is empty"),
-        ({"groups": 2, "structures": KINDS}, "structures are grouped, grouped-pointwise: .* takes one"),
+        (
+            {"groups": 2, "structures": (GROUPED, GROUPED_POINTWISE)},
+            "structures are grouped, grouped-pointwise: .* takes grouped or grouped-pointwise; give one",
+        ),
         ({"groups": 2, "shuffle": "some"}, "unknown shuffle 'some'"),
         ({"groups": 2, "shuffle": "all", "structures": "grouped-pointwise"}, "mixes the groups already"),
         ({"groups": 2, "min_group_width": 0}, "min_group_width is 0"),
@@ -342,12 +346,12 @@ def test_too_few_channels_for_the_width() -> None:
     assert reason == "groups narrower than 16 channels are slower; 24 → 64 channels are too few"
 
 
-def test_pointwise_kind_is_left_out_where_it_does_not_pay() -> None:
+def test_grouped_pointwise_is_left_out_where_it_does_not_pay() -> None:
     model = nn.Sequential(stem(8), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 64, 3, padding=1), nn.Conv2d(64, 64, 3))
     sites = planned(model, (3, 8, 8), groups=2, structures=("grouped-pointwise",)).sites
     assert sites[1].reason == "a 1×1 conv costs less than a grouped conv and a pointwise conv"
     assert sites[2].reason == "2 groups and a pointwise conv would cost more than this conv"
-    assert sites[3].kind == "grouped-pointwise"
+    assert sites[3].structure == Structure(None, 2, 64)
 
 
 @given(
@@ -359,7 +363,7 @@ def test_pointwise_kind_is_left_out_where_it_does_not_pay() -> None:
     kernel=st.sampled_from([1, 3]),
     stride=st.integers(1, 2),
     bias=st.booleans(),
-    structure=st.sampled_from(KINDS),
+    structure=st.sampled_from([GROUPED, GROUPED_POINTWISE]),
 )
 @settings(max_examples=60, deadline=None)
 def test_every_plan_keeps_its_rules_and_its_counts_are_torch_s(
@@ -422,8 +426,8 @@ def test_describe_is_the_plan_again() -> None:
         told.recipes
         == made.recipes
         == (
-            SiteRecipe("a1", "grouped", 4, shuffle=True),
-            SiteRecipe("a2", "grouped", 4, shuffle=True),
+            SiteRecipe("a1", Structure(groups=4), shuffle=True),
+            SiteRecipe("a2", Structure(groups=4), shuffle=True),
         )
     )
     assert isinstance(told, Plan)
@@ -441,7 +445,7 @@ def test_a_cheap_projection_shortcut_stays_dense_unless_included() -> None:
     assert costly.sites[2].groups == 4
     net[2] = nn.Conv2d(64, 8, 1, stride=2)  # 0.6%
     cheap = planned(net, (3, 28, 28), groups=4)
-    assert (cheap.sites[2].kind, cheap.sites[2].groups) == ("dense", 1)
+    assert (cheap.sites[2].structure, cheap.sites[2].converted) == (Structure(), False)
     assert "lets the groups mix" in (cheap.sites[2].reason or "")
     assert planned(net, (3, 28, 28), groups=4, include=["*"]).sites[2].groups == 4
     net[2] = nn.Conv2d(64, 8, 1)  # not strided: no shortcut

@@ -101,7 +101,8 @@ def test_schema_is_sound_and_knows_every_part() -> None:
     ("path", "value"),
     [
         (("accuracy", "dense"), 93.6),
-        (("sites", 0, "kind"), "pruned"),
+        (("sites", 0, "structure"), "pruned"),
+        (("sites", 0, "structure", "groups"), "4"),
         (("latency_ms", "dense"), 0),
         (("params", "grouped"), -1),
         (("pictures", 0, "before"), None),
@@ -160,9 +161,9 @@ def test_verdict_says_slower_and_larger() -> None:
         ("{}", "it is no report"),
         (
             '{"format": "groupify-report", "schema_version": 7}',
-            "is 7, this groupify reads version 3",
+            "is 7, this groupify reads version 4",
         ),
-        ('{"format": "groupify-report", "schema_version": 3}', "report has no 'model'"),
+        ('{"format": "groupify-report", "schema_version": 4}', "report has no 'model'"),
     ],
 )
 def test_what_is_no_report_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
@@ -268,7 +269,8 @@ def test_a_later_version_may_have_more_to_say(tmp_path: Path) -> None:
     ("path", "value", "message"),
     [
         (("model",), "a\x1b[31mb", "report.model is 'a.*; expected a printable text"),
-        (("sites", 0, "kind"), "pruned", r"report.sites\[0\].kind is 'pruned'; expected 'dense' or"),
+        (("sites", 0, "structure"), "pruned", r"report.sites\[0\].structure is 'pruned'; expected an object"),
+        (("sites", 0, "structure", "groups"), 0, "report: groups is 0; expected 1 or more"),
         (("params",), None, "report.params is None; expected an object"),
         (("latency_ms", "dense"), 0, "report.latency_ms.dense is 0; expected greater than 0"),
         (("pictures", 0, "columns"), 5, r"report.pictures\[0\] is .*; expected 2 by 5 pixels"),

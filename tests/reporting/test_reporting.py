@@ -20,19 +20,19 @@ from groupify.reporting.results import AccuracyChange, LatencyChange, Report
 from groupify.reporting.sites import print_plan
 from groupify.reporting.tables import stdout_console
 from groupify.reporting.text import print_bench, print_report
-from groupify.structures import Change, Plan, SitePlan
+from groupify.structures import Change, Plan, SitePlan, Structure
 
 MACHINE = Machine("Abacus 3", "avx2", 1, "Linux x86_64", "3.11", "2.6", "1.20", "1.17")
 STEM = SitePlan(
-    "stem", "dense", 1, 1, False, "first conv: too few input channels (3)", 3, 64, (7, 7), (2, 2), (112, 112),
-    Change(9408, 9408), Change(118013952, 118013952),
+    "stem", 1, Structure(), False, "first conv: too few input channels (3)", 3, 64, (7, 7), (2, 2),
+    (112, 112), Change(9408, 9408), Change(118013952, 118013952),
 )  # fmt: skip
 CONV = SitePlan(
-    "layer.conv", "grouped", 1, 4, True, None, 64, 128, (3, 1), (1, 2), (56, 28),
+    "layer.conv", 1, Structure(groups=4), True, None, 64, 128, (3, 1), (1, 2), (56, 28),
     Change(24576, 6144), Change(38535168, 9633792),
 )  # fmt: skip
 POINTWISE = SitePlan(
-    "last", "grouped-pointwise", 1, 2, False, "clamped: 4 groups do not divide 6 → 6 channels",
+    "last", 1, Structure(4, 2, 6), False, "clamped: 4 groups do not divide 6 → 6 channels",
     6, 6, (3, 3), (1, 1), (), Change(324, 198), Change(0, 0),
 )  # fmt: skip
 REPORT = Report(
@@ -86,10 +86,10 @@ def test_a_report_in_text() -> None:
     console = piped()
     print_report(REPORT, console)
     assert lines(console) == [
-        "site        shape                       groups                  params           MACs  reason",
-        "stem        3 → 64, 7×7 / 2, 112×112    1                        9.41k           118M  first conv: too few input channels (3)",  # noqa: E501
-        "layer.conv  64 → 128, 3×1 / 1×2, 56×28  1 → 4 + shuffle  24.6k → 6.14k  38.5M → 9.63M",
-        "last        6 → 6, 3×3                  1 → 2 + 1×1          324 → 198          0 → 0  clamped: 4 groups do not divide 6 → 6 channels",  # noqa: E501
+        "site        shape                       groups                     params           MACs  reason",
+        "stem        3 → 64, 7×7 / 2, 112×112    1                           9.41k           118M  first conv: too few input channels (3)",  # noqa: E501
+        "layer.conv  64 → 128, 3×1 / 1×2, 56×28  1 → 4 + shuffle     24.6k → 6.14k  38.5M → 9.63M",
+        "last        6 → 6, 3×3                  1 → 2 in (4, 2, 6)      324 → 198          0 → 0  clamped: 4 groups do not divide 6 → 6 channels",  # noqa: E501
         "",
         "                                  dense   grouped  ratio",
         "params                            34.3k     15.8k  2.18×",
@@ -197,7 +197,11 @@ def test_the_documents_are_json() -> None:
     assert document["accuracy"] == {"dense": 0.9365, "converted": 0.91, "recovered": 0.925, "images": 2000}
     assert document["parity"]["max_abs_diff"] == 9.5e-6
     assert document["machine"] is None
-    assert [site["groups"] for site in document["sites"]] == [1, 4, 2]
+    assert [site["structure"] for site in document["sites"]] == [
+        {"reduce": None, "groups": 1, "expand": None},
+        {"reduce": None, "groups": 4, "expand": None},
+        {"reduce": 4, "groups": 2, "expand": 6},
+    ]
     bench = bench_document(BENCH)
     assert bench["mac_ratio"] == 4
     assert bench["blocked_convs"]["grouped"] == {"blocked": 3, "total": 5}

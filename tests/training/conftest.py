@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from groupify.conversion.surgery import restructure
-from groupify.structures import SiteRecipe
+from groupify.structures import SiteRecipe, Structure
 from groupify.training.finetuning import finetune
 from tests.training.nets import SETTINGS, make_data, make_net, splits
 
@@ -39,4 +39,4 @@ def dense(data: TensorDataset) -> nn.Module:
 
 @pytest.fixture(scope="package")
 def student(dense: nn.Module) -> nn.Module:
-    return restructure(dense, [SiteRecipe("3", "grouped", 8)]).eval()
+    return restructure(dense, [SiteRecipe("3", Structure(groups=8))]).eval()

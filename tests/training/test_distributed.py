@@ -22,7 +22,7 @@ from torch.utils.data import TensorDataset
 from groupify.conversion.surgery import restructure
 from groupify.data.ranks import Ranks, process_group
 from groupify.scores import evaluate
-from groupify.structures import SiteRecipe
+from groupify.structures import SiteRecipe, Structure
 from groupify.training.finetuning import FinetuneResult, finetune
 from groupify.training.holdout import hold_out
 from groupify.training.learner import _SharedBatchNorm, synchronise_batch_norms
@@ -57,7 +57,7 @@ def run_finetune(name: str, *, distributed: bool) -> FinetuneResult:
     for module in dense.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # each process drops others
-    student = restructure(dense, [SiteRecipe("3", "grouped", 4)])
+    student = restructure(dense, [SiteRecipe("3", Structure(groups=4))])
     images, labels = make_data()
     train = TensorDataset(images, labels) if kind == "map-style" else SOURCES[kind](images, labels)
     return finetune(student, splits(train), teacher=dense, settings=settings, distributed=distributed)

@@ -252,10 +252,10 @@ def run_in_process(folder: Path, seconds: float) -> FinetuneResult:
 
 def _layers() -> list[nn.Module]:
     from groupify.conversion.surgery import restructure
-    from groupify.structures import SiteRecipe
+    from groupify.structures import SiteRecipe, Structure
     from tests.training.nets import make_net
 
-    return list(restructure(make_net(), [SiteRecipe("3", "grouped", 8)]).children())
+    return list(restructure(make_net(), [SiteRecipe("3", Structure(groups=8))]).children())
 
 
 @pytest.mark.slow
