@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from groupify.errors import ConversionError, GroupifyError
 from groupify.graph.call import Call, Example
+from groupify.onnx.attention import PlainAttention
 from groupify.onnx.graph_edits import ValueNames
 from groupify.onnx.inputs import input_places
 from groupify.onnx.outputs import named_outputs
@@ -167,7 +168,7 @@ def _export(
     batched = [whole[place].dim() > 0 and len(whole[place]) == size for place in places.values()]
     batch = torch.export.Dim("batch")
     dynamic = None if static_batch is not None else (tuple({0: batch} if has else {} for has in batched),)
-    with quiet_exporter():
+    with quiet_exporter(), PlainAttention():
         program = torch.onnx.export(
             _Flat(model, call, list(places.values()), names),
             tuple(tensors),

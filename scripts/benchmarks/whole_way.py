@@ -78,6 +78,9 @@ class Row:
     seconds: float = 0.0
 
 
+_SPREAD = 0.02  # of weights in place of zeros
+
+
 class _NotSupportedError(Exception):
     """The model is of a kind that groupify does not take."""
 
@@ -227,6 +230,7 @@ def smallest(entry: Entry) -> tuple[Source, tuple[int, ...]]:
     Some detectors rescale their input to a size of their own, which the backbone alone does not.
     """
     source = groupify.load_model(entry.factory, weights="none", arguments=entry.arguments, seed=SEED)
+    wake(source.model)
     problem = ""
     for shape in entry.shapes:
         try:
@@ -240,6 +244,18 @@ def smallest(entry: Entry) -> tuple[Source, tuple[int, ...]]:
         if outputs:
             return source, shape
     raise GroupifyError(f"no input of {entry.shapes[0]} to {entry.shapes[-1]} works: {problem}")
+
+
+def wake(model: nn.Module) -> None:
+    """Give weights that a fresh model holds at zero (of heads, as a rule) random values, in place.
+
+    Behind them all outputs are zero, and a comparison would prove nothing.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and not bool(parameter.any()):
+                parameter.copy_(_SPREAD * torch.randn(parameter.shape, generator=generator))
 
 
 def _used() -> float:

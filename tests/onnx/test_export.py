@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from groupify.errors import ArtefactError, ConversionError
 from groupify.models.preprocessing import Preprocessing
 from groupify.onnx.exporting import export_onnx
+from groupify.onnx.parity import check_parity
 from groupify.onnx.tracing import OPSET
 from tests.onnx.nets import INPUT_SHAPE, SmallNet, TwoHeads, randomise
 
@@ -157,3 +158,28 @@ def test_half_precision_is_refused(tmp_path: Path) -> None:
 def test_missing_folder(net: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match="cannot write"):
         export_onnx(net, tmp_path / "missing" / "net.onnx", input_shape=INPUT_SHAPE)
+
+
+class WindowAttention(nn.Module):
+    """Attention inside each of four windows, over (batch, windows, heads, positions, width)."""
+
+    def __init__(self, *, masked: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 24, 3, padding=1)
+        self.mask = nn.Parameter(torch.randn(16, 16)) if masked else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps: Tensor = self.conv(x)
+        tiles = maps.unflatten(3, (2, 4)).unflatten(2, (2, 4)).permute(0, 2, 4, 3, 5, 1)
+        windows = tiles.flatten(3, 4).flatten(1, 2)
+        query, key, value = windows.unflatten(3, (3, 2, 4)).permute(3, 0, 1, 4, 2, 5)
+        attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, self.mask, scale=0.7)
+        return attended.mean((1, 3)).flatten(1)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_in_windows_is_exported(tmp_path: Path, masked: bool) -> None:
+    torch.manual_seed(0)
+    model = WindowAttention(masked=masked).eval()
+    file = export_onnx(model, tmp_path / "model.onnx", input_shape=(3, 8, 8))
+    assert check_parity(model, file.path, input_shape=(3, 8, 8), batch_sizes=(1, 3)).max_rel_diff < 1e-4
