@@ -231,7 +231,8 @@ def low_rank(structure: str) -> Method:
         sites = {site.name: site.macs.dense for site in chosen.converted}
         saved = chosen.macs.dense - chosen.macs.grouped
         step = setting.rules.cpu_block
-        return factorise(setting.dense, structure, sites, saved, setting.images, step=step, seed=setting.seed)
+        calibration = Calibration(setting.images)
+        return factorise(setting.dense, structure, sites, saved, calibration, step=step, seed=setting.seed)
 
     return method
 

@@ -10,8 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from groupify.conversion.conversion import Calibration
+from groupify.conversion.surgery import restructure
 from groupify.data.images import ImageArrays
 from groupify.data.splits import load_data
+from groupify.errors import ConversionError
 from groupify.models.demo import fashion_resnet18
 from groupify.models.preprocessing import Preprocessing
 from groupify.models.specs import ModelSpec
@@ -20,12 +23,14 @@ from groupify.planning.uniform import plan
 from groupify.scores import measure_cost
 from groupify.stats.positions import input_patches, pick, sample_positions
 from groupify.stats.samples import SiteSamples
+from groupify.structures import SiteRecipe, Structure
 from scripts.benchmarks import harness, peers_latency
 from scripts.benchmarks.contest import KEYS, Contest, Contestant, Net, Row, order_of
 from scripts.benchmarks.harness import Parser, Results, Timing
 from scripts.benchmarks.low_rank import STRUCTURES, Size, choose_ranks, factorise
 from scripts.benchmarks.methods import PEERS, Setting, densified, truncation
 from scripts.benchmarks.peers import IN_RECOVERY, take_over, take_rates
+from scripts.benchmarks.spatial import in_columns, lay_out_columns, merge_columns
 from scripts.benchmarks.tables import BENCHMARKS
 from scripts.benchmarks.training import RememberingTeacher, Trainer, Twin
 from scripts.train_dense import hold_out
@@ -71,27 +76,101 @@ def images() -> Tensor:
     return torch.randn(128, *SHAPE, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (1, 2), (2, (2, 1))])
-def test_full_ranks_give_the_dense_conv(structure: str, stride: int, dilation: int | tuple[int, int]) -> None:
+CONVS: list[dict[str, Any]] = [
+    {"padding": (1, 2)},
+    {"stride": 2, "padding": 1},
+    {"stride": (1, 2), "padding": (2, 0), "dilation": (2, 1)},
+    {"padding": "same", "dilation": 2},
+    {"padding": 1, "padding_mode": "reflect"},
+    {"kernel_size": (3, 1), "stride": 2},
+    {"kernel_size": (1, 5), "stride": 2},
+]
+
+
+def conv_net(**options: Any) -> tuple[nn.Sequential, nn.Conv2d]:
     torch.manual_seed(0)
-    conv = nn.Conv2d(8, 12, (3, 5), stride=stride, padding=(1, 2), dilation=dilation)
-    inputs = torch.randn(64, *SHAPE)
+    conv = nn.Conv2d(8, 12, **{"kernel_size": (3, 5), **options})
+    return nn.Sequential(nn.Conv2d(8, 8, 1), conv).eval(), conv
+
+
+@pytest.mark.parametrize("options", CONVS, ids=str)
+def test_spatial_svd_is_a_structure_of_a_conv_on_columns(options: dict[str, Any]) -> None:
+    net, conv = conv_net(**options)
+    images = torch.randn(4, *SHAPE)
+    laid_out = lay_out_columns(net, ["1"])
+    student = restructure(laid_out, [SiteRecipe(in_columns("1"), Structure(5))])
+    randomise(student)
+    merged = merge_columns(student, ["1"])
     with torch.no_grad():
-        outputs = conv(inputs)
-        positions = sample_positions(outputs.shape, 2000, torch.Generator().manual_seed(0))
-        samples = SiteSamples(
-            positions=[positions],
-            patches=[input_patches(inputs, conv, positions)],
-            outputs=[pick(outputs, positions)],
-            calls=1,
-        )
+        torch.testing.assert_close(laid_out(images), net(images))
+        torch.testing.assert_close(merged(images), student(images))
+        outputs = conv(images)
+        positions = sample_positions(outputs.shape, 500, torch.Generator().manual_seed(0))
+        samples = SiteSamples([positions], outputs=[pick(outputs, positions)], calls=1)
+        samples.patches.append(input_patches(images, conv, positions))
         size = Size((10, 9), (outputs.shape[2], outputs.shape[3]))
-        factors = STRUCTURES[structure](conv, size, samples, torch.rand(12, dtype=torch.float64) + 0.5)
-        ranks = [len(energy) for energy in factors.energies]
-        built = factors.build(ranks)
-        torch.testing.assert_close(built(inputs), outputs, atol=1e-4, rtol=1e-4)
-    assert factors.macs(ranks) == measure_cost(built, inputs[:1]).macs
+        found = STRUCTURES["spatial SVD"](conv, size, samples, torch.ones(12, dtype=torch.float64))
+    one = measure_cost(merged.get_submodule("1"), images[:1])
+    assert one.macs == found.macs([5])
+    assert one.params == 5 * (8 * conv.kernel_size[0] + 12 * conv.kernel_size[1]) + 12
+
+
+def randomise(model: nn.Module) -> None:
+    """Give the converted conv random weights."""
+    with torch.no_grad():
+        for name, weight in model.get_submodule("1.rows").named_parameters():
+            weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name))))
+
+
+@pytest.mark.parametrize("conv", [nn.Conv2d(8, 8, 3, groups=2), nn.Conv1d(8, 8, 3)])
+def test_what_has_no_spatial_svd_is_refused(conv: nn.Module) -> None:
+    with pytest.raises(ConversionError, match=r"layer '0' .*; expected .*leave it out"):
+        lay_out_columns(nn.Sequential(conv), ["0"])
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_weight_of_that_form_is_recovered(structure: str) -> None:
+    net, conv = conv_net(kernel_size=3, padding=1, bias=False)
+    make_low_rank(conv, structure, 4)
+    model = at_ranks_of_4(net, structure)
+    fresh = torch.randn(16, *SHAPE)
+    with torch.no_grad():
+        wanted, found = net(fresh), model(fresh)
+    assert float((found - wanted).square().sum() / wanted.square().sum()) < 1e-4
+
+
+def at_ranks_of_4(net: nn.Module, structure: str, images: Tensor | None = None) -> nn.Module:
+    """Factorise the second conv of a net with ranks of 4."""
+    dense = 90 * 8 * 12 * 9
+    ours = 90 * {"spatial SVD": 4 * 3 * (8 + 12), "Tucker-2": 4 * 8 + 4 * 4 * 9 + 4 * 12}[structure]
+    calibration = Calibration(torch.randn(64, *SHAPE) if images is None else images)
+    model = factorise(net, structure, {"1": dense}, dense - ours, calibration, step=4)
+    assert measure_cost(model.get_submodule("1"), torch.randn(1, *SHAPE)).macs == ours
+    return model
+
+
+def test_the_fit_of_both_factors_is_no_worse_than_that_of_the_last_alone() -> None:
+    net, conv = conv_net(kernel_size=3, padding=1, bias=False)
+    mixing = torch.randn(8, 8, generator=torch.Generator().manual_seed(3))
+    images = torch.einsum("ij,njhw->nihw", mixing, torch.randn(32, *SHAPE))
+    model = at_ranks_of_4(net, "spatial SVD", images)
+    with torch.no_grad():
+        wanted = net(images)
+        latents = vertical_svd(net[0](images), conv, 4)
+        patches = torch.nn.functional.unfold(latents, (1, 3), padding=(0, 1)).transpose(1, 2).flatten(0, 1)
+        rows = wanted.flatten(2).transpose(1, 2).flatten(0, 1)
+        before = (patches @ torch.linalg.lstsq(patches, rows).solution - rows).square().sum()
+        after = (model(images) - wanted).square().sum()
+    assert float(after) < 0.999 * float(before)
+
+
+def vertical_svd(inputs: Tensor, conv: nn.Conv2d, rank: int) -> Tensor:
+    """What the first factor gives if it is the SVD of the weight, weighted by the inputs' covariance."""
+    columns = torch.nn.functional.unfold(inputs, (3, 1), padding=(1, 0)).transpose(1, 2).flatten(0, 1)
+    root = torch.linalg.cholesky(columns.T @ columns).T
+    left = torch.linalg.svd(root @ conv.weight.permute(1, 2, 3, 0).flatten(0, 1).flatten(1)).U[:, :rank]
+    first = torch.linalg.solve(root, left).T.reshape(rank, 8, 3, 1)
+    return torch.nn.functional.conv2d(inputs, first, padding=(1, 0))
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -102,8 +181,10 @@ def test_factorised_net_meets_its_macs_and_stays_close(structure: str, net: TwoC
     sites = {site.name: site.macs.dense for site in chosen.sites}
     dense = measure_cost(net, images[:1]).macs
     before = {key: value.clone() for key, value in net.state_dict().items()}
-    model = factorise(net, structure, sites, dense // 2, images, step=1)
-    assert measure_cost(model, images[:1]).macs == pytest.approx(dense / 2, rel=0.03)
+    model = factorise(net, structure, sites, dense // 2, Calibration(images), step=1)
+    assert measure_cost(model, images[:1]).macs == pytest.approx(
+        dense / 2, rel=0.07
+    )  # the steps are large here
     fresh = torch.randn(64, *SHAPE, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         wanted, found = net(fresh), model(fresh)
@@ -123,7 +204,8 @@ class _Known:
     def macs(self, ranks: Any) -> int:
         return int(ranks[0])
 
-    build = fitted = lambda *_: None
+    def structure(self, ranks: Any) -> Structure:
+        return Structure(ranks[0])
 
 
 def test_ranks_go_where_the_energy_is() -> None:
