@@ -13,14 +13,22 @@ stored in the file's metadata. The same seed, versions and number of threads giv
     python -m scripts.train_dense --model demo --epochs 8 --hold-out --output twin.safetensors
 
 leaves a tenth of the training images out: those that the benchmarks choose learning rates on.
+
+    python -m scripts.train_dense --model resnet26 --epochs 4 --output resnet26.safetensors
+
+trains the bottleneck ResNet of the benchmarks. After each epoch the state of the training is kept beside the
+output, in FILE.safetensors.training: the same command, started again, goes on from there to the same weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -31,11 +39,22 @@ from tqdm import tqdm
 from groupify.data.images import FlipAndShift, ImageArrays
 from groupify.data.splits import load_data
 from groupify.machine import bfloat16_is_slow
-from groupify.models.demo import INPUT_SHAPE, demo_model, fashion_resnet18, fashion_vgg11_bn
+from groupify.models.demo import (
+    INPUT_SHAPE,
+    demo_model,
+    fashion_resnet18,
+    fashion_resnet26,
+    fashion_vgg11_bn,
+)
 from groupify.models.specs import ModelSpec
 from groupify.scores import evaluate
 
-MODELS = {"demo": demo_model, "resnet18": fashion_resnet18, "vgg11_bn": fashion_vgg11_bn}
+MODELS = {
+    "demo": demo_model,
+    "resnet18": fashion_resnet18,
+    "resnet26": fashion_resnet26,
+    "vgg11_bn": fashion_vgg11_bn,
+}
 BATCH_SIZE = 128
 HOLD_OUT_SEED = 77
 
@@ -67,9 +86,9 @@ def main() -> None:
     if arguments.hold_out:
         images, _ = hold_out(images)
 
-    started = time.monotonic()
-    train(model, images, splits.augment, epochs=arguments.epochs, seed=arguments.seed)
-    minutes = (time.monotonic() - started) / 60
+    setting = {name: getattr(arguments, name) for name in ("model", "data", "epochs", "seed", "hold_out")}
+    kept = Kept(arguments.output.with_name(arguments.output.name + ".training"), setting)
+    minutes = train(model, images, splits.augment, epochs=arguments.epochs, seed=arguments.seed, kept=kept)
     accuracy = evaluate(model, test)
 
     weights = {
@@ -90,6 +109,7 @@ def main() -> None:
         "torch": torch.__version__,
     }
     store(weights, arguments.output, metadata)
+    kept.path.unlink(missing_ok=True)
     print("\n".join(f"{name}: {value}" for name, value in metadata.items()))
 
 
@@ -103,8 +123,71 @@ def hold_out(images: ImageArrays) -> tuple[ImageArrays, ImageArrays]:
     return kept, left_out
 
 
-def train(model: nn.Module, images: ImageArrays, augment: FlipAndShift, *, epochs: int, seed: int) -> None:
-    """Train ``model`` in place with the recipe described above."""
+@dataclass(frozen=True)
+class Kept:
+    """The state of a training behind its last whole epoch, in a file.
+
+    Attributes:
+        path: of the file.
+        setting: what must be the same for a training to go on.
+    """
+
+    path: Path
+    setting: dict[str, Any]
+
+    def save(self, epoch: int, seconds: float, generator: torch.Generator, *parts: Any) -> None:
+        """Write the states of ``parts`` and of the random generators aside, then rename."""
+        state = {
+            "setting": self.setting,
+            "epoch": epoch,
+            "seconds": seconds,
+            "generators": [generator.get_state(), torch.get_rng_state()],
+            "parts": [part.state_dict() for part in parts],
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        aside = self.path.with_name(self.path.name + ".partial")
+        torch.save(state, aside)
+        os.replace(aside, self.path)
+
+    def load(self, generator: torch.Generator, *parts: Any) -> tuple[int, float]:
+        """Put the states back; return the epochs that are done and the seconds they took, 0 without a file.
+
+        Exits if the file is of another training.
+        """
+        if not self.path.exists():
+            return 0, 0.0
+        state = torch.load(self.path, weights_only=True)
+        if state["setting"] != self.setting:
+            sys.exit(
+                f"{self.path} is of a training with {state['setting']}, this one is with {self.setting}; "
+                "remove it or give another --output"
+            )
+        for part, values in zip(parts, state["parts"], strict=True):
+            part.load_state_dict(values)
+        generator.set_state(state["generators"][0])
+        torch.set_rng_state(state["generators"][1])
+        return state["epoch"], state["seconds"]
+
+
+def train(
+    model: nn.Module,
+    images: ImageArrays,
+    augment: FlipAndShift,
+    *,
+    epochs: int,
+    seed: int,
+    kept: Kept | None = None,
+) -> float:
+    """Train ``model`` in place with the recipe described above, and return the minutes that took.
+
+    Args:
+        model: what to train.
+        images: to train on.
+        augment: what becomes of them.
+        epochs: how many.
+        seed: of the order and the augmentation.
+        kept: where the state is kept from epoch to epoch, and found by a training that was stopped.
+    """
     generator = torch.Generator().manual_seed(seed)
     steps = len(images) // BATCH_SIZE
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
@@ -112,20 +195,31 @@ def train(model: nn.Module, images: ImageArrays, augment: FlipAndShift, *, epoch
         optimizer, max_lr=0.1, total_steps=epochs * steps, cycle_momentum=False
     )
     model.train().to(memory_format=torch.channels_last)
-    for epoch in range(1, epochs + 1):
+    state = generator, model, optimizer, schedule
+    done, seconds = (0, 0.0) if kept is None else kept.load(*state)
+    for epoch in range(done + 1, epochs + 1):
+        started = time.monotonic()
         order = torch.randperm(len(images), generator=generator)[: steps * BATCH_SIZE]
         loss_sum = 0.0
         for indices in tqdm(order.view(steps, BATCH_SIZE), f"epoch {epoch}/{epochs}", mininterval=5):
             inputs, labels = images.batch(indices)
             inputs = augment(inputs, generator).contiguous(memory_format=torch.channels_last)
-            with torch.autocast("cpu", torch.bfloat16, enabled=not bfloat16_is_slow()):
-                loss = F.cross_entropy(model(inputs).float(), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            loss_sum += _step(model, inputs, labels, optimizer)
             schedule.step()
-            loss_sum += loss.item()
+        seconds += time.monotonic() - started
+        if kept is not None:
+            kept.save(epoch, seconds, *state)
         tqdm.write(f"epoch {epoch}/{epochs}: mean training loss {loss_sum / steps:.4f}")
+    return seconds / 60
+
+
+def _step(model: nn.Module, inputs: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer) -> float:
+    with torch.autocast("cpu", torch.bfloat16, enabled=not bfloat16_is_slow()):
+        loss = F.cross_entropy(model(inputs).float(), labels)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
 
 
 def store(weights: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

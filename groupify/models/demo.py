@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 from torchvision.models import resnet18
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.models.vgg import make_layers
 
 from groupify.models.preprocessing import Preprocessing
@@ -78,7 +78,16 @@ def demo_model() -> DemoResNet:
 
 def fashion_resnet18() -> nn.Module:
     """Return the benchmark network: torchvision's resnet18 with a stride-1 3×3 stem, 10 classes."""
-    model: nn.Module = resnet18(weights=None, num_classes=NUM_CLASSES)
+    return _with_small_stem(resnet18(weights=None, num_classes=NUM_CLASSES))
+
+
+def fashion_resnet26() -> nn.Module:
+    """Return torchvision's bottleneck ResNet with two blocks a stage, a stride-1 3×3 stem, 10 classes."""
+    return _with_small_stem(ResNet(Bottleneck, [2, 2, 2, 2], num_classes=NUM_CLASSES))
+
+
+def _with_small_stem(model: nn.Module) -> nn.Module:
+    """Give a ResNet the stem for 28×28 images, in place."""
     model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     return model

@@ -11,10 +11,13 @@ where a page says ``<!-- table: NAME -->``. A result file that is not there yet 
 from __future__ import annotations
 
 import argparse
+import base64
 import json
+import math
 import re
 import statistics
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -314,6 +317,56 @@ def models(document: Document) -> Table:
     return lines
 
 
+def rivals(document: Document) -> Table:
+    """A line per net, size and method; means over the seeds, and what groupify is ahead by."""
+    titles = ("MACs", "parameters", "top-1", "drop", "KL to the dense net", "groupify is ahead by")
+    lines: Table = [("net, MACs wanted", "method", *titles)]
+    for (net, size), same in grouped_by(document["rows"], "net", "size").items():
+        ours = {row["seed"]: row for row in same if row["method"] == "groupify"}
+        for (method,), found in grouped_by(same, "method").items():
+            means = {
+                name: statistics.fmean(row[name] for row in found)
+                for name in ("macs_ratio", "params_ratio", "top1", "drop", "divergence")
+            }
+            tops = [row["top1"] for row in found]
+            pairs = [(ours[row["seed"]]["right"], row["right"]) for row in found if row["seed"] in ours]
+            lines.append(
+                (
+                    f"{net} {saved(size, 1)}",
+                    method,
+                    saved(means["macs_ratio"]),
+                    saved(means["params_ratio"]),
+                    f"{percent(means['top1'])} ± {(max(tops) - min(tops)) / 2:.2f}",
+                    f"{means['drop']:.2f}",
+                    f"{means['divergence']:.4f}",
+                    "–" if method == "groupify" or not pairs else ahead(pairs),
+                )
+            )
+    return lines
+
+
+def ahead(pairs: list[tuple[str, str]]) -> str:
+    """Points of accuracy that the first of each pair has more, with the 95% interval over the images.
+
+    Args:
+        pairs: which images two methods had right, for each seed.
+    """
+    images = [statistics.fmean(values) for values in zip(*map(_differences, pairs), strict=True)]
+    mean = 100 * statistics.fmean(images)
+    half = 196 * statistics.stdev(images) / math.sqrt(len(images))
+    return f"{mean:+.2f} ({mean - half:+.2f} … {mean + half:+.2f})"
+
+
+def _differences(pair: tuple[str, str]) -> list[int]:
+    ours, theirs = (_bits(text) for text in pair)
+    return [one - other for one, other in zip(ours, theirs, strict=True)]
+
+
+def _bits(text: str) -> list[int]:
+    """Whether each image was right; what is beyond the last image is 0."""
+    return [byte >> (7 - bit) & 1 for byte in zlib.decompress(base64.b64decode(text)) for bit in range(8)]
+
+
 def readme_peers(document: Document) -> Table:
     """Top-1 after each training, and the speed-up: a line per method, a column per MACs."""
     rows = document["rows"]
@@ -365,6 +418,7 @@ TABLES: dict[str, tuple[str, Callable[[Document], Table]]] = {  # name: (command
     "peers_latency": ("peers_latency --checkpoint FILE [--model MODEL]", peers_latency),
     "recovery": ("recovery --checkpoint FILE --twin FILE", recovery),
     "planner": ("planner --checkpoint FILE", planner),
+    "rivals": ("rivals --checkpoint FILE [--model MODEL]", rivals),
     "prediction": ("prediction", prediction),
     **{
         f"models_{library}": (f"models {library}", models)

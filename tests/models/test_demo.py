@@ -29,6 +29,7 @@ def script(name: str) -> ModuleType:
     assert module_spec is not None
     assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[name] = module  # where dataclasses look for their module
     module_spec.loader.exec_module(module)
     return module
 

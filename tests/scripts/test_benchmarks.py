@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from groupify.conversion.conversion import Calibration
 from groupify.conversion.surgery import restructure
-from groupify.data.images import ImageArrays
+from groupify.data.images import FlipAndShift, ImageArrays
 from groupify.data.splits import load_data
 from groupify.errors import ConversionError
+from groupify.models import demo
 from groupify.models.demo import fashion_resnet18
 from groupify.models.preprocessing import Preprocessing
 from groupify.models.specs import ModelSpec
@@ -24,16 +25,17 @@ from groupify.scores import measure_cost
 from groupify.stats.positions import input_patches, pick, sample_positions
 from groupify.stats.samples import SiteSamples
 from groupify.structures import SiteRecipe, Structure
-from scripts.benchmarks import harness, peers_latency
+from scripts.benchmarks import harness, peers_latency, tables
 from scripts.benchmarks.contest import KEYS, Contest, Contestant, Net, Row, order_of
 from scripts.benchmarks.harness import Parser, Results, Timing
 from scripts.benchmarks.low_rank import STRUCTURES, Size, choose_ranks, factorise
-from scripts.benchmarks.methods import PEERS, Setting, densified, truncation
+from scripts.benchmarks.methods import PEERS, Setting, densified, rules_for, truncation
 from scripts.benchmarks.peers import IN_RECOVERY, take_over, take_rates
+from scripts.benchmarks.rivals import pack
 from scripts.benchmarks.spatial import in_columns, lay_out_columns, merge_columns
 from scripts.benchmarks.tables import BENCHMARKS
 from scripts.benchmarks.training import RememberingTeacher, Trainer, Twin
-from scripts.train_dense import hold_out
+from scripts.train_dense import Kept, hold_out, train
 from tests import cli_nets
 
 SHAPE = (8, 10, 9)
@@ -459,3 +461,53 @@ def test_densified_net_computes_the_same() -> None:
     assert all(dense.get_submodule(name).groups == 1 for name in sites)
     with torch.no_grad():
         torch.testing.assert_close(dense(setting.images), grouped(setting.images))
+
+
+def few_images() -> ImageArrays:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (256, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    return ImageArrays(pixels, torch.arange(256) % 10, demo.PREPROCESSING)
+
+
+def test_a_training_that_is_stopped_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    def learn(kept: Kept | None, images: ImageArrays) -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten())
+        model.append(nn.Linear(2704, 10))
+        train(model, images, FlipAndShift(1), epochs=2, seed=0, kept=kept)
+        return model
+
+    class Stopping(ImageArrays):
+        def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+            if path.exists():
+                raise KeyboardInterrupt
+            return super().batch(indices)
+
+    path, images = tmp_path / "net.safetensors.training", few_images()
+    kept, whole = Kept(path, {"epochs": 2}), learn(None, images)
+    with pytest.raises(KeyboardInterrupt):
+        learn(kept, Stopping(images.images, images.labels, images.preprocessing))
+    resumed = learn(kept, images)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+    with pytest.raises(SystemExit, match="remove it or give another --output"):
+        learn(Kept(path, {"epochs": 3}), images)
+
+
+def test_the_bottleneck_net_is_half_pointwise() -> None:
+    model = demo.fashion_resnet26().eval()
+    image = torch.zeros(1, *demo.INPUT_SHAPE)
+    assert model(image).shape == (1, 10)
+    names = [name for name, part in model.named_modules() if getattr(part, "kernel_size", 0) == (3, 3)]
+    macs = measure_cost(model, image).macs
+    saved = macs - measure_cost(truncation(Setting(model, image, 0, rules_for(model)), 2), image).macs
+    assert len(names) == 9
+    assert saved > 0.4 * macs
+
+
+def test_what_a_method_is_ahead_by_has_an_interval() -> None:
+    right = torch.arange(800) % 4 > 0
+    better = right.clone()
+    better[:8] = True  # two more images
+    assert tables.ahead([(pack(better), pack(right))] * 2) == "+0.25 (-0.10 … +0.60)"
+    assert tables.ahead([(pack(right), pack(right))]) == "+0.00 (+0.00 … +0.00)"
