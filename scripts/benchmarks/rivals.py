@@ -128,11 +128,15 @@ def groupify(fit: FitOptions | None = None, families: Sequence[str] = FAMILIES, 
 
 
 def last_factor(setting: Setting, macs: int) -> nn.Module:
-    """All factors from the dense net's inputs, and then the last of each again, in order."""
+    """All factors from the dense net's inputs, and then the last of each again, in order.
+
+    Channels keep the dense net's order, since that is the teacher here.
+    """
     plan, images = chosen(setting, macs), setting.images
-    student = convert(
-        setting.dense, plan, Calibration(images, fit=FitOptions(in_order=False)), seed=setting.seed
-    ).model.eval()
+    calibration = Calibration(images, fit=FitOptions(in_order=False), clustering="none")
+    student = convert(setting.dense, plan, calibration, seed=setting.seed).model.eval()
+    for name, buffer in setting.dense.named_buffers():  # targets are made with the teacher's batch norms
+        student.get_buffer(name).copy_(buffer)
     calls, options = Calibration(images).calls, FitOptions()
     graph, dense_graph = (capture(model, calls[0]).graph for model in (student, setting.dense))
     assert graph is not None
