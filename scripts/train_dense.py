@@ -14,7 +14,7 @@ stored in the file's metadata. The same seed, versions and number of threads giv
 
 leaves a tenth of the training images out: those that the benchmarks choose learning rates on.
 
-    python -m scripts.train_dense --model resnet26 --epochs 4 --output resnet26.safetensors
+    python -m scripts.train_dense --model resnet26 --epochs 8 --output resnet26.safetensors
 
 trains the bottleneck ResNet of the benchmarks. After each epoch the state of the training is kept beside the
 output, in FILE.safetensors.training: the same command, started again, goes on from there to the same weights.
