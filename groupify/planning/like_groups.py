@@ -39,12 +39,13 @@ def budget_like_groups(
         example_inputs: in the place of ``input_shape``, what the model is called with; see ``plan``.
 
     Raises:
-        PlanError: ``groups`` is below 2, or divides no conv.
+        PlanError: ``groups`` is below 2, or divides no conv; or a pattern matches none.
     """
     counts = GroupCounts.of(groups)
     model = unwrapped(model)
     call = as_call(one_example(input_shape, example_inputs), model, batch=1)
     observed, convs = observe(model, call), find_convs(model)
+    rules.check_patterns(convs)
     counts.check_patterns(convs)
     saved = 0
     for name, why in reasons_to_leave(model, observed, rules).items():

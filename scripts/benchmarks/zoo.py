@@ -267,7 +267,7 @@ def _torchvision_entry(name: str) -> Entry:
     kind = module[0] if len(module) > 1 else "classification"
     arguments = {"min_size": _DETECTOR_SIZE, "max_size": _DETECTOR_SIZE} if module[-1] in _RESCALING else {}
     frames = (_FRAMES,) if kind == "video" else ()
-    refusal = "takes two images; groupify converts models of one input" if kind == "optical_flow" else None
+    refusal = "takes two images, and the sweep gives one" if kind == "optical_flow" else None
     shapes = tuple((3, *frames, size, size) for size in SIZES)
     return Entry(name, kind, name, arguments, shapes, kind == "detection", refusal)
 
