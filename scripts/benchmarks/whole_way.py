@@ -120,7 +120,7 @@ def leaves(value: Any) -> list[Tensor]:
 
 
 def change(one: list[Tensor], other: list[Tensor]) -> float:
-    """Return how much outputs for one image differ from those for another, as a part of the largest output."""
+    """Return how much outputs for one image differ from those for another, ÷ the largest output."""
     pairs = [(a, b) for a, b in zip(one, other, strict=True) if a.shape == b.shape]
     changes = [
         float((a - b).abs().max()) / max(float(a.abs().max()), 1e-30)
