@@ -36,12 +36,15 @@ def load(path: str | Path) -> nn.Module:
 '''
 _DEMO_IMPORTS = f"""\
 from torchvision.models import resnet18
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.models.vgg import make_layers
 
 NUM_CLASSES = {demo.NUM_CLASSES}
 """
-_DEMO_PARTS = (demo.DemoResNet, demo._stage, demo.demo_model, demo.fashion_resnet18, demo.fashion_vgg11_bn)
+_DEMO_PARTS = (
+    demo.DemoResNet, demo._stage, demo._with_small_stem, demo.demo_model, demo.fashion_resnet18,
+    demo.fashion_resnet26, demo.fashion_vgg11_bn,
+)  # fmt: skip
 _FUTURE = "from __future__ import annotations\n"
 
 

@@ -19,9 +19,11 @@ from scripts.benchmarks import (
     planner,
     prediction,
     tables,
+    whole_way,
 )
 from scripts.benchmarks.contest import KEYS, Row
 from scripts.benchmarks.harness import Results
+from scripts.benchmarks.zoo import LIBRARIES
 from tests.conftest import ROOT
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -108,6 +110,7 @@ def test_table_of_the_peers() -> None:
 FILES: dict[str, Results[Any]] = {
     "conversion": Results(conversion.Round, ("number",), under="rounds"),
     "latency": Results(latency.Row, ("name",)),
+    **{f"models_{library}": Results(whole_way.Row, ("name",)) for library in LIBRARIES},
     "narrow_groups": Results(narrow_groups.Row, ("kernel", "channels", "side")),
     "peers_latency": Results(peers_latency.Row, peers_latency.KEYS),
     "planner": Results(planner.Row, planner.KEYS),
