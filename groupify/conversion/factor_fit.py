@@ -126,7 +126,8 @@ class _Fitting:
 
     def _errors(self, judges: Sequence[GroupedSamples], ridge: float) -> tuple[float, float]:
         """Relative errors on the samples and on held-out ones."""
-        factors = self._decomposer(ridge).fit(self._structure, _CHECKING_EVALUATIONS)
+        moments = self._wanted(ridge, self._covariance())
+        factors = Decomposer(moments, self._shape, self._scale).fit(self._structure, _CHECKING_EVALUATIONS)
         fit = self._map(factors)
         scale = self._scale.reshape(self._shape.groups, 1, -1)
         left = sum(
@@ -138,7 +139,8 @@ class _Fitting:
 
     def result(self, ridge: float) -> tuple[Factors, Tensor, int]:
         """Fit all samples to the end; return factors, bias and number of positions."""
-        decomposer = self._decomposer(ridge)
+        covariance = self._covariance()
+        decomposer = Decomposer(self._wanted(ridge, covariance), self._shape, self._scale)
         factors = decomposer.fit(self._structure, EVALUATIONS)
         found, error, least = factors, factors.error, math.inf
         for left in reversed(range(self._relaxations + 1)):
@@ -148,7 +150,7 @@ class _Fitting:
             found, least = factors, missed
             if left == 0:
                 break
-            decomposer = decomposer.with_outputs(self._wanted(ridge))
+            decomposer = decomposer.with_outputs(self._wanted(ridge, covariance))
             factors = decomposer.fit(self._structure, _FOLLOWING_EVALUATIONS)
         bias = self._map(found).bias.flatten()
         return replace(found, error=error).balanced(), bias, self._moments.count
@@ -170,12 +172,13 @@ class _Fitting:
         self._moments.replace_outputs(relaxed())
         return missed
 
-    def _decomposer(self, ridge: float) -> Decomposer:
-        return Decomposer(self._wanted(ridge), self._shape, self._scale)
+    def _covariance(self) -> Tensor:
+        return self._moments.input_covariance().float()
 
-    def _wanted(self, ridge: float) -> Moments:
+    def _wanted(self, ridge: float, covariance: Tensor) -> Moments:
+        """What to fit: the present outputs of inputs of a covariance."""
         moments = Moments(
-            self._moments.input_covariance().float(),
+            covariance,
             self._moments.cross_covariance().transpose(1, 2).float(),
             self._moments.output_variance().clamp(min=0).float(),
         )

@@ -17,7 +17,7 @@ from torch import nn
 from groupify.documents import Document, Text
 from groupify.errors import ArtefactError, PlanError
 from groupify.files import cache_folder, fingerprint
-from groupify.graph.plain_layers import CONVS, Conv
+from groupify.graph.plain_layers import Conv, conv_of
 from groupify.machine import describe_machine
 from groupify.measure.conv_timing import TimedConv, time_convs
 from groupify.measure.profiling import Milliseconds, NetworkTime, mean_time, time_network
@@ -246,8 +246,7 @@ def _shapes(model: nn.Module, choices: Choices) -> list[list[TimedConv | None]]:
     rows: list[list[TimedConv | None]] = []
     for options in choices.sites:
         run = choices.observed.get(options[0].site.name)
-        conv = model.get_submodule(options[0].site.name)
-        assert isinstance(conv, CONVS)
+        conv = conv_of(model, options[0].site.name)
         if run is None or len(options) == 1:
             rows.append([None] * len(options))
         else:

@@ -164,13 +164,9 @@ def _priced(site: SitePlan, conv: Conv, run: Observed | None) -> Candidate:
     if run is not None:
         ins, outs = math.prod(run.input_size), math.prod(run.output_size)
         reads, writes = site.core_channels
-        if conv.kernel_size == (1,) * len(conv.kernel_size):
-            ins_core = outs if site.structure.reduce else ins
-        else:
-            ins_core = ins
         tensors = [conv.in_channels * ins]
-        if site.structure.reduce:
-            tensors.append(reads * ins_core)
+        if site.structure.reduce:  # that of a 1×1 conv takes the stride
+            tensors.append(reads * (outs if site.conv.positions == 1 else ins))
         tensors.append(writes * outs)
         if site.structure.expand or site.shuffle:
             tensors.append(conv.out_channels * outs)
