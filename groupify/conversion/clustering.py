@@ -2,6 +2,9 @@
 
 Each class in turn is put into the order that is worth the most to its convs while the others stay;
 each such step is a balanced assignment problem (channels to groups of fixed size).
+
+Where an expand mixes the outputs of all groups, only the inputs are grouped: those that move the outputs in
+the same few directions (K-subspaces, Bradley and Mangasarian 2000, with groups of equal size).
 """
 
 from __future__ import annotations
@@ -32,10 +35,20 @@ class SiteScore:
     Attributes:
         site: the conv and its groups to be.
         score: shape (O, I), not negative.
+        directions: for a 1×1 conv that becomes one with an expand, how each input moves the outputs: the
+            root of the score with the sign of the weight, shape (O, I).
     """
 
     site: SiteRecipe
     score: Tensor
+    directions: Tensor | None = None
+
+    @classmethod
+    def of(cls, site: SiteRecipe, score: Tensor, weight: Tensor) -> SiteScore:
+        """Return what decides the groups of a site of a weight, shape (O, I, *kernel)."""
+        if site.structure.expand is None:
+            return cls(site, score)
+        return cls(site, score, score.sqrt() * weight.detach().flatten(1).sign())
 
 
 @dataclass(frozen=True)
@@ -64,7 +77,7 @@ def cluster(
         restarts: number of random starts besides the given order.
         seed: seed of the random starts.
     """
-    flows = [_Flow(entry.score) for entry in scores]
+    flows = [_flow(entry) for entry in scores]
     problem = _Problem(channels, [entry.site for entry in scores], flows)
     identity = problem.identity()
     before = problem.objective(identity)
@@ -96,13 +109,53 @@ class _Flow:
         """Return the score inside the groups."""
         return float(((outputs @ self._score) * inputs).sum(dtype=np.float64))
 
-    def input_benefits(self, outputs: _Membership) -> _Benefits:
+    def input_benefits(self, inputs: _Membership, outputs: _Membership) -> _Benefits:
         """Return what each input is worth in each group, shape (I, groups)."""
+        del inputs
         return np.asarray((outputs @ self._score).T, dtype=np.float64)
 
     def output_benefits(self, inputs: _Membership) -> _Benefits:
         """Return what each output is worth in each group, shape (O, groups)."""
         return np.asarray(self._score @ inputs.T, dtype=np.float64)
+
+
+class _Subspaces:
+    """What the inputs of each group of one site bring about in as many directions as the group has latents.
+
+    Args:
+        directions: how each input moves the outputs, shape (O, I).
+        rank: latents that a group writes.
+    """
+
+    def __init__(self, directions: Tensor, rank: int) -> None:
+        self._directions = directions.float()
+        self._rank = rank
+        self.out_channels, self.in_channels = self._directions.shape
+        self.total = float(self._directions.double().square().sum())
+
+    def value(self, inputs: _Membership, outputs: _Membership) -> float:
+        """Return what is left when each group keeps its best directions."""
+        del outputs
+        return sum(float(self._leading(members)[0]) for members in inputs)
+
+    def input_benefits(self, inputs: _Membership, outputs: _Membership) -> _Benefits:
+        """Return how much of each input the directions of each group hold, shape (I, groups)."""
+        del outputs
+        held = [(self._leading(members)[1].T @ self._directions).square().sum(0) for members in inputs]
+        return np.asarray(torch.stack(held, 1), dtype=np.float64)
+
+    def _leading(self, members: NDArray[np.float32]) -> tuple[Tensor, Tensor]:
+        """The energy in the best directions of some inputs, and these, shape (O, rank)."""
+        columns = self._directions[:, torch.from_numpy(members > 0)]
+        directions, sizes, _ = torch.linalg.svd(columns, full_matrices=False)
+        return sizes[: self._rank].square().sum(), directions[:, : self._rank]
+
+
+def _flow(entry: SiteScore) -> _Flow | _Subspaces:
+    if entry.directions is None:
+        return _Flow(entry.score)
+    assert entry.site.structure.expand is not None
+    return _Subspaces(entry.directions, entry.site.structure.expand // entry.site.groups)
 
 
 @dataclass(frozen=True)
@@ -139,7 +192,9 @@ class _End:
 
 
 class _Problem:
-    def __init__(self, channels: Channels, sites: Sequence[SiteRecipe], flows: Sequence[_Flow]) -> None:
+    def __init__(
+        self, channels: Channels, sites: Sequence[SiteRecipe], flows: Sequence[_Flow | _Subspaces]
+    ) -> None:
         self._flows = flows
         self._inputs, self._outputs = [], []
         for site, flow in zip(sites, flows, strict=True):
@@ -153,6 +208,8 @@ class _Problem:
                 number = numbers.get(name.removesuffix(".weight"))
                 if number is None or dim is None:
                     continue
+                if dim == 0 and isinstance(flows[number], _Subspaces):
+                    continue  # all outputs read all groups
                 side = _Side(number, places.numpy(), dim == 1)
                 self._sides.setdefault(class_index, []).append(side)
                 end = self._inputs[number] if side.is_input else self._outputs[number]
@@ -207,10 +264,12 @@ class _Problem:
         benefits: list[_Benefits] = []  # (size, groups): value of each channel in each group
         for side in self._sides[class_index]:
             flow, inputs, outputs = self._flows[side.site], self._inputs[side.site], self._outputs[side.site]
+            of_inputs, of_outputs = (end.membership_of_channels(orders) for end in (inputs, outputs))
             if side.is_input:
-                values, groups = flow.input_benefits(outputs.membership_of_channels(orders)), inputs.groups
+                values, groups = flow.input_benefits(of_inputs, of_outputs), inputs.groups
             else:
-                values, groups = flow.output_benefits(inputs.membership_of_channels(orders)), outputs.groups
+                assert isinstance(flow, _Flow)
+                values, groups = flow.output_benefits(of_inputs), outputs.groups
             for positions in side.positions.T:
                 columns.append(groups[positions])
                 benefits.append(values[positions])
@@ -251,6 +310,8 @@ def _contiguous(channels: int, groups: int) -> NDArray[np.int64]:
 
 
 def _output_groups(channels: int, site: SiteRecipe) -> NDArray[np.int64]:
+    if site.structure.expand is not None:
+        return np.zeros(channels, dtype=np.int64)
     if site.shuffle:
         return np.arange(channels, dtype=np.int64) % np.int64(site.groups)
     return _contiguous(channels, site.groups)

@@ -27,7 +27,7 @@ from groupify.graph.forward import same_outputs
 from groupify.graph.model_graph import ModelGraph
 from groupify.graph.neighbours import refittable, residual_sums
 from groupify.graph.permute import apply_orders, input_factors, layer_orders
-from groupify.graph.plain_layers import conv_of
+from groupify.graph.plain_layers import Conv, conv_of
 from groupify.stats.flow import fitted_error, norm_score, sampled_score
 from groupify.stats.samples import SampleBudget, Sampling, SiteSamples, observe_teacher
 from groupify.structures import SiteRecipe
@@ -249,9 +249,7 @@ def convert_from_weights(
         seed: seed of the clustering.
     """
     channels = channels or channel_classes(graph, example)
-    scores = [
-        SiteScore(site, norm_score(conv_of(dense, name))) for name, site in _ordered(dense, sites).items()
-    ]
+    scores = [_score(site, conv_of(dense, name)) for name, site in _ordered(dense, sites).items()]
     found = cluster(channels, scores, restarts=0, seed=seed)
     permuted = apply_orders(dense, channels, found.orders)
     student = restructure(permuted, list(sites.values()))
@@ -273,15 +271,14 @@ def _clustered(
     scores = []
     ordered = _ordered(dense, sites)
     for name, site in ordered.items():
-        conv = conv_of(dense, name)
-        by_norm = calibration.clustering == "norm"
-        scores.append(SiteScore(site, norm_score(conv) if by_norm else sampled_score(conv, samples[name])))
+        shown = None if calibration.clustering == "norm" else samples[name]
+        scores.append(_score(site, conv_of(dense, name), shown))
     found = cluster(channels, scores, restarts=calibration.restarts, seed=seed)
     orders = found.orders
-    before = sum(fitted_error(site, samples[name]) for name, site in ordered.items())
+    before = sum(fitted_error(site, samples[name], conv_of(dense, name)) for name, site in ordered.items())
     _permute_samples(samples, channels, orders)
-    after = sum(fitted_error(site, samples[name]) for name, site in ordered.items())
     permuted = apply_orders(dense, channels, orders)
+    after = sum(fitted_error(site, samples[name], conv_of(permuted, name)) for name, site in ordered.items())
     if after < before and same_outputs(dense, permuted, _contiguous(example)):
         clock.lap("clustering")
         pictures = block_pictures(scores, channels, orders)
@@ -293,6 +290,12 @@ def _clustered(
     _permute_samples(samples, channels, {i: torch.argsort(order) for i, order in orders.items()})
     clock.lap("clustering")
     return Converted(dense, notes=(note,), kept_before=found.kept_before, kept=found.kept_before)
+
+
+def _score(site: SiteRecipe, conv: Conv, samples: SiteSamples | None = None) -> SiteScore:
+    """What decides the groups of a site: samples of it, or the weights alone."""
+    score = norm_score(conv) if samples is None else sampled_score(conv, samples)
+    return SiteScore.of(site, score, conv.weight)
 
 
 def _ordered(dense: nn.Module, sites: Mapping[str, SiteRecipe]) -> dict[str, SiteRecipe]:

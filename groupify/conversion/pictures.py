@@ -48,10 +48,12 @@ def block_pictures(
     Args:
         scores: flow between the channels of each site, in the given order.
         channels, orders: what was permuted, as for ``graph.apply_orders``.
-        count: pictures at most; convs that gained nothing get none.
+        count: pictures at most; convs that gained nothing get none, nor those whose outputs read all groups.
     """
     drawn = []
     for one in scores:
+        if one.site.structure.expand is not None:
+            continue
         inputs, outputs = layer_orders(one.site.name, channels, orders)
         rows = row_channels(len(one.score), one.site.groups, one.site.shuffle)
         drawn.append(_picture(one, one.score[rows], one.score[outputs][:, inputs][rows]))

@@ -277,7 +277,7 @@ def _channel_orders(
     orders: dict[str, tuple[Tensor | None, Tensor | None]] = {}
     for chosen in choices.uniform.values():
         picked = [options[index] for options, index in zip(choices.sites, chosen, strict=True)]
-        picked = [candidate for candidate in picked if candidate.site.converted]
+        picked = [c for c in picked if c.site.converted and c.site.structure.minds_order(c.site.conv)]
         recipes = [candidate.site.recipe for candidate in picked]
         entries = [SiteScore(recipe, scores[recipe.name]) for recipe in recipes]
         found = cluster(channels, entries, restarts=0, seed=seed).orders

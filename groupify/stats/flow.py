@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from groupify.graph.permute import row_channels
-from groupify.stats.moments import GroupedMoments, InputMoments
+from groupify.stats.moments import GroupedMoments, InputMoments, principal_maps
 from groupify.stats.samples import SiteSamples
-from groupify.structures import SiteRecipe
+from groupify.structures import SiteRecipe, Structure
 
 
 def norm_score(conv: nn.Module) -> Tensor:
@@ -39,8 +39,16 @@ def sampled_score(conv: nn.Module, samples: SiteSamples) -> Tensor:
     return data_score(weight, moments.input_covariance(), outputs.var(0, correction=0))
 
 
-def fitted_error(site: SiteRecipe, samples: SiteSamples) -> float:
-    """Return the mean relative error of the best grouped conv on the dense model's own inputs."""
+def fitted_error(site: SiteRecipe, samples: SiteSamples, conv: nn.Module) -> float:
+    """Return the mean relative error of the best grouped conv on the dense model's own inputs.
+
+    Args:
+        site: structure and shuffle; a grouped conv, or one with an expand behind it.
+        samples: of the conv, in the order of its channels.
+        conv: the dense conv.
+    """
+    if site.structure.expand is not None:
+        return _error_behind_expand(site.structure, samples, conv)
     moments = GroupedMoments(precision=torch.float32)  # for a comparison alone
     for patches, outputs in zip(samples.patches, samples.patch_outputs, strict=True):
         rows = row_channels(outputs.shape[1], site.groups, site.shuffle)
@@ -49,3 +57,19 @@ def fitted_error(site: SiteRecipe, samples: SiteSamples) -> float:
             patches.reshape(count, site.groups, -1), outputs[:, rows].reshape(count, site.groups, -1)
         )
     return float(moments.fit(ridge=0.01).error.mean())
+
+
+def _error_behind_expand(structure: Structure, samples: SiteSamples, conv: nn.Module) -> float:
+    """The same where all outputs read the best directions of every group."""
+    assert structure.expand is not None
+    groups = structure.groups
+    inputs, latents = InputMoments(), GroupedMoments(precision=torch.float32)
+    for patches in samples.patches:
+        inputs.add(patches.reshape(len(patches), groups, -1))
+    weight = conv.get_parameter("weight").detach().flatten(1)
+    shares = weight.reshape(len(weight), groups, -1).transpose(0, 1).double()
+    maps = principal_maps(shares, inputs.input_covariance(), structure.expand // groups).float()
+    for patches, outputs in zip(samples.patches, samples.patch_outputs, strict=True):
+        read = torch.einsum("ngd,grd->ngr", patches.float().reshape(len(patches), groups, -1), maps)
+        latents.update(read.flatten(1).unsqueeze(1), outputs.unsqueeze(1))
+    return float(latents.fit(ridge=1e-6).error.mean())

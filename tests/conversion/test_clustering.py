@@ -3,19 +3,22 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import groupify
 from groupify.conversion.assignment import balanced_assignment
 from groupify.conversion.clustering import Clustering, SiteScore, cluster
 from groupify.graph.call import Call
 from groupify.graph.capture import capture
 from groupify.graph.channels import Channels, channel_classes
 from groupify.graph.permute import apply_orders
+from groupify.planning.sites import describe
 from groupify.stats.flow import norm_score
-from groupify.structures import SiteRecipe, Structure
+from groupify.structures import ConvShape, SiteRecipe, Structure
 from tests.conversion.nets import SHAPE, Chain, Residual, images, make_block_diagonal, randomise
 
 
@@ -144,3 +147,46 @@ def test_no_score_at_all_changes_nothing() -> None:
     score: Tensor = torch.zeros(16, 16)
     found = cluster(find(net), [SiteScore(SiteRecipe("conv1", Structure(groups=4)), score)], restarts=2)
     assert found.kept == found.kept_before == 0
+
+
+def wide_to_narrow() -> nn.Sequential:
+    """A 1×1 conv 64 → 31 whose inputs move the outputs in two directions for each half of them, shuffled."""
+    net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 31, 1)).eval()
+    generator = torch.Generator().manual_seed(0)
+    blocks = [
+        torch.randn(31, 2, generator=generator) @ torch.randn(2, 32, generator=generator) for _ in range(2)
+    ]
+    order = torch.randperm(64, generator=generator)
+    net.get_parameter("2.weight").data.copy_(torch.cat(blocks, 1)[:, order, None, None])
+    return net
+
+
+def test_inputs_that_move_the_outputs_alike_stand_together_in_front_of_an_expand() -> None:
+    net = wide_to_narrow()
+    site = SiteRecipe("2", Structure(None, 2, 4))
+    conv = net.get_submodule("2")
+    entry = SiteScore.of(site, norm_score(conv), conv.get_parameter("weight"))
+    found = cluster(find(net), [entry], restarts=4)
+    assert found.kept_before < 0.9
+    assert found.kept == pytest.approx(1)
+    sorted_again = apply_orders(net, find(net), found.orders)
+    parts = sorted_again.get_parameter("2.weight").flatten(1).split(32, 1)
+    assert [int(torch.linalg.matrix_rank(part, rtol=1e-4)) for part in parts] == [2, 2]
+
+
+def test_the_conversion_finds_these_groups() -> None:
+    net = wide_to_narrow()
+    made = describe(net, [SiteRecipe("2", Structure(None, 2, 4))], SHAPE, "any")
+    clustered, plain = (
+        groupify.convert(net, made, groupify.Calibration(images(64), clustering=clustering))
+        for clustering in ("data", "none")
+    )
+    assert clustered.fits[0].error < 1e-4 < 0.01 < plain.fits[0].error
+
+
+def test_only_orders_that_were_measured_to_matter_are_looked_for() -> None:
+    pointwise, spatial = ConvShape(64, 16, (1, 1)), ConvShape(64, 16, (3, 3))
+    assert Structure(None, 4, 8).minds_order(pointwise)
+    assert not Structure(None, 4, 8).minds_order(spatial)
+    assert Structure(groups=4).minds_order(spatial)
+    assert not Structure(8, 4, 8).minds_order(spatial)

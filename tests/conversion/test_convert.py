@@ -12,6 +12,7 @@ from groupify.conversion.site_fit import FitOptions
 from groupify.errors import ConversionError, DataError, GroupifyWarning
 from groupify.stats.flow import fitted_error
 from groupify.stats.samples import SampleBudget, SiteSamples
+from groupify.structures import SiteRecipe
 from tests.conversion.nets import (
     CalledTwice,
     Chain,
@@ -202,8 +203,8 @@ def test_clustering_is_never_worse_than_identity_on_the_fitted_error(
 
     errors: list[float] = []
 
-    def watched(site: object, samples: SiteSamples) -> float:
-        errors.append(fitted_error(site, samples))  # type: ignore[arg-type]
+    def watched(site: SiteRecipe, samples: SiteSamples, conv: nn.Module) -> float:
+        errors.append(fitted_error(site, samples, conv))
         return errors[-1]
 
     monkeypatch.setattr(module, "fitted_error", watched)

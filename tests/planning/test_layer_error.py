@@ -33,7 +33,7 @@ def test_the_error_from_moments_is_that_of_the_fit_to_samples(groups: int, shuff
     given = SiteSamples(
         patches=[samples.reshape(-1, 8, 3)], patch_outputs=[samples @ weight.flatten(1).T], calls=1
     )
-    assert moments.error(site).relative == pytest.approx(fitted_error(site, given), rel=1e-3)
+    assert moments.error(site).relative == pytest.approx(fitted_error(site, given, nn.Identity()), rel=1e-3)
 
 
 def test_the_error_is_weighted_by_importance_and_turns_with_the_order() -> None:
