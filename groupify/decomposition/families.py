@@ -111,14 +111,14 @@ def families(cost: Cost, block: int, narrowest: int = 1) -> tuple[Family, ...]:
         narrowest: fewest channels of a group, but for groups of one, which have a kernel of their own.
     """
     if cost.conv.positions == 1:
-        return tuple(_pointwise(cost.conv, block))
+        return tuple(_pointwise(cost.conv, block, narrowest))
     return tuple(_spatial(cost, block, narrowest))
 
 
-def _pointwise(conv: ConvShape, block: int) -> Iterator[Family]:
+def _pointwise(conv: ConvShape, block: int, narrowest: int) -> Iterator[Family]:
     """Low rank, and grouped convs behind which a dense one follows."""
     own = conv.groups
-    step = own * max(1, min(block, conv.in_channels // own // 8, conv.out_channels // own // 8))
+    step = _step(conv, block, narrowest)
     yield Family(Structure(step, own, None), grows=False)
     groups = 2
     while groups <= _MOST_GROUPS and conv.in_channels // own // groups >= block:
@@ -127,12 +127,20 @@ def _pointwise(conv: ConvShape, block: int) -> Iterator[Family]:
         groups *= 2
 
 
+def _step(conv: ConvShape, block: int, narrowest: int) -> int:
+    """Latents that the next member has more: few, but where 1×1 convs in groups want whole blocks."""
+    if conv.groups > 1 and narrowest >= block:
+        return conv.groups * block
+    inputs, outputs = conv.in_channels // conv.groups, conv.out_channels // conv.groups
+    return conv.groups * max(1, min(block, inputs // 8, outputs // 8))
+
+
 def _spatial(cost: Cost, block: int, narrowest: int) -> Iterator[Family]:
     """Tucker-2 and block terms; where the input's channels fill groups, also without a reduce."""
     conv, own = cost.conv, cost.conv.groups
     reading, writing = conv.in_channels * cost.input_positions, conv.out_channels * cost.output_positions
     writes = min(_MOST_WRITES, max(1, round(_WRITES_PER_READ * math.sqrt(reading / writing))))
-    step = own * max(1, min(block, conv.in_channels // own // 8, conv.out_channels // own // 8))
+    step = _step(conv, block, narrowest)
     yield Family(Structure(step, own, writes * step), grows=False)
     for width in sorted({block, max(_NARROW, narrowest)}, reverse=True):
         yield Family(Structure(own * width, own, own * width * writes), grows=True)

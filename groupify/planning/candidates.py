@@ -18,7 +18,7 @@ from groupify.graph.call import Example, as_call, shape_of
 from groupify.graph.plain_layers import Conv
 from groupify.models.wrappers import unwrapped
 from groupify.planning.group_counts import GroupCounts
-from groupify.planning.left_alone import nothing_fits
+from groupify.planning.left_alone import GROUPED_ALREADY, nothing_fits
 from groupify.planning.observing import observe
 from groupify.planning.rules import Rules
 from groupify.planning.sites import find_convs, in_order, site_plan
@@ -29,6 +29,7 @@ from groupify.structures import (
     GROUPED_POINTWISE,
     Candidate,
     Choices,
+    ConvShape,
     Observed,
     Plan,
     SitePlan,
@@ -131,7 +132,8 @@ def _options(
     # With a limit on the width that is no block of the kernel, one channel per group is too narrow.
     if grouped and several and GROUPED_POINTWISE in rules.families and rules.narrowest <= rules.block:
         options += _depthwise(name, conv, run, block)
-    if why is None and several and run is not None and BLOCK_TERM in rules.families:
+    open_to_factors = why is None or why.cause == GROUPED_ALREADY
+    if open_to_factors and several and run is not None and BLOCK_TERM in rules.families:
         options += [
             site_plan(conv, SiteRecipe(name, found), run, None) for found in structures(conv, run, rules)
         ]
@@ -144,7 +146,15 @@ def structures(conv: Conv, run: Observed, rules: Rules) -> list[Structure]:
     """Return the block-term structures worth a look for a conv."""
     cost = Cost(conv_shape(conv), math.prod(run.input_size), math.prod(run.output_size))
     found = families(cost, rules.cpu_block, rules.narrowest)
-    return [member for family in found for member in family.members(cost, RATIOS)]
+    members = [member for family in found for member in family.members(cost, RATIOS)]
+    block = rules.block if len(conv.kernel_size) == 2 else 1
+    return [member for member in members if _is_fast(member, cost.conv, block)]
+
+
+def _is_fast(structure: Structure, conv: ConvShape, block: int) -> bool:
+    """Whether the convs around the core, which have the groups of the conv, run in a kernel for groups."""
+    widths = (conv.in_channels, structure.reduce, structure.expand, conv.out_channels)
+    return conv.groups == 1 or all(width // conv.groups % block == 0 for width in widths if width)
 
 
 def _depthwise(name: str, conv: Conv, run: Observed | None, block: int) -> list[SitePlan]:

@@ -18,6 +18,8 @@ _MIN_IN_CHANNELS = 8
 # its MACs, costs 1.6 points of accuracy.
 _SHORTCUT_SHARE = 0.01
 _PATTERNS, _FEW_CHANNELS = "patterns", "few channels"
+# Plain groups are not for such convs; factors for each of their groups may be.
+GROUPED_ALREADY = "grouped"
 
 
 def why_left_alone(
@@ -86,14 +88,13 @@ def _why_not_its_use(name: str, observed: Observed | None, shared: Mapping[str, 
 
 
 def _why_it_does_not_pay(conv: Conv, is_first: bool) -> LeftAlone | None:
-    if conv.groups > 1:
-        depthwise = conv.groups == conv.in_channels
-        return LeftAlone(
-            "grouped", "depthwise already" if depthwise else f"grouped already ({conv.groups} groups)"
-        )
+    if conv.groups > 1 and conv.groups == conv.in_channels:
+        return LeftAlone("depthwise", "depthwise already")
     if conv.in_channels < _MIN_IN_CHANNELS:
         first = "first conv: " if is_first else ""
         return LeftAlone(_FEW_CHANNELS, f"{first}too few input channels ({conv.in_channels})")
     if is_first:
         return LeftAlone("first", "first conv: it is always left alone")
+    if conv.groups > 1:
+        return LeftAlone(GROUPED_ALREADY, f"grouped already ({conv.groups} groups)")
     return None

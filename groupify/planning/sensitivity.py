@@ -26,6 +26,7 @@ from groupify.graph.capture import capture
 from groupify.graph.channels import channel_classes
 from groupify.graph.copying import copy_of
 from groupify.graph.permute import layer_orders
+from groupify.graph.plain_layers import conv_of
 from groupify.machine import chunks
 from groupify.planning.layer_error import LayerMoments
 from groupify.planning.structure_losses import structure_losses
@@ -126,13 +127,13 @@ def weight_sensitivity(
     orders = _channel_orders(dense, choices, example, scores, seed)
     losses: dict[str, float] = {}
     for options in tqdm(convs, desc="errors", disable=None if progress else True, leave=False):
-        weight = weights[options[0].site.name]
+        weight, groups = weights[options[0].site.name], options[0].site.groups_before
         covariance = torch.eye(weight[0].numel())
-        layer = LayerMoments(weight, covariance)
-        losses |= structure_losses(dense, choices, options, covariance[None], None)
-        for candidate in options[1:]:
-            if candidate.key in losses:
-                continue
+        losses |= structure_losses(dense, choices, options, covariance.expand(groups, -1, -1), None)
+        others = [candidate for candidate in options[1:] if candidate.key not in losses]
+        layer = LayerMoments(weight, covariance) if others else None
+        for candidate in others:
+            assert layer is not None
             recipe = candidate.site.recipe
             losses[candidate.key] = layer.error(recipe, *orders.get(candidate.key, (None, None))).relative
     return Sensitivity(losses, "from the weights alone")
@@ -190,7 +191,8 @@ def _key(model: nn.Module, images: Tensor, inputs: Inputs | None, seed: int) -> 
 
 def _moment_bytes(model: nn.Module, options: tuple[Candidate, ...]) -> int:
     """Memory of the input moments of one conv."""
-    return 8 * model.get_submodule(options[0].site.name).get_parameter("weight")[0].numel() ** 2
+    conv = conv_of(model, options[0].site.name)
+    return 8 * conv.groups * conv.weight[0].numel() ** 2
 
 
 class _Measurement:
@@ -228,7 +230,11 @@ class _Measurement:
             )
             self._statistics = self._pass(every if first else whole, whole, backward=False)
         if self._orders is None:
-            scores = {name: _score(self._weight(name), found) for name, found in self._statistics.items()}
+            scores = {
+                name: _score(self._weight(name), found)
+                for name, found in self._statistics.items()
+                if conv_of(self._dense, name).groups == 1
+            }
             images = self._images[:2]
             call = Call((images,)) if self._inputs is None else model_inputs(images, self._inputs)
             self._orders = _channel_orders(
@@ -248,11 +254,12 @@ class _Measurement:
         name = options[0].site.name
         statistics = self._statistics.pop(name)
         covariance = statistics.moments.input_covariance()
-        layer = LayerMoments(self._weight(name), covariance[0])
         found = structure_losses(self._dense, self._choices, options, covariance, statistics.importance)
-        for candidate in options[1:]:
-            if candidate.key in found:
-                continue
+        others = [candidate for candidate in options[1:] if candidate.key not in found]
+        if not others:
+            return found
+        layer = LayerMoments(self._weight(name), covariance[0])
+        for candidate in others:
             inputs, outputs = (self._orders or {}).get(candidate.key, (None, None))
             error = layer.error(candidate.site.recipe, inputs, outputs)
             importance = statistics.importance

@@ -29,7 +29,7 @@ def structure_losses(
         model: the dense model.
         choices: where the candidates come from.
         options: of one conv.
-        covariance: of its inputs, shape (1, n, n).
+        covariance: of the inputs of its g groups, shape (g, n, n).
         importance: Fisher information of its outputs, shape (O, O); None = the loss is the relative error.
     """
     if BLOCK_TERM not in choices.rules.families:

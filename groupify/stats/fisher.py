@@ -32,7 +32,7 @@ class SiteStatistics:
     """What one pass shows of one conv.
 
     Attributes:
-        moments: of its inputs, as one group; those of each channel apart where the whole was not asked for.
+        moments: of the inputs of its groups; those of each channel apart where the whole was not asked for.
         importance: F for one image: summed over the positions of its output, averaged over the images;
             shape (O, O), float64. None where it was not asked for.
     """
@@ -61,7 +61,7 @@ def observe_sites(
         model: dense model in inference mode; its parameters get no gradients.
         images: shape (N, C, H, W).
         names: the convs to look at.
-        whole: those of them whose whole input covariance is wanted, D × D numbers each.
+        whole: those of them whose whole input covariance is wanted, D × D numbers for each of their groups.
         inputs: a batch of images → what the model is called with; None = the images.
         samples_per_input, samples_minimum: positions sampled for each of the D inputs, and at least.
         batch_size: images per step.
@@ -161,7 +161,7 @@ class _Pass:
                 "check the weights and the preprocessing of the images"
             )
         moments = self.moments.setdefault(name, InputMoments())
-        moments.add(patches.reshape(len(patches), 1, -1) if name in self._whole else patches)
+        moments.add(patches.reshape(len(patches), conv.groups, -1) if name in self._whole else patches)
 
     def _add_gradient(self, name: str, gradient: Tensor) -> None:
         flat = gradient.transpose(0, 1).flatten(1)  # (O, N·H·W)
