@@ -5,16 +5,36 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from groupify.documents import Count, Count1
-from groupify.errors import PlanError
+from groupify.errors import PlanError, SpecError, near_names
 
 # Families that a plan may choose structures from.
 GROUPED = "grouped"
 GROUPED_POINTWISE = "grouped-pointwise"
 BLOCK_TERM = "block-term"
 FAMILIES = (GROUPED, GROUPED_POINTWISE, BLOCK_TERM)
+
+# What a model computes in. int8: uint8 activations and int8 weights, as ``quantize_onnx`` makes them.
+Precision = Literal["float32", "int8"]
+FLOAT32: Precision = "float32"
+INT8: Precision = "int8"
+PRECISIONS: tuple[Precision, ...] = (FLOAT32, INT8)
+
+
+def check_precision(precision: str) -> None:
+    """Refuse what is no precision.
+
+    Raises:
+        SpecError: names those that there are.
+    """
+    if precision not in PRECISIONS:
+        raise SpecError(
+            f"unknown precision {precision!r}, expected one of {', '.join(PRECISIONS)}"
+            f"{near_names(precision, PRECISIONS)}"
+        )
+
 
 Number = TypeVar("Number", int, float)
 
@@ -280,6 +300,7 @@ class Plan:
         input_shape: (C, H, W) that the output sizes and MACs are for; of the first input.
         groups: the number of groups asked for.
         cpu: the processor that it was made for, one of ``groupify.machine.CPUS`` but never ``"auto"``.
+        precision: what the converted model will compute in.
         notes: what the conversion has to do without; see ``limits``.
         inputs: names of the tensors that the model was called with; empty where that is not known.
         captured: what a conversion of the very same model need not find out again (``graph.KeptGraph``); not
@@ -290,6 +311,7 @@ class Plan:
     input_shape: tuple[int, ...]
     groups: int
     cpu: str
+    precision: Precision = FLOAT32
     notes: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
     captured: object = field(default=None, compare=False, repr=False)
@@ -383,6 +405,7 @@ class Choices:
         observed: what a forward pass showed of each conv, by name.
         input_shape: (C, H, W) that the costs are for.
         cpu: the processor that they are for.
+        precision: what the converted model will compute in.
         example: how the model is called, a shape or a ``Call``.
         inputs: names of the tensors that it is called with.
         rules: the ``Rules`` that they follow.
@@ -393,6 +416,7 @@ class Choices:
     observed: Mapping[str, Observed]
     input_shape: tuple[int, ...]
     cpu: str
+    precision: Precision
     example: Any
     inputs: tuple[str, ...]
     rules: Any
@@ -406,7 +430,7 @@ class Choices:
         """Return the plan that takes the candidate of each given index."""
         sites = tuple(options[index].site for options, index in zip(self.sites, chosen, strict=True))
         groups = max((site.groups for site in sites if site.converted), default=1)
-        return Plan(sites, self.input_shape, groups, self.cpu, inputs=self.inputs)
+        return Plan(sites, self.input_shape, groups, self.cpu, self.precision, inputs=self.inputs)
 
     def indices(self, plan: Plan) -> tuple[int, ...]:
         """Return the index of each conv's candidate in a plan that is made of them.

@@ -1,9 +1,11 @@
 """Time single convs in ONNX Runtime as they would run inside a network.
 
 Each conv stands between two cheap 1×1 convs that are not counted, with its activation behind it: its input
-comes in ONNX Runtime's blocked layout and its output goes on in it, so that a reorder of the layout is only
-counted where the conv itself forces one. Many convs share one session and run in turns, so that weights have
-left the caches when their turn comes, as in a network. The times are those of ONNX Runtime's own profiler.
+comes in the layout of ONNX Runtime's kernels and its output goes on in it, so that a reorder of the layout is
+only counted where the conv itself forces one. In int8 the two 1×1 convs compute in int8 as well, so that what
+quantises and dequantises stands in front of them and behind. Many convs share one session and run in turns,
+so that weights have left the caches when their turn comes, as in a network. The times are those of ONNX
+Runtime's own profiler.
 """
 
 from __future__ import annotations
@@ -18,21 +20,23 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 from onnx import helper, numpy_helper
 from tqdm import tqdm
 
 from groupify.machine import chunks
 from groupify.measure.benchmarks import UNDISTURBED, percentile
 from groupify.measure.profiling import kernel_times
-from groupify.onnx.lowering import optimise
 from groupify.onnx.tracing import OPSET
-from groupify.structures import ConvShape, Structure
+from groupify.structures import FLOAT32, INT8, PRECISIONS, ConvShape, Precision, Structure
 
 _SESSION_BYTES = 2**28  # of weights and activations in one session
+_VALUE_BYTES: Mapping[Precision, int] = {FLOAT32: 4, INT8: 1}
 _IR_VERSION = 9
 _AS_IT_IS = Structure()
-_END = re.compile(r"(before|after)(\d+)(_nchwc)?")
+_END = re.compile(r"(before|after)(\d+)(_nchwc|_token_\d+)?")
+# Of all int8 values: how long a conv takes does not depend on them.
+_SCALE = 0.02
+_MIDDLE, _LOWEST = 128, 0  # zero points: of values of both signs, and of those behind a ReLU
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class TimedConv:
         groups: number of groups of the conv itself.
         structure: what it becomes.
         shuffle: whether a channel shuffle follows behind the activation.
+        precision: what it computes in.
     """
 
     in_channels: int
@@ -58,6 +63,7 @@ class TimedConv:
     groups: int = 1
     structure: Structure = _AS_IT_IS
     shuffle: bool = False
+    precision: Precision = FLOAT32
 
     def __str__(self) -> str:
         def by(sizes: Sequence[int]) -> str:
@@ -67,8 +73,9 @@ class TimedConv:
             f"{self.in_channels}x{by(self.input_size)} to {self.out_channels}, "
             f"kernel {by(self.kernel_size)}, "
             f"stride {by(self.stride)}, padding {by(self.padding)}, dilation {by(self.dilation)}, "
-            f"groups {self.groups}, structure {self.structure}" + (", shuffle" if self.shuffle else "")
-        )  # fmt: skip
+            f"groups {self.groups}, structure {self.structure}{', shuffle' * self.shuffle}"
+            f"{', int8' * (self.precision == INT8)}"
+        )
 
     @property
     def dense(self) -> TimedConv:
@@ -117,13 +124,16 @@ def time_convs(
     Raises:
         GroupifyError: ONNX Runtime refuses a conv.
     """
-    sessions = list(
-        chunks(
-            dict.fromkeys(shapes),
+    asked = list(dict.fromkeys(shapes))
+    sessions = [
+        session
+        for precision in PRECISIONS
+        for session in chunks(
+            [shape for shape in asked if shape.precision == precision],
             lambda shape: _session_bytes(shape, batch_size),
             1 if warm else _SESSION_BYTES,
         )
-    )
+    ]
     times: dict[TimedConv, float] = {}
     total = sum(map(len, sessions))
     with tqdm(total=total, desc="latency table", unit="conv", disable=None if progress else True) as bar:
@@ -137,13 +147,13 @@ def _session_bytes(shape: TimedConv, batch_size: int) -> int:
     """Memory that one conv takes in a session: its weights, and its tensors with their copies."""
     values = shape.in_channels * math.prod(shape.input_size)
     values += shape.out_channels * math.prod(shape.output_size)
-    return 4 * (shape.weights + 3 * batch_size * values)
+    return _VALUE_BYTES[shape.precision] * (shape.weights + 3 * batch_size * values)
 
 
 def _time_session(
     shapes: Sequence[TimedConv], threads: int, batch_size: int, rounds: int
 ) -> dict[TimedConv, float]:
-    graph = _Graph(batch_size)
+    graph = (_QuantisedGraph if shapes[0].precision == INT8 else _Graph)(batch_size)
     for number, shape in enumerate(shapes):
         graph.add(number, shape)
     with tempfile.TemporaryDirectory(prefix="groupify-") as folder:
@@ -197,71 +207,110 @@ class _Graph:
         """Add the branch of one conv."""
         channels, outputs = shape.in_channels, shape.out_channels
         point = (1,) * len(shape.kernel_size)
-        kind = onnx.TensorProto.FLOAT
-        source = f"input{number}"
-        self._inputs.append(
-            helper.make_tensor_value_info(source, kind, [self._batch_size, channels, *shape.input_size])
-        )
-        value = self._conv(f"before{number}", source, channels, channels, channels, kernel_shape=point)
+        value = self._source(f"input{number}", [self._batch_size, channels, *shape.input_size])
+        value = self._conv(f"before{number}", value, channels, channels, channels, kernel_shape=point)
         value = self._structure(number, value, shape)
-        value = self._node("Relu", f"relu{number}", [value])
-        readers = outputs
         if shape.shuffle:
-            swapped = [0, 2, 1, *range(3, 3 + len(point))]
-            for step, perm in ((0, None), (1, swapped), (2, None)):
-                value = self._shuffle_step(f"shuffle{number}_{step}", value, shape, step, perm)
-            readers = 2  # a shuffle could move through a depthwise conv, away from where it is timed
-        value = self._conv(f"after{number}", value, outputs, outputs, readers, kernel_shape=point)
-        self._outputs.append(helper.make_tensor_value_info(value, kind, None))
+            value = self._shuffle(f"shuffle{number}", value, outputs, shape.structure.groups)
+        value = self._conv(f"after{number}", value, outputs, outputs, outputs, kernel_shape=point)
+        self._outputs.append(helper.make_tensor_value_info(value, onnx.TensorProto.FLOAT, None))
 
     def _structure(self, number: int, value: str, shape: TimedConv) -> str:
-        """Add what the conv becomes; of a 1×1 conv the first takes the stride."""
+        """Add what the conv becomes, with its activation; of a 1×1 conv the first takes the stride."""
         point, structure = (1,) * len(shape.kernel_size), shape.structure
         reads, writes = structure.reduce or shape.in_channels, structure.expand or shape.out_channels
-        kernel = {
+        kernel: dict[str, Any] = {
             "kernel_shape": shape.kernel_size, "strides": shape.stride, "dilations": shape.dilation,
             "pads": shape.padding,
         }  # fmt: skip
-        plain = {"kernel_shape": point}
+        plain: dict[str, Any] = {"kernel_shape": point}
         if structure.reduce is not None:
             own, kernel = (kernel, plain) if shape.kernel_size == point else (plain, kernel)
             value = self._conv(f"reduce{number}", value, shape.in_channels, reads, shape.groups, **own)
-        value = self._conv(f"conv{number}", value, reads, writes, structure.groups, **kernel)
-        if structure.expand is not None:
-            value = self._conv(f"expand{number}", value, writes, shape.out_channels, shape.groups, **plain)
+        last = structure.expand is None
+        value = self._conv(f"conv{number}", value, reads, writes, structure.groups, relu=last, **kernel)
+        if not last:
+            value = self._conv(
+                f"expand{number}", value, writes, shape.out_channels, shape.groups, relu=True, **plain
+            )
         return value
 
     def serialised(self) -> bytes:
-        """Return the model, its shuffles brought into the form that an export gives them."""
+        """Return the model."""
         graph = helper.make_graph(self._nodes, "convs", self._inputs, self._outputs, self._weights)
-        model = helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=_IR_VERSION
-        )
-        if not any(node.op_type == "Transpose" for node in self._nodes):
-            return bytes(model.SerializeToString())
-        inferred = ir.from_proto(onnx.shape_inference.infer_shapes(model))
-        optimise(inferred.graph)
-        return bytes(ir.to_proto(inferred).SerializeToString())
+        opsets = [helper.make_opsetid("", OPSET)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION)
+        return bytes(model.SerializeToString())
 
-    def _shuffle_step(
-        self, name: str, value: str, shape: TimedConv, step: int, perm: list[int] | None
-    ) -> str:
-        if perm is not None:
-            return self._node("Transpose", name, [value], perm=perm)
-        groups = shape.structure.groups
-        channels = [groups, shape.out_channels // groups] if step == 0 else [shape.out_channels]
-        sizes = np.array([self._batch_size, *channels, *shape.output_size], dtype=np.int64)
-        self._weights.append(numpy_helper.from_array(sizes, f"{name}_sizes"))
-        return self._node("Reshape", name, [value, f"{name}_sizes"])
+    def _source(self, name: str, sizes: Sequence[int]) -> str:
+        self._inputs.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, sizes))
+        return name
 
-    def _conv(self, name: str, value: str, inputs: int, outputs: int, groups: int, **attributes: Any) -> str:
-        kernel = attributes["kernel_shape"]
-        weight = self._generator.standard_normal((outputs, inputs // groups, *kernel), dtype=np.float32)
+    def _shuffle(self, name: str, value: str, channels: int, groups: int) -> str:
+        """Add a channel shuffle as an export writes it."""
+        order = np.arange(channels, dtype=np.int64).reshape(groups, -1).T.flatten()
+        return self._node("Gather", name, [value, self._constant(f"{name}_order", order)], axis=1)
+
+    def _conv(
+        self, name: str, value: str, inputs: int, outputs: int, groups: int, *, relu: bool = False,
+        **attributes: Any,
+    ) -> str:  # fmt: skip
+        weight = self._normal((outputs, inputs // groups, *attributes["kernel_shape"]))
         weight /= math.sqrt(weight[0].size)  # outputs keep the size of the inputs
-        for suffix, array in (("weight", weight), ("bias", np.zeros(outputs, np.float32))):
-            self._weights.append(numpy_helper.from_array(array, f"{name}_{suffix}"))
-        return self._node("Conv", name, [value, f"{name}_weight", f"{name}_bias"], group=groups, **attributes)
+        weights = [
+            self._constant(f"{name}_weight", weight),
+            self._constant(f"{name}_bias", np.zeros(outputs, np.float32)),
+        ]
+        value = self._node("Conv", name, [value, *weights], group=groups, **attributes)
+        return self._node("Relu", f"{name}_relu", [value]) if relu else value
+
+    def _normal(self, sizes: tuple[int, ...]) -> Any:
+        return self._generator.standard_normal(sizes, dtype=np.float32)
+
+    def _constant(self, name: str, array: Any) -> str:
+        self._weights.append(numpy_helper.from_array(array, name))
+        return name
 
     def _node(self, operator: str, name: str, inputs: list[str], **attributes: Any) -> str:
         self._nodes.append(helper.make_node(operator, inputs, [name], name=name, **attributes))
         return name
+
+
+class _QuantisedGraph(_Graph):
+    """The same in int8, in the form that ONNX Runtime's quantiser gives a graph.
+
+    Every value goes through a pair of nodes that quantise and dequantise it, weights are dequantised per
+    output channel, and a ReLU is gone: the range of the conv's output ends at 0.
+    """
+
+    def _source(self, name: str, sizes: Sequence[int]) -> str:
+        return self._pair(super()._source(name, sizes), _MIDDLE)
+
+    def _shuffle(self, name: str, value: str, channels: int, groups: int) -> str:
+        return self._pair(super()._shuffle(name, value, channels, groups), _LOWEST)
+
+    def _conv(
+        self, name: str, value: str, inputs: int, outputs: int, groups: int, *, relu: bool = False,
+        **attributes: Any,
+    ) -> str:  # fmt: skip
+        sizes = (outputs, inputs // groups, *attributes["kernel_shape"])
+        weight = self._generator.integers(-127, 128, sizes, dtype=np.int8)
+        scales = np.full(outputs, _SCALE, np.float32)
+        weights = [
+            self._dequantised(f"{name}_weight", weight, scales),
+            self._dequantised(f"{name}_bias", np.zeros(outputs, np.int32), _SCALE * scales),
+        ]
+        value = self._node("Conv", name, [value, *weights], group=groups, **attributes)
+        return self._pair(value, _LOWEST if relu else _MIDDLE)
+
+    def _dequantised(self, name: str, array: Any, scales: Any) -> str:
+        zeros = np.zeros(len(scales), array.dtype)
+        inputs = [self._constant(name, array), self._constant(f"{name}_scale", scales)]
+        inputs.append(self._constant(f"{name}_zero", zeros))
+        return self._node("DequantizeLinear", f"{name}_dequantised", inputs, axis=0)
+
+    def _pair(self, value: str, zero_point: int) -> str:
+        scale = self._constant(f"{value}_scale", np.array(_SCALE, np.float32))
+        zero = self._constant(f"{value}_zero", np.array(zero_point, np.uint8))
+        quantised = self._node("QuantizeLinear", f"{value}_quantised", [value, scale, zero])
+        return self._node("DequantizeLinear", f"{value}_dequantised", [quantised, scale, zero])

@@ -21,30 +21,31 @@ from groupify.graph.plain_layers import Conv, conv_of
 from groupify.machine import describe_machine
 from groupify.measure.conv_timing import TimedConv, time_convs
 from groupify.measure.profiling import Milliseconds, NetworkTime, mean_time, time_network
-from groupify.onnx.exporting import export_onnx
+from groupify.measure.timed_files import export_for_timing
 from groupify.stats.positions import padding_amounts
-from groupify.structures import Candidate, Choices, Observed
+from groupify.structures import FLOAT32, Candidate, Choices, Observed, Precision
 
 Times = Annotated[Mapping[str, Milliseconds], Field(max_length=100_000)]
 
 
 @dataclass(frozen=True)
 class LatencyTable(Document):
-    """Milliseconds for one image.
+    """Milliseconds for one image, in each precision that was asked for.
 
     Attributes:
         machine: where it was measured.
         threads: intra-op threads of ONNX Runtime.
-        convs: shape of a conv and what replaces it → time with its activation.
+        convs: shape of a conv, what replaces it and its precision → time with its activation.
         warm_convs: the same with the weights in the caches.
-        networks: fingerprint of a dense network → time of all of it, and of each of its convs in it.
+        networks: fingerprint of a dense network and its precision → time of all of it, and of each of its
+            convs in it.
     """
 
     what: ClassVar[str] = "latency table"
     remedy: ClassVar[str] = "make one with groupify bench MODEL --table FILE"
 
     format: Literal["groupify latency table"] = field(default="groupify latency table", kw_only=True)
-    schema_version: Literal[4] = field(default=4, kw_only=True)
+    schema_version: Literal[5] = field(default=5, kw_only=True)
     machine: Text
     threads: Annotated[int, Field(ge=1, le=65_536)] = 1
     convs: Times = field(default_factory=dict)
@@ -59,14 +60,16 @@ class Latencies:
     Attributes:
         rest_ms: what no plan changes.
         convs_ms: each candidate of each conv, the dense one first, over all its calls.
+        dense_float32_ms: the whole dense model in float32, whatever the precision of the rest.
     """
 
     rest_ms: float
     convs_ms: tuple[tuple[float, ...], ...]
+    dense_float32_ms: float
 
     @property
     def dense_ms(self) -> float:
-        """The whole dense model."""
+        """The whole dense model, in the precision of the plan."""
         return self.total((0,) * len(self.convs_ms))
 
     def total(self, chosen: Sequence[int]) -> float:
@@ -74,7 +77,7 @@ class Latencies:
         return self.rest_ms + sum(times[index] for times, index in zip(self.convs_ms, chosen, strict=True))
 
 
-def timed_conv(candidate: Candidate, conv: Conv, run: Observed) -> TimedConv:
+def timed_conv(candidate: Candidate, conv: Conv, run: Observed, precision: Precision) -> TimedConv:
     """Return what decides the latency of a candidate."""
     amounts = padding_amounts(conv)[::-1]  # behind and in front, the first dimension first
     site = candidate.site
@@ -89,6 +92,7 @@ def timed_conv(candidate: Candidate, conv: Conv, run: Observed) -> TimedConv:
         groups=site.groups_before,
         structure=site.structure,
         shuffle=site.shuffle,
+        precision=precision,
     )
 
 
@@ -112,16 +116,19 @@ class Stopwatch:
         """Return the milliseconds of convs, with their weights in the caches or not."""
         return time_convs(shapes, threads=self._threads, warm=warm, progress=self._progress)
 
-    def network(self, sites: Sequence[str]) -> NetworkTime:
+    def network(self, sites: Sequence[str], precision: Precision) -> NetworkTime:
         """Return how long the dense model runs, and its sites in it."""
-        return time_network(self._file, sites, threads=self._threads, input_shape=self._shape)
+        path = self._folder / f"{precision}.onnx"
+        if not path.exists():
+            export_for_timing(self._model, path, self._shape, precision)
+        return time_network(path, sites, threads=self._threads, input_shape=self._shape)
 
     @functools.cached_property
-    def _file(self) -> Path:
-        """The exported dense model, which goes when the stopwatch does."""
+    def _folder(self) -> Path:
+        """Where the dense model is exported; it goes when the stopwatch does."""
         folder = tempfile.mkdtemp(prefix="groupify-")
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        return export_onnx(self._model, Path(folder, "dense.onnx"), input_shape=self._shape).path
+        return Path(folder)
 
 
 def measure_table(
@@ -130,9 +137,11 @@ def measure_table(
 ) -> LatencyTable:  # fmt: skip
     """Time all that a table lacks of a model: its convs, their candidates, and the whole of it.
 
+    The dense model is timed in float32 as well, whatever the precision of the plan.
+
     Args:
         model: the dense model.
-        choices: what may become of each conv.
+        choices: what may become of each conv, and the precision.
         known: an earlier table of this machine.
         threads: intra-op threads.
         warm: time the convs with their weights in the caches as well.
@@ -144,15 +153,17 @@ def measure_table(
     known = LatencyTable(str(describe_machine()), threads) if known is None else known
     rows = _shapes(model, choices)
     shapes = [shape for row in rows for shape in row if shape is not None]
-    name = network_fingerprint(model, choices)
+    precisions = dict.fromkeys((choices.precision, FLOAT32))
+    names = {precision: network_fingerprint(model, choices, precision) for precision in precisions}
     convs, networks = dict(known.convs), dict(known.networks)
     missing = [shape for shape in shapes if str(shape) not in convs]
-    if name not in networks or missing:
+    if missing or not all(name in networks for name in names.values()):
         sites = [options[0].site.name for options, row in zip(choices.sites, rows, strict=True) if row[0]]
         # In front and behind: the convs take minutes, in which the speed of a machine may change.
-        before = stopwatch.network(sites)
+        before = {precision: stopwatch.network(sites, precision) for precision in names}
         convs |= _timed(stopwatch, missing, warm=False)
-        networks[name] = mean_time(before, stopwatch.network(sites))
+        for precision, name in names.items():
+            networks[name] = mean_time(before[precision], stopwatch.network(sites, precision))
     missing_warm = [shape for shape in shapes if warm and str(shape) not in known.warm_convs]
     warm_convs = {**known.warm_convs, **_timed(stopwatch, missing_warm, warm=True)}
     return LatencyTable(known.machine, threads, convs, warm_convs, networks)
@@ -208,14 +219,15 @@ def look_up(table: LatencyTable, model: nn.Module, choices: Choices, *, warm: bo
     Raises:
         PlanError: the table was made for another model, or for other options.
     """
-    name = network_fingerprint(model, choices)
-    if name not in table.networks:
+    names = [network_fingerprint(model, choices, precision) for precision in (choices.precision, FLOAT32)]
+    if not all(name in table.networks for name in names):
         raise PlanError(
-            f"the latency table (of {table.machine}) does not know this model: "
-            "make it with groupify bench MODEL --table FILE on that machine, with the same --model-args and "
-            "--input-size"
+            f"the latency table (of {table.machine}) does not know this model in {choices.precision}: "
+            "make it with groupify bench MODEL --table FILE on that machine, with the same --model-args, "
+            "--input-size and --precision"
         )
-    network, convs = table.networks[name], []
+    network, dense_float32 = (table.networks[name] for name in names)
+    convs = []
     rest = network.total_ms
     for options, shapes in zip(choices.sites, _shapes(model, choices), strict=True):
         site = options[0].site.name
@@ -227,7 +239,7 @@ def look_up(table: LatencyTable, model: nn.Module, choices: Choices, *, warm: bo
         scale = inside / alone[0] if alone[0] else 1.0
         convs.append(tuple(scale * time for time in times))
         rest -= inside
-    return Latencies(max(0.0, rest), tuple(convs))
+    return Latencies(max(0.0, rest), tuple(convs), dense_float32.total_ms)
 
 
 def _find(table: LatencyTable, times: Mapping[str, float], shape: TimedConv | None) -> float:
@@ -250,16 +262,16 @@ def _shapes(model: nn.Module, choices: Choices) -> list[list[TimedConv | None]]:
         if run is None or len(options) == 1:
             rows.append([None] * len(options))
         else:
-            rows.append([timed_conv(option, conv, run) for option in options])
+            rows.append([timed_conv(option, conv, run, choices.precision) for option in options])
     return rows
 
 
-def network_fingerprint(model: nn.Module, choices: Choices) -> str:
-    """A fingerprint of what decides the latency of a dense model: its convs and its number of parameters."""
+def network_fingerprint(model: nn.Module, choices: Choices, precision: Precision) -> str:
+    """A fingerprint of what decides the latency of a dense model: its convs, parameters and precision."""
     convs = [options[0].site for options in choices.sites]
     shapes = [
         (c.name, c.in_channels, c.out_channels, c.kernel_size, c.stride, c.output_size, c.groups_before)
         for c in convs
     ]
     params = sum(parameter.numel() for parameter in model.parameters())
-    return fingerprint((repr(shapes), repr(choices.input_shape), str(params)))
+    return fingerprint((repr(shapes), repr(choices.input_shape), str(params), precision))

@@ -19,7 +19,7 @@ from groupify.conversion.surgery import restructure
 from groupify.files import NumberCache, cache_folder, fingerprint
 from groupify.measure.benchmarks import SESSIONS, speed_ups
 from groupify.measure.latency_table import machine_fingerprint, network_fingerprint
-from groupify.onnx.exporting import export_onnx
+from groupify.measure.timed_files import export_for_timing
 from groupify.structures import Choices, Plan
 
 TimeFiles = Callable[..., Mapping[str, float]]
@@ -28,11 +28,13 @@ TimeFiles = Callable[..., Mapping[str, float]]
 class PlanTimer:
     """Times plans in ONNX Runtime on this machine, each once; it keeps the times in the cache folder.
 
+    Plans and the dense model run in the precision that the plans are for.
+
     The models have truncated weights: latency does not depend on them.
 
     Args:
         model: the dense model; left untouched.
-        choices: its convs and its input shape.
+        choices: its convs, its input shape and the precision.
         dense_ms: latency of the dense model, which the times are relative to.
         threads: intra-op threads.
         cache: folder; None = the user's.
@@ -52,13 +54,12 @@ class PlanTimer:
         time_files: TimeFiles = speed_ups,
     ) -> None:
         self._time_files = time_files
-        self._model, self._shape = model, choices.input_shape
+        self._model, self._shape, self._precision = model, choices.input_shape, choices.precision
         self._dense_ms = dense_ms
         self._threads = threads
         self._progress = progress
-        name = fingerprint(
-            (machine_fingerprint(threads), network_fingerprint(model, choices), f"{SESSIONS} sessions")
-        )
+        network = network_fingerprint(model, choices, choices.precision)
+        name = fingerprint((machine_fingerprint(threads), network, f"{SESSIONS} sessions"))
         self._shares = NumberCache((cache or cache_folder()) / f"plans-{name}.json")
 
     def __call__(self, plan: Plan) -> float:
@@ -75,7 +76,7 @@ class PlanTimer:
     def _measure(self, plan: Plan) -> float:
         model = restructure(self._model, plan.recipes)
         with tempfile.TemporaryDirectory(prefix="groupify-") as folder:
-            own = export_onnx(model, Path(folder, "planned.onnx"), input_shape=self._shape).path
+            own = export_for_timing(model, Path(folder, "planned.onnx"), self._shape, self._precision)
             found = self._time_files(
                 {"dense": self._dense_file, "planned": own}, "dense", input_shape=self._shape,
                 threads=self._threads, progress=self._progress,
@@ -87,4 +88,4 @@ class PlanTimer:
         """The exported dense model, which goes when the timer does."""
         folder = tempfile.mkdtemp(prefix="groupify-")
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        return export_onnx(self._model, Path(folder, "dense.onnx"), input_shape=self._shape).path
+        return export_for_timing(self._model, Path(folder, "dense.onnx"), self._shape, self._precision)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import tempfile
 from collections import defaultdict
@@ -22,7 +23,8 @@ _KERNEL = "_kernel_time"
 _WARM_UP = 2
 # What ONNX Runtime fuses into the conv in front.
 _FUSED = ("Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid", "Add", "Sum", "Identity")
-_BLOCKED = "_nchwc"
+# What ONNX Runtime adds to the name of a conv that it moves to the blocked kernel, or to that of int8.
+_RENAMED = re.compile(r"_nchwc$|_token_\d+$")
 _SECONDS = 2.0
 
 Milliseconds = Annotated[float, Field(ge=0, le=1e7)]
@@ -207,14 +209,14 @@ def _by_site(path: Path, sites: Sequence[str], times: Mapping[tuple[str, str], f
     graph = onnx.load(str(path), load_external_data=False).graph
     producers = {output: node for node in graph.node for output in node.output}
     nodes = {node.name: node for node in graph.node}
-    timed = {name.removesuffix(_BLOCKED) for _, name in times}
+    timed = {_RENAMED.sub("", name) for _, name in times}
     found: dict[str, float] = {}
     for (operator, name), milliseconds in times.items():
         if "Conv" not in operator:
             continue
         # The blocked kernels are named after their output, the others after their node.
-        node = producers.get(name.removesuffix(_BLOCKED))
-        node = nodes.get(name.removeprefix("fused ")) if node is None else node
+        own = _RENAMED.sub("", name).removeprefix("fused ")
+        node = producers.get(own) or nodes.get(own)
         label = "" if node is None else _weight_behind(node, producers, timed)
         site = next((site for site in sites if label.startswith(f"{site}.")), None)
         if site is not None:

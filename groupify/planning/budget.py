@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from groupify.errors import SpecError, near_names
+from groupify.structures import FLOAT32
 
 MACS, PARAMS, BYTES, LATENCY, DROP = "macs", "params", "bytes", "latency", "drop"
 COSTS = (MACS, PARAMS, BYTES, LATENCY)
@@ -38,11 +39,14 @@ class Limit:
         value: a share of the dense model's, where ``relative``; else MACs, parameters, bytes,
             milliseconds for one image, or percentage points of accuracy.
         relative: which of the two.
+        of_float32: whether the dense model's is that in float32, whatever the precision of the plan; of a
+            relative latency alone.
     """
 
     quantity: str
     value: float
     relative: bool
+    of_float32: bool = False
 
     def at_most(self, dense: float) -> float:
         """Return the limit as a number, for a dense model that has ``dense`` of the quantity."""
@@ -50,7 +54,8 @@ class Limit:
 
     def __str__(self) -> str:
         if self.relative:
-            return f"{self.quantity}={100 * self.value:.10g}%"
+            base = f":{FLOAT32}" if self.of_float32 else ""
+            return f"{self.quantity}={100 * self.value:.10g}%{base}"
         unit = {BYTES: "B", LATENCY: "ms"}.get(self.quantity, "")
         digits = repr(self.value)
         if "e" in digits:
@@ -74,7 +79,8 @@ class Budget:
 
         ``%`` and ``x`` are relative to the dense model: ``40%`` of it, or ``2.5x`` less than it. Without
         them the value is absolute: ``macs=700M``, ``params=8M``, ``bytes=8MB``, ``latency=12ms``.
-        ``drop=0.5`` allows a loss of half a percentage point of accuracy.
+        ``drop=0.5`` allows a loss of half a percentage point of accuracy. A relative latency is one of the
+        dense model in the precision of the plan, ``latency=2x:float32`` one of the dense float32 model.
 
         Raises:
             SpecError: a text that is none of these, a quantity that occurs twice, or no text.
@@ -110,24 +116,31 @@ def _limit(text: str) -> Limit:
             f"budget {text!r}: expected one of {', '.join(QUANTITIES)}, '=' and a value, "
             f"like {_EXAMPLES[MACS]}{near_names(quantity, QUANTITIES)}"
         )
+    value, colon, base = value.partition(":")
     match = _VALUE.fullmatch(value)
     if match is None:
         raise SpecError(f"budget {text!r}: expected a value above 0, like {_EXAMPLES[quantity]}")
     number, unit = float(match[1]), match[2]
+    relative = unit in ("%", "x") and quantity != DROP
+    if colon and (base != FLOAT32 or quantity != LATENCY or not relative):
+        raise SpecError(
+            f"budget {text!r}: {colon + base!r} says nothing; expected a relative latency in front of "
+            f"':{FLOAT32}', like latency=2x:{FLOAT32}"
+        )
     if number <= 0:
         raise SpecError(f"budget {text!r}: expected a value above 0, like {_EXAMPLES[quantity]}")
-    if unit in ("%", "x") and quantity != DROP:
+    if relative:
         share = number / 100 if unit == "%" else 1 / number
         if share > 1:
             raise SpecError(
                 f"budget {text!r} allows more than the dense model has: expected at most 100% or at least 1x"
             )
-        return Limit(quantity, share, relative=True)
+        return Limit(quantity, share, relative=True, of_float32=bool(colon))
     units = _UNITS[quantity]
     if unit not in units:
         known = ", ".join(repr(name) for name in units if name) or "none"
-        relative = "" if quantity == DROP else ", % or x"
+        shares = "" if quantity == DROP else ", % or x"
         raise SpecError(
-            f"budget {text!r}: unknown unit {unit!r}, expected {known}{relative}, like {_EXAMPLES[quantity]}"
+            f"budget {text!r}: unknown unit {unit!r}, expected {known}{shares}, like {_EXAMPLES[quantity]}"
         )
     return Limit(quantity, number * units[unit], relative=False)

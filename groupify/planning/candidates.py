@@ -27,11 +27,13 @@ from groupify.structures import (
     BLOCK_TERM,
     GROUPED,
     GROUPED_POINTWISE,
+    INT8,
     Candidate,
     Choices,
     ConvShape,
     Observed,
     Plan,
+    Precision,
     SitePlan,
     SiteRecipe,
     Structure,
@@ -72,12 +74,14 @@ def candidates(
     for name, conv in in_order(find_convs(model), observed).items():
         run, every = observed.get(name), [made.site(name) for made in plans.values()]
         options = _options(name, conv, run, every, rules, reasons[name])
-        sites.append(tuple(_priced(site, conv, run) for site in options))
+        sites.append(tuple(_priced(site, conv, run, rules.precision) for site in options))
     if all(len(options) == 1 for options in sites):
         raise problem or PlanError(nothing_fits([why for why in reasons.values() if why is not None]))
     names = tuple(call.named_tensors(model))
-    cpu = rules.resolved().cpu
-    choices = Choices(tuple(sites), {}, observed, shape_of(example), cpu, example, names, rules)
+    choices = Choices(
+        tuple(sites), {}, observed, shape_of(example), rules.resolved().cpu, rules.precision, example, names,
+        rules,
+    )  # fmt: skip
     return replace(choices, uniform={key: choices.indices(made) for key, made in plans.items()})
 
 
@@ -168,8 +172,8 @@ def _depthwise(name: str, conv: Conv, run: Observed | None, block: int) -> list[
     return [site_plan(conv, SiteRecipe(name, structure), run, None)]
 
 
-def _priced(site: SitePlan, conv: Conv, run: Observed | None) -> Candidate:
-    size = conv.weight.element_size()
+def _priced(site: SitePlan, conv: Conv, run: Observed | None, precision: Precision) -> Candidate:
+    size = 1 if precision == INT8 else conv.weight.element_size()
     live = 0
     if run is not None:
         ins, outs = math.prod(run.input_size), math.prod(run.output_size)

@@ -17,8 +17,9 @@ from groupify.planning.allocation import Option, allocate, least, nearest
 from groupify.planning.budget import BYTES, LATENCY, MACS, PARAMS, Budget, Limit
 from groupify.planning.sensitivity import Sensitivity
 from groupify.scores import ModelCost
-from groupify.structures import Choices, Plan, Uniform
+from groupify.structures import FLOAT32, INT8, Choices, Plan, Uniform
 
+_VALUE_SHARE = {FLOAT32: 1.0, INT8: 0.25}  # bytes of a value ÷ those that it has in float32
 _TIMINGS = 6
 _CLOSEST = 1.002  # limits that are nearer than this give the same plans
 _WIDER = 1.02
@@ -61,6 +62,18 @@ class Costing:
                 totals[quantity] += amount
         return totals
 
+    def amounts(self, limits: Sequence[Limit]) -> Limits:
+        """Return the most of each quantity that limits allow."""
+        dense, latencies = self.dense_costs, self.latencies
+        return {
+            limit.quantity: limit.at_most(
+                latencies.dense_float32_ms
+                if limit.of_float32 and latencies is not None
+                else dense[limit.quantity]
+            )
+            for limit in limits
+        }
+
     def loss(self, chosen: Sequence[int], *, power: float = 1.0) -> float:
         """Return the predicted divergence of a plan, the sum of its convs' losses to a power."""
         pairs = zip(self.choices.sites, chosen, strict=True)
@@ -93,11 +106,11 @@ class Costing:
 
     def refuse(self, limits: Sequence[Limit]) -> PlanError:
         """Say which limits cannot be held, and how close one comes."""
-        dense = self.dense_costs
+        dense, amounts = self.dense_costs, self.amounts(limits)
         alone = [
             (limit, self.least(limit.quantity))
             for limit in limits
-            if self.least(limit.quantity) > limit.at_most(dense[limit.quantity])
+            if self.least(limit.quantity) > amounts[limit.quantity]
         ]
         if alone:
             parts = [
@@ -106,7 +119,6 @@ class Costing:
                 for limit, reached in alone
             ]
             return PlanError("; ".join(parts) + "; allow more groups, smaller group widths or more sites")
-        amounts = {limit.quantity: limit.at_most(dense[limit.quantity]) for limit in limits}
         reached_together = nearest(self._options(1.0), amounts).uses
         parts = [shown(name, amount, dense[name]) for name, amount in reached_together.items()]
         return PlanError(
@@ -122,7 +134,7 @@ class Costing:
         rest = {
             MACS: float(self.dense.macs - sum(site.macs.dense for site in convs)),
             PARAMS: float(self.dense.params - sum(site.params.dense for site in convs)),
-            BYTES: float(self.dense.weight_bytes - weights),
+            BYTES: _VALUE_SHARE[self.choices.precision] * self.dense.weight_bytes - weights,
         }
         return rest if self.latencies is None else {**rest, LATENCY: self.latencies.rest_ms}
 

@@ -19,7 +19,7 @@ from groupify.machine import KNOWN_CPUS
 from groupify.models.wrappers import unwrapped
 from groupify.planning.sites import describe, find_convs
 from groupify.recipe import MAX_SITES, check_site, each_once
-from groupify.structures import Plan, SiteRecipe, Structure
+from groupify.structures import FLOAT32, Plan, Precision, SiteRecipe, Structure
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,14 @@ class PlanFile(Document):
         cpu: the processor that it was made for, one of ``groupify.machine.CPUS`` but never ``"auto"``.
         sites: every conv that it names, in order; one whose structure is one conv of as many groups as it has
             stays as it is.
+        precision: what the converted model was to compute in.
     """
 
     what: ClassVar[str] = "plan"
     remedy: ClassVar[str] = "save one with groupify plan MODEL --save-plan FILE"
 
     format: Literal["groupify plan"] = field(default="groupify plan", kw_only=True)
-    schema_version: Literal[4] = field(default=4, kw_only=True)
+    schema_version: Literal[5] = field(default=5, kw_only=True)
     model: Text
     cpu: Annotated[str, OneOf(*KNOWN_CPUS)]
     sites: Annotated[
@@ -45,11 +46,12 @@ class PlanFile(Document):
         Field(min_length=1, max_length=MAX_SITES),
         AfterValidator(each_once),
     ]
+    precision: Precision = FLOAT32
 
     @classmethod
     def of(cls, model: str, plan: Plan) -> PlanFile:
         """Return the file of a plan."""
-        return cls(model, plan.cpu, tuple(site.recipe for site in plan.sites))
+        return cls(model, plan.cpu, tuple(site.recipe for site in plan.sites), plan.precision)
 
     def dumps(self) -> str:
         """Return the JSON text, one line for each conv; ``loads`` of it is this plan."""
@@ -83,7 +85,7 @@ class PlanFile(Document):
         restructure(model, replaced)  # refuses what does not fit
         plan = describe(model, replaced, one_example(input_shape, example_inputs), self.cpu)
         sites = (site if site.converted else replace(site, reason="dense in the plan") for site in plan.sites)
-        return replace(plan, sites=tuple(sites))
+        return replace(plan, sites=tuple(sites), precision=self.precision)
 
 
 def _stays(site: SiteRecipe, convs: Mapping[str, Conv]) -> bool:

@@ -141,8 +141,8 @@ class Race:
 
     def _within_costs(self) -> list[Contender]:
         """All contenders within the costs, the best first, which holds the drop if one is asked."""
-        costs, drop, dense = self._budget.costs, self._budget.drop, self._costing.dense_costs
-        contenders = self._race({limit.quantity: limit.at_most(dense[limit.quantity]) for limit in costs})
+        costs, drop = self._budget.costs, self._budget.drop
+        contenders = self._race(self._costing.amounts(costs))
         best = contenders[0].measured
         if drop is not None and best is not None and best.drop > drop:
             raise PlanError(
@@ -183,7 +183,10 @@ class Race:
         """All contenders within the limits, the best first."""
         dense = self._costing.dense_costs
         if all(dense[quantity] <= limit for quantity, limit in limits.items()):
-            raise PlanError(f"{self._budget} allows all that the dense model costs; ask for less of it")
+            precision = self._costing.choices.precision
+            raise PlanError(
+                f"{self._budget} allows all that the dense model costs in {precision}; ask for less of it"
+            )
         contenders: list[Contender] = []
         for power in _POWERS if self.judge is not None else _POWERS[:1]:
             chosen = self.finder.best(limits, power)

@@ -8,7 +8,15 @@ from dataclasses import dataclass, replace
 
 from groupify.errors import PlanError, near_names
 from groupify.machine import blocked_width, find_cpu
-from groupify.structures import BLOCK_TERM, FAMILIES, GROUPED, GROUPED_POINTWISE
+from groupify.structures import (
+    BLOCK_TERM,
+    FAMILIES,
+    FLOAT32,
+    GROUPED,
+    GROUPED_POINTWISE,
+    Precision,
+    check_precision,
+)
 
 AUTO = "auto"
 SHUFFLES = ("none", "all")
@@ -26,19 +34,22 @@ class Rules:
             with widths that are multiples of it where there are such, and convs left dense where grouped
             they would be slower. A number switches that off: slower convs are only warned of.
         cpu: the processor that will run the model, one of ``groupify.machine.CPUS``; ``"auto"``: this one.
+        precision: what the converted model will compute in, ``"float32"`` or ``"int8"``; latencies are those
+            of this precision.
         shuffle: ``"none"``, or ``"all"`` for a channel shuffle behind every conv that is grouped. With a
             budget, ``"all"`` tries both.
         structures: families to choose from; None = plain groups for a number of groups, all for a budget.
 
     Raises:
         PlanError: a field is out of range.
-        SpecError: the processor is unknown.
+        SpecError: the processor or the precision is unknown.
     """
 
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     min_group_width: int | str = AUTO
     cpu: str = AUTO
+    precision: Precision = FLOAT32
     shuffle: str = "none"
     structures: Sequence[str] | None = None
 
@@ -65,6 +76,7 @@ class Rules:
                     f"{near_names(structure, FAMILIES)}"
                 )
         find_cpu(self.cpu)
+        check_precision(self.precision)
 
     @property
     def block(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,9 @@ from groupify.graph.call import Call, Example, as_call, one_example
 from groupify.measure.latency_table import LatencyTable, cached_table, look_up
 from groupify.measure.plan_timer import PlanTimer
 from groupify.models.wrappers import unwrapped
+from groupify.onnx.exporting import export_onnx
+from groupify.onnx.quantisation import quantize_onnx
+from groupify.onnx.runtime import OnnxModule
 from groupify.planning.budget import LATENCY, Budget
 from groupify.planning.candidates import candidates
 from groupify.planning.costing import Costing, Finder
@@ -30,10 +34,11 @@ from groupify.planning.sensitivity import (
 )
 from groupify.planning.sites import limits
 from groupify.scores import Judge, Judgement, measure_cost
-from groupify.structures import Choices, Plan, SiteRecipe
+from groupify.structures import INT8, Choices, Plan, SiteRecipe
 
 SENSITIVITIES = ("fisher", "exact")
 _HELD_OUT = 0.25
+_CALIBRATION_IMAGES = 256  # as many as an export of a whole run takes
 
 ConvertPlan = Callable[[Plan], nn.Module]
 
@@ -166,6 +171,8 @@ def make_costing(
             "a limit on the latency is for models of one input, given as input_shape; limit the MACs or the "
             "parameters of this one"
         )
+    if rules.precision == INT8 and isinstance(example, Call):
+        raise SpecError("int8 is for models of one input, given as input_shape; plan for float32")
     choices = candidates(model, example, rules)
     dense = measure_cost(model, as_call(example, model, batch=1))
     sensitivity = _sensitivity(model, choices, images, options)
@@ -218,7 +225,7 @@ def _warm_costing(model: nn.Module, costing: Costing, options: SearchOptions) ->
 
 
 class HeldOut:
-    """Converts plans and measures them on held-out images, each plan once.
+    """Converts plans and measures them on held-out images, each plan once; one for int8 as its int8 file.
 
     Args:
         model: the dense model; left untouched.
@@ -245,10 +252,22 @@ class HeldOut:
         return self._judge.labelled
 
     def __call__(self, plan: Plan) -> Judgement:
-        """Return how far a plan is from the dense model."""
+        """Return how far a plan is from the dense float32 model, in the precision that it is for."""
         if plan.recipes not in self._known:
-            self._known[plan.recipes] = self._judge.judge(self._convert(plan))
+            model = self._convert(plan)
+            if plan.precision == INT8:
+                model = self._in_int8(model)
+            self._known[plan.recipes] = self._judge.judge(model)
         return self._known[plan.recipes]
+
+    def _in_int8(self, model: nn.Module) -> nn.Module:
+        """Return a model as ONNX Runtime runs it in int8, its ranges from the images to fit on."""
+        fit = self._images.fit
+        with tempfile.TemporaryDirectory(prefix="groupify-") as folder:
+            exported = export_onnx(model, Path(folder, "float32.onnx"), input_shape=tuple(fit.shape[1:]))
+            ranges = fit[:_CALIBRATION_IMAGES]
+            int8 = quantize_onnx(exported.path, Path(folder, "int8.onnx"), images=ranges)
+            return OnnxModule(int8.path, threads=self._options.threads)
 
     def __str__(self) -> str:
         return f"{len(self._judge)} held-out {'labelled' if self.labelled else 'unlabelled'} images"

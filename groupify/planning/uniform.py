@@ -110,8 +110,10 @@ def plan_observed(
         site_plan(convs[name], _recipe(name, choice, rules), observed.get(name), choice.reason)
         for name, choice in choices.items()
     ]
-    inputs = tuple(call.named_tensors(model))
-    result = Plan(tuple(sites), shape_of(example), groups.largest, rules.resolved().cpu, inputs=inputs)
+    result = Plan(
+        tuple(sites), shape_of(example), groups.largest, rules.resolved().cpu, rules.precision,
+        inputs=tuple(call.named_tensors(model)),
+    )  # fmt: skip
     if not result.converted:
         raise PlanError(nothing_fits([choice.left_alone for choice in choices.values() if choice.left_alone]))
     return leave_slow_sites_dense(result, rules.block) if rules.block > 1 else result

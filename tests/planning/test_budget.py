@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from groupify.errors import SpecError
-from groupify.planning.budget import COSTS, DROP, QUANTITIES, Budget, Limit
+from groupify.planning.budget import COSTS, DROP, LATENCY, QUANTITIES, Budget, Limit
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,7 @@ from groupify.planning.budget import COSTS, DROP, QUANTITIES, Budget, Limit
         ("bytes=1MiB", Limit("bytes", 2**20, relative=False)),
         ("latency=2x", Limit("latency", 0.5, relative=True)),
         ("latency=1.5s", Limit("latency", 1500, relative=False)),
+        ("latency=2x:float32", Limit("latency", 0.5, relative=True, of_float32=True)),
         ("drop=.5", Limit("drop", 0.5, relative=False)),
     ],
 )
@@ -54,6 +55,10 @@ def test_several_limits_hold_together() -> None:
         (("macs=0.5x",), "more than the dense model has"),
         (("macs=8MB",), "unknown unit 'MB'"),
         (("latency=12",), "unknown unit ''"),
+        (("latency=2x:int8",), "':int8' says nothing; expected a relative latency in front of ':float32'"),
+        (("latency=12ms:float32",), "':float32' says nothing; expected a relative latency"),
+        (("macs=2x:float32",), "':float32' says nothing"),
+        (("latency=2x:",), "':' says nothing"),
         (("drop=1%",), "unknown unit '%'"),
         (("drop=2x",), "unknown unit 'x'"),
         (("macs=40%", "macs=2x"), "two limits for 'macs'"),
@@ -70,6 +75,7 @@ shares = st.floats(0.001, 1.0).map(lambda share: round(share, 4)).filter(bool)
 amounts = st.floats(0.001, 1e9).map(lambda amount: float(f"{amount:.6g}"))
 limits = st.one_of(
     st.builds(Limit, st.sampled_from(COSTS), shares, st.just(True)),
+    st.builds(Limit, st.just(LATENCY), shares, st.just(True), st.just(True)),
     st.builds(Limit, st.sampled_from(QUANTITIES), amounts, st.just(False)),
 )
 
@@ -80,7 +86,7 @@ def test_a_budget_reads_what_it_prints(several: list[Limit]) -> None:
     again = Budget.parse(str(budget))
     assert [limit.quantity for limit in again.limits] == [limit.quantity for limit in several]
     for before, after in zip(several, again.limits, strict=True):
-        assert after.relative == before.relative
+        assert (after.relative, after.of_float32) == (before.relative, before.of_float32)
         assert after.value == pytest.approx(before.value, rel=1e-9)
 
 

@@ -14,7 +14,7 @@ from groupify.measure.latency_table import LatencyTable, Stopwatch, cached_table
 from groupify.measure.profiling import NetworkTime
 from groupify.planning.candidates import candidates
 from groupify.planning.rules import Rules
-from groupify.structures import Structure
+from groupify.structures import FLOAT32, INT8, Precision, Structure
 from tests.cli_nets import net
 
 SHAPE = (3, 8, 8)
@@ -31,7 +31,7 @@ class Fake(Stopwatch):
     def convs(self, shapes: Sequence[TimedConv], *, warm: bool) -> dict[TimedConv, float]:
         return {shape: self._time(shape, warm) for shape in shapes}
 
-    def network(self, sites: Sequence[str]) -> NetworkTime:
+    def network(self, sites: Sequence[str], precision: Precision) -> NetworkTime:
         return self._network
 
 
@@ -62,19 +62,39 @@ def test_convs_of_other_dimensions_strides_and_paddings_are_timed() -> None:
     assert all(time > 0 for time in time_convs([line, odd, cube], rounds=3).values())
 
 
-def test_a_table_knows_its_model_and_all_candidates(tmp_path: Path) -> None:
-    choices = candidates(net(), SHAPE, GROUPED, group_counts=(4,))
+def test_convs_are_timed_in_int8_without_what_quantises_around_them() -> None:
+    shapes = [
+        replace(CONV, structure=structure, precision=INT8)
+        for structure in (Structure(), Structure(groups=2), Structure(16, 1, 16), Structure(16, 16, 16))
+    ]
+    shuffled = replace(shapes[1], shuffle=True)
+    odd = TimedConv(6, 9, (1, 3), (2, 1), (1, 2), (0, 1, 1, 0), (9, 11), groups=3, precision=INT8)
+    line = TimedConv(16, 32, (3,), (2,), (1,), (0, 2), (50,), precision=INT8)
+    times = time_convs([*shapes, shuffled, odd, line, CONV], rounds=9)
+    assert len(times) == 8
+    assert all(0 < time < 1000 for time in times.values())
+    # To quantise its input takes far longer than a conv that reads only every 64th pixel of it.
+    wide = TimedConv(4, 4, (1, 1), (1, 1), (1, 1), (0, 0, 0, 0), (256, 256), precision=INT8)
+    sparse = replace(wide, stride=(64, 64))
+    both = time_convs([wide, sparse], rounds=9)
+    assert both[sparse] < both[wide] / 4
+
+
+@pytest.mark.parametrize("precision", [FLOAT32, INT8])
+def test_a_table_knows_its_model_and_all_candidates(tmp_path: Path, precision: Precision) -> None:
+    choices = candidates(net(), SHAPE, replace(GROUPED, precision=precision), group_counts=(4,))
     table = cached_table(net(), choices, cache=tmp_path)
     latencies = look_up(table, net(), choices)
     assert latencies.dense_ms > 0
     assert [len(row) for row in latencies.convs_ms] == [len(options) for options in choices.sites]
-    network = next(iter(table.networks.values()))
+    network, *of_float32 = table.networks.values()
+    assert latencies.dense_float32_ms == (of_float32 or [network])[0].total_ms
     assert latencies.total((0,) * len(choices.sites)) == pytest.approx(network.total_ms)
     assert network.convs_ms.keys() == {options[0].site.name for options in choices.sites if len(options) > 1}
     assert LatencyTable.loads(table.dumps()) == table
 
     class Broken(Stopwatch):
-        def network(self, sites: Sequence[str]) -> NetworkTime:
+        def network(self, sites: Sequence[str], precision: Precision) -> NetworkTime:
             raise AssertionError("measured again")
 
     broken = Broken(net(), SHAPE)
@@ -83,6 +103,20 @@ def test_a_table_knows_its_model_and_all_candidates(tmp_path: Path) -> None:
     file.write_text("{")
     with pytest.raises(AssertionError, match="measured again"):
         cached_table(net(), choices, cache=tmp_path, stopwatch=broken)
+
+
+def test_one_table_holds_both_precisions() -> None:
+    float32, int8 = (
+        candidates(net(), SHAPE, replace(GROUPED, precision=precision)) for precision in (FLOAT32, INT8)
+    )
+    fake = Fake(lambda shape, _: 1.0 if shape.precision == INT8 else 3.0, NetworkTime(100.0, {}))
+    table = measure_table(net(), float32, stopwatch=fake)
+    with pytest.raises(PlanError, match="does not know this model in int8"):
+        look_up(table, net(), int8)
+    table = measure_table(net(), int8, table, stopwatch=fake)
+    for choices, expected in ((float32, 3.0), (int8, 1.0)):
+        found = look_up(table, net(), choices).convs_ms
+        assert {time for row in found for time in row} == {0.0, expected}
 
 
 def test_convs_with_warm_weights_have_times_of_their_own(tmp_path: Path) -> None:
@@ -133,7 +167,7 @@ def test_a_table_of_another_model_or_of_other_options_is_refused() -> None:
     ("changed", "says"),
     [
         ({"format": "x"}, "no latency table"),
-        ({"schema_version": 2}, "schema version is 2, this groupify reads version 4: make one with"),
+        ({"schema_version": 2}, "schema version is 2, this groupify reads version 5: make one with"),
         ({"convs": {"a": -1}}, "latency table.convs.a is -1; expected greater than or equal to 0"),
         ({"convs": {"a": 1e9}}, "less than or equal to 10000000"),
         ({"convs": {"a": "fast"}}, "latency table.convs.a is 'fast'; expected a valid number"),

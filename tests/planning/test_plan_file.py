@@ -37,14 +37,17 @@ def test_a_plan_reads_what_it_writes(sites: dict[str, tuple[Structure, bool]]) -
     file = PlanFile("net", "avx2", tuple(SiteRecipe(name, *entry) for name, entry in sites.items()))
     text = file.dumps()
     assert PlanFile.loads(text) == file
-    assert len(text.splitlines()) == len(sites) + 8  # one line for each conv
+    assert len(text.splitlines()) == len(sites) + 9  # one line for each conv
 
 
 def test_a_plan_goes_through_a_file_and_can_be_edited(tmp_path: Path) -> None:
     made = plan(net(), SHAPE, groups=4, rules=Rules(min_group_width=1, cpu="arm64"))
     path = tmp_path / "plan.json"
     PlanFile.of("net", made).write(path)
+    assert PlanFile.read(path).precision == "float32"
+    PlanFile.of("net", replace(made, precision="int8")).write(path)
     again = PlanFile.read(path).apply(net(), SHAPE)
+    assert again.precision == "int8"
     assert again.recipes == made.recipes
     assert (made.cpu, again.cpu) == ("arm64", "arm64")
     assert again.macs == made.macs
@@ -71,7 +74,7 @@ def structure(**changes: Any) -> dict[str, Any]:
 
 
 def document(**changes: Any) -> dict[str, Any]:
-    fields = {"format": "groupify plan", "schema_version": 4, "model": "net", "cpu": "avx2"}
+    fields = {"format": "groupify plan", "schema_version": 5, "model": "net", "cpu": "avx2"}
     return {**fields, "sites": [site()], **changes}
 
 
@@ -79,7 +82,7 @@ def document(**changes: Any) -> dict[str, Any]:
     ("changed", "says"),
     [
         ({"format": "groupify"}, 'expected "format": "groupify plan"'),
-        ({"schema_version": 3}, "version is 3, this groupify reads version 4: save one with groupify plan"),
+        ({"schema_version": 3}, "version is 3, this groupify reads version 5: save one with groupify plan"),
         ({"cpu": "auto"}, "plan.cpu is 'auto'; expected 'avx2' or"),
         ({"extra": 1}, "plan has an unknown key 'extra'"),
         ({"sites": []}, r"plan.sites is a list of 0; expected at least 1"),

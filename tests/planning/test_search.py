@@ -19,7 +19,7 @@ from groupify.graph.call import example_input
 from groupify.measure import benchmarks
 from groupify.measure.benchmarks import Latency, Timing, speed_ups
 from groupify.measure.conv_timing import TimedConv
-from groupify.measure.latency_table import Stopwatch, look_up, measure_table
+from groupify.measure.latency_table import LatencyTable, Stopwatch, look_up, measure_table
 from groupify.measure.plan_timer import PlanTimer
 from groupify.measure.profiling import NetworkTime
 from groupify.pipeline.planning import planning_images
@@ -39,7 +39,7 @@ from groupify.planning.sensitivity import (
 from groupify.planning.uniform import plan
 from groupify.reporting.budget import plot_frontier
 from groupify.scores import Judgement, measure_cost
-from groupify.structures import Plan, Uniform
+from groupify.structures import FLOAT32, INT8, Plan, Precision, Uniform
 
 SHAPE = (3, 12, 12)
 
@@ -247,24 +247,32 @@ def test_a_budget_without_images_is_planned_from_the_weights_alone() -> None:
 
 
 class Clock(Stopwatch):
-    """A machine on which time is the number of weights, and half of the network is something else."""
+    """A machine on which time is the number of weights, and half of the network is something else.
+
+    In int8 convs take half of it, those of several groups three quarters.
+    """
 
     def __init__(self) -> None:
         pass
 
     def convs(self, shapes: Sequence[TimedConv], *, warm: bool) -> dict[TimedConv, float]:
-        return {shape: shape.weights / 1000 for shape in shapes}
+        return {shape: self._share(shape) * shape.weights / 1000 for shape in shapes}
 
-    def network(self, sites: Sequence[str]) -> NetworkTime:
-        return NetworkTime(DENSE_MS, {})
+    def _share(self, shape: TimedConv) -> float:
+        if shape.precision == FLOAT32:
+            return 1.0
+        return 0.5 if shape.structure.groups == 1 else 0.75
+
+    def network(self, sites: Sequence[str], precision: Precision) -> NetworkTime:
+        return NetworkTime(DENSE_MS if precision == FLOAT32 else 0.75 * DENSE_MS, {})
 
 
 DENSE_MS = 8 * 9.216
 
 
-def timed_costing(model: nn.Module) -> Costing:
+def timed_costing(model: nn.Module, precision: Precision = FLOAT32) -> Costing:
     """What is known of a model on such a machine, before whole plans are timed."""
-    choices = candidates(model, SHAPE, GROUPED)
+    choices = candidates(model, SHAPE, replace(GROUPED, precision=precision))
     latencies = look_up(measure_table(model, choices, stopwatch=Clock()), model, choices)
     dense = measure_cost(model, example_input(SHAPE))
     return Costing(choices, weight_sensitivity(model, choices), dense, latencies)
@@ -272,6 +280,49 @@ def timed_costing(model: nn.Module) -> Costing:
 
 def predicted_ms(costing: Costing, given: Plan) -> float:
     return costing.costs(costing.choices.indices(given))["latency"]
+
+
+def test_a_latency_limit_is_one_of_the_dense_model_in_the_precision_of_the_plan() -> None:
+    int8 = timed_costing(net(), INT8)
+    dense = 0.75 * DENSE_MS
+    assert int8.dense_costs["latency"] == pytest.approx(dense)
+    winner = Race(Finder(Budget.parse("latency=90%"), int8)).run().winner
+    assert 0.8 * dense < winner.costs["latency"] <= 0.9 * dense
+    of_float32 = Race(Finder(Budget.parse("latency=1.5x:float32"), int8)).run().winner
+    assert 0.6 * DENSE_MS < of_float32.costs["latency"] <= DENSE_MS / 1.5
+    with pytest.raises(PlanError, match=r"latency=80%:float32 allows all that the dense model costs in int8"):
+        Race(Finder(Budget.parse("latency=80%:float32"), int8)).run()
+    with pytest.raises(PlanError, match=r"latency=20%:float32 cannot be held: the least .* latency"):
+        Race(Finder(Budget.parse("latency=20%:float32"), int8)).run()
+
+
+def test_a_plan_for_int8_counts_one_byte_for_each_weight() -> None:
+    float32, int8 = (timed_costing(net(), precision) for precision in (FLOAT32, INT8))
+    assert int8.dense_costs["bytes"] == pytest.approx(float32.dense_costs["bytes"] / 4)
+    assert int8.least("bytes") == pytest.approx(float32.least("bytes") / 4)
+
+
+def test_a_plan_for_int8_is_timed_and_judged_in_int8(tmp_path: Path) -> None:
+    rules = replace(ANY, precision=INT8)
+    options = SearchOptions(cache=tmp_path)
+    found = plan_for_budget(net(), SHAPE, "latency=95%", images(), rules=rules, options=options)
+    assert found.plan.precision == INT8
+    assert 0 < found.winner.costs["latency"] < found.dense_costs["latency"]
+    (table,) = map(LatencyTable.read, tmp_path.glob("latency-*.json"))
+    assert len(table.networks) == 2  # the dense model in float32 as well
+    assert all(shape.endswith(", int8") for shape in table.convs)
+    judge = HeldOut(net(), Images.split(images()), options)
+    as_float = judge(replace(found.plan, precision=FLOAT32))
+    in_int8 = HeldOut(net(), Images.split(images()), options)(found.plan)
+    assert in_int8 != as_float
+    assert in_int8.divergence == pytest.approx(as_float.divergence, rel=0.5, abs=0.01)
+
+
+def test_int8_is_for_models_of_one_input() -> None:
+    with pytest.raises(SpecError, match="int8 is for models of one input"):
+        plan_for_budget(
+            net(), budget="macs=50%", example_inputs=(images(1),), rules=replace(ANY, precision=INT8)
+        )
 
 
 def test_a_latency_limit_is_held_by_the_measured_one() -> None:
