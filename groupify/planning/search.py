@@ -33,6 +33,7 @@ from groupify.planning.sensitivity import (
     weight_sensitivity,
 )
 from groupify.planning.sites import limits
+from groupify.planning.worth_timing import worth_timing
 from groupify.scores import Judge, Judgement, measure_cost
 from groupify.structures import INT8, Choices, Plan, SiteRecipe
 
@@ -178,7 +179,10 @@ def make_costing(
     sensitivity = _sensitivity(model, choices, images, options)
     if not latency:
         return Costing(choices, sensitivity, dense)
-    table = options.table or _own_table(model, choices, options)
+    table = options.table
+    if table is None:
+        choices = worth_timing(choices, sensitivity, rules.cpu_block)
+        table = _own_table(model, choices, options)
     return Costing(choices, sensitivity, dense, look_up(table, model, choices))
 
 
