@@ -6,13 +6,14 @@ Costs are parameters, multiply-accumulates (MACs), weight and activation bytes.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -22,7 +23,7 @@ from groupify.data.calls import Inputs, iterate_calls, model_inputs
 from groupify.data.ranks import ALONE, Ranks
 from groupify.errors import DataError
 from groupify.graph.call import Call
-from groupify.graph.forward import evaluating, run_once
+from groupify.graph.forward import evaluating, output_tensors, run_once
 
 _OUTPUT_NAMES = ("logits", "out")
 
@@ -92,15 +93,14 @@ def evaluate(
     return Accuracy(correct / images_seen, images_seen)
 
 
-def class_scores(output: Any, *, per_pixel: bool = False) -> Tensor:
+def class_scores(output: Any) -> Tensor:
     """Return the class scores among a model's outputs, shape (N, classes).
 
     Args:
         output: a tensor, or a dict or tuple with the entry ``logits`` or ``out``, or with them in front.
-        per_pixel: whether scores of shape (N, classes, ...), such as those of a segmentation, will do.
 
     Raises:
-        DataError: outputs of another form, such as those of a detector.
+        DataError: outputs of another form, such as those of a detector or a segmentation.
     """
     if isinstance(output, Mapping):
         named = [output[name] for name in _OUTPUT_NAMES if name in output]
@@ -111,11 +111,81 @@ def class_scores(output: Any, *, per_pixel: bool = False) -> Tensor:
     elif isinstance(output, (tuple, list)) and output:
         output = output[0]
     dims = output.dim() if isinstance(output, Tensor) else 0
-    if (dims == 2 or (per_pixel and dims > 2)) and output.shape[1] > 1:
+    if dims == 2 and output.shape[1] > 1:
         return cast(Tensor, output)
     found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"type {type(output).__name__}"
-    expected = "(N, classes, ...)" if per_pixel else "(N, classes)"
-    raise DataError(f"the model's output has {found}, expected class scores of shape {expected}")
+    raise DataError(f"the model's output has {found}, expected class scores of shape (N, classes)")
+
+
+def has_classes(output: Any) -> bool:
+    """Whether a model's outputs count as class scores, (N, K) with K > 1, where :func:`class_scores` looks.
+
+    Such models are judged by their class probabilities, all others by the relative error of all outputs.
+    """
+    try:
+        class_scores(output)
+    except DataError:
+        return False
+    return True
+
+
+def describe_outputs(output: Any) -> str:
+    """Return what the planner takes a model's outputs for, with their shapes, the batch as N."""
+    if has_classes(output):
+        return f"class scores (N, {class_scores(output).shape[1]})"
+    shapes = [", ".join(map(str, ("N", *values.shape[1:]))) for values in output_tensors(output)]
+    return "no class scores: " + ", ".join(f"({shape})" for shape in shapes)
+
+
+class OutputErrors:
+    """Squared errors of outputs, relative to the variance of the dense model's; the mean over all tensors.
+
+    Integers, such as labels, have no part in it. An output that never changes counts only if it is missed:
+    then as wholly wrong.
+    """
+
+    def __init__(self) -> None:
+        self._count: list[float] = []
+        self._sums: list[tuple[float, float]] = []  # of the values and of their squares
+        self._missed: dict[str, list[float]] = {}
+
+    def add_dense(self, outputs: Sequence[Tensor]) -> None:
+        """Count what is right for a batch."""
+        for number, values in enumerate(_floats(outputs)):
+            if number == len(self._count):
+                self._count.append(0.0)
+                self._sums.append((0.0, 0.0))
+            total, squares = self._sums[number]
+            self._count[number] += values.numel()
+            self._sums[number] = total + float(values.sum()), squares + float(values.square().sum())
+
+    def add(self, name: str, dense: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Count what a converted model, of any name, gives for that batch.
+
+        Raises:
+            DataError: outputs of other shapes, or none that could be compared.
+        """
+        right, found = _floats(dense), _floats(outputs)
+        if [values.shape for values in right] != [values.shape for values in found] or not right:
+            raise DataError(
+                "the shapes of the model's outputs depend on their values, or none is floating point: they "
+                "cannot be compared; plan without images, or hand out what is computed before that"
+            )
+        missed = [float((own - other).square().sum()) for own, other in zip(found, right, strict=True)]
+        before = self._missed.get(name, [0.0] * len(missed))
+        self._missed[name] = [one + other for one, other in zip(before, missed, strict=True)]
+
+    def relative(self, name: str) -> float:
+        """Return the mean relative error of what was counted under a name."""
+        shares = []
+        for count, (total, squares), missed in zip(self._count, self._sums, self._missed[name], strict=True):
+            energy = squares - total * total / max(count, 1.0)
+            shares.append(missed / energy if energy > 1e-9 * squares else float(missed > 1e-9 * squares))
+        return sum(shares) / len(shares)
+
+
+def _floats(outputs: Sequence[Tensor]) -> list[Tensor]:
+    return [values.detach().double() for values in outputs if values.is_floating_point()]
 
 
 @dataclass(frozen=True)
@@ -124,13 +194,13 @@ class Judgement:
 
     Attributes:
         divergence: KL divergence of the converted model's class probabilities from the dense model's,
-            nats, mean over the images.
+            nats, mean over the images; without class scores the relative error of the outputs.
         drop: percentage points of accuracy lost; without labels the share of images whose class is
-            another one, which is never less.
+            another one, which is never less. None without class scores.
     """
 
     divergence: float
-    drop: float
+    drop: float | None
 
 
 class Judge:
@@ -144,7 +214,7 @@ class Judge:
         batch_size: images per step.
 
     Raises:
-        DataError: the model's outputs are no class scores.
+        DataError: the model has no outputs that can be compared.
     """
 
     def __init__(
@@ -159,9 +229,9 @@ class Judge:
         self._images = images
         self._inputs = inputs
         self._batch_size = batch_size
-        self._log_chances = self._run(dense)
-        self._classes = self._log_chances.argmax(1)
-        self._labels = labels if labels is not None and self._log_chances.dim() == 2 else None
+        self._dense = list(self._run(dense))
+        self.classes = all(has_classes(output) for output in self._dense)
+        self._labels = labels if self.classes else None
 
     @property
     def labelled(self) -> bool:
@@ -173,30 +243,35 @@ class Judge:
 
     def judge(self, model: nn.Module) -> Judgement:
         """Measure one converted model."""
-        log_chances = self._run(model)
-        divergence = F.kl_div(log_chances, self._log_chances, reduction="none", log_target=True).sum(1).mean()
-        classes = log_chances.argmax(1)
+        if not self.classes:
+            errors = OutputErrors()
+            for dense, found in zip(self._dense, self._run(model), strict=True):
+                errors.add_dense(output_tensors(dense))
+                errors.add("converted", output_tensors(dense), output_tensors(found))
+            return Judgement(errors.relative("converted"), None)
+        right, chances = (_log_chances(outputs) for outputs in (self._dense, self._run(model)))
+        divergence = F.kl_div(chances, right, reduction="none", log_target=True).sum(1).mean()
+        classes, dense_classes = chances.argmax(1), right.argmax(1)
         if self._labels is None:
-            lost = (classes != self._classes).float().mean()
+            lost = (classes != dense_classes).float().mean()
         else:
-            lost = (self._classes == self._labels).float().mean() - (classes == self._labels).float().mean()
+            lost = (dense_classes == self._labels).float().mean() - (classes == self._labels).float().mean()
         return Judgement(float(divergence), 100 * float(lost))
 
-    def _run(self, model: nn.Module) -> Tensor:
+    def _run(self, model: nn.Module) -> Iterator[Any]:
         parameter = next(model.parameters(), torch.empty(0))
         with evaluating(model), torch.no_grad():
-            scores = [
-                class_scores(self._call(batch, parameter).apply(model), per_pixel=True)
-                .float()
-                .log_softmax(1)
-                .cpu()
-                for batch in self._images.split(self._batch_size)
-            ]
-        return torch.cat(scores)
+            for batch in self._images.split(self._batch_size):
+                outputs = self._call(batch, parameter).apply(model)
+                yield pytree.tree_map_only(Tensor, lambda values: values.cpu(), outputs)
 
     def _call(self, batch: Tensor, parameter: Tensor) -> Call:
         call = Call((batch,)) if self._inputs is None else model_inputs(batch, self._inputs)
         return call.map(lambda x: x.to(parameter) if x.is_floating_point() else x.to(parameter.device))
+
+
+def _log_chances(outputs: Iterable[Any]) -> Tensor:
+    return torch.cat([class_scores(output).float().log_softmax(1) for output in outputs])
 
 
 @dataclass(frozen=True)

@@ -250,8 +250,10 @@ plan_options = together(
           help="all: a channel shuffle behind every conv that is grouped; with a budget, both are tried."),
     _plan("--latency-table", type=_PATH,
           help="Latencies measured where the model will run, by groupify bench MODEL --table FILE."),
-    _plan("--sensitivity", type=click.Choice(["fisher", "exact"]), default="fisher", show_default=True,
-          help="With a budget: predict what each conv loses, or convert each alone and measure it (slow)."),
+    _plan("--sensitivity", type=click.Choice(["auto", "fisher", "outputs", "exact"]), default="auto",
+          show_default=True, help="With a budget, what each conv loses. fisher: predicted for class scores; "
+          "outputs: for any outputs, each conv replaced alone; auto: whichever suits the model; exact: all "
+          "choices converted (slow)."),
     _plan("--no-verify", is_flag=True,
           help="With a budget: neither convert the plan to compare it with uniform, nor time it as a whole."),
     _plan("--plan", "plan_file", type=_PATH, help="Take the plan from this file."),

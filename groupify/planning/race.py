@@ -62,7 +62,8 @@ class Contender:
     @property
     def drop(self) -> float:
         """The measured drop in percentage points; infinite where it was not measured."""
-        return math.inf if self.measured is None else self.measured.drop
+        found = None if self.measured is None else self.measured.drop
+        return math.inf if found is None else found
 
 
 @dataclass(frozen=True)
@@ -144,10 +145,10 @@ class Race:
         costs, drop = self._budget.costs, self._budget.drop
         contenders = self._race(self._costing.amounts(costs))
         best = contenders[0].measured
-        if drop is not None and best is not None and best.drop > drop:
+        if drop is not None and best is not None and contenders[0].drop > drop:
             raise PlanError(
                 f"{self._budget} cannot be held together: within {' and '.join(map(str, costs))} the "
-                f"drop came to {best.drop:.2f} points on {self.judge}; allow more of one of them"
+                f"drop came to {contenders[0].drop:.2f} points on {self.judge}; allow more of one of them"
             )
         return contenders
 
@@ -207,7 +208,7 @@ class Race:
     def _rank(self, contender: Contender) -> tuple[float, float, float, bool]:
         """What exceeds the drop, measured divergence, predicted one; where all are equal, uniform first."""
         measured, drop = contender.measured, self._budget.drop
-        excess = 0.0 if measured is None or drop is None else max(0.0, measured.drop - drop)
+        excess = 0.0 if measured is None or drop is None else max(0.0, contender.drop - drop)
         divergence = 0.0 if measured is None else measured.divergence
         return excess, divergence, contender.loss, not contender.uniform
 

@@ -15,6 +15,7 @@ from groupify.conversion.conversion import Calibration, convert
 from groupify.data.calls import Inputs
 from groupify.errors import SpecError
 from groupify.graph.call import Call, Example, as_call, one_example
+from groupify.graph.forward import run_once
 from groupify.measure.latency_table import LatencyTable, cached_table, look_up
 from groupify.measure.plan_timer import PlanTimer
 from groupify.models.wrappers import unwrapped
@@ -27,6 +28,10 @@ from groupify.planning.costing import Costing, Finder
 from groupify.planning.race import BudgetPlan, Race
 from groupify.planning.rules import Rules
 from groupify.planning.sensitivity import (
+    AUTO,
+    EXACT,
+    FISHER,
+    OUTPUTS,
     Sensitivity,
     exact_sensitivity,
     measure_sensitivity,
@@ -34,10 +39,10 @@ from groupify.planning.sensitivity import (
 )
 from groupify.planning.sites import limits
 from groupify.planning.worth_timing import worth_timing
-from groupify.scores import Judge, Judgement, measure_cost
+from groupify.scores import Judge, Judgement, describe_outputs, has_classes, measure_cost
 from groupify.structures import INT8, Choices, Plan, SiteRecipe
 
-SENSITIVITIES = ("fisher", "exact")
+SENSITIVITIES = (AUTO, FISHER, OUTPUTS, EXACT)
 _HELD_OUT = 0.25
 _CALIBRATION_IMAGES = 256  # as many as an export of a whole run takes
 
@@ -74,8 +79,10 @@ class SearchOptions:
     """How to look for a plan; see ``Rules`` for what it may do.
 
     Attributes:
-        sensitivity: ``"fisher"``, or ``"exact"`` to convert every candidate of every conv alone and measure
-            the divergence, which takes hours for a large model.
+        sensitivity: how the losses of convs are predicted. ``"fisher"``: fitted errors weighted by the Fisher
+            information of class scores; ``"outputs"``: times the measured sensitivity of all outputs;
+            ``"auto"``: the former where the outputs are class scores (N, K), else the latter; ``"exact"``:
+            every candidate of every conv is converted alone, which takes hours for a large model.
         verify: whether the plan and the best uniform one are converted and compared on held-out images, and
             latencies of whole plans measured where no ``table`` is given.
         table: latencies measured on the device; None = measure them here, where the budget needs them.
@@ -85,7 +92,7 @@ class SearchOptions:
         progress: show bars on stderr.
     """
 
-    sensitivity: str = "fisher"
+    sensitivity: str = AUTO
     verify: bool = True
     table: LatencyTable | None = None
     threads: int = 1
@@ -110,10 +117,11 @@ def plan_for_budget(
     Every conv gets the kind and number of groups for which the predicted losses of all convs add up to the
     least within all limits. The plan is then converted, and so is the best uniform plan (the same number of
     groups everywhere) within the same limits; whichever diverges less from the dense model on held-out
-    images is returned, of those that hold a limit on the drop. A limit on the latency is held by measured
-    ones: plans are timed, and the limit on what is predicted for them corrected until both agree. For a
-    limit on the drop alone, the smallest plan that holds it is searched by bisection over the MACs (over the
-    latency, if there is a table of it), each step converted and measured.
+    images is returned, of those that hold a limit on the drop. A model without class scores diverges by the
+    relative error of its outputs. A limit on the latency is held by measured ones: plans are timed, and the
+    limit on what is predicted for them corrected until both agree. For a limit on the drop alone, the
+    smallest plan that holds it is searched by bisection over the MACs (over the latency, if there is a table
+    of it), each step converted and measured.
 
     Args:
         model: a dense model; left untouched.
@@ -131,7 +139,8 @@ def plan_for_budget(
 
     Raises:
         PlanError: the budget cannot be held; says by how much.
-        SpecError: the budget or an option cannot be understood, or a limit on the drop comes without images.
+        SpecError: the budget or an option cannot be understood, or a limit on the drop comes without images,
+            or for a model without class scores.
         ConversionError: the model does not run on such inputs, or cannot be converted.
     """
     model = unwrapped(model)
@@ -143,14 +152,24 @@ def plan_for_budget(
         raise SpecError(f"{budget} limits the drop of accuracy, which needs images; give --data")
     needs_latency = options.table is not None or any(limit.quantity == LATENCY for limit in budget.limits)
     example = one_example(input_shape, example_inputs)
+    call = as_call(example, model)
+    outputs = run_once(model, call)
+    if budget.drop is not None and not has_classes(outputs):
+        raise SpecError(
+            f"{budget} limits the drop of accuracy, but the model's outputs are {describe_outputs(outputs)}; "
+            "limit the macs, params, bytes or latency instead"
+        )
     costing = make_costing(model, example, images, rules, options, latency=needs_latency)
     judge = None
     if images is not None and (options.verify or budget.drop is not None):
         judge = HeldOut(model, images, options, convert_plan)
     found = Race(_finder(model, budget, costing, options), judge, progress=options.progress).run()
     names = [site.name for site in found.plan.converted]
-    shown = limits(model, names, as_call(example, model))
-    return replace(found, plan=replace(found.plan, notes=shown.notes, captured=shown.captured))
+    shown = limits(model, names, call)
+    notes = shown.notes
+    if not has_classes(outputs):
+        notes += (f"planned by the relative error of the outputs: {describe_outputs(outputs)}",)
+    return replace(found, plan=replace(found.plan, notes=notes, captured=shown.captured))
 
 
 def make_costing(
@@ -208,9 +227,9 @@ def _sensitivity(
         "cache": options.cache,
         "progress": options.progress,
     }
-    if options.sensitivity == "exact":
+    if options.sensitivity == EXACT:
         return exact_sensitivity(model, choices, images.fit, images.held_out, **how)
-    return measure_sensitivity(model, choices, images.fit, **how)
+    return measure_sensitivity(model, choices, images.fit, of=options.sensitivity, **how)
 
 
 def _own_table(

@@ -1,12 +1,16 @@
 """What each candidate of each conv would cost in accuracy.
 
-The loss of a candidate is the divergence of the model's outputs, to second order: half the error of the best
-replacement, weighted by the Fisher information of the conv's output, ``½ tr(F Cov(y − ŷ))``. For a classifier
-it is in nats for each image. The losses of several convs are taken to add up.
+For a classifier the loss of a candidate is the divergence of the model's class probabilities, to second
+order: half the error of the best replacement, weighted by the Fisher information of the conv's output,
+``½ tr(F Cov(y − ŷ))``, in nats for each image. For any other model it is the relative error of the outputs:
+that of the replacement times a measured sensitivity, what the outputs are off by where that conv alone is
+replaced.
+The losses of several convs are taken to add up.
 """
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,18 +29,23 @@ from groupify.graph.call import Call, as_call
 from groupify.graph.capture import capture
 from groupify.graph.channels import channel_classes
 from groupify.graph.copying import copy_of
+from groupify.graph.forward import run_once
+from groupify.graph.model_graph import ModelGraph
 from groupify.graph.permute import layer_orders
 from groupify.graph.plain_layers import conv_of
 from groupify.machine import chunks
 from groupify.planning.layer_error import LayerMoments
-from groupify.planning.structure_losses import structure_losses
-from groupify.scores import Judge
+from groupify.planning.output_sensitivity import IMAGES, graph_of, output_scales, output_sensitivities
+from groupify.planning.structure_losses import SiteLosses
+from groupify.scores import Judge, describe_outputs, has_classes
 from groupify.stats.fisher import SiteStatistics, observe_sites
 from groupify.stats.flow import data_score
 from groupify.structures import Candidate, Choices
 
 _MEMORY = 2**31
-_VERSION = "1"  # of what is measured: another one makes the cached numbers void
+_VERSION = "2"  # of what is measured: another one makes the cached numbers void
+
+AUTO, FISHER, OUTPUTS, EXACT = "auto", "fisher", "outputs", "exact"
 
 Orders = Mapping[str, tuple[Tensor | None, Tensor | None]]  # candidate → its input and output order
 
@@ -63,6 +72,7 @@ def measure_sensitivity(
     choices: Choices,
     images: Tensor,
     *,
+    of: str = AUTO,
     inputs: Inputs | None = None,
     seed: int = 0,
     cache: Path | None = None,
@@ -71,14 +81,17 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """Measure the loss of every candidate from one pass over unlabelled images.
 
-    The pass gives the moments of what every conv reads and the Fisher information of what it computes;
-    all numbers of groups follow from these by least squares in float64. Models whose moments take more
-    than ``memory`` are read in several passes. What is finished is kept, so that an interrupted run goes on.
+    The pass gives the moments of what every conv reads and, for a classifier, the Fisher information of what
+    it computes; all structures follow from these by least squares. For other models each conv is then
+    replaced alone, and the outputs of a few images are compared. Models whose moments take more than
+    ``memory`` are read in several passes. What is finished is kept, so that an interrupted run goes on.
 
     Args:
         model: the dense model; left untouched.
         choices: what may become of each conv.
         images: shape (N, C, H, W), preprocessed as for inference.
+        of: ``"fisher"``: of the class probabilities; ``"outputs"``: of all outputs; ``"auto"``: the former
+            where the outputs are class scores, see :func:`groupify.scores.has_classes`.
         inputs: a batch of images → what the model is called with; None = the images.
         seed: seed of the sampled positions and directions.
         cache: folder to keep the numbers in; None = nowhere.
@@ -86,29 +99,31 @@ def measure_sensitivity(
         memory: bytes of moments held at the same time.
 
     Raises:
-        DataError: no images.
+        DataError: no images, or Fisher information is asked for where there are no class scores.
         ConversionError: activations are NaN or infinite.
 
     Warns:
-        GroupifyWarning: the outputs are no class scores, or the model runs without gradients; then all
-            outputs of a conv weigh the same.
+        GroupifyWarning: the model runs without gradients; then all outputs of a conv weigh the same.
     """
     if len(images) == 0:
         raise DataError("no images to measure the sensitivity on; expected at least one")
     convs = choices.open_sites
-    store = _store(cache, _key(model, images, inputs, seed))
     dense = copy_of(model).float().eval().requires_grad_(False)
-    work = _Measurement(dense, choices, images.float(), inputs, seed, progress)
+    work = _Measurement(dense, choices, images.float(), inputs, seed, progress, of)
+    store = _store(cache, _key(model, images, inputs, seed) + ("" if work.fisher else "-outputs"))
     missing = [options for options in convs if any(c.key not in store.numbers for c in options[1:])]
     with torch.random.fork_rng(devices=[]):
         for chunk in chunks(missing, lambda options: _moment_bytes(dense, options), memory):
             work.observe([options[0].site.name for options in missing], chunk)
+            found: list[dict[str, float]] = []
             for options in tqdm(chunk, desc="errors", disable=None if progress else True, leave=False):
-                store.add(work.losses(options))
+                found.append(work.losses(options))
+                if work.fisher:
+                    store.add(found[-1])
+            if not work.fisher:
+                store.add(work.of_outputs(chunk, found))
     losses = {c.key: store.numbers[c.key] for options in convs for c in options[1:]}
-    return Sensitivity(
-        losses, f"fitted error weighted by Fisher information, {len(images)} unlabelled images"
-    )
+    return Sensitivity(losses, f"{work.method}, {len(images)} unlabelled images")
 
 
 def weight_sensitivity(
@@ -129,7 +144,9 @@ def weight_sensitivity(
     for options in tqdm(convs, desc="errors", disable=None if progress else True, leave=False):
         weight, groups = weights[options[0].site.name], options[0].site.groups_before
         covariance = torch.eye(weight[0].numel())
-        losses |= structure_losses(dense, choices, options, covariance.expand(groups, -1, -1), None)
+        losses |= _site_losses(dense, choices, options, covariance.expand(groups, -1, -1), None).relative(
+            options
+        )
         others = [candidate for candidate in options[1:] if candidate.key not in losses]
         layer = LayerMoments(weight, covariance) if others else None
         for candidate in others:
@@ -195,8 +212,24 @@ def _moment_bytes(model: nn.Module, options: tuple[Candidate, ...]) -> int:
     return 8 * conv.groups * conv.weight[0].numel() ** 2
 
 
+def _site_losses(
+    dense: nn.Module,
+    choices: Choices,
+    options: Sequence[Candidate],
+    covariance: Tensor,
+    scale: Tensor | None,
+) -> SiteLosses:
+    name = options[0].site.name
+    return SiteLosses(conv_of(dense, name), choices.observed[name], choices.rules, covariance, scale)
+
+
 class _Measurement:
-    """The passes over the images and what is computed from them."""
+    """The passes over the images and what is computed from them.
+
+    Attributes:
+        fisher: whether losses are weighted by Fisher information; else outputs are compared.
+        method: one line on how losses are measured.
+    """
 
     def __init__(
         self,
@@ -206,6 +239,7 @@ class _Measurement:
         inputs: Inputs | None,
         seed: int,
         progress: bool,
+        of: str,
     ) -> None:
         self._dense = dense
         self._inputs = inputs
@@ -214,8 +248,25 @@ class _Measurement:
         self._seed = seed
         self._progress = progress
         self._statistics: dict[str, SiteStatistics] = {}
-        self._importance: dict[str, Tensor] = {}
         self._orders: Orders | None = None
+        self._trials: dict[str, Tensor] = {}
+        outputs = run_once(dense, self._call(images[:1]))
+        if of == FISHER and not has_classes(outputs):
+            raise DataError(
+                f"Fisher information is that of class scores (N, K), and the model's outputs are "
+                f"{describe_outputs(outputs)}: take the sensitivity {OUTPUTS!r}"
+            )
+        self.fisher = has_classes(outputs) if of == AUTO else of == FISHER
+        self.method = "fitted error weighted by Fisher information"
+        if not self.fisher:
+            self.method = (
+                f"fitted error times the measured sensitivity of the outputs ({describe_outputs(outputs)})"
+            )
+
+    def _call(self, images: Tensor) -> Call:
+        return (Call((images,)) if self._inputs is None else model_inputs(images, self._inputs)).on(
+            self._dense
+        )
 
     def observe(self, names: Sequence[str], chunk: Sequence[tuple[Candidate, ...]]) -> None:
         """Take the statistics of one chunk of convs; in the first pass, the channel orders of all."""
@@ -223,7 +274,7 @@ class _Measurement:
         first = self._orders is None
         every = [options[0].site.name for options in self._choices.open_sites]
         try:
-            self._statistics = self._pass(every if first else whole, whole, backward=True)
+            self._statistics = self._pass(every if first else whole, whole, backward=self.fisher)
         except DataError as problem:
             warnings.warn(
                 f"{problem}; all outputs of a conv weigh the same instead", GroupifyWarning, stacklevel=4
@@ -235,10 +286,8 @@ class _Measurement:
                 for name, found in self._statistics.items()
                 if conv_of(self._dense, name).groups == 1
             }
-            images = self._images[:2]
-            call = Call((images,)) if self._inputs is None else model_inputs(images, self._inputs)
             self._orders = _channel_orders(
-                self._dense, self._choices, call.on(self._dense), scores, self._seed
+                self._dense, self._choices, self._call(self._images[:2]), scores, self._seed
             )
 
     def _pass(
@@ -250,11 +299,24 @@ class _Measurement:
         )  # fmt: skip
 
     def losses(self, options: Sequence[Candidate]) -> dict[str, float]:
-        """Return the loss of each candidate of one conv that is observed at present; used up."""
+        """Return the loss of each candidate of one conv that is observed at present; used up.
+
+        Where outputs are compared, the losses are relative errors of the conv.
+        """
         name = options[0].site.name
         statistics = self._statistics.pop(name)
         covariance = statistics.moments.input_covariance()
-        found = structure_losses(self._dense, self._choices, options, covariance, statistics.importance)
+        importance, scale = statistics.importance, self._scales.get(name)
+        if importance is not None:
+            scale = importance.diagonal().clamp(min=0).sqrt().float()
+        site = _site_losses(self._dense, self._choices, options, covariance, scale)
+        found = site.relative(options)
+        if importance is not None:
+            found = {key: site.energy() / 2 * error for key, error in found.items()}
+        elif scale is not None:
+            importance = 2 * scale.square().double().diag() / max(site.energy(), 1e-30)
+        if not self.fisher:
+            self._trials[name] = site.trial_weight()
         others = [candidate for candidate in options[1:] if candidate.key not in found]
         if not others:
             return found
@@ -262,9 +324,34 @@ class _Measurement:
         for candidate in others:
             inputs, outputs = (self._orders or {}).get(candidate.key, (None, None))
             error = layer.error(candidate.site.recipe, inputs, outputs)
-            importance = statistics.importance
             found[candidate.key] = error.relative if importance is None else error.weighted(importance) / 2
         return found
+
+    def of_outputs(
+        self, chunk: Sequence[tuple[Candidate, ...]], errors: Sequence[Mapping[str, float]]
+    ) -> dict[str, float]:
+        """Return the relative errors of convs times the sensitivities of the outputs to them."""
+        few = self._images[torch.linspace(0, len(self._images) - 1, min(IMAGES, len(self._images))).long()]
+        names = [options[0].site.name for options in chunk]
+        found = output_sensitivities(
+            self._dense, self._graph, [self._call(few)], {name: self._trials.pop(name) for name in names},
+            self._scales, progress=self._progress,
+        )  # fmt: skip
+        return {
+            key: found[name] * error
+            for name, losses in zip(names, errors, strict=True)
+            for key, error in losses.items()
+        }
+
+    @functools.cached_property
+    def _graph(self) -> ModelGraph | None:
+        return graph_of(self._dense, self._call(self._images[:2]))
+
+    @functools.cached_property
+    def _scales(self) -> dict[str, Tensor]:
+        """How much the outputs of each conv weigh where outputs are compared."""
+        names = [options[0].site.name for options in self._choices.open_sites]
+        return {} if self.fisher else output_scales(self._graph, names)
 
     def _weight(self, name: str) -> Tensor:
         return self._dense.get_submodule(name).get_parameter("weight").flatten(2)

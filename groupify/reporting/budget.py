@@ -37,6 +37,11 @@ def _of_contender(contender: Contender) -> str:
     measured = contender.measured
     if measured is None:
         return f"{contender.name}: predicted divergence {contender.loss:.4g}, not measured"
+    if measured.drop is None:
+        return (
+            f"{contender.name}: measured relative error of the outputs {measured.divergence:.4g} on held-out "
+            f"images (predicted {contender.loss:.4g})"
+        )
     return (
         f"{contender.name}: measured divergence {measured.divergence:.4g}, drop {measured.drop:.2f} points "
         f"on held-out images (predicted divergence {contender.loss:.4g})"
@@ -63,7 +68,7 @@ def print_frontier(frontier: Frontier, console: Console) -> None:
                 f"{amount} ({100 * point.share:.1f}%)",
                 f"{point.loss:.3g}",
                 "" if measured is None else f"{measured.divergence:.3g}",
-                "" if measured is None else f"{measured.drop:.2f}",
+                "" if measured is None or measured.drop is None else f"{measured.drop:.2f}",
                 "← asked budget" if point.asked else "",
             )
         )
@@ -164,7 +169,7 @@ def _draw(frontier: Frontier, axes: Axes) -> None:
             place: Any = (100 * point.share, _height(point, measured))
             axes.plot(*place, "*", color="black", markersize=14, label="asked budget", zorder=3)
     axes.set_xlabel(f"{'MACs' if frontier.quantity == MACS else 'latency'}, % of the dense model")
-    axes.set_ylabel(f"{'measured' if measured else 'predicted'} divergence, nats")
+    axes.set_ylabel(f"{'measured' if measured else 'predicted'} divergence from the dense model")
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(LogFormatter())  # 20, not 2×10¹, and between the powers of ten as well
     axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))

@@ -71,7 +71,7 @@ def observe_sites(
 
     Raises:
         ConversionError: an output is NaN or infinite.
-        DataError: the model's outputs are no class scores in dimension 1, or get no gradients.
+        DataError: the model's outputs are no class scores, or get no gradients.
     """
     work = _Pass(model, len(images), whole, samples_per_input, samples_minimum, seed, importance)
     handles = [
@@ -127,7 +127,7 @@ class _Pass:
         else:
             # A leaf that needs gradients makes all that depends on it have one; the weights need none.
             with torch.enable_grad():
-                scores = class_scores(batch.floats(_leaf).apply(self._model), per_pixel=True)
+                scores = class_scores(batch.floats(_leaf).apply(self._model))
                 if self._cut is not None or not scores.requires_grad:
                     where = "the model's outputs" if self._cut is None else f"layer {self._cut!r}"
                     raise DataError(
