@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,13 +14,17 @@ from groupify.cli.options import (
     factory_options,
     output_file,
     paths,
+    precision_option,
     section,
     trust_option,
     whole_numbers,
 )
-from groupify.cli.shared import is_trusted, model_request, print_json
+from groupify.cli.shared import is_trusted, model_request, precisions, print_json
 from groupify.errors import ArtefactError, SpecError
 from groupify.files import folder_exists
+
+if TYPE_CHECKING:
+    from groupify.structures import Precision
 
 _timing = section("Timing")
 
@@ -46,6 +50,7 @@ _timing = section("Timing")
     metavar="NAME",
     help="Execution provider of ONNX Runtime for --onnx: cpu, cuda, tensorrt, openvino, coreml or xnnpack.",
 )
+@precision_option("What to time, or to write a table of. Default: float32, and int8 if FOLDER has it.", None)
 @_timing("--threads", default="1", show_default=True, callback=whole_numbers, help="Like 1,2.")
 @_timing("--batch-sizes", default="1", show_default=True, callback=whole_numbers, help="A list, like 1,8.")
 @_timing("--seconds", type=click.FloatRange(0.1), default=4.0, show_default=True, help="Per setting.")
@@ -57,6 +62,8 @@ def bench(folder: str | None, **options: Any) -> None:
     Example: groupify bench demo-g4 --threads 1,2 --batch-sizes 1,8
 
     Or, a latency table: groupify bench resnet50 --table laptop.json
+
+    Or, in int8 as well: groupify bench demo-g4 --precision both
 
     Or, files from anywhere: groupify bench --onnx dense.onnx,other.onnx
     """
@@ -85,6 +92,7 @@ def _bench_folder(folder: str, options: dict[str, Any]) -> None:
         )
     result = bench_folder(
         folder,
+        precisions=_precisions(options),
         threads=options["threads"],
         batch_sizes=options["batch_sizes"],
         seconds=options["seconds"],
@@ -99,12 +107,19 @@ def _bench_folder(folder: str, options: dict[str, Any]) -> None:
         print_bench(result, stdout_console())
 
 
+def _precisions(options: dict[str, Any]) -> tuple[Precision, ...] | None:
+    return None if options["precision"] is None else precisions(options["precision"])
+
+
 def _bench_files(folder: str | None, options: dict[str, Any]) -> None:
     from groupify.measure.onnx_files import bench_files
     from groupify.reporting.tables import stdout_console
     from groupify.reporting.text import print_files_bench
 
-    for given, name in ((folder, folder), (options["table"], "--table"), (options["pytorch"], "--pytorch")):
+    for given, name in (
+        (folder, folder), (options["table"], "--table"), (options["pytorch"], "--pytorch"),
+        (options["precision"], "--precision"),
+    ):  # fmt: skip
         if given:
             raise SpecError(f"--onnx times files alone: leave out {name}")
     result = bench_files(
@@ -131,6 +146,7 @@ def _write_table(target: str, options: dict[str, Any]) -> None:
     table = run_table(
         model_request(target, options),
         options["table"],
+        precisions=_precisions(options) or ("float32",),
         threads=options["threads"][0],
         seed=options["seed"],
         progress=not options["quiet"],

@@ -233,7 +233,8 @@ plan_options = together(
           help="Groups to aim at; by name too: '4,layer3.*=8'."),
     _plan("--budget", multiple=True, callback=budget, metavar="LIMITS",
           help="Plan for a budget instead of --groups: macs=40%, params=8M, bytes=8MB, latency=2x, drop=0.5, "
-          "or several with commas between. Repeatable; all hold."),
+          "or several with commas between. Repeatable; all hold. latency=2x is against the dense model in "
+          "--precision, latency=2x:float32 against dense float32."),
     _plan("--structure", metavar="FAMILY",
           help="grouped; grouped-pointwise: a grouped conv and a dense 1×1 conv; block-term: a grouped conv "
           "between 1×1 convs; auto: each conv what loses least. The last two have the MACs of --groups plain "
@@ -326,6 +327,14 @@ def training_options(epochs: float) -> Decorator[Any]:
     )  # fmt: skip
 
 
+def precision_option(what: str, default: str | None = "float32") -> Decorator[Any]:
+    """Return ``--precision``."""
+    return output(
+        "--precision", type=click.Choice(["float32", "int8", "both"]), default=default, show_default=True,
+        help=what,
+    )  # fmt: skip
+
+
 threads_option = output(
     "--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads when timing."
 )
@@ -334,8 +343,7 @@ export_options = together(
     output("--opset", type=click.IntRange(18, 23),
            help="Of the ONNX operators. Default: 18, the fastest in ONNX Runtime, or the lowest that has all "
            "that the model needs."),
-    output("--quantize", is_flag=True,
-           help="Write an int8 variant of the ONNX file beside it, calibrated on the data."),
+    precision_option("What the ONNX file computes in; both: two files. int8 is calibrated on --data."),
     threads_option,
 )  # fmt: skip
 output_options = together(

@@ -15,6 +15,7 @@ from groupify.cli.options import (
     frontier_options,
     model_options,
     plan_options,
+    precision_option,
     threads_option,
 )
 from groupify.cli.shared import model_label, model_request, plan_request, print_json
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 @model_options
 @plan_options
 @frontier_options
+@precision_option("What the converted model will compute in; latencies are those of it. both: int8.")
 @threads_option
 @fit_options
 @common_options

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         TrainingRequest,
     )
     from groupify.reporting.results import Report
+    from groupify.structures import Precision
 
 
 def print_json(document: Any) -> None:
@@ -121,6 +122,7 @@ def plan_request(options: dict[str, Any]) -> PlanRequest:
         exclude=options["exclude"],
         min_group_width=options["min_group_width"],
         cpu=options["cpu"],
+        precision=planned_precision(options["precision"]),
         shuffle=options["shuffle"],
         structures=_families(options["structure"]),
     )
@@ -170,7 +172,20 @@ def export_options(options: dict[str, Any]) -> ExportOptions:
     from groupify.pipeline.requests import ExportOptions
 
     names = {field.name for field in dataclasses.fields(ExportOptions)}
-    return ExportOptions(**{name: options[name] for name in names & options.keys()})
+    given = {name: options[name] for name in names & options.keys()}
+    return ExportOptions(**given, precisions=precisions(options["precision"]))
+
+
+def precisions(given: str) -> tuple[Precision, ...]:
+    """Return the precisions that ``--precision`` names."""
+    from groupify.structures import PRECISIONS
+
+    return tuple(precision for precision in PRECISIONS if given in (precision, "both"))
+
+
+def planned_precision(given: str) -> Precision:
+    """Return the precision that a plan is for: one for both is one for int8."""
+    return precisions(given)[-1]
 
 
 def output_request(options: dict[str, Any], default: Path) -> OutputRequest:

@@ -48,14 +48,17 @@ def evaluate(target: str, **options: Any) -> None:
 
 @command(short_help="Export to ONNX, checked against PyTorch.")
 @click.argument("name", metavar="TARGET")
-@output("--output", "-o", type=click.Path(path_type=Path), help="File to write; default TARGET.onnx.")
+@output(
+    "--output", "-o", type=click.Path(path_type=Path),
+    help="File to write; default TARGET.onnx. Of --precision both it is the float one, the other beside it.",
+)  # fmt: skip
 @output("--force", is_flag=True, help="Replace an existing file.")
 @output(
     "--python", type=click.Path(path_type=Path), metavar="FILE",
     help="Write a Python file that rebuilds the folder's model with torch and torchvision alone, no ONNX.",
 )  # fmt: skip
 @export_options
-@data_option("Real images for the check, and the calibration of --quantize.")
+@data_option("Real images for the check, and the calibration of int8.")
 @model_options
 @trust_option
 @common_options
@@ -73,7 +76,7 @@ def export(name: str, **options: Any) -> None:
 
     result = run_export(
         model_request(name, options),
-        options["output"] or Path(f"{model_label(Path(name).name, options['arguments'])}.onnx"),
+        options["output"] or _default_file(name, options),
         asked_export(options),
         data=options["data"],
         force=options["force"],
@@ -85,6 +88,11 @@ def export(name: str, **options: Any) -> None:
     else:
         for line in export_lines(result):
             click.echo(line)
+
+
+def _default_file(name: str, options: dict[str, Any]) -> Path:
+    ending = ".int8.onnx" if options["precision"] == "int8" else ".onnx"
+    return Path(f"{model_label(Path(name).name, options['arguments'])}{ending}")
 
 
 def _export_python(target: str, options: dict[str, Any]) -> None:

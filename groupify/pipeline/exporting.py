@@ -26,11 +26,13 @@ from groupify.pipeline.requests import ExportOptions
 from groupify.recipe import RECIPE_HASH
 from groupify.reporting.results import Int8File, LatencyChange
 from groupify.scores import evaluate
-from groupify.structures import Change
+from groupify.structures import FLOAT32, INT8, Change, Precision
 
 # Each is run through the float file with all its activations kept, so more would take memory and time.
 _CALIBRATION_IMAGES = 256
 _COMPARED_IMAGES = 256
+FILE_ROLES: Mapping[Precision, str] = {FLOAT32: "onnx", INT8: "onnx_int8"}  # of reports
+DENSE, DENSE_INT8, GROUPED, GROUPED_INT8 = "dense", "dense int8", "grouped", "grouped int8"
 # Enough real images to see a wrong export; parity is not an accuracy measurement.
 _PARITY_IMAGES = 4
 # 90th over 10th percentile of the times; above it, something else kept the processor busy.
@@ -44,18 +46,20 @@ class Exported:
     Attributes:
         file: the float file.
         parity: ONNX Runtime against PyTorch.
-        int8: what is known of the int8 file beside it; None where none was asked for.
+        paths: all files, by precision.
+        int8: what is known of the int8 file; None where none was asked for.
     """
 
     file: ExportedModel
     parity: Parity
+    paths: Mapping[Precision, Path]
     int8: Int8File | None = None
 
 
 def export_and_check(
     model: nn.Module,
     spec: ModelSpec,
-    path: Path,
+    paths: Mapping[Precision, Path],
     options: ExportOptions,
     data: DataSplits | None,
     *,
@@ -68,7 +72,7 @@ def export_and_check(
     Args:
         model: a dense or converted model.
         spec: its input shape and preprocessing.
-        path: the float file; the int8 file goes beside it.
+        paths: the files to write; the float file is needed in any case, for what is made of it.
         options: how.
         data: real images for the check, and for int8.
         recipe_sha256: the hash of the recipe that belongs to the model, for the file's metadata.
@@ -82,7 +86,7 @@ def export_and_check(
     shape = spec.input_shape
     exported = export_onnx(
         model,
-        path,
+        paths[FLOAT32],
         input_shape=shape,
         preprocessing=spec.preprocessing,
         static_batch=options.static_batch,
@@ -91,9 +95,11 @@ def export_and_check(
     )
     parity = check_parity(model, exported.path, input_shape=shape, images=_parity_images(data), seed=seed)
     int8 = None
-    if options.quantize and data is not None:
-        int8 = _write_int8(exported.path, data, threads=options.threads, seed=seed, progress=progress)
-    return Exported(exported, parity, int8)
+    if INT8 in paths and data is not None:
+        int8 = _write_int8(
+            exported.path, paths[INT8], data, threads=options.threads, seed=seed, progress=progress
+        )
+    return Exported(exported, parity, paths, int8)
 
 
 def int8_path(path: Path) -> Path:
@@ -107,14 +113,16 @@ def _parity_images(data: DataSplits | None) -> Tensor | None:
     return None if part is None else calibration_images(part, _PARITY_IMAGES, seed=0)
 
 
-def _write_int8(path: Path, data: DataSplits, *, threads: int, seed: int, progress: bool) -> Int8File:
-    """Write the int8 variant beside a float ONNX file and measure all but its latency.
+def _write_int8(
+    path: Path, target: Path, data: DataSplits, *, threads: int, seed: int, progress: bool
+) -> Int8File:
+    """Write the int8 variant of a float ONNX file and measure all but its latency.
 
     Training images calibrate it (test images where there are no others), test images measure it.
     """
     test = data.test
     images = calibration_images(data.for_calibration, _CALIBRATION_IMAGES, seed=seed)
-    quantized = quantize_onnx(path, int8_path(path), images=images)
+    quantized = quantize_onnx(path, target, images=images)
     # Images that did not set the ranges, where there are such.
     fresh = images if test is None else calibration_images(test, _COMPARED_IMAGES, seed=seed)
     agreement = compare_files(path, quantized.path, images=fresh, threads=threads)
@@ -142,6 +150,7 @@ class Timed:
         latency: dense against grouped.
         dense_file: the dense model's export, gone by now.
         int8: what is known of the int8 file, with its latency.
+        dense_int8: the same of the dense model; None where the other is.
         site_milliseconds: each conv's share in a profiled run, dense and grouped.
         other_milliseconds: of the other files.
     """
@@ -149,6 +158,7 @@ class Timed:
     latency: LatencyChange
     dense_file: ExportedModel
     int8: Int8File | None
+    dense_int8: Int8File | None = None
     site_milliseconds: Mapping[str, Change[float]] = field(default_factory=dict)
     other_milliseconds: Mapping[Path, float] = field(default_factory=dict)
 
@@ -160,16 +170,20 @@ def time_against_dense(
     options: ExportOptions,
     aside: Path,
     *,
+    seed: int,
     progress: bool,
 ) -> Timed:
-    """Export the dense model aside and time all files in ONNX Runtime, interleaved; then profile the convs.
+    """Export the dense model aside, time all files in ONNX Runtime, interleaved, and profile the convs.
+
+    Where the converted model has an int8 file, the dense one gets one as well.
 
     Args:
         prepared: the dense model and the names of the convs.
         exported: the converted model's files.
         others: more files to time in the same run.
         options: threads and batch size.
-        aside: folder for the dense model's file.
+        aside: folder for the dense model's files.
+        seed: of the choice of images that int8 is calibrated with.
         progress: show a bar on stderr.
     """
     shape, grouped = prepared.source.spec.input_shape, exported.file.path
@@ -177,14 +191,20 @@ def time_against_dense(
         prepared.source.model, aside / "dense.onnx", input_shape=shape, static_batch=options.static_batch,
         opset=options.opset,
     )  # fmt: skip
-    files = {"dense": dense_file.path, "grouped": grouped, **{str(path): path for path in others}}
-    if exported.int8 is not None:
-        files["int8"] = int8_path(grouped)
+    files = {DENSE: dense_file.path, GROUPED: grouped, **{str(path): path for path in others}}
+    dense_int8 = None
+    if exported.int8 is not None and prepared.data is not None:
+        files |= {DENSE_INT8: aside / "dense.int8.onnx", GROUPED_INT8: exported.paths[INT8]}
+        dense_int8 = _write_int8(
+            dense_file.path, files[DENSE_INT8], prepared.data, threads=options.threads, seed=seed,
+            progress=progress,
+        )  # fmt: skip
     rows = _time(files, shape, options, seconds=QUICK_SECONDS * len(files) / 2, progress=progress)
     return Timed(
         _latency_change(rows, options),
         dense_file,
-        _timed_int8(exported.int8, rows),
+        _timed_int8(exported.int8, GROUPED_INT8, rows),
+        _timed_int8(dense_int8, DENSE_INT8, rows),
         _site_milliseconds(prepared, dense_file.path, grouped, options),
         {path: rows[str(path)].median_ms for path in others},
     )
@@ -211,7 +231,7 @@ def _time(
 
 
 def _latency_change(rows: Mapping[str, Latency], options: ExportOptions) -> LatencyChange:
-    dense, grouped = rows["dense"], rows["grouped"]
+    dense, grouped = rows[DENSE], rows[GROUPED]
     return LatencyChange(
         dense.median_ms,
         grouped.median_ms,
@@ -222,16 +242,21 @@ def _latency_change(rows: Mapping[str, Latency], options: ExportOptions) -> Late
     )
 
 
-def _timed_int8(int8: Int8File | None, rows: Mapping[str, Latency]) -> Int8File | None:
-    """Add the latency of the int8 file, where there is one."""
+def _timed_int8(int8: Int8File | None, name: str, rows: Mapping[str, Latency]) -> Int8File | None:
+    """Add the latency of an int8 file, where there is one."""
     if int8 is None:
         return None
-    row = rows["int8"]
+    row = rows[name]
+
+    def over(rival: str) -> float | None:
+        return speed_up(rows[rival], row) if rival in rows else None
+
     return dataclasses.replace(
         int8,
         milliseconds=row.median_ms,
-        speed_up=speed_up(rows["dense"], row) if "dense" in rows else None,
-        speed_up_over_float=speed_up(rows["grouped"], row),
+        speed_up=over(DENSE),
+        speed_up_over_float=over(DENSE if name == DENSE_INT8 else GROUPED),
+        speed_up_over_dense_int8=over(DENSE_INT8),
     )
 
 
@@ -257,23 +282,32 @@ def time_int8(exported: Exported, spec: ModelSpec, options: ExportOptions, *, pr
     """Time the int8 file, where there is one, against its float file."""
     if exported.int8 is None:
         return exported
-    files = {"grouped": exported.file.path, "int8": int8_path(exported.file.path)}
+    files = {GROUPED: exported.file.path, GROUPED_INT8: exported.paths[INT8]}
     rows = _time(files, spec.input_shape, options, seconds=QUICK_SECONDS, progress=progress)
-    return dataclasses.replace(exported, int8=_timed_int8(exported.int8, rows))
+    return dataclasses.replace(exported, int8=_timed_int8(exported.int8, GROUPED_INT8, rows))
 
 
 def latency_notes(timed: Timed) -> tuple[str, ...]:
     """Return where it did not pay: slower than dense, which is warned of too, or int8 slower than float."""
-    notes = []
-    latency = timed.latency
-    if latency.speed_up < 1 and latency.steady:  # on a busy machine it would be a matter of luck
+    latency, int8 = timed.latency, timed.int8
+    over_int8 = None if int8 is None else int8.speed_up_over_dense_int8
+    note = None
+    if not latency.steady:  # on a busy machine it would be a matter of luck
+        pass
+    elif over_int8 is None and latency.speed_up < 1:
         note = (
             f"slower than the dense model on this machine: speed-up {latency.speed_up:.2f} in ONNX Runtime; "
             "give fewer groups, or leave out narrow layers with --min-group-width auto or --exclude"
         )
+    elif over_int8 is not None and over_int8 < 1:
+        note = (
+            f"dense int8 wins on this machine: in int8 the converted model has {over_int8:.2f}× its speed; "
+            "deploy that (groupify export MODEL --precision int8), or plan for less of it, for example "
+            "--budget latency=2x --precision int8"
+        )
+    if note is not None:
         warnings.warn(note, GroupifyWarning, stacklevel=2)
-        notes.append(note)
-    return (*notes, *int8_notes(timed.int8))
+    return (*filter(None, [note]), *int8_notes(int8))
 
 
 def int8_notes(int8: Int8File | None) -> tuple[str, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from groupify.planning.race import BudgetPlan, Frontier, trace_frontier
 from groupify.planning.rules import Rules
 from groupify.planning.search import HeldOut, Images, SearchOptions, plan_for_budget
 from groupify.planning.uniform import plan
-from groupify.structures import Plan
+from groupify.structures import FLOAT32, Plan, Precision
 
 _HELD_OUT = 500
 # A share of right answers is known less well than a divergence.
@@ -143,13 +145,20 @@ def planning_images(data: DataSplits, count: int, budget: Budget, *, seed: int) 
 
 
 def make_table(
-    model: nn.Module, input_shape: tuple[int, ...], path: Path, *, threads: int = 1, progress: bool = False
+    model: nn.Module,
+    input_shape: tuple[int, ...],
+    path: Path,
+    *,
+    precisions: Sequence[Precision] = (FLOAT32,),
+    threads: int = 1,
+    progress: bool = False,
 ) -> LatencyTable:
     """Write a latency table of all that any plan of a model could need, whatever its options.
 
     Args:
         model: the dense model; latency does not depend on its weights.
         input_shape: (C, H, W) of one image.
+        precisions: of the plans.
         path: file to write; a table of this machine and number of threads that is there is completed.
         threads: intra-op threads.
         progress: show a bar on stderr.
@@ -165,11 +174,12 @@ def make_table(
             "threads: choose another file"
         )
     one_of_each_block = {blocked_width(cpu): cpu for cpu in CPUS}.values()
-    for rules in (
+    every = (
         Rules(min_group_width=1, shuffle="all"),
         *(Rules(cpu=cpu, shuffle="all") for cpu in one_of_each_block),
-    ):
-        choices = candidates(model, input_shape, rules)
+    )
+    for rules, precision in itertools.product(every, precisions):
+        choices = candidates(model, input_shape, replace(rules, precision=precision))
         table = measure_table(model, choices, table, threads=threads, progress=progress)
     table.write(path)
     return table

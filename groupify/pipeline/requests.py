@@ -15,6 +15,7 @@ from groupify.planning.budget import Budget
 from groupify.planning.group_counts import GroupCounts
 from groupify.planning.rules import Rules
 from groupify.planning.search import SearchOptions
+from groupify.structures import FLOAT32, INT8, Precision, check_precision
 from groupify.training.history import LogSettings
 from groupify.training.settings import FinetuneSettings
 from groupify.training.state import Checkpointing
@@ -115,13 +116,13 @@ class ExportOptions:
     Attributes:
         static_batch: fixed batch size; None = dynamic.
         opset: of the ONNX operators; None = 18, or the lowest that has all that the model needs.
-        quantize: write an int8 variant beside it; needs data.
+        precisions: what files to write; int8 needs data.
         threads: intra-op threads of the timing.
     """
 
     static_batch: int | None = None
     opset: int | None = None
-    quantize: bool = False
+    precisions: Sequence[Precision] = (FLOAT32,)
     threads: int = 1
 
     @property
@@ -129,14 +130,21 @@ class ExportOptions:
         """Images per batch of the timing."""
         return self.static_batch or 1
 
+    @property
+    def int8(self) -> bool:
+        """Whether an int8 file is to be written."""
+        return INT8 in self.precisions
+
     def check(self, data: str | None) -> None:
         """Refuse int8 without data, before any work.
 
         Raises:
             SpecError: there is nothing to calibrate with.
         """
-        if self.quantize and data is None:
-            raise SpecError("--quantize needs --data to calibrate with, for example --data demo")
+        for precision in self.precisions:
+            check_precision(precision)
+        if self.int8 and data is None:
+            raise SpecError("--precision int8 needs --data to calibrate with, for example --data demo")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from groupify.machine import describe_machine, package_version
 from groupify.models.specs import Source
 from groupify.pipeline.converting import Grouped, convert_as_planned, convert_uniform, measured, train
 from groupify.pipeline.exporting import (
+    FILE_ROLES,
     Exported,
     Timed,
     export_and_check,
@@ -34,7 +35,7 @@ from groupify.reporting.html import report_page
 from groupify.reporting.read import REPORT_FILE, Run, earlier_runs
 from groupify.reporting.results import Report, UniformRun
 from groupify.scores import measure_cost
-from groupify.structures import Change
+from groupify.structures import FLOAT32, INT8, Change
 from groupify.training.finetuning import FinetuneResult
 from groupify.training.state import Checkpointing
 
@@ -144,8 +145,9 @@ def _write(output: _Output, prepared: Prepared, grouped: Grouped, uniform: dict[
     """Write recipe, weights, ONNX file and report, measuring on the way."""
     exported = _write_model(output, prepared, grouped)
     timed = time_against_dense(
-        prepared, exported, uniform, output.request.export, output.aside, progress=output.progress
-    )
+        prepared, exported, uniform, output.request.export, output.aside, seed=output.seed,
+        progress=output.progress,
+    )  # fmt: skip
     runs = (
         dataclasses.replace(run, milliseconds=timed.other_milliseconds[path]) for path, run in uniform.items()
     )
@@ -176,10 +178,13 @@ def _write_model(output: _Output, prepared: Prepared, grouped: Grouped) -> Expor
     last = _other_last(grouped.tuned)
     if last is not None:
         _write_last(output.folder, last)
+    wanted = output.request.export.precisions
+    names = {FLOAT32: MODEL_FILE, INT8: int8_path(Path(MODEL_FILE)).name}
     return export_and_check(
         grouped.model,
         source.spec,
-        output.folder / MODEL_FILE,
+        {FLOAT32: output.aside / MODEL_FILE}
+        | {precision: output.folder / names[precision] for precision in wanted},
         output.request.export,
         prepared.data,
         recipe_sha256=recipe.sha256,
@@ -208,6 +213,7 @@ def make_report(prepared: Prepared, grouped: Grouped, exported: Exported, timed:
     before, after = measure_cost(source.model, example), measure_cost(grouped.model, example)
     return Report(
         cpu=prepared.plan.cpu,
+        precision=prepared.plan.precision,
         model=source.spec.name,
         weights=source.weights,
         input_shape=source.spec.input_shape,
@@ -224,6 +230,7 @@ def make_report(prepared: Prepared, grouped: Grouped, exported: Exported, timed:
         parity=exported.parity,
         latency_ms=timed.latency,
         int8=timed.int8,
+        dense_int8=timed.dense_int8,
         machine=describe_machine(),
         notes=(*_notes(source, conversion), *latency_notes(timed)),
         pictures=() if conversion is None else conversion.pictures,
@@ -247,8 +254,11 @@ def _files(output: _Output, grouped: Grouped, exported: Exported) -> dict[str, s
         "last_weights": None if _other_last(grouped.tuned) is None else LAST_FILE,
         "recipe": RECIPE_FILE,
         "weights": WEIGHTS_FILE,
-        "onnx": MODEL_FILE,
-        "onnx_int8": None if exported.int8 is None else int8_path(Path(MODEL_FILE)).name,
+        **{
+            FILE_ROLES[precision]: path.name
+            for precision, path in exported.paths.items()
+            if path.parent == output.folder
+        },
         "report": REPORT_FILE,
         "page": PAGE_FILE,
     }

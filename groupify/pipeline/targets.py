@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +16,14 @@ from groupify.measure.latency_table import LatencyTable
 from groupify.models.sources import build_model
 from groupify.models.specs import Source
 from groupify.onnx.python_file import write_python_file
-from groupify.pipeline.exporting import export_and_check, int8_notes, int8_path, time_int8
+from groupify.pipeline.exporting import FILE_ROLES, export_and_check, int8_notes, int8_path, time_int8
 from groupify.pipeline.inputs import from_file, from_recipe, tell_preprocessing, warn_near_chance, with_data
 from groupify.pipeline.onnx_source import is_onnx_file, onnx_source
 from groupify.pipeline.planning import make_table
 from groupify.pipeline.requests import ExportOptions, ModelRequest
 from groupify.reporting.results import ExportResult
 from groupify.scores import Accuracy, evaluate
+from groupify.structures import FLOAT32, INT8, Precision
 
 
 def open_target(
@@ -86,11 +89,11 @@ def run_export(
     seed: int = 0,
     progress: bool = False,
 ) -> ExportResult:
-    """Export an output folder or a dense model, check the file, and quantise it if asked for.
+    """Export an output folder or a dense model in one precision or two, and check the files.
 
     Args:
         target: the folder or model.
-        path: the float file; the int8 file goes beside it.
+        path: the file; of two precisions the float file, and the int8 file goes beside it.
         options: how.
         data: data spec with real images for the check and for int8.
         force: replace existing files.
@@ -102,17 +105,18 @@ def run_export(
         GroupifyError: anything that cannot be done as asked.
     """
     options.check(data)
-    check_paths(path, *((int8_path(path),) if options.quantize else ()), force=force)
+    paths = {FLOAT32: path, INT8: int8_path(path) if FLOAT32 in options.precisions else path}
+    wanted = {precision: paths[precision] for precision in options.precisions}
+    check_paths(*wanted.values(), force=force)
     source, splits, recipe_sha256 = open_target(target, data, seed)
     tell_preprocessing(source, splits)
-    spec = source.spec
-    exported = export_and_check(
-        source.model, spec, path, options, splits, recipe_sha256=recipe_sha256, seed=seed, progress=progress
-    )
-    exported = time_int8(exported, spec, options, progress=progress)
-    files = {"onnx": str(path)}
-    if exported.int8 is not None:
-        files["onnx_int8"] = str(int8_path(path))
+    with tempfile.TemporaryDirectory(prefix="groupify-") as aside:
+        exported = export_and_check(
+            source.model, source.spec, {FLOAT32: Path(aside, path.name), **wanted}, options, splits,
+            recipe_sha256=recipe_sha256, seed=seed, progress=progress,
+        )  # fmt: skip
+        exported = time_int8(exported, source.spec, options, progress=progress)
+    files = {FILE_ROLES[precision]: str(file) for precision, file in wanted.items()}
     return ExportResult(exported.file, exported.parity, files, exported.int8, int8_notes(exported.int8))
 
 
@@ -133,7 +137,13 @@ def export_python(folder: str, path: Path, *, force: bool = False, trust: bool =
 
 
 def run_table(
-    target: ModelRequest, path: Path, *, threads: int = 1, seed: int = 0, progress: bool = False
+    target: ModelRequest,
+    path: Path,
+    *,
+    precisions: Sequence[Precision] = (FLOAT32,),
+    threads: int = 1,
+    seed: int = 0,
+    progress: bool = False,
 ) -> LatencyTable:
     """Write a latency table for the plans of an output folder's model or a dense model.
 
@@ -148,7 +158,9 @@ def run_table(
         source = replace(target, weights="none").load(seed)
         source, _ = with_data(source, None, target.preprocessing, seed=seed)
         model, spec = source.model, source.spec
-    return make_table(model, spec.input_shape, path, threads=threads, progress=progress)
+    return make_table(
+        model, spec.input_shape, path, precisions=precisions, threads=threads, progress=progress
+    )
 
 
 def check_paths(*paths: Path, force: bool, option: str = "-o") -> None:

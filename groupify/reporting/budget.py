@@ -16,6 +16,7 @@ from groupify.planning.race import BudgetPlan, Contender, Frontier, FrontierPoin
 from groupify.reporting.document import clean, plan_document
 from groupify.reporting.sites import print_plan
 from groupify.reporting.tables import Table, print_lines
+from groupify.structures import FLOAT32
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,6 +29,12 @@ def race_lines(result: BudgetPlan) -> tuple[str, ...]:
     lines = [f"planned for {result.budget}: {costs}; losses predicted by: {result.method}"]
     others = [contender for contender in result.contenders[1:] if contender.uniform != winner.uniform]
     lines.append("; against ".join(map(_of_contender, (winner, *others[:1]))))
+    latencies = result.costing.latencies
+    if latencies is not None and result.plan.precision != FLOAT32:
+        lines.append(
+            f"the dense model as measured: {latencies.dense_ms:.3g} ms in {result.plan.precision}, "
+            f"{latencies.dense_float32_ms:.3g} ms in {FLOAT32}"
+        )
     if winner.uniform:
         lines.append("no plan beat uniform groups, so the uniform plan is taken")
     return tuple(lines)

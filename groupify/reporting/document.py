@@ -15,7 +15,7 @@ def export_document(result: ExportResult) -> dict[str, Any]:
     document: dict[str, Any] = clean(
         {
             "files": dict(result.files),
-            "onnx_bytes": result.exported.file_bytes,
+            "onnx_bytes": result.exported.file_bytes if "onnx" in result.files else None,
             "opset": result.exported.opset,
             "parity": dataclasses.asdict(result.parity),
             "int8": None if result.int8 is None else dataclasses.asdict(result.int8),
@@ -31,6 +31,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         "input_shape": list(plan.input_shape),
         "groups": plan.groups,
         "cpu": plan.cpu,
+        "precision": plan.precision,
         "sites": [clean(dataclasses.asdict(site)) for site in plan.sites],
         "params": dataclasses.asdict(plan.params),
         "macs": dataclasses.asdict(plan.macs),

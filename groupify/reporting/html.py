@@ -14,11 +14,22 @@ from PIL import Image
 
 from groupify.conversion.pictures import BlockPicture
 from groupify.reporting.charts import Point, chart
-from groupify.reporting.formatting import count, extras, milliseconds, percent, plural, points, ratio, size
+from groupify.reporting.formatting import (
+    UNCERTAIN,
+    count,
+    extras,
+    milliseconds,
+    percent,
+    plural,
+    points,
+    ratio,
+    size,
+)
 from groupify.reporting.read import Run
 from groupify.reporting.results import Report
-from groupify.reporting.summary import final_accuracy, points_lost, steady_speed_up, totals, verdict
-from groupify.structures import Change, SitePlan
+from groupify.reporting.summary import totals, verdict
+from groupify.reporting.variants import DENSE, GROUPED, Variant, headline, variants, variants_table
+from groupify.structures import FLOAT32, PRECISIONS, Change, SitePlan
 
 _LABELLED = 8  # more names in one chart would hide each other; hovering shows them
 _BLUE = (37, 99, 235)  # stands out on white and on black
@@ -65,6 +76,7 @@ def report_page(run: Run, others: Sequence[Run] = ()) -> str:
         title=f"{report.model} · {run.name}",
         verdict=verdict(report),
         tiles=_tiles(report),
+        precisions=None if report.int8 is None else variants_table(report),
         plane=_plane([*_points_of(report), *_points_of_runs(others, "other")], _steps(report)),
         curves=_curves(report),
         accuracies=_accuracies(report),
@@ -78,11 +90,12 @@ def report_page(run: Run, others: Sequence[Run] = ()) -> str:
 
 def comparison_page(runs: Sequence[Run]) -> str:
     """Return the page that compares several reports."""
-    best = max(runs, key=lambda run: steady_speed_up(run.report) or 0)
+    best = max(runs, key=lambda run: headline(run.report).speed_up or 0)
     return _environment().get_template("comparison.html.j2").render(
         title=f"{len(runs)} runs compared",
         verdict=f"{len(runs)} runs: the fastest, {best.name}, is {verdict(best.report)}",
-        rows=[_run_row(run) for run in runs],
+        rows=_run_rows(runs),
+        runs=len(runs),
         plane=_plane([*_points_of_runs(runs, "recovered"), *_dense_of_first(runs)]),
         machines=sorted({_machine(run.report) for run in runs}),
     )  # fmt: skip
@@ -104,18 +117,25 @@ def _environment() -> jinja2.Environment:
 
 
 def _tiles(report: Report) -> list[Tile]:
-    found = totals(report)
-    tiles = [
-        Tile(name, found[name].change, f"{found[name].dense} → {found[name].grouped}")
-        for name in ("latency", "ONNX file", "params", "MACs")
-        if name in found
-    ]
-    lost = points_lost(report)
-    if lost is not None:
-        value = "±0.0" if abs(lost) < 0.05 else points(-lost, 1)
-        top1 = found["top-1"]
-        tiles.append(Tile("top-1, points", value, f"{top1.dense} → {top1.grouped}"))
+    found, first = totals(report), headline(report)
+    dense, grouped = first.dense, first.grouped
+    tiles = []
+    if report.latency_ms is not None:
+        value = UNCERTAIN if first.speed_up is None else ratio(first.speed_up)
+        tiles.append(Tile("latency", value, _from_to(milliseconds, dense.milliseconds, grouped.milliseconds)))
+    if first.shrunk is not None:
+        detail = _from_to(size, dense.file_bytes, grouped.file_bytes)
+        tiles.append(Tile("ONNX file", ratio(first.shrunk), detail))
+    for name in ("params", "MACs"):
+        tiles.append(Tile(name, found[name].change, f"{found[name].dense} → {found[name].grouped}"))
+    if first.lost is not None:
+        value = "±0.0" if abs(first.lost) < 0.05 else points(-first.lost, 1)
+        tiles.append(Tile("top-1, points", value, _from_to(percent, dense.top1, grouped.top1)))
     return tiles
+
+
+def _from_to(form: Callable[[Any], str], dense: float | None, grouped: float | None) -> str:
+    return f"{form(dense)} → {form(grouped)}"
 
 
 def _measured(report: Report) -> list[tuple[str, float]]:
@@ -165,13 +185,13 @@ def _steps(report: Report) -> list[Point]:
 
 
 def _points_of(report: Report) -> Iterator[Point]:
-    """The run itself, its int8 file, and other numbers of groups."""
+    """The run itself, both models in int8, and other numbers of groups."""
     if report.latency_ms is None:
         return
     yield from _steps(report)
-    int8 = report.int8
-    if int8 is not None and int8.milliseconds and int8.top1 is not None:
-        yield _mark("recovered", "int8", int8.milliseconds, int8.top1, "int8")
+    for look, name, int8 in (("recovered", "int8", report.int8), ("dense", "dense int8", report.dense_int8)):
+        if int8 is not None and int8.milliseconds and int8.top1 is not None:
+            yield _mark(look, name, int8.milliseconds, int8.top1, name)
     for uniform in report.uniform:
         if uniform.milliseconds is not None:
             name = f"uniform g={uniform.groups}"
@@ -180,22 +200,31 @@ def _points_of(report: Report) -> Iterator[Point]:
 
 def _points_of_runs(runs: Sequence[Run], look: str) -> list[Point]:
     measured = [
-        (run.name, run.report.latency_ms.grouped, top1)
+        (
+            f"{run.name}, {one.precision}" if run.report.int8 is not None else run.name,
+            one.milliseconds,
+            one.top1,
+        )
         for run in runs
-        if run.report.latency_ms is not None and (top1 := final_accuracy(run.report)) is not None
+        for one in variants(run.report)
+        if one.model == GROUPED and one.milliseconds is not None and one.top1 is not None
     ]
     named = len(measured) <= _LABELLED
     return [_mark(look, name, time, top1, name if named else "") for name, time, top1 in measured]
 
 
 def _dense_of_first(runs: Sequence[Run]) -> Iterator[Point]:
-    """The dense model, of the first run that has measured it all."""
-    for run in runs:
-        latency, top1 = run.report.latency_ms, run.report.accuracy.dense
-        if latency is not None and final_accuracy(run.report) is not None:
-            if top1 is not None:
-                yield _mark("dense", "dense", latency.dense, top1, "dense")
-            return
+    """The dense model in each precision, of the first run that has measured it all there."""
+    for precision in PRECISIONS:
+        for run in runs:
+            found = {one.model: one for one in variants(run.report) if one.precision == precision}
+            dense, grouped = found.get(DENSE), found.get(GROUPED)
+            if dense is None or grouped is None or grouped.milliseconds is None or grouped.top1 is None:
+                continue
+            if dense.milliseconds is not None and dense.top1 is not None:
+                name = DENSE if precision == FLOAT32 else dense.name
+                yield _mark(DENSE, name, dense.milliseconds, dense.top1, name)
+            break
 
 
 def _curves(report: Report) -> list[tuple[str, str]]:
@@ -291,17 +320,35 @@ def _data_uri(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def _run_row(run: Run) -> dict[str, Any]:
+def _run_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """A row for each converted model in each precision; with int8, the dense models of the first run too."""
+    rows = []
+    several = [run for run in runs if run.report.int8 is not None]
+    for run in several[:1]:
+        rows += [_run_row(run, one, one.name) for one in variants(run.report) if one.model == DENSE]
+    for run in runs:
+        for one in variants(run.report):
+            if one.model == GROUPED:
+                rows.append(_run_row(run, one, f"{run.name}, {one.precision}" if several else run.name))
+    return rows
+
+
+def _run_row(run: Run, one: Variant, name: str) -> dict[str, Any]:
     report = run.report
+    steady = report.latency_ms is not None and report.latency_ms.steady
+    dense = report.accuracy.dense
     groups = sorted({site.groups for site in report.sites if site.groups > 1})
     return {
-        "run": run,
-        "groups": ", ".join(map(str, groups)),
-        "speed_up": steady_speed_up(report),
-        "milliseconds": None if report.latency_ms is None else report.latency_ms.grouped,
-        "bytes": None if report.onnx_bytes is None else report.onnx_bytes.grouped,
-        "top1": final_accuracy(report),
-        "lost": points_lost(report),
+        "name": name,
+        "model": report.model,
+        "groups": "" if one.model == DENSE else ", ".join(map(str, groups)),
+        "speed_up": one.speed_up if steady else None,
+        "milliseconds": one.milliseconds,
+        "bytes": one.file_bytes,
+        "top1": one.top1,
+        "lost": None if dense is None or one.top1 is None else 100 * (dense - one.top1),
+        "params": report.params.dense if one.model == DENSE else report.params.grouped,
+        "macs": report.macs.dense if one.model == DENSE else report.macs.grouped,
         "verdict": verdict(report),
     }
 

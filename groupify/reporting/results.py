@@ -17,7 +17,7 @@ from groupify.onnx.comparison import Agreement
 from groupify.onnx.exporting import ExportedModel
 from groupify.onnx.parity import Parity
 from groupify.onnx.quantisation import FloatNode
-from groupify.structures import Change, SitePlan
+from groupify.structures import FLOAT32, Change, Precision, SitePlan
 from groupify.training.history import FinetuneRow
 
 
@@ -60,7 +60,7 @@ class LatencyChange:
 
 @dataclass(frozen=True)
 class Int8File:
-    """The statically quantised variant beside the float ONNX file.
+    """The statically quantised variant of a float ONNX file.
 
     Attributes:
         file_bytes: its size.
@@ -70,7 +70,8 @@ class Int8File:
         top1: accuracy on the test part, a fraction; None where it was not measured.
         milliseconds: median per batch, timed in one run with the float files; None where not timed.
         speed_up: dense float ÷ int8.
-        speed_up_over_float: grouped float ÷ int8.
+        speed_up_over_float: float file of the same model ÷ int8.
+        speed_up_over_dense_int8: dense int8 ÷ int8.
         left_in_float: nodes that it computes in float32, since the quantiser cannot take them.
     """
 
@@ -82,6 +83,7 @@ class Int8File:
     milliseconds: Amount | None = None
     speed_up: Amount | None = None
     speed_up_over_float: Amount | None = None
+    speed_up_over_dense_int8: Amount | None = None
     left_in_float: tuple[FloatNode, ...] = ()
 
 
@@ -140,6 +142,7 @@ class Report(Document):
         parity: ONNX Runtime against PyTorch.
         latency_ms: dense against grouped; None where not timed.
         int8: the quantised variant of the ONNX file; None where none was asked for.
+        dense_int8: the same of the dense model.
         uniform: other numbers of groups, measured for comparison.
         machine: where it ran.
         seed: seed of everything random.
@@ -148,6 +151,7 @@ class Report(Document):
         site_milliseconds: time of each conv in the profiled ONNX files, dense and grouped, by site.
         command: the command line; None where the API was called.
         cpu: the processor that the plan is for, also where ``auto`` found it; see ``Rules``.
+        precision: what the plan is for.
         groupify: its version.
         notes: what the reader should know before trusting the numbers.
     """
@@ -159,10 +163,11 @@ class Report(Document):
     __pydantic_config__: ClassVar[ConfigDict] = {**CONFIG, "extra": "ignore"}
 
     format: Literal["groupify-report"] = field(default="groupify-report", kw_only=True)
-    schema_version: Literal[4] = field(default=4, kw_only=True)
+    schema_version: Literal[5] = field(default=5, kw_only=True)
     groupify: str | None = field(default=None, kw_only=True)
     command: str | None = field(default=None, kw_only=True)
     cpu: str | None = field(default=None, kw_only=True)
+    precision: Precision = field(default=FLOAT32, kw_only=True)
     model: str
     weights: WeightsOrigin
     input_shape: tuple[Count1, ...]
@@ -179,6 +184,7 @@ class Report(Document):
     parity: Parity | None = None
     latency_ms: LatencyChange | None = None
     int8: Int8File | None = None
+    dense_int8: Int8File | None = None
     uniform: tuple[UniformRun, ...] = ()
     machine: Machine | None = None
     seed: int = 0

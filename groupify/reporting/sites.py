@@ -9,7 +9,7 @@ from rich.text import Text
 
 from groupify.reporting.formatting import count, counts, extras, ratio, shape
 from groupify.reporting.tables import Table, is_narrow, print_lines
-from groupify.structures import Plan, SitePlan
+from groupify.structures import FLOAT32, Plan, SitePlan
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -20,7 +20,9 @@ def print_plan(plan: Plan, console: Console) -> None:
         (title, count(change.dense), count(change.grouped), ratio(change.ratio)) for title, change in totals
     ]
     Table(("convs", "dense", "grouped", "ratio"), tuple(rows), words=("convs",)).print(console)
-    console.print(f"{len(plan.converted)} of {len(plan.sites)} convs are converted, planned for {plan.cpu}")
+    planned_for = plan.cpu if plan.precision == FLOAT32 else f"{plan.cpu}, {plan.precision}"
+    counted = f"{len(plan.converted)} of {len(plan.sites)} convs are converted"
+    print_lines([f"{counted}, planned for {planned_for}"], console)
     print_lines(plan.notes, console)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 
-from groupify.measure.folder import BenchResult
+from groupify.measure.folder import DENSE, GROUPED, BenchResult, BenchRow
 from groupify.measure.onnx_files import FilesBench
 from groupify.reporting.formatting import milliseconds, percent, ratio, size
 from groupify.reporting.read import Run
@@ -15,16 +15,24 @@ from groupify.reporting.results import ExportResult, Int8File, Report, UniformRu
 from groupify.reporting.sites import print_sites, site_table
 from groupify.reporting.summary import comparison_table, totals_table, verdict
 from groupify.reporting.tables import Table, escape, is_narrow, print_lines
+from groupify.reporting.variants import variants_table
+from groupify.structures import FLOAT32, INT8
 
-# Of a run that has just ended, below its sites; and of one that somebody looks up.
-_ALL = ("params", "MACs", "weight bytes", "peak activation bytes", "ONNX file", "latency")
-_FIRST = ("top-1", "latency", "ONNX file", "params", "MACs")
+# Of a run that has just ended, below its sites; and of one that somebody looks up. With int8, the last of the
+# one and the first of the other have a table of their own.
+_ALL = ("params", "MACs", "weight bytes", "peak activation bytes")
+_FIRST = ("params", "MACs")
+_IN_EACH_PRECISION = ("top-1", "latency", "ONNX file")
 
 
 def print_report(report: Report, console: Console) -> None:
     """Print the table of sites, the totals, and what there is to say besides."""
     print_sites(report.sites, console)
-    totals_table(report, _ALL, "ratio").print(console)
+    if report.int8 is None:
+        totals_table(report, (*_ALL, "ONNX file", "latency"), "ratio").print(console)
+    else:
+        totals_table(report, _ALL, "ratio").print(console)
+        variants_table(report).print(console)
     print_lines(report_lines(report), console)
 
 
@@ -33,7 +41,8 @@ def print_summary(runs: Sequence[Run], console: Console) -> None:
     named = [(f"{run.name}: " if len(runs) > 1 else "", run.report) for run in runs]
     print_lines((name + verdict(report) for name, report in named), console)
     console.print()
-    summary(runs).print(console)
+    for table in summary(runs):
+        table.print(console)
     print_lines((f"{name}note: {note}" for name, report in named for note in report.notes), console)
     print_lines(_machines(runs), console)
 
@@ -41,7 +50,7 @@ def print_summary(runs: Sequence[Run], console: Console) -> None:
 def markdown(runs: Sequence[Run]) -> str:
     """Return the summary as Markdown, with the sites folded away below; for a pull request."""
     parts = [f"**{escape(run.report.model)}: {verdict(run.report)}**" for run in runs if len(runs) == 1]
-    parts.append(summary(runs).markdown())
+    parts += [table.markdown() for table in summary(runs)]
     for run in runs:
         sites = run.report.sites
         title = f"{sum(site.converted for site in sites)} of {len(sites)} convolutions converted"
@@ -52,9 +61,14 @@ def markdown(runs: Sequence[Run]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def summary(runs: Sequence[Run]) -> Table:
-    """Return dense against grouped, or a row for each of several runs."""
-    return totals_table(runs[0].report, _FIRST, "change") if len(runs) == 1 else comparison_table(runs)
+def summary(runs: Sequence[Run]) -> list[Table]:
+    """Return dense against grouped, in each precision where there are two; or a row for each run."""
+    if len(runs) > 1:
+        return [comparison_table(runs)]
+    report = runs[0].report
+    if report.int8 is None:
+        return [totals_table(report, (*_IN_EACH_PRECISION, *_FIRST), "change")]
+    return [variants_table(report), totals_table(report, _FIRST, "change")]
 
 
 def _machines(runs: Sequence[Run]) -> list[str]:
@@ -81,7 +95,7 @@ def report_lines(report: Report) -> Iterator[str]:
     if report.int8 is not None:
         yield int8_line(report.int8)
     if report.cpu is not None:
-        yield f"planned for {report.cpu}"
+        yield f"planned for {report.cpu}" + (f", {report.precision}" if report.precision != FLOAT32 else "")
     if report.machine is not None:
         yield f"machine: {report.machine}"
     if report.latency_ms is not None and not report.latency_ms.steady:
@@ -127,8 +141,10 @@ def _int8_parts(int8: Int8File) -> Iterator[str]:
 def export_lines(result: ExportResult) -> Iterator[str]:
     """What was exported, how far it is from PyTorch, and the int8 file."""
     exported = result.exported
+    sizes = {"onnx": exported.file_bytes, "onnx_int8": result.int8 and result.int8.file_bytes}
+    written = (f"{path} ({sizes[role]} bytes)" for role, path in result.files.items())
     yield (
-        f"wrote {', '.join(result.files.values())} ({exported.file_bytes} bytes, opset {exported.opset}); "
+        f"wrote {', '.join(written)}, opset {exported.opset}; "
         f"ONNX Runtime against PyTorch: largest difference {result.parity.max_abs_diff:.1e}"
     )
     if result.int8 is not None:
@@ -137,26 +153,46 @@ def export_lines(result: ExportResult) -> Iterator[str]:
 
 
 def print_bench(result: BenchResult, console: Console) -> None:
-    """Print one row per engine and setting, and what does not depend on them."""
-    header: tuple[str, ...]
-    header = ("engine", "threads", "batch", "dense ms", "grouped ms", "speed-up", "efficiency", "images/s")
-    if is_narrow(console):
-        header = header[:-1]  # images/s only says the medians once more
+    """Print one row per engine, setting, model and precision, and what does not depend on them."""
+    several = len({row.precision for row in result.rows}) > 1
+    header = ["engine", "threads", "batch", "model", "ms", "speed-up"]
+    header += ["over the best dense"] if several else ["efficiency"]
+    header += [] if is_narrow(console) else ["images/s"]  # which only says the medians once more
     rows = [
         (
             row.engine,
             str(row.threads),
             str(row.batch_size),
-            _with_spread(row.median_ms.dense, row.dense_spread_ms),
-            _with_spread(row.median_ms.grouped, row.grouped_spread_ms),
-            ratio(row.speed_up),
-            f"{row.efficiency:.2f}",
-            f"{row.images_per_second.dense:.0f} → {row.images_per_second.grouped:.0f}",
+            row.name,
+            _with_spread(row.median_ms, row.spread_ms),
+            ratio(row.speed_up_over_float32),
+            ratio(row.speed_up_over_best) if several else _efficiency(row, result),
+            f"{row.images_per_second:.0f}",
         )[: len(header)]
         for row in result.rows
     ]
-    Table(header, tuple(rows), words=("engine",)).print(console)
-    print_lines((*_int8_bench_lines(result), *_bench_lines(result)), console)
+    Table(tuple(header), tuple(rows), words=("engine", "model")).print(console)
+    print_lines((*_headlines(result), *_bench_lines(result)), console)
+
+
+def _efficiency(row: BenchRow, result: BenchResult) -> str:
+    return "" if row.model == DENSE else f"{row.speed_up / result.mac_ratio:.2f}"
+
+
+def _headlines(result: BenchResult) -> Iterator[str]:
+    """How the faster converted file compares with the faster dense one in each setting with int8."""
+    settings: dict[str, list[BenchRow]] = {}
+    for row in result.rows:
+        settings.setdefault(row.setting, []).append(row)
+    for setting, rows in settings.items():
+        best, own = (
+            min((row for row in rows if row.model == model), key=lambda row: row.median_ms)
+            for model in (DENSE, GROUPED)
+        )
+        if INT8 in {row.precision for row in rows}:
+            gain = own.speed_up_over_best
+            faster = f"{gain:.2f}× faster" if gain >= 1 else f"{1 / gain:.2f}× slower"
+            yield f"{own.name} is {faster} than {best.name} ({setting})"
 
 
 def print_files_bench(result: FilesBench, console: Console) -> None:
@@ -191,36 +227,16 @@ def _files_lines(result: FilesBench) -> Iterator[str]:
 
 
 def _bench_lines(result: BenchResult) -> Iterator[str]:
-    dense, grouped = result.blocked_convs["dense"], result.blocked_convs["grouped"]
-    memory = result.peak_memory_bytes
     yield (
-        f"MAC ratio {ratio(result.mac_ratio)}; efficiency = speed-up ÷ MAC ratio; "
-        "milliseconds as median (10–90%)"
+        f"speed-up over dense {FLOAT32}; MAC ratio {ratio(result.mac_ratio)}; "
+        "efficiency = speed-up ÷ MAC ratio; milliseconds as median (10–90%)"
     )
-    yield (
-        f"convs in ONNX Runtime's blocked kernel: dense {dense.blocked} of {dense.total}, "
-        f"grouped {grouped.blocked} of {grouped.total}"
-    )
-    yield f"peak memory of a fresh process: {size(memory.dense)} → {size(memory.grouped)}"
+    convs = (f"{name} {blocked.blocked} of {blocked.total}" for name, blocked in result.blocked_convs.items())
+    yield f"convs in ONNX Runtime's blocked kernel ({FLOAT32}): {', '.join(convs)}"
+    peaks = (f"{name} {size(peak)}" for name, peak in result.peak_memory_bytes.items())
+    yield f"peak memory of a fresh process: {', '.join(peaks)}"
     yield f"machine: {result.machine}"
     yield from (f"note: {note}" for note in result.notes)
-
-
-def _int8_bench_lines(result: BenchResult) -> Iterator[str]:
-    for row in result.rows:
-        if row.int8 is not None:
-            yield (
-                f"int8, threads {row.threads}, batch {row.batch_size}: "
-                f"{_with_spread(row.int8.median_ms, row.int8.spread_ms)} ms, "
-                f"{row.int8.images_per_second:.0f} images/s, {ratio(row.int8.speed_up)} over dense, "
-                f"{ratio(row.int8.speed_up_over_float)} over grouped float"
-            )
-    if result.int8_peak_memory_bytes is not None and result.int8_blocked_convs is not None:
-        blocked = result.int8_blocked_convs
-        yield (
-            f"int8: peak memory {size(result.int8_peak_memory_bytes)}, "
-            f"{blocked.blocked} of {blocked.total} convs in the blocked kernel"
-        )
 
 
 def _with_spread(median: float, spread: tuple[float, float]) -> str:

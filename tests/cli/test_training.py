@@ -75,7 +75,7 @@ def test_streams_in_every_verb(run: Run, tmp_path: Path) -> None:
     assert json.loads(tuned.out)["accuracy"]["images"] == 40
     planned = run("plan", *TINY, *STREAM[:2], "--budget", "macs=60%", "--calibrate", 64, "--json")
     assert json.loads(planned.out)["contenders"][0]["measured_divergence"] is not None
-    exported = run("export", "out", *STREAM[:2], "--trust", "--quantize", "--json")
+    exported = run("export", "out", *STREAM[:2], "--trust", "--precision", "both", "--json")
     assert exported.code == 0, exported.err
 
 

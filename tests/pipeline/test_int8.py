@@ -1,4 +1,4 @@
-"""``--quantize``: the int8 file beside the float one, and what the reports say of it."""
+"""``--precision int8`` and ``both``: the int8 file, dense int8 as its rival, and what the reports say."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ import pytest
 from rich.console import Console
 
 from groupify.errors import GroupifyWarning
+from groupify.models.specs import WeightsOrigin
 from groupify.onnx.comparison import Agreement
 from groupify.onnx.exporting import ExportedModel
 from groupify.pipeline.exporting import Timed, latency_notes
 from groupify.recipe import RECIPE_HASH
+from groupify.reporting.html import comparison_page, report_page
+from groupify.reporting.read import Run as ReadRun
 from groupify.reporting.results import Int8File, LatencyChange
-from groupify.reporting.text import int8_line, print_report
+from groupify.reporting.summary import verdict
+from groupify.reporting.text import int8_line, markdown, print_report
 from tests.cli_nets import INPUT_SIZE
 from tests.conftest import Run
 from tests.reporting.test_reporting import REPORT
@@ -34,19 +38,33 @@ INT8 = Int8File(
     milliseconds=0.39,
     speed_up=4.0,
     speed_up_over_float=1.32,
+    speed_up_over_dense_int8=1.6,
 )
+DENSE_INT8 = dataclasses.replace(
+    INT8, file_bytes=4096, top1=0.935, milliseconds=0.62, speed_up=2.5, speed_up_over_float=2.5,
+    speed_up_over_dense_int8=1.0,
+)  # fmt: skip
 
 
-def timed(speed_up: float = 3.0, over_float: float | None = None, *, steady: bool = True) -> Timed:
-    latency = LatencyChange(6.0, 2.0, speed_up, 1, 1, steady)
-    int8 = None if over_float is None else dataclasses.replace(INT8, speed_up_over_float=over_float)
+def timed(
+    speed_up: float = 3.0,
+    over_float: float | None = None,
+    *,
+    over_dense_int8: float = 1.6,
+    steady: bool = True,
+) -> Timed:
+    latency, int8 = LatencyChange(6.0, 2.0, speed_up, 1, 1, steady), None
+    if over_float is not None:
+        int8 = dataclasses.replace(
+            INT8, speed_up_over_float=over_float, speed_up_over_dense_int8=over_dense_int8
+        )
     return Timed(latency, ExportedModel(Path("dense.onnx"), 18, 1, ("input",), ("output",), 0, 0), int8)
 
 
 @pytest.mark.slow
 def test_convert_and_finetune_and_export(run: Run, tmp_path: Path) -> None:
     outcome = run("convert", *NET, *DATA, "--calibrate", 64, "-g", 4, "--min-group-width", 16,
-                  "--quantize", "-o", "out", "--json")  # fmt: skip
+                  "--precision", "both", "-o", "out", "--json")  # fmt: skip
     assert outcome.code == 0, outcome.err
     document = json.loads(outcome.out)
     assert document == json.loads((tmp_path / "out" / "report.json").read_text())
@@ -63,15 +81,28 @@ def test_convert_and_finetune_and_export(run: Run, tmp_path: Path) -> None:
     assert int8["milliseconds"] > 0
     assert math.isclose(int8["speed_up"] / int8["speed_up_over_float"], times["speed_up"], rel_tol=0.5)
     assert (int8["speed_up_over_float"] < 1) == any("int8 is slower" in note for note in document["notes"])
+    dense = document["dense_int8"]
+    assert dense["file_bytes"] > int8["file_bytes"]
+    assert 0 <= dense["top1"] <= 1
+    assert dense["agreement"]["images"] == 40
+    assert dense["milliseconds"] > 0
+    assert dense["speed_up_over_dense_int8"] == 1
+    over_dense = dense["milliseconds"] / int8["milliseconds"]
+    assert math.isclose(int8["speed_up_over_dense_int8"], over_dense, rel_tol=0.5)
+    assert document["precision"] == "int8"
     metadata = {entry.key: entry.value for entry in onnx.load(str(file)).metadata_props}
     assert metadata[RECIPE_HASH]
 
-    tuned = run("finetune", "out", *DATA, "--epochs", 1, "--quantize", "--trust")
+    tuned = run("finetune", "out", *DATA, "--epochs", 1, "--precision", "int8", "--trust")
     assert tuned.code == 0, tuned.err
     assert "\nint8: " in tuned.out
-    assert (tmp_path / "out-finetuned" / "model.int8.onnx").exists()
+    assert "\ndense int8 " in tuned.out
+    names = {path.name for path in (tmp_path / "out-finetuned").glob("*.onnx")}
+    assert names == {"model.int8.onnx"}
 
-    command = ("export", "out", *DATA, "--quantize", "--trust", "-o", "net.onnx", "--static-batch", 3)
+    command = (
+        "export", "out", *DATA, "--precision", "both", "--trust", "-o", "net.onnx", "--static-batch", 3,
+    )  # fmt: skip
     exported = run(*command, "--json")
     assert exported.code == 0, exported.err
     document = json.loads(exported.out)
@@ -87,6 +118,13 @@ def test_convert_and_finetune_and_export(run: Run, tmp_path: Path) -> None:
         2, "groupify: error: net.int8.onnx exists; give --force to replace it, or another file with -o\n",
     )  # fmt: skip
     assert "int8: " in run(*command, "--force").out
+    alone = run("export", "out", *DATA, "--precision", "int8", "--trust", "-o", "alone.onnx", "--json")
+    document = json.loads(alone.out)
+    assert document["files"] == {"onnx_int8": "alone.onnx"}
+    assert document["onnx_bytes"] is None
+    nodes = onnx.load(str(tmp_path / "alone.onnx")).graph.node
+    assert any(node.op_type == "QuantizeLinear" for node in nodes)
+    assert not list(tmp_path.glob("alone.*.onnx"))
 
 
 def test_a_report_with_int8() -> None:
@@ -107,6 +145,38 @@ def test_a_report_with_int8() -> None:
     assert int8_line(bare) == "int8: 2.0 KiB, largest difference 0.47 (3.8% of the output)"
 
 
+def test_dense_int8_stands_beside_dense_float32(tmp_path: Path) -> None:
+    report = dataclasses.replace(REPORT, int8=INT8, dense_int8=DENSE_INT8, weights=WeightsOrigin("factory"))
+    console = Console(file=io.StringIO(), width=400, no_color=True)
+    print_report(report, console)
+    assert isinstance(console.file, io.StringIO)
+    shown = [line.split() for line in console.file.getvalue().splitlines()]
+    assert ["dense", "float32", "93.65%", "145.78", "ms", "1.00×", "0.40×", "136.7", "KiB"] in shown
+    assert ["dense", "int8", "93.50%", "0.62", "ms", "2.50×", "1.00×", "4.0", "KiB"] in shown
+    assert ["grouped", "float32", "92.50%", "47.17", "ms", "3.10×", "1.24×", "68.4", "KiB"] in shown
+    assert ["grouped", "int8", "91.00%", "0.39", "ms", "4.00×", "1.60×", "2.0", "KiB"] in shown
+    assert verdict(report) == "1.6× faster than dense int8, 2.0× smaller, 2.5 points less accurate"
+    alone = dataclasses.replace(report, files={"onnx_int8": "out/model.int8.onnx"})
+    assert "grouped float32" not in markdown([ReadRun("out", alone)])
+    weak = dataclasses.replace(INT8, speed_up=2.0, speed_up_over_dense_int8=0.8)
+    assert verdict(dataclasses.replace(alone, int8=weak)).startswith("1.2× slower than dense int8")
+    no_vnni = dataclasses.replace(DENSE_INT8, speed_up=0.8)
+    slow = dataclasses.replace(report, int8=dataclasses.replace(INT8, speed_up=2.4), dense_int8=no_vnni)
+    assert verdict(slow).startswith("3.1× faster than dense float32")
+
+
+def test_dense_int8_stands_on_the_pages_too() -> None:
+    report = dataclasses.replace(REPORT, int8=INT8, dense_int8=DENSE_INT8)
+    page = report_page(ReadRun("out", report))
+    assert "<td>dense int8</td>" in page
+    assert "dense int8: 0.62 ms, 93.50%" in page
+    runs = [ReadRun("one", report), ReadRun("two", REPORT)]
+    compared = comparison_page(runs)
+    for name in ("dense float32", "dense int8", "one, float32", "one, int8", "two, float32"):
+        assert f'data-sort="{name}"' in compared
+    assert "| dense int8 | 93.50% | −0.15 points | 0.62 ms | 2.50× |" in markdown(runs)
+
+
 def test_what_does_not_pay_is_said() -> None:
     assert latency_notes(timed()) == ()
     assert latency_notes(timed(over_float=1.2)) == ()
@@ -115,4 +185,7 @@ def test_what_does_not_pay_is_said() -> None:
     with pytest.warns(GroupifyWarning, match=r"slower than the dense model.*0\.91"):
         (note,) = latency_notes(timed(0.91))
     assert "speed-up 0.91" in note
+    with pytest.warns(GroupifyWarning, match=r"dense int8 wins on this machine: .* 0\.70× its speed"):
+        (note,) = latency_notes(timed(3.0, 1.3, over_dense_int8=0.7))
+    assert "groupify export MODEL --precision int8" in note
     assert latency_notes(timed(0.91, steady=False)) == ()  # a busy machine has a note of its own

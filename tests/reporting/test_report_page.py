@@ -59,7 +59,8 @@ FULL = replace(
     ),
     pictures=(BlockPicture("layer.conv", 4, 2, 3, bytes(range(6)), bytes(range(6, 12)), 0.25, 0.5),),
     site_milliseconds={"stem": Change(2.0, 2.0), "layer.conv": Change(1.0, 0.25)},
-    int8=Int8File(18_000, 256, False, Agreement(0.1, 0.01, 0.99, 256), 0.92, 20.0, 7.3, 2.4),
+    int8=Int8File(18_000, 256, False, Agreement(0.1, 0.01, 0.99, 256), 0.92, 20.0, 7.3, 2.4, 2.2),
+    dense_int8=Int8File(36_000, 256, False, Agreement(0.1, 0.01, 0.99, 256), 0.935, 44.0, 3.3, 3.3, 1.0),
     uniform=(
         UniformRun(2, 6_000_000, 900_000_000, 0.93, 80.0),
         UniformRun(8, 2_000_000, 400_000_000, 0.9, 40.0),
@@ -74,6 +75,11 @@ BUSY = LatencyChange(145.78, 47.17, 3.1, threads=2, batch_size=8, steady=False)
 
 def run_of(name: str = "out", **changes: Any) -> Run:
     return Run(name, replace(FULL, **changes))
+
+
+def float32_run(name: str = "out", **changes: Any) -> Run:
+    """The same without int8."""
+    return run_of(name, int8=None, dense_int8=None, **changes)
 
 
 def validate(document: dict[str, Any]) -> None:
@@ -131,11 +137,12 @@ def test_schema_refuses_what_is_wrong(path: tuple[Any, ...], value: object) -> N
     ],
 )
 def test_verdict(changes: dict[str, Any], sentence: str) -> None:
-    assert sentence in verdict(run_of(**changes).report)
+    assert sentence in verdict(float32_run(**changes).report)
+    assert "than dense int8" in verdict(run_of().report)
 
 
 def test_verdict_claims_no_speed_of_a_busy_machine() -> None:
-    run = run_of(latency_ms=BUSY)
+    run = float32_run(latency_ms=BUSY)
     assert verdict(run.report).startswith("speed uncertain, 2.0× smaller, ")
     page = report_page(run, [])
     assert "uncertain" in page
@@ -144,7 +151,7 @@ def test_verdict_claims_no_speed_of_a_busy_machine() -> None:
 
 def test_verdict_says_slower_and_larger() -> None:
     latency = LatencyChange(10.0, 20.0, 0.5, threads=1, batch_size=1)
-    report = run_of(onnx_bytes=Change(10, 20), latency_ms=latency).report
+    report = float32_run(onnx_bytes=Change(10, 20), latency_ms=latency).report
     assert verdict(report).startswith("2.0× slower, 2.0× larger, ")
 
 
@@ -161,9 +168,9 @@ def test_verdict_says_slower_and_larger() -> None:
         ("{}", "it is no report"),
         (
             '{"format": "groupify-report", "schema_version": 7}',
-            "is 7, this groupify reads version 4",
+            "is 7, this groupify reads version 5",
         ),
-        ('{"format": "groupify-report", "schema_version": 4}', "report has no 'model'"),
+        ('{"format": "groupify-report", "schema_version": 5}', "report has no 'model'"),
     ],
 )
 def test_what_is_no_report_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
@@ -192,11 +199,15 @@ def mutated(document: Any, data: st.DataObject) -> Any:
     ("changes", "shown", "hidden"),
     [
         (
-            {"accuracy": replace(FULL.accuracy, dense=None)},
+            {"accuracy": replace(FULL.accuracy, dense=None), "int8": None, "dense_int8": None},
             "accuracy not measured",
             ("points", "<dt>dense</dt>", "<title>dense: "),
         ),
-        ({"accuracy": replace(FULL.accuracy, recovered=None)}, "2.6 points less", ("<dt>recovered</dt>",)),
+        (
+            {"accuracy": replace(FULL.accuracy, recovered=None), "int8": None, "dense_int8": None},
+            "2.6 points less",
+            ("<dt>recovered</dt>",),
+        ),
         ({"pictures": (replace(FULL.pictures[0], kept_before=math.nan),)}, "50% in the blocks", ("25% in",)),
         ({"fits": (replace(FULL.fits[0], error=math.nan),)}, "layer.conv", ("fitted error", "nan")),
     ],
@@ -406,7 +417,7 @@ def test_plane_has_uniform_groups() -> None:
 
 
 def test_markdown_for_a_pull_request() -> None:
-    text = markdown([run_of()])
+    text = markdown([float32_run()])
     assert text.startswith(
         "**resnet18: 3.1× faster, 2.0× smaller, 1.1 points less accurate**\n\n| | dense |"
     ) or ("|  | dense | grouped | change |" in text)

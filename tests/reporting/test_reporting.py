@@ -59,12 +59,11 @@ BENCH = BenchResult(
     macs=Change(400, 100),
     mac_ratio=4.0,
     rows=(
-        BenchRow(
-            "ONNX Runtime", 1, 8, Change(8.0, 2.5), (7.9, 8.25), (2.4, 2.6), Change(1000.0, 3200.0), 3.2, 0.8
-        ),
+        BenchRow("ONNX Runtime", 1, 8, "dense", "float32", 8.0, (7.9, 8.25), 1000.0, 1.0, 1.0, 1.0),
+        BenchRow("ONNX Runtime", 1, 8, "grouped", "float32", 2.5, (2.4, 2.6), 3200.0, 3.2, 3.2, 3.2),
     ),
     blocked_convs={"dense": BlockedConvs(5, 5), "grouped": BlockedConvs(3, 5)},
-    peak_memory_bytes=Change(3 * 2**20, 2 * 2**20),
+    peak_memory_bytes={"dense float32": 3 * 2**20, "grouped float32": 2 * 2**20},
     machine=MACHINE,
 )
 
@@ -171,13 +170,45 @@ def test_a_benchmark_in_text() -> None:
     console = piped()
     print_bench(BENCH, console)
     assert lines(console) == [
-        "engine        threads  batch          dense ms        grouped ms  speed-up  efficiency     images/s",
-        "ONNX Runtime        1      8  8.00 (7.90–8.25)  2.50 (2.40–2.60)     3.20×        0.80  1000 → 3200",
-        "MAC ratio 4.00×; efficiency = speed-up ÷ MAC ratio; milliseconds as median (10–90%)",
-        "convs in ONNX Runtime's blocked kernel: dense 5 of 5, grouped 3 of 5",
-        "peak memory of a fresh process: 3.0 MiB → 2.0 MiB",
+        "engine        threads  batch  model                          ms  speed-up  efficiency  images/s",
+        "ONNX Runtime        1      8  dense float32    8.00 (7.90–8.25)     1.00×                  1000",
+        "ONNX Runtime        1      8  grouped float32  2.50 (2.40–2.60)     3.20×        0.80      3200",
+        "speed-up over dense float32; MAC ratio 4.00×; efficiency = speed-up ÷ MAC ratio; "
+        + "milliseconds as median (10–90%)",
+        "convs in ONNX Runtime's blocked kernel (float32): dense 5 of 5, grouped 3 of 5",
+        "peak memory of a fresh process: dense float32 3.0 MiB, grouped float32 2.0 MiB",
         "machine: Abacus 3 (avx2, 1 core), Linux x86_64, Python 3.11, torch 2.6, onnxruntime 1.20",
     ]
+
+
+def test_a_benchmark_in_both_precisions() -> None:
+    int8 = (
+        BenchRow("ONNX Runtime", 1, 8, "dense", "int8", 2.0, (1.9, 2.1), 4000.0, 1.0, 4.0, 1.0),
+        BenchRow("ONNX Runtime", 1, 8, "grouped", "int8", 1.0, (0.9, 1.1), 8000.0, 2.0, 8.0, 2.0),
+    )
+    console = piped()
+    print_bench(replace(BENCH, rows=(*BENCH.rows, *int8)), console)
+    shown = lines(console)
+    assert shown[0].endswith("speed-up  over the best dense  images/s")
+    assert shown[3].split() == [
+        "ONNX",
+        "Runtime",
+        "1",
+        "8",
+        "dense",
+        "int8",
+        "2.00",
+        "(1.90–2.10)",
+        "4.00×",
+        "1.00×",
+        "4000",
+    ]
+    assert shown[5] == "grouped int8 is 2.00× faster than dense int8 (ONNX Runtime, threads 1, batch 8)"
+    slow = replace(int8[1], median_ms=3.0, speed_up_over_best=0.67)
+    best = replace(BENCH.rows[1], speed_up_over_best=0.8)
+    console = piped()
+    print_bench(replace(BENCH, rows=(BENCH.rows[0], int8[0], best, slow)), console)
+    assert "grouped float32 is 1.25× slower than dense int8" in "\n".join(lines(console))
 
 
 def test_a_benchmark_on_a_narrow_terminal() -> None:
