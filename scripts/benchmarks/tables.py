@@ -404,6 +404,25 @@ def net_name(spec: str) -> str:
     return spec.rpartition(":")[2]
 
 
+def ranking(document: Document) -> Table:
+    """A line per net and way to predict."""
+    titles = ("plans", "their KL to the dense net", "rank correlation with the KL", "with the drop of top-1")
+    return [
+        ("net", "predicted loss", *titles),
+        *(
+            (
+                row["net"],
+                row["losses"] + ("" if row["power"] == 1 else f", each to the power of {row['power']:g}"),
+                str(row["plans"]),
+                f"{row['least']:.4f} to {row['most']:.4f}",
+                f"{row['divergence_correlation']:.2f}",
+                f"{row['drop_correlation']:.2f}",
+            )
+            for row in document["rows"]
+        ),
+    ]
+
+
 README_TABLES = {"peers": readme_peers, "latency": readme_latency}
 _VGG = "--model groupify.models.demo:fashion_vgg11_bn --checkpoint FILE"
 _SHUFFLE = "--only 'groupify g=*|groupify, shuffle*|groupify, grouped*' --groups 4 --epochs 0 --seeds 3"
@@ -420,6 +439,7 @@ TABLES: dict[str, tuple[str, Callable[[Document], Table]]] = {  # name: (command
     "planner": ("planner --checkpoint FILE", planner),
     "rivals": ("rivals --checkpoint FILE [--model MODEL]", rivals),
     "prediction": ("prediction", prediction),
+    "ranking": ("ranking --checkpoint FILE [--model MODEL]", ranking),
     **{
         f"models_{library}": (f"models {library}", models)
         for library in ("torchvision", "timm", "huggingface", "others")
