@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from groupify.decomposition.cholesky import cholesky_with_ridge
+from groupify.decomposition.eigen import eigh
 
 _RIDGE = 1e-9
 
@@ -33,7 +34,7 @@ class LowRank:
         covariance, cross = covariance.double(), cross.double()
         regression = torch.cholesky_solve(cross, cholesky_with_ridge(covariance, _RIDGE)).T
         if cross.shape[1] <= len(covariance):
-            values, vectors = torch.linalg.eigh(_symmetric(regression @ cross))
+            values, vectors = eigh(_symmetric(regression @ cross))
         else:
             values, vectors = _few_inputs(regression, covariance)
         return cls(regression.to(dtype), vectors.flip(1).to(dtype), values.flip(0).clamp(min=0).to(dtype))
@@ -54,7 +55,7 @@ def _few_inputs(regression: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]
     """The same eigenvectors from an (n, n) problem: fewer inputs than outputs."""
     root = cholesky_with_ridge(covariance, _RIDGE)
     maps = regression @ root
-    values, vectors = torch.linalg.eigh(_symmetric(maps.T @ maps))
+    values, vectors = eigh(_symmetric(maps.T @ maps))
     up = maps @ vectors
     return values, up / up.norm(dim=0).clamp(min=torch.finfo(up.dtype).tiny)
 

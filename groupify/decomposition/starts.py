@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from groupify.decomposition.eigen import eigh
+
 # The groups of a round share the leading directions of what is left by the rounds before.
 _ROUNDS = 2
 
@@ -50,7 +52,7 @@ def depthwise_start(target: Tensor, groups: int) -> Tensor:
     channels = target.shape[2]
     patterns, sizes, maps = torch.linalg.svd(target.transpose(0, 1).flatten(1), full_matrices=False)
     maps = (sizes[:, None] * maps).unflatten(1, (-1, channels))  # (patterns, O, I)
-    energies, vectors = torch.linalg.eigh(maps.transpose(1, 2) @ maps)
+    energies, vectors = eigh(maps.transpose(1, 2) @ maps)
     kept = min(groups, energies.numel())
     largest = energies.clamp(min=0).flatten().topk(kept)
     of_pattern, of_channel = largest.indices // channels, largest.indices % channels
@@ -71,7 +73,7 @@ def separate_start(target: Tensor, outputs: int) -> Tensor:
 
 def _leading(rows: Tensor, count: int) -> Tensor:
     """The directions of the rows' space that hold the most of them, shape (count, columns)."""
-    _, vectors = torch.linalg.eigh(rows.T @ rows)
+    _, vectors = eigh(rows.T @ rows)
     leading: Tensor = vectors[:, -count:].flip(1).T.contiguous()
     return leading
 
@@ -85,9 +87,9 @@ def _left_vectors(matrices: Tensor, count: int) -> Tensor:
     """The leading left singular vectors of each matrix, shape (G, rows, count); zeros beyond the last."""
     rows, columns = matrices.shape[1:]
     if rows <= columns:
-        _, vectors = torch.linalg.eigh(matrices @ matrices.transpose(1, 2))
+        _, vectors = eigh(matrices @ matrices.transpose(1, 2))
     else:
-        _, right = torch.linalg.eigh(matrices.transpose(1, 2) @ matrices)
+        _, right = eigh(matrices.transpose(1, 2) @ matrices)
         vectors = matrices @ right
         norms = vectors.norm(dim=1, keepdim=True)
         vectors = vectors / norms.clamp(min=torch.finfo(norms.dtype).tiny)

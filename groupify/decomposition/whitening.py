@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from groupify.decomposition.cholesky import cholesky_with_ridge
+from groupify.decomposition.eigen import eigh
 
 # Directions of less variance than this part of the mean are not blown up to one.
 _FLOOR = 1e-4
@@ -101,7 +102,7 @@ class ByGroup:
 
 def _inverse_root(covariance: Tensor) -> Tensor:
     """A map M with M Cov Mᵀ = 1, but for directions of hardly any variance."""
-    values, vectors = torch.linalg.eigh(covariance.double())
+    values, vectors = eigh(covariance.double())
     least = (_FLOOR * values.mean()).clamp(min=torch.finfo(torch.float32).tiny)
     root: Tensor = (vectors * torch.rsqrt(values.clamp(min=least))).T.to(covariance.dtype)
     return root.contiguous()
