@@ -12,7 +12,7 @@ of the conv that ``spatial`` makes of it. So the rivals differ from groupify in 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -69,7 +69,8 @@ class SpatialSVD:
         patches = torch.cat([part.float() for part in samples.patches])  # (n, I, kh·kw)
         columns = patches.unflatten(2, (height, width)).permute(0, 3, 1, 2).flatten(0, 1).flatten(1)
         matrix = conv.weight.double().permute(1, 2, 3, 0).flatten(0, 1)  # (I·kh, kw, O)
-        weighted = _root(_covariance(columns)) @ (matrix * scale).flatten(1)
+        self._root, self._scale = _root(_covariance(columns)), scale
+        weighted = self._root @ (matrix * scale).flatten(1)
         self.energies: tuple[Tensor, ...] = (torch.linalg.svdvals(weighted).square(),)
 
     def macs(self, ranks: Sequence[int]) -> int:
@@ -85,6 +86,17 @@ class SpatialSVD:
     def structure(self, ranks: Sequence[int]) -> Structure:
         """What the conv behind the columns becomes."""
         return Structure(ranks[0])
+
+    def truncated(self, rank: int) -> Tensor:
+        """Return the conv's weight with all but the largest singular values cut off, shape as its own."""
+        conv = self._conv
+        matrix = conv.weight.double().permute(1, 2, 3, 0).flatten(0, 1)
+        left = torch.linalg.svd(self._root @ (matrix * self._scale).flatten(1), full_matrices=False)[0]
+        left = left[:, :rank]
+        kept = torch.linalg.solve(self._root, left @ (left.T @ (self._root @ matrix.flatten(1))))
+        kept = kept.reshape(conv.in_channels, *conv.kernel_size, conv.out_channels)
+        weight: Tensor = kept.permute(3, 0, 1, 2).to(conv.weight.dtype)
+        return weight.contiguous()
 
 
 class Tucker2:
@@ -207,16 +219,59 @@ def factorise(
     Raises:
         ConversionError: a site is no ``Conv2d`` of one group.
     """
+    factors = site_factors(model, method, sites, calibration.images, seed=seed)
+    ranks = choose_ranks(factors, sites, sum(sites.values()) - saved, step)
+    structures = {name: factors[name].structure(chosen) for name, chosen in ranks.items()}
+    return fit_structures(model, method, structures, calibration, seed=seed)
+
+
+def site_factors(
+    model: nn.Module, method: str, sites: Iterable[str], images: Tensor, *, seed: int = 0
+) -> dict[str, Factors]:
+    """Return how each site is factorised, from what it reads and gives in the dense model.
+
+    Args:
+        model: dense model, which can be exported as a whole, in float32.
+        method: a key of ``STRUCTURES``.
+        sites: names of convs.
+        images: unlabelled, shape (N, C, H, W).
+        seed: of the sampled positions.
+
+    Raises:
+        ConversionError: a site is no ``Conv2d`` of one group.
+    """
+    dense = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
+    return _factors(dense, _graph(dense, images), method, list(sites), images, seed)
+
+
+def fit_structures(
+    model: nn.Module,
+    method: str,
+    structures: Mapping[str, Structure],
+    calibration: Calibration,
+    *,
+    seed: int = 0,
+) -> nn.Module:
+    """Return a copy of ``model`` with the named convs factorised and fitted.
+
+    Args:
+        model: dense model, which can be exported as a whole, in float32.
+        method: a key of ``STRUCTURES``.
+        structures: what each conv becomes; of spatial SVD, what its conv behind the columns becomes.
+        calibration: unlabelled images for the fit, and what follows.
+        seed: of the sampled positions.
+
+    Raises:
+        ConversionError: a site is no ``Conv2d`` of one group.
+    """
     dense = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
     images, trained = calibration.images, calibration.reconstruction
     graph = _graph(dense, images)
-    factors = _factors(dense, graph, method, sites, images, seed)
-    ranks = choose_ranks(factors, sites, sum(sites.values()) - saved, step)
-    columns = [name for name in ranks if method == SPATIAL_SVD and not _is_pointwise(_conv(dense, name))]
+    columns = [name for name in structures if method == SPATIAL_SVD and not _is_pointwise(_conv(dense, name))]
     recipes = {}
-    for name in ranks:
+    for name, structure in structures.items():
         site = in_columns(name) if name in columns else name
-        recipes[site] = SiteRecipe(site, factors[name].structure(ranks[name]))
+        recipes[site] = SiteRecipe(site, structure)
     laid_out = lay_out_columns(dense, columns)
     # Blocks are trained when the columns are no more.
     found = convert_in_order(
@@ -226,7 +281,7 @@ def factorise(
     )  # fmt: skip
     student = merge_columns(found.student, columns).to(memory_format=torch.channels_last)
     if trained.steps:
-        reconstruct(graph.on(student), graph, images, list(ranks), trained, seed=seed)
+        reconstruct(graph.on(student), graph, images, list(structures), trained, seed=seed)
     return student.to(memory_format=torch.contiguous_format)
 
 
@@ -248,9 +303,8 @@ def _is_pointwise(conv: nn.Conv2d) -> bool:
 
 
 def _factors(
-    dense: nn.Module, graph: ModelGraph, method: str, sites: dict[str, int], images: Tensor, seed: int
+    dense: nn.Module, graph: ModelGraph, method: str, sites: Sequence[str], images: Tensor, seed: int
 ) -> dict[str, Factors]:
-    """How each site is factorised, from what it reads and gives in the dense model."""
     convs = {name: _conv(dense, name) for name in sites}
     batches = [Call((part,)).channels_last() for part in images.split(64)]
     sampled = dict.fromkeys(sites, Sampling(_SAMPLED_AS))

@@ -345,6 +345,25 @@ def rivals(document: Document) -> Table:
     return lines
 
 
+def craft(document: Document) -> Table:
+    """A line per method and size: what its score maps are off by."""
+    lines: Table = [("MACs wanted", "method", "MACs", "parameters", "rms of the score maps", "F", "seconds")]
+    for row in document["rows"]:
+        wanted = saved(row["size"], 0) if row["size"] else "–"
+        ratios = (saved(row[name]) for name in ("macs_ratio", "params_ratio"))
+        lines.append(
+            (
+                wanted,
+                row["method"],
+                *ratios,
+                f"{row['rms']:.4f}",
+                f"{row['f_score']:.3f}",
+                f"{row['seconds']:.0f}",
+            )
+        )
+    return lines
+
+
 def ahead(pairs: list[tuple[str, str]]) -> str:
     """Points of accuracy that the first of each pair has more, with the 95% interval over the images.
 
@@ -438,6 +457,7 @@ TABLES: dict[str, tuple[str, Callable[[Document], Table]]] = {  # name: (command
     "recovery": ("recovery --checkpoint FILE --twin FILE", recovery),
     "planner": ("planner --checkpoint FILE", planner),
     "rivals": ("rivals --checkpoint FILE [--model MODEL]", rivals),
+    "craft": ("craft --photographs FOLDER", craft),
     "prediction": ("prediction", prediction),
     "ranking": ("ranking --checkpoint FILE [--model MODEL]", ranking),
     **{

@@ -13,6 +13,7 @@ import pytest
 
 from scripts.benchmarks import (
     conversion,
+    craft,
     latency,
     narrow_groups,
     peers_latency,
@@ -109,6 +110,7 @@ def test_table_of_the_peers() -> None:
 
 FILES: dict[str, Results[Any]] = {
     "conversion": Results(conversion.Round, ("number",), under="rounds"),
+    "craft": Results(craft.Row, craft.KEYS),
     "latency": Results(latency.Row, ("name",)),
     **{f"models_{library}": Results(whole_way.Row, ("name",)) for library in LIBRARIES},
     "narrow_groups": Results(narrow_groups.Row, ("kernel", "channels", "side")),
