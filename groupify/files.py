@@ -50,7 +50,8 @@ def writing_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
 
     When the block fails or is interrupted (``KeyboardInterrupt`` included), the folder is removed,
     and what was at ``path`` before is as it was; after a kill the next ``folder_exists`` or
-    ``writing_folder`` sees to that. Everything that can be refused is refused before the block runs.
+    ``writing_folder`` sees to that, and the next ``writing_folder`` removes what the killed process had
+    written. Everything that can be refused is refused before the block runs.
 
     Args:
         path: the folder to write; missing parents are made.
@@ -70,10 +71,13 @@ def writing_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     made: list[Path] = []
     try:
-        _make_folders(temporary, made)
-        yield temporary
-        _check_target(target, force)
-        _replace(temporary, target)
+        _make_folders(target.parent, made)
+        _remove_unfinished(target)
+        with _being_written(temporary):
+            _make_folders(temporary, made)
+            yield temporary
+            _check_target(target, force)
+            _replace(temporary, target)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         for parent in reversed(made):
@@ -132,17 +136,57 @@ def _set_aside(target: Path) -> list[Path]:
     ]
 
 
-def _make_folders(folder: Path, made: list[Path]) -> None:
-    """Make ``folder`` and its parents; the parents that were missing are appended to ``made``."""
+@contextlib.contextmanager
+def _being_written(folder: Path) -> Iterator[None]:
+    """Hold a lock beside a folder, by which others tell it from what a killed process has left.
+
+    Raises:
+        ArtefactError: another process holds it, or it cannot be written.
+    """
+    from filelock import FileLock
+
+    path = folder.with_name(f"{folder.name}.lock")
+    lock = FileLock(path, blocking=False)
     try:
-        for parent in reversed([parent for parent in folder.parents if not parent.exists()]):
-            parent.mkdir()
-            made.append(parent)
-        folder.mkdir()
+        lock.acquire()
+    except OSError as error:  # a timeout is one
+        raise _cannot_write_beside(path, error) from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows removes no open file
+            path.unlink()
+        lock.release()
+        path.unlink(missing_ok=True)
+
+
+def _remove_unfinished(target: Path) -> None:
+    """Remove what killed processes have left beside ``target``, as far as that can be done."""
+    own = re.compile(rf"(\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.partial)(\.lock)?")
+    children = target.parent.iterdir() if target.parent.is_dir() else ()
+    found = {match[1] for child in children if (match := own.fullmatch(child.name))}
+    for folder in (target.with_name(name) for name in found):
+        with contextlib.suppress(OSError, ArtefactError), _being_written(folder):
+            if folder.is_dir() and not folder.is_symlink():
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make_folders(folder: Path, made: list[Path]) -> None:
+    """Make ``folder`` and its parents; those that were missing are appended to ``made``."""
+    try:
+        for missing in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
+            missing.mkdir()
+            made.append(missing)
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     except OSError as error:
-        raise ArtefactError(
-            f"cannot write to {folder.parent}: {error.strerror}; choose another output folder with -o"
-        ) from error
+        raise _cannot_write_beside(folder, error) from error
+
+
+def _cannot_write_beside(path: Path, error: OSError) -> ArtefactError:
+    return ArtefactError(
+        f"cannot write to {path.parent}: {error.strerror}; choose another output folder with -o"
+    )
 
 
 def _check_target(target: Path, force: bool) -> None:

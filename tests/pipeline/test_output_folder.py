@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -204,7 +207,6 @@ def test_what_a_killed_process_set_aside_is_put_back(tmp_path: Path) -> None:
     older = set_aside(target, "ffffffff")
     os.utime(older, (1, 1))
     set_aside(target)
-    (tmp_path / ".out.0123abcd.partial").mkdir()
     with pytest.warns(GroupifyWarning, match="killed while it replaced .*out; what was there before is back"):
         assert folder_exists(target)
     assert names(target) == ["old", RECIPE_FILE]
@@ -213,7 +215,48 @@ def test_what_a_killed_process_set_aside_is_put_back(tmp_path: Path) -> None:
     with writing_folder(target, force=True) as folder:
         (folder / "new").touch()
     assert names(target) == ["new"]
-    assert names(tmp_path) == [".out.0123abcd.partial", "out"]
+    assert names(tmp_path) == ["out"]
+
+
+WRITER = """
+import pathlib, sys, time
+from groupify.files import writing_folder
+with writing_folder(sys.argv[1]) as folder:
+    (folder / "weights").touch()
+    pathlib.Path(sys.argv[2]).touch()
+    time.sleep(600)
+"""
+
+
+def test_what_a_killed_process_was_writing_goes_with_the_next_one(tmp_path: Path) -> None:
+    outputs, ready = tmp_path / "outputs", tmp_path / "ready"
+    outputs.mkdir()
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(outputs / "out"), str(ready)])
+    while not ready.exists():
+        assert writer.poll() is None
+        time.sleep(0.02)
+    [unfinished, lock] = names(outputs)
+    with writing_folder(outputs / "out") as folder:  # beside one that is alive
+        assert unfinished in names(outputs)
+        assert folder.name != unfinished
+    assert names(outputs) == [unfinished, lock, "out"]
+    writer.kill()
+    writer.wait()
+    with writing_folder(outputs / "out", force=True):
+        assert not {unfinished, lock} & set(names(outputs))
+    assert names(outputs) == ["out"]
+    assert names(outputs / "out") == []
+
+
+def test_only_folders_that_nobody_writes_are_removed(tmp_path: Path) -> None:
+    kept = [".out.0123.partial", ".other.0123abcd.partial"]
+    for name in [*kept, ".out.0123abcd.partial"]:
+        (tmp_path / name).mkdir()
+    (tmp_path / ".out.00000000.partial").write_text("a file")
+    (tmp_path / ".out.11111111.partial.lock").touch()
+    with writing_folder(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == sorted([*kept, ".out.00000000.partial", "out"])
 
 
 def test_what_a_killed_process_set_aside_is_not_overwritten_without_force(tmp_path: Path) -> None:
