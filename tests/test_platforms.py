@@ -69,7 +69,8 @@ def test_a_plan_on_a_console_of_windows(
 ) -> None:
     stdout = console("cp1252")
     monkeypatch.setattr(sys, "stdout", stdout)
-    outcome = run("plan", "tests.cli_nets:net", "--input-size", "3,8,8", "--min-group-width", "1", *options)
+    groups = ("--groups", 4, "--min-group-width", 1)
+    outcome = run("plan", "tests.cli_nets:net", "--input-size", "3,8,8", *groups, *options)
     assert outcome.code == 0
     assert ("\\u2192" if options else "->") in shown(stdout)
 
@@ -82,7 +83,7 @@ def test_an_error_in_characters_that_the_console_lacks(monkeypatch: pytest.Monke
 
 
 def test_a_whole_process_with_the_encoding_of_windows() -> None:
-    command = [sys.executable, "-m", "groupify", "plan", "demo", "--min-group-width", "1"]
+    command = [sys.executable, "-m", "groupify", "plan", "demo", "--groups", "4"]
     environment = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONPATH": str(ROOT)}
     outcome = subprocess.run(command, capture_output=True, env=environment, check=False)
     assert (outcome.returncode, outcome.stderr) == (0, b"")

@@ -229,8 +229,9 @@ model_options = together(
 
 _CPU_HELP = "Processor that will run the model: avx2, avx512, arm64, any, or auto: this one."
 plan_options = together(
-    _plan("--groups", "-g", default="4", show_default=True,
-          help="Groups to aim at; by name too: '4,layer3.*=8'."),
+    _plan("--groups", "-g", metavar="N",
+          help="Groups to aim at; by name too: '4,layer3.*=8'. Without it and --budget: each conv gets the "
+          "structure that loses least, at the MACs of 4 plain groups."),
     _plan("--budget", multiple=True, callback=budget, metavar="LIMITS",
           help="Plan for a budget instead of --groups: macs=40%, params=8M, bytes=8MB, latency=2x, drop=0.5, "
           "or several with commas between. Repeatable; all hold. latency=2x is against the dense model in "
@@ -238,7 +239,7 @@ plan_options = together(
     _plan("--structure", metavar="FAMILY",
           help="grouped; grouped-pointwise: a grouped conv and a dense 1×1 conv; block-term: a grouped conv "
           "between 1×1 convs; auto: each conv what loses least. The last two have the MACs of --groups plain "
-          "groups. Default: grouped; with a budget, auto."),
+          "groups. Default: with --groups, grouped; else auto."),
     _plan("--include", multiple=True, metavar="GLOB", help="Convert only these sites. Repeatable."),
     _plan("--exclude", multiple=True, metavar="GLOB", help="Leave these sites alone. Repeatable."),
     _plan("--cpu", default="auto", show_default=True, help=_CPU_HELP),
@@ -248,21 +249,23 @@ plan_options = together(
           "1 switches it off."),
     _plan("--shuffle", is_flag=False, flag_value="all", default="none", show_default=True,
           metavar="none|all",
-          help="all: a channel shuffle behind every conv that is grouped; with a budget, both are tried."),
+          help="all: a channel shuffle behind every conv that is grouped; where structures are chosen, both "
+          "are tried."),
     _plan("--latency-table", type=_PATH,
           help="Latencies measured where the model will run, by groupify bench MODEL --table FILE."),
     _plan("--sensitivity", type=click.Choice(["auto", "fisher", "outputs", "exact"]), default="auto",
-          show_default=True, help="With a budget, what each conv loses. fisher: predicted for class scores; "
+          show_default=True, help="What each conv loses. fisher: predicted for class scores; "
           "outputs: for any outputs, each conv replaced alone; auto: whichever suits the model; exact: all "
           "choices converted (slow)."),
     _plan("--no-verify", is_flag=True,
-          help="With a budget: neither convert the plan to compare it with uniform, nor time it as a whole."),
+          help="Neither convert a chosen plan to compare it with uniform, nor time it as a whole."),
     _plan("--plan", "plan_file", type=_PATH, help="Take the plan from this file."),
     _plan("--save-plan", type=_PATH, callback=output_file, help="Write the plan to this file."),
 )  # fmt: skip
 frontier_options = together(
     _plan("--frontier", type=click.Choice(["predicted", "measured"]), is_flag=False, flag_value="predicted",
-          help="With a budget: show what more and less of it would give. measured: convert every point."),
+          help="Where structures are chosen: show what more and less of the limit would give. measured: "
+          "convert every point."),
     _plan("--frontier-plot", type=_PATH, callback=output_file, help="Draw it here, for example x.svg."),
 )  # fmt: skip
 

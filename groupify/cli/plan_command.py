@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 def plan(model: str, **options: Any) -> None:
     """Show what a conversion of MODEL would do; nothing is written but the files that are asked for.
 
+    Without --groups and --budget, each conv gets the structure that loses least at the MACs of 4 groups.
+
     Example: groupify plan resnet50 --groups 8 --weights none
 
     Or, for a budget: groupify plan demo --budget macs=30% --data demo --frontier
@@ -47,8 +49,11 @@ def plan(model: str, **options: Any) -> None:
     plot: Path | None = options["frontier_plot"]
     frontier = options["frontier"] or ("predicted" if plot is not None else None)
     request = plan_request(options)
-    if frontier is not None and request.budget is None:
-        raise SpecError("--frontier needs a budget to mark on it, for example --budget macs=40%")
+    if frontier is not None and not request.is_searched:
+        raise SpecError(
+            "--frontier shows what more and less of a limit would give: give one, for example "
+            "--budget macs=40%, or let each conv's structure be chosen with --structure auto"
+        )
     if plot is not None:
         check_plot(plot)
     planned = run_plan(

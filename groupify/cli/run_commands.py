@@ -56,7 +56,11 @@ def convert(model: str, **options: Any) -> None:
 
     MODEL is a torchvision name, demo, or package.module:factory.
 
-    Example: groupify convert demo --groups 4 --data demo --epochs 1
+    Without --groups and --budget, each conv gets the structure that loses least at the MACs of 4 groups.
+
+    Example: groupify convert demo --data demo
+
+    Or, with plain groups: groupify convert demo --groups 4 --data demo --epochs 1
 
     Or, for a budget: groupify convert demo --budget macs=30% --data demo
     """
@@ -65,8 +69,7 @@ def convert(model: str, **options: Any) -> None:
 
     label = model_label(model, options["arguments"])
     plan = plan_request(options)
-    ending = f"g{plan.groups.largest}" if plan.is_uniform else "planned"
-    output, training = output_request(options, Path(f"{label}-{ending}")), training_request(options)
+    output, training = output_request(options, Path(f"{label}-{plan.label}")), training_request(options)
     request = ConversionRequest(
         model=model_request(model, options),
         plan=plan,

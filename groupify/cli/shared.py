@@ -135,7 +135,7 @@ def plan_request(options: dict[str, Any]) -> PlanRequest:
         progress=not options["quiet"],
     )
     return PlanRequest(
-        GroupCounts.of(options["groups"]),
+        None if options["groups"] is None else GroupCounts.of(options["groups"]),
         rules,
         file=options["plan_file"],
         budget=options["budget"],

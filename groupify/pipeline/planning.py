@@ -1,4 +1,4 @@
-"""Make a plan as asked for: uniform groups, a plan file, or a budget with the images and table it needs."""
+"""Make a plan as asked for: uniform groups, a plan file, or a search with the images and table it needs."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from groupify.measure.latency_table import LatencyTable, measure_table
 from groupify.models.specs import Source
 from groupify.pipeline.inputs import tell_preprocessing, with_data
 from groupify.pipeline.requests import ModelRequest, PlanRequest
-from groupify.planning.budget import Budget
 from groupify.planning.candidates import candidates
-from groupify.planning.like_groups import budget_like_groups
+from groupify.planning.like_groups import DEFAULT_GROUPS
 from groupify.planning.plan_file import PlanFile
 from groupify.planning.race import BudgetPlan, Frontier, trace_frontier
 from groupify.planning.rules import Rules
@@ -36,10 +35,10 @@ _HELD_OUT_BYTES = 2**30
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, and where it is one for a budget, how it was found.
+    """A plan, and where it was searched, how it was found.
 
     Attributes:
-        plan: what is to be replaced.
+        plan: what is to be replaced; its notes begin with what was chosen since nothing was asked for.
         found: the race that it won; None where there was none.
         frontier: what other budgets would give, where that was asked for.
     """
@@ -47,6 +46,11 @@ class Planned:
     plan: Plan
     found: BudgetPlan | None = None
     frontier: Frontier | None = None
+
+    def noted(self, notes: tuple[str, ...]) -> Planned:
+        """Return the same with more notes in front of the plan's."""
+        plan = replace(self.plan, notes=(*notes, *self.plan.notes))
+        return replace(self, plan=plan, found=None if self.found is None else replace(self.found, plan=plan))
 
 
 def make_plan(
@@ -68,21 +72,29 @@ def make_plan(
     if request.file is not None:
         return Planned(PlanFile.read(request.file).apply(model, shape))
     if request.is_uniform:
-        return Planned(plan(model, shape, groups=request.groups, rules=request.rules))
-    budget = request.budget or budget_like_groups(model, shape, groups=request.groups, rules=request.rules)
+        made = plan(model, shape, groups=request.groups or DEFAULT_GROUPS, rules=request.rules)
+        return Planned(made).noted(request.notes)
     images = None
     if data is not None and calibration_images:
-        images = planning_images(data, calibration_images, budget, seed=seed)
+        drop = None if request.budget is None else request.budget.drop
+        images = planning_images(data, calibration_images, for_drop=drop is not None, seed=seed)
     options = _with_table(request.search, request.latency_table)
-    found = plan_for_budget(model, shape, budget, images, rules=request.rules, options=options)
-    if request.frontier is None:
-        return Planned(found.plan, found)
-    measure = None
-    if request.frontier == "measured":
-        if images is None:
-            raise SpecError("a measured frontier needs images; give --data")
-        measure = HeldOut(model, images, options)
-    return Planned(found.plan, found, trace_frontier(found, measure=measure))
+    measure = _frontier_measure(request.frontier, model, images, options)
+    found = plan_for_budget(
+        model, shape, request.budget, images, groups=request.groups, rules=request.rules, options=options
+    )
+    frontier = None if request.frontier is None else trace_frontier(found, measure=measure)
+    return Planned(found.plan, found, frontier).noted(request.notes)
+
+
+def _frontier_measure(
+    frontier: str | None, model: nn.Module, images: Images | None, options: SearchOptions
+) -> HeldOut | None:
+    if frontier != "measured":
+        return None
+    if images is None:
+        raise SpecError("a measured frontier needs images; give --data")
+    return HeldOut(model, images, options)
 
 
 def run_plan(
@@ -92,10 +104,10 @@ def run_plan(
 
     Args:
         model: the dense model.
-        data: data spec for a budget; None = from the weights alone.
+        data: data spec for a plan that is searched; None = from the weights alone.
         request, calibration_images, seed: as for ``make_plan``.
     """
-    # Without a budget a plan depends on shapes alone: weights not at hand are no reason to warn or to wait.
+    # Without a search a plan depends on shapes alone: weights not at hand are no reason to warn or to wait.
     if not request.is_searched and model.weights == "auto":
         model = replace(model, weights="none")
     source = model.load(seed)
@@ -121,15 +133,21 @@ def _with_table(options: SearchOptions, path: Path | None) -> SearchOptions:
     return replace(options, table=table)
 
 
-def planning_images(data: DataSplits, count: int, budget: Budget, *, seed: int) -> Images:
+def planning_images(data: DataSplits, count: int, *, for_drop: bool, seed: int) -> Images:
     """Draw the images to fit on, the same that a conversion draws, and others to compare plans on.
+
+    Args:
+        data: gives them.
+        count: number of images to fit on.
+        for_drop: whether a limit on the drop is to be held, which takes more of the others.
+        seed: chooses the images.
 
     Raises:
         DataError: no images.
     """
     part = data.for_calibration
     first = first_input(part)
-    most = _HELD_OUT if budget.drop is None else _HELD_OUT_FOR_DROP
+    most = _HELD_OUT_FOR_DROP if for_drop else _HELD_OUT
     more = max(1, min(most, _HELD_OUT_BYTES // (4 * first.numel())))
     drawn = iterate_batches(
         part, min(count, 256), shuffle_seed=seed, limit=count + more, labelled=data.labelled

@@ -61,7 +61,9 @@ def prepare_conversion(request: ConversionRequest, ranks: Ranks) -> Prepared:
     )
     if request.plan.save is not None and ranks.first:
         PlanFile.of(source.spec.name, planned.plan).write(request.plan.save)
-    notes = () if planned.found is None else race_lines(planned.found)
+    notes = request.plan.notes
+    if planned.found is not None:
+        notes += race_lines(planned.found)
     return Prepared(source, data, planned.plan, _uniform_plans(request, source, planned), notes)
 
 
@@ -85,8 +87,8 @@ def _refuse_what_one_process_measures(request: ConversionRequest) -> None:
         raise SpecError("--uniform is measured in one process: leave it out under torchrun")
     if request.plan.is_searched:
         raise SpecError(
-            "a budget is planned in one process: write the plan with 'groupify plan --save-plan FILE', "
-            "then give --plan FILE under torchrun"
+            "structures are chosen for each conv in one process: write the plan with 'groupify plan "
+            "MODEL --save-plan FILE', then give --plan FILE under torchrun; or give --groups 4"
         )
 
 

@@ -13,9 +13,10 @@ from groupify.models.sources import load_model
 from groupify.models.specs import Source
 from groupify.planning.budget import Budget
 from groupify.planning.group_counts import GroupCounts
+from groupify.planning.like_groups import DEFAULT_GROUPS, macs_of
 from groupify.planning.rules import Rules
-from groupify.planning.search import SearchOptions
-from groupify.structures import FLOAT32, INT8, Precision, check_precision
+from groupify.planning.search import BOTH, SearchOptions
+from groupify.structures import FLOAT32, GROUPED, INT8, Precision, check_precision
 from groupify.training.history import LogSettings
 from groupify.training.settings import FinetuneSettings
 from groupify.training.state import Checkpointing
@@ -69,27 +70,28 @@ class ModelRequest:
         )
 
 
-_FOUR = GroupCounts.of(4)
-
-
 @dataclass(frozen=True)
 class PlanRequest:
     """How the convs are to be replaced.
 
     Attributes:
         groups: number of groups to aim at; where each conv gets a structure of its own, the MACs are those of
-            so many plain groups.
-        rules: which convs may be converted, and into what.
+            so many plain groups. None = with neither ``file`` nor ``budget``, ``DEFAULT_GROUPS``.
+        rules: which convs may be converted, and into what; where ``DEFAULT_GROUPS`` hold, ``structures`` of
+            None are all families.
         file: a plan file to take instead.
         budget: a budget to plan for instead of ``groups``.
-        search: how to look for the plan for the budget.
+        search: how to choose each conv's structure.
         latency_table: file of a table measured on the device, for ``search``; None = measure here.
         frontier: what else to find out for the budget: None, ``"predicted"``, or ``"measured"`` to convert
             every point.
         save: file to write the plan to.
+
+    Raises:
+        SpecError: both ``groups`` and ``budget``.
     """
 
-    groups: GroupCounts = _FOUR
+    groups: GroupCounts | None = None
     rules: Rules = Rules()
     file: Path | None = None
     budget: Budget | None = None
@@ -98,15 +100,48 @@ class PlanRequest:
     frontier: str | None = None
     save: Path | None = None
 
+    def __post_init__(self) -> None:
+        if self.groups is not None and self.budget is not None:
+            raise SpecError(BOTH)
+
+    @property
+    def is_default(self) -> bool:
+        """Whether nothing says how much smaller the model is to be."""
+        return self.file is None and self.budget is None and self.groups is None
+
     @property
     def is_uniform(self) -> bool:
-        """Whether it is a plan with the same number of groups everywhere."""
-        return self.file is None and self.budget is None and self.rules.is_uniform
+        """Whether the number of groups alone says what becomes of each conv."""
+        chosen = self.is_default and self.rules.structures is None
+        return self.file is None and self.budget is None and self.rules.is_uniform and not chosen
 
     @property
     def is_searched(self) -> bool:
-        """Whether the plan is one for a budget, given or that of plain groups."""
+        """Whether each conv's structure is chosen within limits: a budget, or the MACs of plain groups."""
         return self.file is None and not self.is_uniform
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was chosen since nothing was asked for."""
+        if not self.is_default:
+            return ()
+        start, families = "no --groups and no --budget", self.rules.families
+        if self.is_uniform:
+            return (f"{start}: {DEFAULT_GROUPS} groups in each conv",)
+        which = "structures" if len(families) > 1 else f"{families[0]} structures"
+        return (f"{start}: {which} chosen for each conv at {macs_of(DEFAULT_GROUPS)}",)
+
+    @property
+    def label(self) -> str:
+        """How the name of the folder ends that a conversion writes: ``"g4"``, ``"auto"``, ``"auto-g8"``."""
+        if self.file is not None or self.budget is not None:
+            return "planned"
+        groups = f"g{(self.groups or DEFAULT_GROUPS).label}"
+        families = self.rules.families if self.is_searched else self.rules.structures or (GROUPED,)
+        if tuple(families) == (GROUPED,):
+            return groups
+        family = families[0] if len(families) == 1 else "auto"
+        return family if self.is_default else f"{family}-{groups}"
 
 
 @dataclass(frozen=True)

@@ -41,18 +41,22 @@ class Limit:
         relative: which of the two.
         of_float32: whether the dense model's is that in float32, whatever the precision of the plan; of a
             relative latency alone.
+        name: what people read in its place, where it stands for something that they asked for.
     """
 
     quantity: str
     value: float
     relative: bool
     of_float32: bool = False
+    name: str | None = None
 
     def at_most(self, dense: float) -> float:
         """Return the limit as a number, for a dense model that has ``dense`` of the quantity."""
         return self.value * dense if self.relative else self.value
 
-    def __str__(self) -> str:
+    @property
+    def text(self) -> str:
+        """The limit as ``Budget.parse`` takes it."""
         if self.relative:
             base = f":{FLOAT32}" if self.of_float32 else ""
             return f"{self.quantity}={100 * self.value:.10g}%{base}"
@@ -61,6 +65,9 @@ class Limit:
         if "e" in digits:
             digits = f"{self.value:.30f}".rstrip("0")
         return f"{self.quantity}={digits.removesuffix('.0').removesuffix('.')}{unit}"
+
+    def __str__(self) -> str:
+        return self.name or self.text
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,19 @@ class GroupCounts:
         """The largest number."""
         return max(count for _, count in self.patterns)
 
+    @property
+    def is_one_number(self) -> bool:
+        """Whether one number holds for all convs."""
+        return [name for name, _ in self.patterns] == [_ALL]
+
+    @property
+    def label(self) -> str:
+        """All numbers for the name of a folder, like ``"4"`` or ``"4-8"``; 1 where convs go without."""
+        counts = {count for _, count in self.patterns}
+        if all(name != _ALL for name, _ in self.patterns):
+            counts.add(1)
+        return "-".join(map(str, sorted(counts)))
+
     def of_conv(self, name: str) -> int:
         """Return the number for a conv; 1 where nothing is said of it."""
         matching = [count for pattern, count in self.patterns if fnmatch.fnmatchcase(name, pattern)]

@@ -104,7 +104,7 @@ class Rules:
         if not self.is_uniform:
             raise PlanError(
                 f"structures are {', '.join(structures)}: a number of groups takes {GROUPED} or "
-                f"{GROUPED_POINTWISE}; give one of these, or a budget, which chooses for each conv"
+                f"{GROUPED_POINTWISE}; give one of these, or call plan_for_budget, which chooses by conv"
             )
         if self.shuffle != "none" and structures != (GROUPED,):
             raise PlanError(

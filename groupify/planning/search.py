@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from groupify.onnx.runtime import OnnxModule
 from groupify.planning.budget import LATENCY, Budget
 from groupify.planning.candidates import candidates
 from groupify.planning.costing import Costing, Finder
+from groupify.planning.group_counts import GroupCounts
+from groupify.planning.like_groups import DEFAULT_GROUPS, budget_like_groups, keep_ungrouped
 from groupify.planning.race import BudgetPlan, Race
 from groupify.planning.rules import Rules
 from groupify.planning.sensitivity import (
@@ -43,6 +45,7 @@ from groupify.scores import Judge, Judgement, describe_outputs, has_classes, mea
 from groupify.structures import INT8, Choices, Plan, SiteRecipe
 
 SENSITIVITIES = (AUTO, FISHER, OUTPUTS, EXACT)
+BOTH = "groups and a budget: both say how much smaller the model is to be; give one of the two"
 _HELD_OUT = 0.25
 _CALIBRATION_IMAGES = 256  # as many as an export of a whole run takes
 
@@ -104,17 +107,18 @@ class SearchOptions:
 def plan_for_budget(
     model: nn.Module,
     input_shape: tuple[int, ...] | None = None,
-    budget: Budget | str = "",
+    budget: Budget | str | None = None,
     images: Images | Tensor | None = None,
     *,
+    groups: int | Mapping[str, int] | GroupCounts | None = None,
     example_inputs: Any = None,
     rules: Rules = Rules(),
     options: SearchOptions = SearchOptions(),
     convert_plan: ConvertPlan | None = None,
 ) -> BudgetPlan:
-    """Find the plan that loses the least within a budget.
+    """Find the plan that loses the least within a budget, or at the MACs of plain groups.
 
-    Every conv gets the kind and number of groups for which the predicted losses of all convs add up to the
+    Every conv gets the structure for which the predicted losses of all convs add up to the
     least within all limits. The plan is then converted, and so is the best uniform plan (the same number of
     groups everywhere) within the same limits; whichever diverges less from the dense model on held-out
     images is returned, of those that hold a limit on the drop. A model without class scores diverges by the
@@ -126,9 +130,11 @@ def plan_for_budget(
     Args:
         model: a dense model; left untouched.
         input_shape: (C, H, W) of one image, for a model of one input.
-        budget: for example ``"macs=40%,params=8M"``.
+        budget: for example ``"macs=40%,params=8M"``; None = the MACs that ``groups`` would leave.
         images: unlabelled calibration images, of which a quarter is held out, or ``Images``. None = predict
             from the weights alone, and compare nothing.
+        groups: in the place of ``budget``, number of plain groups whose MACs are the limit, or numbers by
+            name as for ``plan``, where convs that get none stay as they are. With neither, 4.
         example_inputs: in the place of ``input_shape``, what the model is called with; see ``plan``.
             ``Images`` then need ``inputs``.
         rules: which convs may be converted and into what; by default what is fast on this machine's
@@ -138,20 +144,26 @@ def plan_for_budget(
             ``convert`` with the images to fit on.
 
     Raises:
-        PlanError: the budget cannot be held; says by how much.
-        SpecError: the budget or an option cannot be understood, or a limit on the drop comes without images,
-            or for a model without class scores.
+        PlanError: the budget cannot be held; says by how much. Or ``groups`` divide no conv.
+        SpecError: the budget or an option cannot be understood, or ``groups`` are given beside it; a limit on
+            the drop comes without images, or for a model without class scores.
         ConversionError: the model does not run on such inputs, or cannot be converted.
     """
     model = unwrapped(model)
+    example = one_example(input_shape, example_inputs)
     if isinstance(budget, str):
         budget = Budget.parse(budget)
+    if budget is None:
+        counts = DEFAULT_GROUPS if groups is None else GroupCounts.of(groups)
+        rules = keep_ungrouped(rules, counts, model)
+        budget = budget_like_groups(model, example, counts, rules)
+    elif groups is not None:
+        raise SpecError(BOTH)
     if isinstance(images, Tensor):
         images = Images.split(images)
     if budget.drop is not None and images is None:
         raise SpecError(f"{budget} limits the drop of accuracy, which needs images; give --data")
     needs_latency = options.table is not None or any(limit.quantity == LATENCY for limit in budget.limits)
-    example = one_example(input_shape, example_inputs)
     call = as_call(example, model)
     outputs = run_once(model, call)
     if budget.drop is not None and not has_classes(outputs):

@@ -102,7 +102,7 @@ def plan_observed(
     """Do what ``plan`` does, from a forward pass that ``observe`` has watched; without notes and warnings."""
     convs, call = find_convs(model), as_call(example, model, batch=1)
     if not convs:
-        raise PlanError(_no_convs(model, call))
+        raise PlanError(no_convs(model, call))
     rules.check_patterns(convs)
     groups.check_patterns(convs)
     choices = _choices(convs, observed, shared_weights(model), groups, rules)
@@ -119,7 +119,8 @@ def plan_observed(
     return leave_slow_sites_dense(result, rules.block) if rules.block > 1 else result
 
 
-def _no_convs(model: nn.Module, example: Call) -> str:
+def no_convs(model: nn.Module, example: Call) -> str:
+    """Say that a model has no conv, and what it has in their place."""
     found = (*unseen_layers(model), *functional_convs(model, example))
     return "; ".join(("the model has no conv layer, so there is no convolution worth grouping", *found))
 

@@ -85,7 +85,7 @@ def print_frontier(frontier: Frontier, console: Console) -> None:
 def budget_document(result: BudgetPlan, frontier: Frontier | None = None) -> dict[str, Any]:
     """Return a plan for a budget as plain JSON values."""
     document: dict[str, Any] = {
-        "budget": [str(limit) for limit in result.budget.limits],
+        "budget": [limit.text for limit in result.budget.limits],
         "method": result.method,
         "labelled": result.labelled,
         **plan_document(result.plan),

@@ -68,7 +68,8 @@ BAD_INPUT = [
     ("plan demo --groups 4 --plan plan.json", "--plan and --groups: the file says"),
     ("convert demo --plan plan.json --min-group-width 8", "--plan and --min-group-width"),
     ("plan demo --budget drop=1", "needs images; give --data"),
-    ("plan demo --frontier", "--frontier needs a budget"),
+    ("plan demo --groups 4 --frontier", "--frontier shows", "give one, for example --budget macs=40%"),
+    ("plan demo --groups 4 --budget macs=40%", "groups and a budget: both say", "give one of the two"),
     ("plan demo --plan missing.json", "cannot read plan 'missing.json'"),
     ("plan demo --budget latency=2x --latency-table missing.json", "cannot read latency table"),
     ("bench missing", "no folder 'missing'"),
@@ -196,7 +197,7 @@ def test_bad_input_gets_one_line_and_code_2(
 def test_labels_out_of_range(run: Run, tmp_path: Path) -> None:
     """Found by the evaluation, behind the conversion: still nothing is left."""
     outcome = run(
-        "convert", *TINY, "--data", "tests.cli_nets:bad_labels", "--calibrate", 40, "-o", "out", "-q"
+        "convert", *TINY, "-g", 4, "--data", "tests.cli_nets:bad_labels", "--calibrate", 40, "-o", "out", "-q"
     )
     assert outcome.code == 2
     assert "label 10 is out of range: the model has 10 classes" in outcome.err
@@ -211,7 +212,7 @@ def test_a_bug_is_one_line_too(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_pa
         raise ZeroDivisionError("by zero\nagain")
 
     monkeypatch.setattr(exporting, "check_parity", fail)
-    outcome = run("convert", *TINY, "-o", "out")
+    outcome = run("convert", *TINY, "-g", 4, "-o", "out")
     assert outcome.code == 1
     assert outcome.err.splitlines()[-1].startswith(
         "groupify: error: internal error: ZeroDivisionError: by zero again; please report it"
@@ -233,7 +234,7 @@ def test_an_interrupt_leaves_nothing(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(exporting, "check_parity", interrupt)
-    outcome = run("convert", *TINY, "-o", "out", *(["--force"] if force else []))
+    outcome = run("convert", *TINY, "-g", 4, "-o", "out", *(["--force"] if force else []))
     left = "groupify: error: interrupted; nothing was written\n"
     assert (outcome.code, outcome.out, outcome.err) == (130, "", left)
     assert tree(tmp_path) == before
@@ -244,7 +245,7 @@ def test_full_disk(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(pipeline_run, "write_artefact", full)
-    outcome = run("convert", *TINY, "-o", "out")
+    outcome = run("convert", *TINY, "-g", 4, "-o", "out")
     assert outcome.code == 2
     assert outcome.err.count("\n") == 1
     assert "cannot write" in outcome.err
@@ -374,7 +375,7 @@ def test_plan_as_json(run: Run) -> None:
 def test_the_same_command_gives_the_same_result(run: Run, tmp_path: Path) -> None:
     data = ("--data", "tests.cli_nets:data")
     model = (*TINY, "--weights", "none")
-    command = ("convert", *model, *data, "--calibrate", 64, "--epochs", 1, "-o", "out", "--json")
+    command = ("convert", *model, "-g", 4, *data, "--calibrate", 64, "--epochs", 1, "-o", "out", "--json")
     documents, weights = [], []
     for options in ([], ["--force"]):
         outcome = run(*command, *options)

@@ -203,7 +203,7 @@ def test_native_code_that_prints_stays_out_of_results(tmp_path: Path) -> None:
 
 
 def test_a_signal_leaves_nothing(tmp_path: Path) -> None:
-    options = ("convert", "demo", "--data", "demo", "--epochs", 50, "-o", "a/out")
+    options = ("convert", "demo", "--groups", 4, "--data", "demo", "--epochs", 50, "-o", "a/out")
     started = {}
     for number in (signal.SIGINT, signal.SIGTERM):
         folder = tmp_path / number.name
@@ -225,7 +225,7 @@ def test_a_signal_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_reader_that_leaves(tmp_path: Path) -> None:
-    processes = [start(tmp_path, "plan", "demo", *options) for options in ([], ["--json"])]
+    processes = [start(tmp_path, "plan", "demo", "-g", 4, *options) for options in ([], ["--json"])]
     for process in processes:
         assert process.stdout is not None
         process.stdout.close()

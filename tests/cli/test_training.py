@@ -18,6 +18,7 @@ from tests.cli_nets import INPUT_SIZE
 from tests.conftest import Run
 
 TINY = ("tests.cli_nets:net", "--input-size", INPUT_SIZE, "--min-group-width", "8")
+CONVERT = ("convert", *TINY, "--groups", 4)
 STREAM = ("--data", "tests.cli_nets:stream", "--images-per-epoch", 192, "--batch-size", 16)
 
 
@@ -29,7 +30,7 @@ def test_each_option_reaches_its_setting(run: Run, tmp_path: Path) -> None:
         "--warmup": 0.2,
     }  # fmt: skip
     flags = ("--augment", "--freeze-batch-norms", "--channels-last", "--amp", "bf16", "--device", "cpu")
-    command = ("convert", *TINY, "--data", "tests.cli_nets:data", "--calibrate", 64, "--epochs", 0.5)
+    command = (*CONVERT, "--data", "tests.cli_nets:data", "--calibrate", 64, "--epochs", 0.5)
     outcome = run(*command, *(word for pair in options.items() for word in pair), *flags, "-o", "out")
     assert outcome.code == 0, outcome.err
     recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
@@ -48,7 +49,7 @@ def test_a_recipe_holds_the_learning_rate_that_was_used() -> None:
 
 @pytest.mark.parametrize("option", ["--save-every=5", "--resume", "--log-file=a", "--tensorboard=a"])
 def test_training_options_without_training(run: Run, option: str) -> None:
-    refused = run("convert", *TINY, option)
+    refused = run(*CONVERT, option)
     assert refused.code == 2
     assert option.partition("=")[0] in refused.err
     assert "give --epochs N" in refused.err
@@ -63,7 +64,7 @@ def test_finetune_for_no_epochs(run: Run) -> None:
 @pytest.mark.slow
 def test_streams_in_every_verb(run: Run, tmp_path: Path) -> None:
     options = (*STREAM, "--epochs", 1)
-    outcome = run("convert", *TINY, *options, "--calibrate", 64, "-o", "out", "--json")
+    outcome = run(*CONVERT, *options, "--calibrate", 64, "-o", "out", "--json")
     assert outcome.code == 0, outcome.err
     report = json.loads(outcome.out)
     assert report["accuracy"]["images"] == 40
@@ -81,7 +82,7 @@ def test_streams_in_every_verb(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_the_data_cannot_give_is_said(run: Run, tmp_path: Path) -> None:
-    tiny = ("convert", *TINY, "--calibrate", 64, "--epochs", 1)
+    tiny = (*CONVERT, "--calibrate", 64, "--epochs", 1)
     of_unknown_length = run(*tiny, *STREAM[:2])
     assert of_unknown_length.code == 2
     assert "--images-per-epoch N" in of_unknown_length.err.splitlines()[-1]
@@ -95,7 +96,7 @@ def test_tensorboard_that_is_not_installed_is_noticed_at_once(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     options = ("--data", "there is none", "--epochs", 1, "--log-file", "log.jsonl", "--tensorboard", "board")
-    refused = run("convert", *TINY, *options)
+    refused = run(*CONVERT, *options)
     assert (refused.code, refused.err.count("\n")) == (2, 1)
     assert "pip install tensorboard" in refused.err
     assert not list(tmp_path.iterdir())
@@ -105,7 +106,7 @@ def test_tensorboard_that_is_not_installed_is_noticed_at_once(
 def test_an_interrupted_command_goes_on_where_it_was(run: Run, tmp_path: Path) -> None:
     def command(folder: str, *more: object) -> Any:
         return run(
-            "convert", *TINY, *STREAM, "--calibrate", 64, "--epochs", 2, "--save-every", 3,
+            *CONVERT, *STREAM, "--calibrate", 64, "--epochs", 2, "--save-every", 3,
             "--log-file", f"{folder}.jsonl", "--log-every", 1, "-o", folder, *more,
         )  # fmt: skip
 
@@ -142,7 +143,7 @@ def test_an_interrupted_command_without_a_state_left_nothing(run: Run, tmp_path:
     (tmp_path / "interrupt").touch()
     options = (*STREAM, "--calibrate", 64, "--epochs", 2)
     for keeping in ((), ("--save-every", 500)):
-        outcome = run("convert", *TINY, *options, *keeping, "-o", "out")
+        outcome = run(*CONVERT, *options, *keeping, "-o", "out")
         assert outcome.code == 130
         assert outcome.err.splitlines()[-1] == "groupify: error: interrupted; nothing was written"
     assert [path.name for path in tmp_path.iterdir()] == ["interrupt"]
@@ -150,7 +151,7 @@ def test_an_interrupted_command_without_a_state_left_nothing(run: Run, tmp_path:
 
 def test_the_last_weights_are_written_where_they_are_others(run: Run, tmp_path: Path) -> None:
     options = ("--data", "tests.cli_nets:data", "--calibrate", 64, "--epochs", 2, "--learning-rate", 0.5)
-    report = json.loads(run("convert", *TINY, *options, "-o", "out", "--json").out)
+    report = json.loads(run(*CONVERT, *options, "-o", "out", "--json").out)
     best = max(report["history"], key=lambda row: (row["validation_top1"], -row["validation_loss"]))
     assert best["step"] < report["history"][-1]["step"]
     assert report["files"]["last_weights"] == "out/last.safetensors"

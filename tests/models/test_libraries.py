@@ -59,6 +59,8 @@ def test_timm_on_the_command_line(run: Run, tmp_path: Path) -> None:
         "convert",
         "timm:create_model",
         *options,
+        "--groups",
+        4,
         "--data",
         "synthetic",
         "--calibrate",

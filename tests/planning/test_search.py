@@ -500,7 +500,7 @@ def test_a_drop_is_searched_by_conversion_and_measurement() -> None:
 def test_labels_of_a_test_part_choose_no_plan(has_train: bool) -> None:
     part = TensorDataset(images(), torch.zeros(60, dtype=torch.int64))
     splits = DataSplits("x", part if has_train else None, part, 5, None, labelled=True)
-    given = planning_images(splits, 40, Budget.parse("drop=1"), seed=0)
+    given = planning_images(splits, 40, for_drop=True, seed=0)
     assert (len(given.fit), len(given.held_out)) == (40, 20)
     assert (given.labels is not None) == has_train
 

@@ -183,6 +183,25 @@ def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
     assert json.loads(alone.stdout)["accuracy"]["converted"] == report["accuracy"]["converted"]
 
 
+@pytest.mark.slow
+def test_structures_are_chosen_before_torchrun(tmp_path: Path) -> None:
+    """Neither groups nor a budget: each process would choose for itself."""
+    net = ("tests.cli_nets:net", "--input-size", "3,8,8", "--weights", "none", "--quiet")
+    refused = torchrun("-m", "groupify", "convert", *net, folder=tmp_path)
+    assert refused.returncode != 0
+    assert "structures are chosen for each conv in one process: write the plan with" in refused.stderr
+    assert (
+        "MODEL --save-plan FILE', then give --plan FILE under torchrun; or give --groups 4" in refused.stderr
+    )
+    assert list(tmp_path.iterdir()) == []
+
+    planned = run(sys.executable, "-m", "groupify", "plan", *net, "--save-plan", "plan.json", folder=tmp_path)
+    assert planned.returncode == 0, planned.stderr
+    done = torchrun("-m", "groupify", "convert", *net, "--plan", "plan.json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["net-planned", "plan.json"]
+
+
 # without processes ---------------------------------------------------------------------------------
 
 
