@@ -21,18 +21,22 @@ Precision = Literal["float32", "int8"]
 FLOAT32: Precision = "float32"
 INT8: Precision = "int8"
 PRECISIONS: tuple[Precision, ...] = (FLOAT32, INT8)
+# And what a file may: float16 halves it, and is for other processors than those that plans are for.
+FilePrecision = Literal["float32", "int8", "float16"]
+FLOAT16: FilePrecision = "float16"
+FILE_PRECISIONS: tuple[FilePrecision, ...] = (*PRECISIONS, FLOAT16)
 
 
-def check_precision(precision: str) -> None:
+def check_precision(precision: str, known: Sequence[str] = PRECISIONS) -> None:
     """Refuse what is no precision.
 
     Raises:
         SpecError: names those that there are.
     """
-    if precision not in PRECISIONS:
+    if precision not in known:
         raise SpecError(
-            f"unknown precision {precision!r}, expected one of {', '.join(PRECISIONS)}"
-            f"{near_names(precision, PRECISIONS)}"
+            f"unknown precision {precision!r}, expected one of {', '.join(known)}"
+            f"{near_names(precision, known)}"
         )
 
 

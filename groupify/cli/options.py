@@ -330,12 +330,10 @@ def training_options(epochs: float) -> Decorator[Any]:
     )  # fmt: skip
 
 
-def precision_option(what: str, default: str | None = "float32") -> Decorator[Any]:
-    """Return ``--precision``."""
-    return output(
-        "--precision", type=click.Choice(["float32", "int8", "both"]), default=default, show_default=True,
-        help=what,
-    )  # fmt: skip
+def precision_option(what: str, default: str | None = "float32", *more: str) -> Decorator[Any]:
+    """Return ``--precision``; ``more`` are values that it takes besides the usual ones."""
+    choice = click.Choice(["float32", "int8", "both", *more])
+    return output("--precision", type=choice, default=default, show_default=True, help=what)
 
 
 threads_option = output(
@@ -346,12 +344,12 @@ export_options = together(
     output("--opset", type=click.IntRange(18, 23),
            help="Of the ONNX operators. Default: 18, the fastest in ONNX Runtime, or the lowest that has all "
            "that the model needs."),
-    precision_option("What the ONNX file computes in; both: two files. int8 is calibrated on --data."),
     threads_option,
 )  # fmt: skip
 output_options = together(
     output("--output", "-o", type=_PATH, help="Folder to write."),
     output("--force", is_flag=True, help="Replace an earlier output folder."),
+    precision_option("What the ONNX file computes in; both: two files. int8 is calibrated on --data."),
     export_options,
 )  # fmt: skip
 uniform_option = output(

@@ -173,7 +173,8 @@ def export_options(options: dict[str, Any]) -> ExportOptions:
 
     names = {field.name for field in dataclasses.fields(ExportOptions)}
     given = {name: options[name] for name in names & options.keys()}
-    return ExportOptions(**given, precisions=precisions(options["precision"]))
+    wanted = options["precision"]
+    return ExportOptions(**given, precisions=(wanted,) if wanted == "float16" else precisions(wanted))
 
 
 def precisions(given: str) -> tuple[Precision, ...]:

@@ -14,6 +14,7 @@ from groupify.cli.options import (
     export_options,
     model_options,
     output,
+    precision_option,
     trust_option,
 )
 from groupify.cli.shared import export_options as asked_export
@@ -57,6 +58,12 @@ def evaluate(target: str, **options: Any) -> None:
     "--python", type=click.Path(path_type=Path), metavar="FILE",
     help="Write a Python file that rebuilds the folder's model with torch and torchvision alone, no ONNX.",
 )  # fmt: skip
+@precision_option(
+    "What the file computes in; both: an int8 file too. int8 is calibrated on --data. float16: half the "
+    "size, for processors that compute in it; its inputs and outputs are float32.",
+    "float32",
+    "float16",
+)
 @export_options
 @data_option("Real images for the check, and the calibration of int8.")
 @model_options
@@ -91,7 +98,8 @@ def export(name: str, **options: Any) -> None:
 
 
 def _default_file(name: str, options: dict[str, Any]) -> Path:
-    ending = ".int8.onnx" if options["precision"] == "int8" else ".onnx"
+    precision = options["precision"]
+    ending = ".onnx" if precision in ("float32", "both") else f".{precision}.onnx"
     return Path(f"{model_label(Path(name).name, options['arguments'])}{ending}")
 
 

@@ -8,16 +8,18 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from groupify.data.batches import calibration_images
 from groupify.data.splits import DataSplits
-from groupify.errors import GroupifyWarning
+from groupify.errors import ConversionError, GroupifyWarning
 from groupify.measure.benchmarks import QUICK_SECONDS, Latency, benchmark_onnx, speed_up
 from groupify.measure.profiling import site_times
 from groupify.models.specs import ModelSpec
-from groupify.onnx.comparison import compare_files
+from groupify.onnx.comparison import Agreement, compare_files
 from groupify.onnx.exporting import ExportedModel, export_onnx
+from groupify.onnx.half_precision import halve_onnx
 from groupify.onnx.parity import Parity, check_parity
 from groupify.onnx.quantisation import quantize_onnx
 from groupify.onnx.runtime import OnnxModule
@@ -26,15 +28,18 @@ from groupify.pipeline.requests import ExportOptions
 from groupify.recipe import RECIPE_HASH
 from groupify.reporting.results import Int8File, LatencyChange
 from groupify.scores import evaluate
-from groupify.structures import FLOAT32, INT8, Change, Precision
+from groupify.structures import FLOAT16, FLOAT32, INT8, Change, FilePrecision
 
 # Each is run through the float file with all its activations kept, so more would take memory and time.
 _CALIBRATION_IMAGES = 256
 _COMPARED_IMAGES = 256
-FILE_ROLES: Mapping[Precision, str] = {FLOAT32: "onnx", INT8: "onnx_int8"}  # of reports
+# Of reports.
+FILE_ROLES: Mapping[FilePrecision, str] = {FLOAT32: "onnx", INT8: "onnx_int8", FLOAT16: "onnx_float16"}
 DENSE, DENSE_INT8, GROUPED, GROUPED_INT8 = "dense", "dense int8", "grouped", "grouped int8"
 # Enough real images to see a wrong export; parity is not an accuracy measurement.
 _PARITY_IMAGES = 4
+# Of the largest output; half precision rounds to 0.05%, layer by layer.
+_FLOAT16_TOLERANCE = 0.1
 # 90th over 10th percentile of the times; above it, something else kept the processor busy.
 _STEADY = 2.0
 
@@ -48,18 +53,21 @@ class Exported:
         parity: ONNX Runtime against PyTorch.
         paths: all files, by precision.
         int8: what is known of the int8 file; None where none was asked for.
+        float16: the outputs of the float16 file against those of the float file; None where none was asked
+            for.
     """
 
     file: ExportedModel
     parity: Parity
-    paths: Mapping[Precision, Path]
+    paths: Mapping[FilePrecision, Path]
     int8: Int8File | None = None
+    float16: Agreement | None = None
 
 
 def export_and_check(
     model: nn.Module,
     spec: ModelSpec,
-    paths: Mapping[Precision, Path],
+    paths: Mapping[FilePrecision, Path],
     options: ExportOptions,
     data: DataSplits | None,
     *,
@@ -99,7 +107,8 @@ def export_and_check(
         int8 = _write_int8(
             exported.path, paths[INT8], data, threads=options.threads, seed=seed, progress=progress
         )
-    return Exported(exported, parity, paths, int8)
+    float16 = _write_float16(exported.path, paths[FLOAT16], shape, data) if FLOAT16 in paths else None
+    return Exported(exported, parity, paths, int8, float16)
 
 
 def int8_path(path: Path) -> Path:
@@ -137,6 +146,24 @@ def _write_int8(
         top1=top1,
         left_in_float=quantized.left_in_float,
     )
+
+
+def _write_float16(
+    path: Path, target: Path, input_shape: tuple[int, ...], data: DataSplits | None
+) -> Agreement:
+    """Write the float16 variant of a float ONNX file, and compare their outputs."""
+    halve_onnx(path, target)
+    images = _parity_images(data)
+    if images is None:
+        images = torch.randn(_PARITY_IMAGES, *input_shape, generator=torch.Generator().manual_seed(0))
+    agreement = compare_files(path, target, images=images)
+    if not agreement.max_rel_diff <= _FLOAT16_TOLERANCE:  # nor a NaN
+        target.unlink()
+        raise ConversionError(
+            f"in float16 the outputs of {str(path)!r} are off by {100 * agreement.max_rel_diff:.2g}%: "
+            "numbers of the model are too large or too small for it (largest 65,504); deploy the float file"
+        )
+    return agreement
 
 
 # ---- time

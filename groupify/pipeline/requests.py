@@ -16,7 +16,7 @@ from groupify.planning.group_counts import GroupCounts
 from groupify.planning.like_groups import DEFAULT_GROUPS, macs_of
 from groupify.planning.rules import Rules
 from groupify.planning.search import BOTH, SearchOptions
-from groupify.structures import FLOAT32, GROUPED, INT8, Precision, check_precision
+from groupify.structures import FILE_PRECISIONS, FLOAT32, GROUPED, INT8, FilePrecision, check_precision
 from groupify.training.history import LogSettings
 from groupify.training.settings import FinetuneSettings
 from groupify.training.state import Checkpointing
@@ -157,7 +157,7 @@ class ExportOptions:
 
     static_batch: int | None = None
     opset: int | None = None
-    precisions: Sequence[Precision] = (FLOAT32,)
+    precisions: Sequence[FilePrecision] = (FLOAT32,)
     threads: int = 1
 
     @property
@@ -177,7 +177,7 @@ class ExportOptions:
             SpecError: there is nothing to calibrate with.
         """
         for precision in self.precisions:
-            check_precision(precision)
+            check_precision(precision, FILE_PRECISIONS)
         if self.int8 and data is None:
             raise SpecError("--precision int8 needs --data to calibrate with, for example --data demo")
 

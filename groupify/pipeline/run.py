@@ -24,7 +24,6 @@ from groupify.pipeline.exporting import (
     Exported,
     Timed,
     export_and_check,
-    int8_path,
     latency_notes,
     time_against_dense,
 )
@@ -35,7 +34,7 @@ from groupify.reporting.html import report_page
 from groupify.reporting.read import REPORT_FILE, Run, earlier_runs
 from groupify.reporting.results import Report, UniformRun
 from groupify.scores import measure_cost
-from groupify.structures import FLOAT32, INT8, Change
+from groupify.structures import FLOAT32, Change, FilePrecision
 from groupify.training.finetuning import FinetuneResult
 from groupify.training.state import Checkpointing
 
@@ -178,19 +177,24 @@ def _write_model(output: _Output, prepared: Prepared, grouped: Grouped) -> Expor
     last = _other_last(grouped.tuned)
     if last is not None:
         _write_last(output.folder, last)
-    wanted = output.request.export.precisions
-    names = {FLOAT32: MODEL_FILE, INT8: int8_path(Path(MODEL_FILE)).name}
+    paths: dict[FilePrecision, Path] = {FLOAT32: output.aside / MODEL_FILE}
+    for precision in output.request.export.precisions:
+        paths[precision] = output.folder / _model_file(precision)
     return export_and_check(
         grouped.model,
         source.spec,
-        {FLOAT32: output.aside / MODEL_FILE}
-        | {precision: output.folder / names[precision] for precision in wanted},
+        paths,
         output.request.export,
         prepared.data,
         recipe_sha256=recipe.sha256,
         seed=output.seed,
         progress=output.progress,
     )
+
+
+def _model_file(precision: FilePrecision) -> str:
+    """Name of an ONNX file in the folder: ``model.onnx``, ``model.int8.onnx``."""
+    return MODEL_FILE if precision == FLOAT32 else f"model.{precision}.onnx"
 
 
 def _other_last(tuned: FinetuneResult | None) -> nn.Module | None:

@@ -23,7 +23,7 @@ from groupify.pipeline.planning import make_table
 from groupify.pipeline.requests import ExportOptions, ModelRequest
 from groupify.reporting.results import ExportResult
 from groupify.scores import Accuracy, evaluate
-from groupify.structures import FLOAT32, INT8, Precision
+from groupify.structures import FLOAT16, FLOAT32, INT8, Precision
 
 
 def open_target(
@@ -105,7 +105,7 @@ def run_export(
         GroupifyError: anything that cannot be done as asked.
     """
     options.check(data)
-    paths = {FLOAT32: path, INT8: int8_path(path) if FLOAT32 in options.precisions else path}
+    paths = {FLOAT32: path, FLOAT16: path, INT8: int8_path(path) if FLOAT32 in options.precisions else path}
     wanted = {precision: paths[precision] for precision in options.precisions}
     check_paths(*wanted.values(), force=force)
     source, splits, recipe_sha256 = open_target(target, data, seed)
@@ -117,7 +117,9 @@ def run_export(
         )  # fmt: skip
         exported = time_int8(exported, source.spec, options, progress=progress)
     files = {FILE_ROLES[precision]: str(file) for precision, file in wanted.items()}
-    return ExportResult(exported.file, exported.parity, files, exported.int8, int8_notes(exported.int8))
+    return ExportResult(
+        exported.file, exported.parity, files, exported.int8, exported.float16, int8_notes(exported.int8)
+    )
 
 
 def export_python(folder: str, path: Path, *, force: bool = False, trust: bool = False) -> Path:

@@ -18,6 +18,7 @@ def export_document(result: ExportResult) -> dict[str, Any]:
             "onnx_bytes": result.exported.file_bytes if "onnx" in result.files else None,
             "opset": result.exported.opset,
             "parity": dataclasses.asdict(result.parity),
+            "float16": None if result.float16 is None else dataclasses.asdict(result.float16),
             "int8": None if result.int8 is None else dataclasses.asdict(result.int8),
             "notes": list(result.notes),
         }

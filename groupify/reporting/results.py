@@ -114,6 +114,8 @@ class ExportResult:
         parity: ONNX Runtime against PyTorch.
         files: what was written, by role.
         int8: the quantised variant, timed against the float file; None where none was asked for.
+        float16: the outputs of the float16 variant against those of the float file; None where none was asked
+            for.
         notes: what the reader should know before using it.
     """
 
@@ -121,6 +123,7 @@ class ExportResult:
     parity: Parity
     files: Mapping[str, str]
     int8: Int8File | None = None
+    float16: Agreement | None = None
     notes: tuple[str, ...] = ()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from rich.console import Console
 
@@ -139,16 +140,20 @@ def _int8_parts(int8: Int8File) -> Iterator[str]:
 
 
 def export_lines(result: ExportResult) -> Iterator[str]:
-    """What was exported, how far it is from PyTorch, and the int8 file."""
-    exported = result.exported
-    sizes = {"onnx": exported.file_bytes, "onnx_int8": result.int8 and result.int8.file_bytes}
-    written = (f"{path} ({sizes[role]} bytes)" for role, path in result.files.items())
+    """What was exported, how far it is from PyTorch, and the int8 or float16 file."""
+    paths = (f"{path} ({Path(path).stat().st_size} bytes)" for path in result.files.values())
     yield (
-        f"wrote {', '.join(written)}, opset {exported.opset}; "
+        f"wrote {', '.join(paths)}, opset {result.exported.opset}; "
         f"ONNX Runtime against PyTorch: largest difference {result.parity.max_abs_diff:.1e}"
     )
     if result.int8 is not None:
         yield int8_line(result.int8)
+    if result.float16 is not None:
+        agreement = result.float16
+        yield (
+            f"float16: largest difference {agreement.max_abs_diff:.2g} "
+            f"({100 * agreement.max_rel_diff:.2g}% of the output) to float32"
+        )
     yield from (f"note: {note}" for note in result.notes)
 
 

@@ -287,7 +287,26 @@ def prediction(document: Document) -> Table:
     for row in document["rows"]:
         both = (f"{row[name]:.2f} ms" for name in ("predicted", "measured"))
         errors = (f"{100 * row[name]:+.1f}%" for name in ("error", "speed_up_error"))
-        rows.append((row["model"], row["plan"], *both, *errors))
+        in_int8 = ", int8" if row.get("precision") == "int8" else ""
+        rows.append((row["model"] + in_int8, row["plan"], *both, *errors))
+    return rows
+
+
+def int8(document: Document) -> Table:
+    """A line per plan: latency against the dense model in int8, accuracy, memory and file size."""
+    threads = sorted({count for row in document["rows"] for count in row["latency"]})
+    speeds = [f"{what}, {count} thr." for count in threads for what in ("ms", "over dense int8")]
+    rows: Table = [("planned for int8", "MACs", *speeds, "top-1", "drop", "peak memory", "file")]
+    for row in document["rows"]:
+        cells = [row["name"], saved(row["mac_ratio"])]
+        for count in threads:
+            one = row["latency"][count]
+            cells += [milliseconds(one["dense int8"], one["planned int8"]), times(one["speed_up"])]
+        tops = row["top1"] and [100 * row["top1"][name] for name in ("dense int8", "planned int8")]
+        cells += ["–", "–"] if tops is None else [" → ".join(map(percent, tops)), f"{tops[0] - tops[1]:.2f}"]
+        for sizes in (row["peak_memory_bytes"], row["file_bytes"]):
+            cells.append(f"{sizes['dense int8'] / 2**20:.1f} → {sizes['planned int8'] / 2**20:.1f} MiB")
+        rows.append(tuple(cells))
     return rows
 
 
@@ -458,8 +477,9 @@ TABLES: dict[str, tuple[str, Callable[[Document], Table]]] = {  # name: (command
     "planner": ("planner --checkpoint FILE", planner),
     "rivals": ("rivals --checkpoint FILE [--model MODEL]", rivals),
     "craft": ("craft --photographs FOLDER", craft),
-    "prediction": ("prediction", prediction),
     "ranking": ("ranking --checkpoint FILE [--model MODEL]", ranking),
+    "prediction": ("prediction [--precision int8]", prediction),
+    "int8": ("int8 --checkpoint FILE", int8),
     **{
         f"models_{library}": (f"models {library}", models)
         for library in ("torchvision", "timm", "huggingface", "others")

@@ -10,20 +10,23 @@ from pathlib import Path
 
 import onnx
 import pytest
+import torch
 from rich.console import Console
 
-from groupify.errors import GroupifyWarning
-from groupify.models.specs import WeightsOrigin
+from groupify.errors import ConversionError, GroupifyWarning
+from groupify.models.specs import ModelSpec, WeightsOrigin
 from groupify.onnx.comparison import Agreement
 from groupify.onnx.exporting import ExportedModel
-from groupify.pipeline.exporting import Timed, latency_notes
+from groupify.pipeline.exporting import Timed, export_and_check, latency_notes
+from groupify.pipeline.requests import ExportOptions
 from groupify.recipe import RECIPE_HASH
 from groupify.reporting.html import comparison_page, report_page
 from groupify.reporting.read import Run as ReadRun
 from groupify.reporting.results import Int8File, LatencyChange
 from groupify.reporting.summary import verdict
 from groupify.reporting.text import int8_line, markdown, print_report
-from tests.cli_nets import INPUT_SIZE
+from groupify.structures import FilePrecision
+from tests.cli_nets import INPUT_SIZE, net
 from tests.conftest import Run
 from tests.reporting.test_reporting import REPORT
 
@@ -125,6 +128,37 @@ def test_convert_and_finetune_and_export(run: Run, tmp_path: Path) -> None:
     nodes = onnx.load(str(tmp_path / "alone.onnx")).graph.node
     assert any(node.op_type == "QuantizeLinear" for node in nodes)
     assert not list(tmp_path.glob("alone.*.onnx"))
+
+
+def test_a_file_in_float16(run: Run, tmp_path: Path) -> None:
+    command = ("export", *NET, "--precision", "float16", "--quiet")
+    outcome = run(*command, "--json")
+    assert outcome.code == 0, outcome.err
+    document = json.loads(outcome.out)
+    assert document["files"] == {"onnx_float16": "net.float16.onnx"}
+    assert document["onnx_bytes"] is None
+    assert 0 < document["float16"]["max_rel_diff"] < 0.01
+    half = onnx.load(str(tmp_path / "net.float16.onnx"))
+    kinds = {weights.data_type for weights in half.graph.initializer if len(weights.dims) == 4}
+    assert kinds == {onnx.TensorProto.FLOAT16}
+    assert half.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    said = run(*command, "--force", "-o", "half.onnx")
+    assert "float16: largest difference " in said.out
+    assert [path.name for path in sorted(tmp_path.glob("*.onnx"))] == ["half.onnx", "net.float16.onnx"]
+
+
+def test_what_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
+    model = net()
+    with torch.no_grad():
+        model.get_parameter("8.weight").mul_(1e7)
+    options = ExportOptions(precisions=("float16",))
+    paths: dict[FilePrecision, Path] = {"float32": tmp_path / "a.onnx", "float16": tmp_path / "b.onnx"}
+    with pytest.raises(ConversionError, match=r"in float16 the outputs of .* are off by .*%: numbers"):
+        export_and_check(
+            model, ModelSpec("net", {}, (3, 8, 8), None), paths, options, None, recipe_sha256=None, seed=0,
+            progress=False,
+        )  # fmt: skip
+    assert not paths["float16"].exists()
 
 
 def test_a_report_with_int8() -> None:

@@ -25,7 +25,7 @@ from groupify.scores import measure_cost
 from groupify.stats.positions import input_patches, pick, sample_positions
 from groupify.stats.samples import SiteSamples
 from groupify.structures import SiteRecipe, Structure
-from scripts.benchmarks import harness, peers_latency, tables
+from scripts.benchmarks import harness, int8, peers_latency, tables
 from scripts.benchmarks.contest import KEYS, Contest, Contestant, Net, Row, order_of
 from scripts.benchmarks.harness import Parser, Results, Timing
 from scripts.benchmarks.low_rank import STRUCTURES, Size, choose_ranks, factorise
@@ -511,3 +511,19 @@ def test_what_a_method_is_ahead_by_has_an_interval() -> None:
     better[:8] = True  # two more images
     assert tables.ahead([(pack(better), pack(right))] * 2) == "+0.25 (-0.10 … +0.60)"
     assert tables.ahead([(pack(right), pack(right))]) == "+0.00 (+0.00 … +0.00)"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*layers? ha(s|ve) fewer samples", "ignore:dense int8 wins")
+def test_int8_runs_quickly_to_its_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["int8", "--quick", "--json", str(tmp_path / "int8.json")])
+    int8.main()
+    shown = capsys.readouterr().out
+    assert "| planned for int8 | MACs | ms, 1 thr. |" in shown
+    (row,) = Results(int8.Row, ("name",), tmp_path / "int8.json").rows.values()
+    assert row.top1 is not None
+    assert row.top1.keys() == row.file_bytes.keys() == row.peak_memory_bytes.keys()
+    assert row.mac_ratio > 1.2
+    assert row.file_bytes["planned int8"] < row.file_bytes["dense int8"] < row.file_bytes["dense float32"]

@@ -14,6 +14,7 @@ import pytest
 from scripts.benchmarks import (
     conversion,
     craft,
+    int8,
     latency,
     narrow_groups,
     peers_latency,
@@ -83,6 +84,22 @@ def test_table_of_the_planner() -> None:
     ]
 
 
+def test_table_of_int8() -> None:
+    row = {
+        "name": "resnet18, 2×", "mac_ratio": 5.0,
+        "latency": {"1": {"dense int8": 4.0, "planned int8": 1.6, "dense float32": 12.0, "speed_up": 2.5}},
+        "top1": {"dense int8": 0.937, "planned int8": 0.931}, "peak_memory_bytes": {"dense int8": 2**27,
+        "planned int8": 2**26}, "file_bytes": {"dense int8": 2**24, "planned int8": 2**22},
+    }  # fmt: skip
+    assert tables.int8({"rows": [row, {**row, "top1": None}]}) == [
+        ("planned for int8", "MACs", "ms, 1 thr.", "over dense int8, 1 thr.", "top-1", "drop", "peak memory",
+         "file"),
+        ("resnet18, 2×", "÷5.00", "4.0 → 1.6 ms", "2.50×", "93.70% → 93.10%", "0.60", "128.0 → 64.0 MiB",
+         "16.0 → 4.0 MiB"),
+        ("resnet18, 2×", "÷5.00", "4.0 → 1.6 ms", "2.50×", "–", "–", "128.0 → 64.0 MiB", "16.0 → 4.0 MiB"),
+    ]  # fmt: skip
+
+
 def test_table_of_the_peers_latency() -> None:
     row = {
         "model": "groupify.models.demo:fashion_vgg11_bn", "side": 112, "method": "truncation", "groups": 4,
@@ -113,10 +130,11 @@ FILES: dict[str, Results[Any]] = {
     "craft": Results(craft.Row, craft.KEYS),
     "latency": Results(latency.Row, ("name",)),
     **{f"models_{library}": Results(whole_way.Row, ("name",)) for library in LIBRARIES},
+    "int8": Results(int8.Row, ("name",)),
     "narrow_groups": Results(narrow_groups.Row, ("kernel", "channels", "side")),
     "peers_latency": Results(peers_latency.Row, peers_latency.KEYS),
     "planner": Results(planner.Row, planner.KEYS),
-    "prediction": Results(prediction.Row, ("model", "plan")),
+    "prediction": Results(prediction.Row, prediction.KEYS),
 }
 
 
