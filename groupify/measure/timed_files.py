@@ -34,6 +34,6 @@ def export_for_timing(
     image = torch.randn(1, *input_shape, generator=torch.Generator().manual_seed(0))
     exported = export_onnx(model, path.with_name(f"{path.stem}.float32.onnx"), input_shape=input_shape).path
     try:
-        return quantize_onnx(exported, path, images=image).path
+        return quantize_onnx(exported, path, images=image, only_for_timing=True).path
     finally:
         exported.unlink()
