@@ -18,7 +18,9 @@ from groupify.decomposition.problem import Inputs, Part, Problem, joined
 from groupify.errors import ConversionError
 from groupify.structures import ConvShape, Structure
 
-EVALUATIONS = 60
+# Most fits settle before. ResNet-18 at MACs ÷6.9: a KL divergence of .0079 where 60 leave .0087, a seventh
+# slower.
+EVALUATIONS = 240
 # An output that the next layer hardly reads is still wanted, a little.
 _LEAST_SCALE = 1e-3
 # What the evaluations to come gain, as a multiple of what the second half of the first 8 to 12 gained:

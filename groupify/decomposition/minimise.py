@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 _MEMORY = 8
@@ -13,6 +14,8 @@ _SUFFICIENT = 1e-4
 _SMALLEST_STEP = 1e-4
 # Progress is judged over so many steps: a single one may be short.
 _PATIENCE = 5
+# What is less is rounding, on which further steps lose their way.
+_EPSILONS = 8
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,10 @@ class _Pair:
 def minimise(
     function: Callable[[Tensor], Evaluation], start: Tensor, evaluations: int, tolerance: float = 1e-3
 ) -> tuple[Evaluation, list[float]]:
-    """Minimise a smooth function by L-BFGS (Nocedal 1980) and a preconditioner that changes on the way.
+    """Minimise a smooth sum of squares by L-BFGS (Nocedal 1980) and a preconditioner that changes on the way.
 
     Args:
-        function: what to minimise.
+        function: what to minimise; a part of 1, of which rounding leaves no less than some epsilons.
         start: the first point.
         evaluations: how many at most.
         tolerance: stop when five steps together improve the value by less than this part of it.
@@ -55,8 +58,9 @@ def minimise(
     """
     at = function(start)
     values = [at.value]
+    noise = _EPSILONS * torch.finfo(start.dtype).eps
     pairs: deque[_Pair] = deque(maxlen=_MEMORY)
-    while len(values) < evaluations and not _settled(values, tolerance):
+    while len(values) < evaluations and at.value > noise and not _settled(values, tolerance):
         found, used = _search(function, at, _direction(at, pairs), evaluations - len(values))
         values += [at.value if found is None else found.value] * used
         if found is None:
@@ -74,7 +78,7 @@ def minimise(
 
 def _settled(values: list[float], tolerance: float) -> bool:
     if len(values) <= _PATIENCE:
-        return values[-1] <= 0
+        return False
     return values[-1 - _PATIENCE] - values[-1] <= tolerance * values[-1]
 
 
