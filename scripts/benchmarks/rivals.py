@@ -33,6 +33,7 @@ from groupify.conversion.site_fit import FitOptions
 from groupify.data.batches import calibration_images
 from groupify.data.calls import iterate_calls
 from groupify.data.splits import load_data
+from groupify.files import cache_folder
 from groupify.graph.capture import capture
 from groupify.graph.forward import evaluating
 from groupify.graph.neighbours import refittable, residual_sums
@@ -107,7 +108,7 @@ def chosen(setting: Setting, macs: int, families: Sequence[str] = FAMILIES) -> P
     """Return the plan that the product finds for these MACs."""
     budget = Budget((Limit(MACS, float(macs), relative=False),))
     rules = replace(setting.rules, min_group_width=AUTO, structures=tuple(families))
-    options = SearchOptions(seed=setting.seed)
+    options = SearchOptions(seed=setting.seed, cache=cache_folder())  # all sizes share the sensitivities
     found = plan_for_budget(
         setting.dense, setting.shape, budget, setting.images, rules=rules, options=options
     )
