@@ -2,7 +2,8 @@
 
 A plan takes candidates from the hull, but for the one or two that fill a limit up. What a candidate takes on
 the processor is only estimated before it is timed, so those that a little less cost would bring to the hull
-are kept.
+are kept. In int8 there is no estimate: a MAC of a grouped conv costs far more than one of a dense or of a
+depthwise conv, so each of these kinds has a hull of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import replace
 
 from groupify.planning.sensitivity import Sensitivity
 from groupify.planning.slow_kernels import relative_latency
-from groupify.structures import Candidate, Choices
+from groupify.structures import INT8, Candidate, Choices
 
 # How much cheaper a candidate may turn out than it is estimated to be. ResNet-18 at 224×224: 147 convs are
 # timed instead of 282, and the best plans for 18 to 60% of the latency lose 0 to 1.8% more.
@@ -26,7 +27,7 @@ def worth_timing(choices: Choices, sensitivity: Sensitivity, block: int) -> Choi
     """Return the choices without the candidates and uniform plans that no limit would make the best.
 
     Args:
-        choices: what may become of each conv.
+        choices: what may become of each conv, and the precision.
         sensitivity: what each candidate loses.
         block: channels per block of the processor's kernel.
     """
@@ -38,7 +39,8 @@ def worth_timing(choices: Choices, sensitivity: Sensitivity, block: int) -> Choi
     def macs(candidate: Candidate) -> float:
         return candidate.site.macs.grouped
 
-    kept = [_near_hull_of_any(options, sensitivity, (predicted, macs)) for options in choices.sites]
+    kind = _kind if choices.precision == INT8 else lambda _: ""
+    kept = [_near_hull_of_any(options, sensitivity, (predicted, macs), kind) for options in choices.sites]
     uniform = list(choices.uniform.items())
     totals = [
         (sum(predicted(option) for option in taken), sum(sensitivity.loss(option) for option in taken))
@@ -80,11 +82,25 @@ def _near_hull_of_any(
     options: Sequence[Candidate],
     sensitivity: Sensitivity,
     costs: Sequence[Callable[[Candidate], float]],
+    kind: Callable[[Candidate], str],
 ) -> set[int]:
-    """Indices of the candidates that are near the hull over one of the costs, and of the conv as it is."""
-    losses = [sensitivity.loss(option) for option in options]
-    found = [near_hull(list(zip(map(cost, options), losses, strict=True))) for cost in costs]
-    return {0}.union(*found)
+    """Indices of what is near the hull of its kind over one of the costs, and of the conv as it is."""
+    kinds: dict[str, list[int]] = {}
+    for index, option in enumerate(options):
+        kinds.setdefault(kind(option), []).append(index)
+    found = {0}
+    for alike, cost in itertools.product(kinds.values(), costs):
+        points = [(cost(options[index]), sensitivity.loss(options[index])) for index in alike]
+        found |= {alike[number] for number in near_hull(points)}
+    return found
+
+
+def _kind(candidate: Candidate) -> str:
+    """Which kernel of int8 runs the core: one for dense convs, one for depthwise ones, or the general one."""
+    site = candidate.site
+    if site.groups == site.groups_before:
+        return "dense"
+    return "depthwise" if site.core_channels == (site.groups, site.groups) else "grouped"
 
 
 def _lower_hull(points: Sequence[Point]) -> list[Point]:

@@ -17,6 +17,7 @@ from groupify.planning.search import SearchOptions, make_costing
 from groupify.planning.sensitivity import weight_sensitivity
 from groupify.planning.worth_timing import near_hull, worth_timing
 from groupify.scores import measure_cost
+from groupify.structures import PRECISIONS
 
 SHAPE = (3, 16, 16)
 points = st.lists(st.tuples(st.floats(1, 100), st.floats(0, 1)), min_size=1, max_size=30)
@@ -62,6 +63,21 @@ def test_plans_are_hardly_worse_for_it() -> None:
         assert best is not None
         assert found is not None
         assert some.loss(found) <= 1.05 * every.loss(best)
+
+
+def test_in_int8_dense_grouped_and_depthwise_cores_do_not_hide_each_other() -> None:
+    """A MAC of a grouped conv takes far longer there, so few MACs prove nothing."""
+    model = net()
+    kept = {}
+    for precision in PRECISIONS:
+        rules = Rules(cpu="avx512", precision=precision)
+        choices = candidates(model, SHAPE, rules)
+        fewer = worth_timing(choices, weight_sensitivity(model, choices), rules.cpu_block)
+        kept[precision] = {option.key for options in fewer.sites for option in options}
+        every = {option.key for options in choices.sites for option in options}
+    assert kept["float32"] < kept["int8"] < every
+    one_group = [key for key in kept["int8"] - kept["float32"] if ", 1, " in key]
+    assert len({key.partition(":")[0] for key in one_group}) == 3  # of all convs that may be replaced
 
 
 def test_a_limit_on_the_latency_times_those_alone(tmp_path: Path) -> None:
