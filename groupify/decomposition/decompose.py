@@ -14,7 +14,7 @@ from torch import Tensor
 
 from groupify.decomposition.factors import Factors
 from groupify.decomposition.moments import Moments
-from groupify.decomposition.problem import Inputs, Part, Problem, joined
+from groupify.decomposition.problem import Inputs, Part, Problem, joined, sums
 from groupify.errors import ConversionError
 from groupify.structures import ConvShape, Structure
 
@@ -124,7 +124,9 @@ class Decomposer:
         Raises:
             PlanError: the structure does not suit the conv.
         """
-        left = self._fit(structure, evaluations).left
+        structure.check(self.conv)
+        share = structure.share(self.conv.groups)
+        left = sums([problem.left(share, evaluations) for problem in self._problems])
         if len(left) < evaluations:  # it has settled before
             return self._relative(left[-1])
         gained = left[evaluations // 2 - 1] - left[-1]

@@ -134,11 +134,39 @@ class Problem:
         left = self._energy - float((weight.T * self._cross).sum())
         return Part(None, self._by_channel(weight.to(self._cross.dtype)), None, [left])
 
+    def left(self, structure: Structure, evaluations: int) -> list[float]:
+        """Return what a fit of a structure leaves after each evaluation, without its factors."""
+        reduce, groups, expand = structure.reduce, structure.groups, structure.expand
+        if reduce is not None and expand is not None:
+            _, _, values = self._mix(reduce, groups, expand, evaluations)
+        elif expand is not None and groups > 1:
+            _, _, values = self._separate(groups, expand, evaluations)
+        elif self._positions == 1 and reduce is not None and groups == 1:
+            return [self._left(reduce)]
+        else:
+            return self.fit(structure, evaluations).left
+        return [value * self._root**2 for value in values]
+
     def _mixing(self, reduce: int, groups: int, expand: int, evaluations: int) -> Part:
         inputs, root = self._inputs.whitened, self._root
+        width = reduce // groups
+        objective, point, values = self._mix(reduce, groups, expand, evaluations)
+        mixture, core = objective.split(point)
+        core = inputs.positions.T @ core.reshape(expand, self._positions, width)
+        return Part(
+            mixture.reshape(reduce, -1) @ inputs.channels,
+            core.transpose(1, 2),
+            objective.expand(point).weight.T * root,
+            [value * root**2 for value in values],
+        )
+
+    def _mix(
+        self, reduce: int, groups: int, expand: int, evaluations: int
+    ) -> tuple[Mixing, Tensor, list[float]]:
+        """The best point of groups that read mixtures, and the values on the way, of an energy of 1."""
         cross, target = self._whitened_outputs
         width, outputs = reduce // groups, expand // groups
-        objective = Mixing(inputs, cross, groups, width, outputs)
+        objective = Mixing(self._inputs.whitened, cross, groups, width, outputs)
         structure = Structure(reduce, groups, expand)
         start = self._starts.get(structure)
         if start is None and width == outputs == 1:
@@ -147,18 +175,23 @@ class Problem:
             start = mixing_start(target, groups, width, outputs)
         best, values = minimise(objective.evaluate, start, evaluations)
         self._starts[structure] = best.point
-        mixture, core = objective.split(best.point)
-        core = inputs.positions.T @ core.reshape(expand, self._positions, width)
+        return objective, best.point, values
+
+    def _grouped_then_dense(self, groups: int, expand: int, evaluations: int) -> Part:
+        root = self._root
+        objective, point, values = self._separate(groups, expand, evaluations)
+        core = objective.split(point) @ self._inputs.by_group(groups).maps
         return Part(
-            mixture.reshape(reduce, -1) @ inputs.channels,
-            core.transpose(1, 2),
-            objective.expand(best.point).weight.T * root,
+            None,
+            self._by_channel(core.flatten(0, 1)),
+            objective.expand(point).weight.T * root,
             [value * root**2 for value in values],
         )
 
-    def _grouped_then_dense(self, groups: int, expand: int, evaluations: int) -> Part:
-        inputs, root = self._inputs.by_group(groups), self._root
-        cross = inputs.inputs(self._cross / root)
+    def _separate(self, groups: int, expand: int, evaluations: int) -> tuple[Separate, Tensor, list[float]]:
+        """The same for groups that read their own channels."""
+        inputs = self._inputs.by_group(groups)
+        cross = inputs.inputs(self._cross / self._root)
         objective = Separate(inputs, cross)
         structure = Structure(None, groups, expand)
         start = self._starts.get(structure)
@@ -167,13 +200,7 @@ class Problem:
             start = separate_start(target, expand // groups)
         best, values = minimise(objective.evaluate, start, evaluations)
         self._starts[structure] = best.point
-        core = objective.split(best.point) @ inputs.maps
-        return Part(
-            None,
-            self._by_channel(core.flatten(0, 1)),
-            objective.expand(best.point).weight.T * root,
-            [value * root**2 for value in values],
-        )
+        return objective, best.point, values
 
     def _by_output_group(self, structure: Structure, evaluations: int) -> Part:
         """Without an expand every group of outputs is a problem of its own."""
@@ -202,7 +229,7 @@ def joined(parts: Sequence[Part]) -> Part:
         _beside([part.reduce for part in parts]),
         torch.cat([part.core for part in parts]),
         _beside([part.expand for part in parts]),
-        _sums([part.left for part in parts]),
+        sums([part.left for part in parts]),
     )
 
 
@@ -211,8 +238,8 @@ def _beside(weights: Sequence[Tensor | None]) -> Tensor | None:
     return torch.cat(present) if present else None
 
 
-def _sums(lists: Sequence[list[float]]) -> list[float]:
-    """Sums of the nth numbers, a list that ends early standing still."""
+def sums(lists: Sequence[list[float]]) -> list[float]:
+    """Return the sums of the nth numbers, a list that ends early standing still."""
     longest = max(map(len, lists))
     full = [numbers + numbers[-1:] * (longest - len(numbers)) for numbers in lists]
     return [sum(numbers) for numbers in zip(*full, strict=True)]

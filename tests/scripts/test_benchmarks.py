@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -527,3 +529,13 @@ def test_int8_runs_quickly_to_its_end(
     assert row.top1.keys() == row.file_bytes.keys() == row.peak_memory_bytes.keys()
     assert row.mac_ratio > 1.2
     assert row.file_bytes["planned int8"] < row.file_bytes["dense int8"] < row.file_bytes["dense float32"]
+
+
+@pytest.mark.slow
+def test_the_speed_of_planning_is_told_in_dense_forwards() -> None:
+    command = [sys.executable, "-m", "scripts.benchmarks.planning_speed", "--quick"]
+    told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    for what in ("ladder", "planning", "conversion"):
+        assert re.search(rf"^{what}: \d+\.\d s, \d+\.\d\d dense forwards$", told, re.MULTILINE)
+    for what in ("planning", "conversion"):
+        assert re.search(rf"^peak memory, {what}: \d\.\d\d GiB$", told, re.MULTILINE)
