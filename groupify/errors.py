@@ -7,7 +7,8 @@ GroupifyError            anything groupify refuses to do; the command line exits
 ├── PlanError            no layer can be converted as asked
 ├── ConversionError      a model or layer that cannot be converted
 ├── ArtefactError        an output folder that cannot be read, trusted or written
-└── ParityError          the exported file computes something else; exits with 3
+├── ParityError          the exported file computes something else; exits with 3
+└── GateError            a measurement misses the limit set for it; exits with 4
 
 GroupifyWarning          goes on, but the user should know
 """
@@ -55,6 +56,12 @@ class ParityError(GroupifyError):
     """The exported file computes something else than the model."""
 
     exit_code = 3
+
+
+class GateError(GroupifyError):
+    """What was measured misses the limit that was set for it, as in a deployment's checks."""
+
+    exit_code = 4
 
 
 class GroupifyWarning(UserWarning):

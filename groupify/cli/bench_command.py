@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from groupify.cli.options import (
     whole_numbers,
 )
 from groupify.cli.shared import is_trusted, model_request, precisions, print_json
-from groupify.errors import ArtefactError, SpecError
+from groupify.errors import ArtefactError, GateError, SpecError
 from groupify.files import folder_exists
 
 if TYPE_CHECKING:
@@ -54,6 +55,11 @@ _timing = section("Timing")
 @_timing("--threads", default="1", show_default=True, callback=whole_numbers, help="Like 1,2.")
 @_timing("--batch-sizes", default="1", show_default=True, callback=whole_numbers, help="A list, like 1,8.")
 @_timing("--seconds", type=click.FloatRange(0.1), default=4.0, show_default=True, help="Per setting.")
+@_timing(
+    "--max-latency-ratio", type=click.FloatRange(0, min_open=True), metavar="RATIO",
+    help="Exit with 4 where a time ÷ that of the dense model in the same precision, or with --onnx of the "
+    "first file, is above this.",
+)  # fmt: skip
 @_timing("--pytorch", is_flag=True, help="Time PyTorch eager and a training step as well.")
 @common_options
 def bench(folder: str | None, **options: Any) -> None:
@@ -78,7 +84,7 @@ def bench(folder: str | None, **options: Any) -> None:
 
 
 def _bench_folder(folder: str, options: dict[str, Any]) -> None:
-    from groupify.measure.folder import bench_document, bench_folder
+    from groupify.measure.folder import DENSE, bench_document, bench_folder
     from groupify.reporting.tables import stdout_console
     from groupify.reporting.text import print_bench
 
@@ -105,6 +111,16 @@ def _bench_folder(folder: str, options: dict[str, Any]) -> None:
         print_json(bench_document(result))
     else:
         print_bench(result, stdout_console())
+    _hold(options, {f"{row.name}, {row.setting}": row.speed_up for row in result.rows if row.model != DENSE})
+
+
+def _hold(options: dict[str, Any], speed_ups: Mapping[str, float]) -> None:
+    """Refuse what is slower than allowed."""
+    most = options["max_latency_ratio"]
+    slow = {name: 1 / speed_up for name, speed_up in speed_ups.items() if most and 1 / speed_up > most}
+    if slow:
+        found = "; ".join(f"{ratio:.3f} for {name}" for name, ratio in slow.items())
+        raise GateError(f"--max-latency-ratio {most:g}: measured {found}")
 
 
 def _precisions(options: dict[str, Any]) -> tuple[Precision, ...] | None:
@@ -136,6 +152,15 @@ def _bench_files(folder: str | None, options: dict[str, Any]) -> None:
         print_json(dataclasses.asdict(result))
     else:
         print_files_bench(result, stdout_console())
+    first = result.rows[0].path
+    _hold(
+        options,
+        {
+            f"{row.path}, threads {row.threads}, batch {row.batch_size}": row.speed_up
+            for row in result.rows
+            if row.path != first
+        },
+    )
 
 
 def _write_table(target: str, options: dict[str, Any]) -> None:

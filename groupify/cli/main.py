@@ -55,7 +55,8 @@ class _Group(click.Group):
 def main() -> NoReturn:
     """Run the command line and exit.
 
-    0 done, 1 internal error, 2 refused, 3 parity failed, 130 interrupted, 143 terminated.
+    0 done, 1 internal error, 2 refused, 3 parity failed, 4 a limit on a measurement missed, 130 interrupted,
+    143 terminated.
     """
     sys.path.insert(0, os.getcwd())  # module:function specs name the user's own files
     signal.signal(signal.SIGTERM, _terminate)

@@ -19,12 +19,17 @@ from groupify.cli.options import (
 )
 from groupify.cli.shared import export_options as asked_export
 from groupify.cli.shared import is_trusted, model_label, model_request, print_json
+from groupify.errors import GateError
 
 
 @command(short_help="Measure top-1 accuracy.")
 @click.argument("target")
 @data_option("A data set with a labelled test part.", required=True)
 @model_options
+@output(
+    "--min-top1", type=click.FloatRange(0, 100), metavar="PERCENT",
+    help="Exit with 4 where the accuracy is below this, for checks before a deployment.",
+)  # fmt: skip
 @trust_option
 @common_options
 def evaluate(target: str, **options: Any) -> None:
@@ -45,6 +50,9 @@ def evaluate(target: str, **options: Any) -> None:
         )
     else:
         click.echo(f"{target}: top-1 {100 * accuracy.top1:.2f}% on {accuracy.images} test images")
+    least = options["min_top1"]
+    if least is not None and 100 * accuracy.top1 < least:
+        raise GateError(f"--min-top1 {least:g}: {target} has {100 * accuracy.top1:.2f}%")
 
 
 @command(short_help="Export to ONNX, checked against PyTorch.")

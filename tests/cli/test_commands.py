@@ -21,6 +21,7 @@ from groupify.cli.options import SectionedCommand
 from groupify.errors import SpecError
 from groupify.measure.latency_table import LatencyTable
 from groupify.models import sources as zoo_load
+from groupify.onnx.exporting import export_onnx
 from groupify.pipeline import exporting
 from groupify.pipeline import run as pipeline_run
 from tests.cli_nets import INPUT_SIZE, net
@@ -286,6 +287,32 @@ def test_progress_bars_are_for_terminals(
     monkeypatch.setattr(sys, "stderr", terminal)
     assert run(*command).code == 0
     assert ("evaluate" in terminal.getvalue()) == shown
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_an_accuracy_below_the_least_asked_for_ends_with_4(as_json: bool, run: Run) -> None:
+    model = ("tests.cli_nets:net", "--weights", "none", "--data", "tests.cli_nets:data")
+    options = ("--json",) if as_json else ()
+    assert run("evaluate", *model, "--min-top1", "0", *options).code == 0
+    missed = run("evaluate", *model, "--min-top1", "99.5", *options)
+    assert (missed.code, missed.err.count("\n")) == (4, 1)
+    assert "--min-top1 99.5: tests.cli_nets:net has " in missed.err
+    assert "top" in missed.out  # the result is printed all the same
+    assert run("evaluate", *model, "--min-top1", "101").code == 2
+
+
+def test_a_file_slower_than_asked_for_ends_with_4(run: Run, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        export_onnx(net().eval(), tmp_path / f"{name}.onnx", input_shape=(3, 8, 8))
+    command = ("bench", "--onnx", f"{tmp_path}/a.onnx,{tmp_path}/b.onnx", "--seconds", "0.1", "-q")
+    assert run(*command, "--max-latency-ratio", "1000").code == 0
+    missed = run(*command, "--max-latency-ratio", "0.001")
+    assert (missed.code, missed.err.count("\n")) == (4, 1)
+    assert "--max-latency-ratio 0.001: measured " in missed.err
+    assert "b.onnx, threads 1, batch 1" in missed.err
+    assert "a.onnx" not in missed.err
+    assert "b.onnx" in missed.out
+    assert run(*command, "--max-latency-ratio", "0").code == 2
 
 
 @pytest.mark.parametrize("verb", ["", *cli.commands])
