@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from groupify.models.preprocessing import PreprocessingOptions
     from groupify.models.sources import load_model
     from groupify.onnx.exporting import export_onnx as export
+    from groupify.onnx.int8_export import export_int8
     from groupify.planning.plan_file import PlanFile
     from groupify.planning.rules import Rules
     from groupify.planning.search import SearchOptions, plan_for_budget
@@ -47,6 +48,7 @@ __all__ = [
     "convert",
     "evaluate",
     "export",
+    "export_int8",
     "finetune",
     "load",
     "load_data",
@@ -63,6 +65,7 @@ _HOMES = {
     "data.splits": ("load_data",),
     "measure.benchmarks": ("benchmark_onnx",),
     "onnx.exporting": ("export_onnx",),
+    "onnx.int8_export": ("export_int8",),
     "scores": ("evaluate",),
     "planning.uniform": ("plan",),
     "planning.plan_file": ("PlanFile",),

@@ -23,7 +23,7 @@ from groupify.onnx.ranges import Feed, Range, best_ranges
 from groupify.onnx.runtime import open_session
 from groupify.scores import OutputErrors
 
-__all__ = ["FloatNode", "QuantizedModel", "quantize_onnx"]
+__all__ = ["FloatNode", "QuantizedModel", "judging_images", "quantize_onnx"]
 
 _BATCH = 16
 # Means of more images do not become better, only slower.
@@ -42,6 +42,7 @@ class QuantizedModel:
         calibration_images: how many it was made with.
         reduced_range: whether weights have 7 bits, since the CPU's 8-bit products could overflow.
         left_in_float: nodes that it computes in float32, and why.
+        ranges: how those of the activations were found.
         equalised: pairs of convs whose channels were scaled alike.
         corrected: layers whose bias was corrected; 0 where the held-out images were better off without.
         error: mean squared difference of the outputs from the float file's, relative to their variance, on
@@ -53,6 +54,7 @@ class QuantizedModel:
     calibration_images: int
     reduced_range: bool
     left_in_float: tuple[FloatNode, ...] = ()
+    ranges: str = "minimum and maximum of some images"
     equalised: int = 0
     corrected: int = 0
     error: float | None = None
@@ -97,6 +99,11 @@ def quantize_onnx(
         ) from error
 
 
+def judging_images(images: Tensor) -> Tensor:
+    """Return those of the calibration images that judge the file: all where they are few."""
+    return images[-(len(images) // 4) :] if len(images) >= _ENOUGH_TO_JUDGE else images
+
+
 class _Quantisation:
     """The steps on one file, in a folder for drafts."""
 
@@ -123,9 +130,10 @@ class _Quantisation:
 
     def tuned(self, target: Path) -> QuantizedModel:
         """Write the file that is nearest to the float one."""
-        held_out = len(self._images) // 4 if len(self._images) >= _ENOUGH_TO_JUDGE else 0
-        fitted = len(self._images) - held_out
-        feeds = self._feeds(self._images[:fitted])
+        judging = judging_images(self._images)
+        count = len(self._images) - len(judging) or len(judging)
+        fitted = self._images[:count]
+        feeds = self._feeds(fitted)
         model = onnx.ModelProto()
         model.CopyFrom(self._model)
         pairs = equalise(model, feeds)
@@ -134,9 +142,9 @@ class _Quantisation:
         quantised, left = self._quantise(equalised, best_ranges(model, feeds))
         plain, shifted = self._folder / "plain.onnx", self._folder / "shifted.onnx"
         _write(quantised, plain)
-        corrected = correct_biases(quantised, model, self._feeds(self._images[:fitted][:_IMAGES_FOR_BIASES]))
+        corrected = correct_biases(quantised, model, self._feeds(fitted[:_IMAGES_FOR_BIASES]))
         _write(quantised, shifted)
-        judges = self._feeds(self._images[fitted:] if held_out else self._images)
+        judges = self._feeds(judging)
         before, after = (_error(self._path, file, judges) for file in (plain, shifted))
         helps = before is not None and after is not None and after < before
         os.replace(shifted if helps else plain, target)
@@ -146,6 +154,7 @@ class _Quantisation:
             calibration_images=len(self._images),
             reduced_range=self._reduced,
             left_in_float=left,
+            ranges="least squared error",
             equalised=pairs,
             corrected=corrected if helps else 0,
             error=after if helps else before,

@@ -25,7 +25,8 @@ _STEPS = 255  # of uint8
 def best_ranges(model: onnx.ModelProto, batches: Sequence[Feed]) -> dict[str, Range]:
     """Return, for each float32 activation, the range with the least mean squared error of uint8 in it.
 
-    It holds zero, and is that of minimum and maximum unless clipping what is rare pays in finer steps.
+    It holds zero, and is that of minimum and maximum unless clipping what is rare pays in finer steps. What
+    the model hands out is never clipped: the peaks of a map are what it says.
 
     Args:
         model: a float model.
@@ -39,7 +40,12 @@ def best_ranges(model: onnx.ModelProto, batches: Sequence[Feed]) -> dict[str, Ra
             for name, value in values.items():
                 low, high = extremes.get(name, (0.0, 0.0))
                 extremes[name] = min(low, float(value.min())), max(high, float(value.max()))
-        histograms = {name: Histogram(*found) for name, found in extremes.items() if found[0] < found[1]}
+        handed_out = {output.name for output in model.graph.output}
+        histograms = {
+            name: Histogram(*found)
+            for name, found in extremes.items()
+            if found[0] < found[1] and name not in handed_out
+        }
         for values in _runs(session, outputs, batches):
             for name in values.keys() & histograms.keys():
                 histograms[name].add(values[name])

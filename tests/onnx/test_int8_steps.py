@@ -89,6 +89,19 @@ def test_every_activation_gets_a_range_that_holds_zero(net: nn.Module, tmp_path:
     assert found[relu][0] == 0
 
 
+def test_outputs_keep_their_peaks(tmp_path: Path) -> None:
+    """A map with one bright place in many images, as of a detector, says where it is."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.ReLU(), nn.Conv2d(4, 1, 1, bias=False))
+    images = IMAGES * 0.1
+    images[:, :, 0, 0] = 0
+    images[3, :, 5, 5] = 50.0
+    for name in ("0.weight", "2.weight"):
+        net.get_parameter(name).data.fill_(0.5)
+    path = exported(net, tmp_path)
+    found = best_ranges(onnx.load(str(path)), feeds(images))
+    assert found["output"][1] == pytest.approx(float(OnnxModule(path)(images).max()), rel=1e-5)
+
+
 # ---- equalised channels
 
 

@@ -99,7 +99,10 @@ def test_transposed_convs_in_groups_stay_float32(options: dict[str, Any], tmp_pa
     weights = {entry.name for entry in onnx.load(str(quantized.path)).graph.initializer}
     assert "2.weight" in weights
     assert "3.weight_quantized" in weights
-    assert compare_files(path, quantized.path, images=IMAGES).max_rel_diff < 0.2
+    # A rare value may be clipped, and few of a normal distribution's are near its largest.
+    assert compare_files(path, quantized.path, images=IMAGES).max_rel_diff < 0.25
+    assert quantized.error is not None
+    assert quantized.error < 1e-3
 
 
 def test_other_transposed_convs_are_quantised(tmp_path: Path) -> None:
