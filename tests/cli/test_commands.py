@@ -547,6 +547,23 @@ def test_a_latency_table_made_by_bench_serves_a_plan(run: Run, tmp_path: Path, c
     assert not list(cache.glob("latency-*.json"))
 
 
+def test_a_table_serves_plans_in_the_precisions_that_it_was_made_for(
+    run: Run, tmp_path: Path, cache: Path
+) -> None:
+    path = tmp_path / "table.json"
+    assert run("bench", *TINY, "--table", path, "--precision", "int8", "-q").code == 0
+    assert all(shape.endswith(", int8") for shape in LatencyTable.read(path).convs)
+    budget = ("--budget", "latency=99%", "--latency-table", path, "-q")
+    outcome = run("plan", *TINY, *budget, "--precision", "int8", "--json")
+    if outcome.code == 0:
+        assert json.loads(outcome.out)["precision"] == "int8"
+    else:  # within noise no plan may be faster for so small a net
+        assert "latency=99% cannot be held" in outcome.err
+    in_float32 = run("plan", *TINY, *budget)
+    assert in_float32.code == 2
+    assert "has no conv" in in_float32.err
+
+
 def test_a_table_of_other_threads_is_refused(run: Run, tmp_path: Path, cache: Path) -> None:
     assert run("bench", *TINY, "--table", tmp_path / "table.json", "--threads", "1,2").code == 2
     table = LatencyTable("a device", threads=4)
