@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +24,11 @@ from groupify.structures import Structure
 _CHECKING_EVALUATIONS = 12
 # Enough to follow targets that have moved a little.
 _FOLLOWING_EVALUATIONS = 6
+# A round that saves less than this part of the cost is the last.
+_SETTLED = 0.002
+# Samples that tell what relaxed targets change, at least, and for each input of a group: little changes.
+_FOLLOWED, _FOLLOWED_PER_INPUT = 8192, 2
+_CHUNK = 2048
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,9 @@ def fit_factors(
         centred: whether there is a bias to take the means.
     """
     signs = parts[0].target.signs
-    fitting = _Fitting(conv, structure, scale, signs, relaxations, centred)
+    inputs = conv.weight[0].numel()
+    every = sum(len(part.inputs) for part in parts) // max(_FOLLOWED, _FOLLOWED_PER_INPUT * inputs)
+    fitting = _Fitting(conv, structure, scale, signs, relaxations, centred, max(1, every))
     fitting.add([part for part in parts if not part.held_out])
     held_out = [part for part in parts if part.held_out]
     check = None
@@ -90,7 +97,9 @@ class _Fitting:
         signs: Tensor | None,
         relaxations: int,
         centred: bool,
+        every: int,
     ) -> None:
+        self._every = every  # every so many samples are followed by relaxed targets
         self._shape, self._structure, self._centred = conv_shape(conv), structure, centred
         self._scale = torch.ones(conv.out_channels) if scale is None else scale.abs()
         self._weight = (
@@ -98,13 +107,14 @@ class _Fitting:
         )
         self._relaxations = 0 if signs is None else relaxations
         self._moments = GroupedMoments(centred=centred)
-        self._samples: list[GroupedSamples] = []
+        self._followed: list[GroupedSamples] = []
 
     def add(self, parts: Sequence[Part]) -> None:
         """Add samples to fit."""
         for samples in map(self._grouped, parts):
             self._moments.update(samples.inputs, samples.outputs)
-            self._samples.append(samples)
+            if self._relaxations:
+                self._followed += samples.thinned(self._every).split(_CHUNK)
 
     def _grouped(self, part: Part) -> GroupedSamples:
         target, groups = part.target.mirrored(), self._shape.groups
@@ -142,56 +152,79 @@ class _Fitting:
         covariance = self._covariance()
         decomposer = Decomposer(self._wanted(ridge, covariance), self._shape, self._scale)
         factors = decomposer.fit(self._structure, EVALUATIONS)
-        found, error, least = factors, factors.error, math.inf
-        for left in reversed(range(self._relaxations + 1)):
-            missed = self._relax(self._map(factors)) if self._relaxations else 0.0
-            if missed >= least:  # it has settled, but for rounding
+        found, error, moved = factors, factors.error, None
+        bias, least = self._map(factors).bias, math.inf
+        for left in reversed(range(self._relaxations + 1)) if self._relaxations else ():
+            fit = self._map(factors, moved)
+            change, missed = self._relax(fit)
+            if missed < least:
+                found, bias = factors, fit.bias
+            if left == 0 or missed > (1 - _SETTLED) * least:
                 break
-            found, least = factors, missed
-            if left == 0:
-                break
-            decomposer = decomposer.with_outputs(self._wanted(ridge, covariance))
+            least, moved = missed, change
+            decomposer = decomposer.with_outputs(self._wanted(ridge, covariance, moved))
             factors = decomposer.fit(self._structure, _FOLLOWING_EVALUATIONS)
-        bias = self._map(found).bias.flatten()
-        return replace(found, error=error).balanced(), bias, self._moments.count
+        return replace(found, error=error).balanced(), bias.flatten(), self._moments.count
 
-    def _relax(self, fit: GroupedFit) -> float:
-        """Take the targets that cost a fit the least, and return what it costs."""
-        missed = 0.0
-
-        def relaxed() -> Iterator[tuple[Tensor, Tensor]]:
-            nonlocal missed
-            for samples in self._samples:
-                predicted = samples.predicted(fit)
-                wanted = samples.relaxed(predicted.clone())
-                missed += float(
-                    ((wanted - predicted) * self._scale.reshape(len(wanted), 1, -1)).square_().sum()
-                )
-                yield samples.inputs, wanted.transpose(0, 1)
-
-        self._moments.replace_outputs(relaxed())
-        return missed
+    def _relax(self, fit: GroupedFit) -> tuple[_Change, float]:
+        """Take the targets that cost a fit the least; return what they change, and what it costs."""
+        inputs, outputs = (means.float() for means in self._moments.means())
+        cross = torch.zeros_like(self._moments.cross_covariance())
+        total, energy = torch.zeros_like(outputs, dtype=cross.dtype), torch.zeros_like(outputs)
+        missed, count = 0.0, 0
+        for samples in self._followed:
+            predicted = samples.predicted(fit)
+            wanted = samples.relaxed(predicted.clone())
+            missed += float(((wanted - predicted) * self._scale.reshape(len(wanted), 1, -1)).square_().sum())
+            given = samples.outputs.transpose(0, 1)
+            change = wanted - given
+            read = samples.inputs.transpose(0, 1)
+            cross += torch.bmm(change.transpose(1, 2), read)
+            total += change.sum(1)
+            energy += (change * (change + 2 * (given - outputs.unsqueeze(1) * float(self._centred)))).sum(1)
+            count += len(samples.inputs)
+        mean = total / count
+        cross = cross / count
+        if self._centred:
+            cross -= mean.unsqueeze(2) * inputs.unsqueeze(1)
+            energy = energy - count * mean.square().float()
+        return _Change(cross, energy / count, mean), missed
 
     def _covariance(self) -> Tensor:
         return self._moments.input_covariance().float()
 
-    def _wanted(self, ridge: float, covariance: Tensor) -> Moments:
-        """What to fit: the present outputs of inputs of a covariance."""
-        moments = Moments(
-            covariance,
-            self._moments.cross_covariance().transpose(1, 2).float(),
-            self._moments.output_variance().clamp(min=0).float(),
-        )
+    def _wanted(self, ridge: float, covariance: Tensor, moved: _Change | None = None) -> Moments:
+        """What to fit: the given outputs of inputs of a covariance, or what they have become."""
+        cross, energy = self._moments.cross_covariance(), self._moments.output_variance()
+        if moved is not None:
+            cross, energy = cross + moved.cross, energy + moved.energy
+        moments = Moments(covariance, cross.transpose(1, 2).float(), energy.clamp(min=0).float())
         return moments.drawn_to(self._weight, ridge) if ridge > 0 else moments
 
-    def _map(self, factors: Factors) -> GroupedFit:
+    def _map(self, factors: Factors, moved: _Change | None = None) -> GroupedFit:
         """The linear map that factors compute, with its bias."""
         inputs, outputs = self._moments.means()
+        if moved is not None:
+            outputs = outputs + moved.mean
         weight = factors.weight().flatten(1).reshape(len(inputs), -1, inputs.shape[1])
         bias = torch.zeros_like(outputs)
         if self._centred:
             bias = outputs - torch.einsum("god,gd->go", weight.double(), inputs)
         return GroupedFit(weight, bias.float(), torch.zeros_like(bias))
+
+
+@dataclass(frozen=True)
+class _Change:
+    """By how much relaxed targets change the moments of the outputs.
+
+    Attributes:
+        cross: with the inputs, shape (g, O/g, n).
+        energy, mean: of the outputs, shape (g, O/g).
+    """
+
+    cross: Tensor
+    energy: Tensor
+    mean: Tensor
 
 
 def write_factors(sequence: nn.Module, factors: Factors) -> None:

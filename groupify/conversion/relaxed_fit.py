@@ -48,6 +48,11 @@ class GroupedSamples:
         thresholds = [None] * len(inputs) if self.thresholds is None else self.thresholds.split(count)
         return [GroupedSamples(*part) for part in zip(inputs, outputs, thresholds, strict=True)]
 
+    def thinned(self, every: int) -> GroupedSamples:
+        """Return a copy of one of ``every`` so many samples."""
+        thresholds = None if self.thresholds is None else self.thresholds[::every].clone()
+        return GroupedSamples(self.inputs[::every].clone(), self.outputs[::every].clone(), thresholds)
+
     @functools.cached_property
     def _off(self) -> Tensor | None:
         """Where the ReLU should be off, shape (G, n, O/G)."""
