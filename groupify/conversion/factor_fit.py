@@ -51,7 +51,7 @@ class FactorFit:
 def fit_factors(
     conv: Conv,
     structure: Structure,
-    parts: Sequence[Part],
+    parts: list[Part],
     scale: Tensor | None,
     *,
     relaxations: int,
@@ -65,7 +65,7 @@ def fit_factors(
     Args:
         conv: the dense conv.
         structure: what replaces it; more than one conv.
-        parts: what it reads and should output.
+        parts: what it reads and should output; used up, since the inputs of a wide conv are large.
         scale: weight of each output's error, shape (O,); None = 1.
         relaxations: how often the targets are relaxed where a ReLU behind is off.
         centred: whether there is a bias to take the means.
@@ -74,12 +74,16 @@ def fit_factors(
     inputs = conv.weight[0].numel()
     every = sum(len(part.inputs) for part in parts) // max(_FOLLOWED, _FOLLOWED_PER_INPUT * inputs)
     fitting = _Fitting(conv, structure, scale, signs, relaxations, centred, max(1, every))
-    fitting.add([part for part in parts if not part.held_out])
     held_out = [part for part in parts if part.held_out]
+    seen = [part for part in parts if not part.held_out]
+    parts.clear()
+    while seen:
+        fitting.add([seen.pop(0)])
     check = None
     if held_out:
         check = fitting.checked(held_out)
         fitting.add(held_out)  # they have done their duty as judges
+        held_out.clear()
     factors, bias, count = fitting.result(0.0 if check is None else check.ridge)
     if signs is not None:
         factors, bias = factors.scaled(signs), bias * signs

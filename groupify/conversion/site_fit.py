@@ -74,7 +74,7 @@ def fit_site(
     module: nn.Module,
     dense_conv: Conv,
     site: SiteRecipe,
-    parts: Sequence[Part],
+    parts: list[Part],
     norm: Norm | None,
     options: FitOptions,
 ) -> SiteFit:
@@ -84,7 +84,7 @@ def fit_site(
         module: the replacement.
         dense_conv: the conv that it replaces.
         site: how it is replaced.
-        parts: what the conv reads and should output.
+        parts: what the conv reads and should output; may be used up.
         norm: the batch norm behind it, into whose running mean the bias goes where the conv has none.
         options: what to do.
     """
