@@ -37,9 +37,9 @@ def correct_biases(quantised: onnx.ModelProto, model: onnx.ModelProto, batches: 
     Returns:
         The number of layers whose bias was corrected.
     """
-    if has_branches(quantised.graph):
-        return 0
     biases = _biases(quantised.graph)
+    if has_branches(quantised.graph) or not biases:
+        return 0
     wanted = _means(model, biases.keys(), batches)
     run = StepwiseRun(quantised, batches)
     corrected = 0

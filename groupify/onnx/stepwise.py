@@ -117,6 +117,8 @@ class StepwiseRun:
             yield session.run(list(outputs), {name: self._stored[name][batch] for name in sources})
 
     def _described(self, name: str) -> onnx.ValueInfoProto:
-        value = self._stored[name][0]
-        kind = helper.np_dtype_to_tensor_dtype(np.asarray(value).dtype)
-        return helper.make_tensor_value_info(name, kind, [None] * value.ndim)
+        """A value for the runtime: of its sizes where all batches have the same, as a shape has."""
+        first, *others = self._stored[name]
+        kind = helper.np_dtype_to_tensor_dtype(np.asarray(first).dtype)
+        fixed = all(value.shape == first.shape for value in others)
+        return helper.make_tensor_value_info(name, kind, first.shape if fixed else [None] * first.ndim)

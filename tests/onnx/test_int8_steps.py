@@ -186,6 +186,34 @@ def test_a_wrong_bias_is_put_right(tmp_path: Path) -> None:
     assert (outputs(quantised) - right).square().mean() < wrong / 5
 
 
+class Resized(nn.Module):
+    """Sizes that are computed, and nothing but biases that an exporter stores as one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(3, 8, 3, stride=2)
+        self.same = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.same(self.down(x).relu()).relu()
+        return nn.functional.interpolate(y, size=x.shape[-2:], mode="nearest")
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("count", [48, 35])
+def test_sizes_that_are_computed_and_biases_that_are_shared(zero: bool, count: int, tmp_path: Path) -> None:
+    net = randomise(nn.Sequential(Resized(), nn.ReLU(), nn.Conv2d(8, 8, 1)))
+    for name, parameter in net.named_parameters():
+        if zero and name.endswith("bias"):
+            parameter.data.zero_()
+    path = exported(net, tmp_path)
+    int8 = quantize_onnx(path, tmp_path / "int8.onnx", images=IMAGES[:count])
+    assert int8.error is not None
+    assert int8.error < 0.01
+    run = correct_biases(onnx.load(str(int8.path)), onnx.load(str(path)), feeds(IMAGES[:count]))
+    assert run == (0 if zero else 3)
+
+
 def test_class_scores_are_not_rounded_to_steps(tmp_path: Path) -> None:
     path = exported(randomise(SmallNet(shuffle=False)), tmp_path)
     int8 = quantize_onnx(path, tmp_path / "int8.onnx", images=IMAGES).path
