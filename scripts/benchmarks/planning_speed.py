@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import cProfile
 import pstats
-import resource
 import subprocess
 import sys
 import tempfile
@@ -84,7 +83,7 @@ def plan(options: argparse.Namespace) -> None:
     PlanFile.of(options.model, found.plan).write(options.plan)
     seconds = functions(profile)
     tell("dense forward", forward, forward)
-    tell("ladder", seconds["structure_losses"], forward)
+    tell("ladder", seconds["ladders"], forward)
     tell("planning", seconds["plan_for_budget"], forward)
     print(f"peak memory, planning: {peak_gib():.2f} GiB", flush=True)
     show(profile, options.profile)
@@ -150,6 +149,8 @@ def tell(what: str, seconds: float, forward: float) -> None:
 
 def peak_gib() -> float:
     """Return the most memory that this process has had."""
+    import resource  # not on Windows
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
