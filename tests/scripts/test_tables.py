@@ -20,6 +20,8 @@ from scripts.benchmarks import (
     peers_latency,
     planner,
     prediction,
+    ranking,
+    rivals,
     tables,
     whole_way,
 )
@@ -135,6 +137,8 @@ FILES: dict[str, Results[Any]] = {
     "peers_latency": Results(peers_latency.Row, peers_latency.KEYS),
     "planner": Results(planner.Row, planner.KEYS),
     "prediction": Results(prediction.Row, prediction.KEYS),
+    "ranking": Results(ranking.Row, ranking.KEYS),
+    "rivals": Results(rivals.Row, rivals.KEYS),
 }
 
 
