@@ -130,16 +130,18 @@ class _Fitting:
 
     def checked(self, held_out: Sequence[Part]) -> HeldOutCheck:
         """Return the check of a fit that has only begun, and the ridge that does well on held-out images."""
-        judges = [self._grouped(part) for part in held_out]
-        error, first = self._errors(judges, 0.0)
+        judges, covariance = [self._grouped(part) for part in held_out], self._covariance()
+        error, first = self._errors(judges, covariance, 0.0)
         if not is_overfitted(error, first):
             return HeldOutCheck(error, first, overfitted=False, ridge=0.0)
-        strength, gain = weakest_good(0.0, first, lambda other: self._errors(judges, other)[1])
+        strength, gain = weakest_good(0.0, first, lambda other: self._errors(judges, covariance, other)[1])
         return HeldOutCheck(error, first, overfitted=True, ridge=strength, gain=gain)
 
-    def _errors(self, judges: Sequence[GroupedSamples], ridge: float) -> tuple[float, float]:
+    def _errors(
+        self, judges: Sequence[GroupedSamples], covariance: Tensor, ridge: float
+    ) -> tuple[float, float]:
         """Relative errors on the samples and on held-out ones."""
-        moments = self._wanted(ridge, self._covariance())
+        moments = self._wanted(ridge, covariance)
         factors = Decomposer(moments, self._shape, self._scale).fit(self._structure, _CHECKING_EVALUATIONS)
         fit = self._map(factors)
         scale = self._scale.reshape(self._shape.groups, 1, -1)
