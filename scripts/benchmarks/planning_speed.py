@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import groupify
 from groupify.planning.plan_file import PlanFile
 from groupify.planning.search import Images, SearchOptions, plan_for_budget
+from scripts.benchmarks.conversion import peak_memory_bytes
 
 BATCH = 32
 QUICK = ("squeezenet1_1", 8, 64, "macs=60%")
@@ -85,7 +86,7 @@ def plan(options: argparse.Namespace) -> None:
     tell("dense forward", forward, forward)
     tell("ladder", seconds["ladders"], forward)
     tell("planning", seconds["plan_for_budget"], forward)
-    print(f"peak memory, planning: {peak_gib():.2f} GiB", flush=True)
+    print(f"peak memory, planning: {peak_memory_bytes() / 2**30:.2f} GiB", flush=True)
     show(profile, options.profile)
 
 
@@ -103,7 +104,7 @@ def convert(options: argparse.Namespace) -> None:
     profile.disable()
     tell("dense forward", forward, forward)
     tell("conversion", seconds, forward)
-    print(f"peak memory, conversion: {peak_gib():.2f} GiB", flush=True)
+    print(f"peak memory, conversion: {peak_memory_bytes() / 2**30:.2f} GiB", flush=True)
     errors = [fit.error for fit in conversion.fits]
     print(f"mean relative error of {len(errors)} fits: {sum(errors) / len(errors):.4f}", flush=True)
     if options.profile:
@@ -145,13 +146,6 @@ def show(profile: cProfile.Profile, count: int) -> None:
 def tell(what: str, seconds: float, forward: float) -> None:
     """Print one duration."""
     print(f"{what}: {seconds:.1f} s, {seconds / forward:.2f} dense forwards", flush=True)
-
-
-def peak_gib() -> float:
-    """Return the most memory that this process has had."""
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 if __name__ == "__main__":
