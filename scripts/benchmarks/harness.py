@@ -15,6 +15,7 @@ import json
 import os
 import re
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -246,6 +247,38 @@ class Timing:
             for _ in range(SESSIONS)
         ]
         return {str(count): _medians(sessions, count) for count in self.threads}
+
+
+@dataclass(frozen=True)
+class FileTime:
+    """One file among others: median milliseconds, and how many times as fast as the first it is."""
+
+    median_ms: float
+    speed_up: float
+
+
+def time_in_processes(
+    files: Mapping[str, Path], threads: Sequence[int], seconds: float, processes: int
+) -> dict[str, dict[str, FileTime]]:
+    """Time files in fresh processes of ``groupify bench --onnx``; by threads and file, medians over them."""
+    command = [sys.executable, "-m", "groupify", "bench", "--onnx", ",".join(map(str, files.values()))]
+    command += ["--threads", ",".join(map(str, threads)), "--seconds", str(seconds), "--json", "--quiet"]
+    runs = [
+        json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["rows"]
+        for _ in range(processes)
+    ]
+
+    def median(count: int, path: Path, quantity: str) -> float:
+        found = (row for rows in runs for row in rows if (row["threads"], row["path"]) == (count, str(path)))
+        return float(statistics.median(row[quantity] or 1.0 for row in found))
+
+    return {
+        str(count): {
+            name: FileTime(median(count, path, "median_ms"), median(count, path, "speed_up"))
+            for name, path in files.items()
+        }
+        for count in threads
+    }
 
 
 def _medians(sessions: Sequence[Sequence[Latency]], threads: int) -> dict[str, float]:

@@ -15,11 +15,7 @@ held is told and leaves no row.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,7 +42,7 @@ from groupify.planning.rules import Rules
 from groupify.planning.search import Images, SearchOptions, plan_for_budget
 from groupify.scores import evaluate, measure_cost
 from groupify.structures import INT8, Plan
-from scripts.benchmarks.harness import Parser, Results
+from scripts.benchmarks.harness import Parser, Results, time_in_processes
 
 TRAINED = "groupify.models.demo:fashion_resnet18"
 RANGES = 256  # images that set the ranges
@@ -160,7 +156,7 @@ def measure(name: str, case: Case, arguments: argparse.Namespace) -> Row:
     with tempfile.TemporaryDirectory(prefix="groupify-") as folder:
         files = written(source.model, model, shape, ranges, Path(folder))
         load = os.getloadavg()[0]
-        latency = timed(files, arguments.threads, arguments.seconds, 1 if arguments.quick else PROCESSES)
+        latency = latencies(files, arguments.threads, arguments.seconds, 1 if arguments.quick else PROCESSES)
         return Row(
             name, case.budget, macs[0] / macs[1], latency,
             top1=None if test is None else {key: top1_of(path, test) for key, path in files.items()},
@@ -216,26 +212,13 @@ def written(
     return {**paths, DENSE_FLOAT32: float32[DENSE]}
 
 
-def timed(
+def latencies(
     files: Mapping[str, Path], threads: Sequence[int], seconds: float, processes: int
 ) -> dict[str, dict[str, float]]:
-    """Time files in fresh processes; medians over them."""
-    command = [sys.executable, "-m", "groupify", "bench", "--onnx", ",".join(map(str, files.values()))]
-    command += ["--threads", ",".join(map(str, threads)), "--seconds", str(seconds), "--json", "--quiet"]
-    runs = [
-        json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["rows"]
-        for _ in range(processes)
-    ]
-
-    def median(count: int, name: str, quantity: str) -> float:
-        path = str(files[name])
-        found = (row for rows in runs for row in rows if (row["threads"], row["path"]) == (count, path))
-        return float(statistics.median(row[quantity] for row in found))
-
+    """Time the files; their milliseconds and the speed-up of the plan over dense int8, by threads."""
     return {
-        str(count): {name: median(count, name, "median_ms") for name in files}
-        | {"speed_up": median(count, OWN, "speed_up")}
-        for count in threads
+        count: {name: one.median_ms for name, one in row.items()} | {"speed_up": row[OWN].speed_up}
+        for count, row in time_in_processes(files, threads, seconds, processes).items()
     }
 
 

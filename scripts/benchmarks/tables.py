@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 README = ROOT / "README.md"
 README_LATENCY = ("resnet18 g=4", "resnet18 g=8", "resnet50 g=4", "resnet50 g=8")
+_SHOWN = 0.02  # share of the time below which a kernel is not told
 _IN_README = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(?=<!-- end of results -->)", flags=re.DOTALL)
 _IN_PAGE = re.compile(r"<!-- table: ([\w-]+) -->")
 
@@ -310,6 +311,26 @@ def int8(document: Document) -> Table:
     return rows
 
 
+def efficiency(document: Document) -> Table:
+    """A line per plan: MACs, latency, and how much of the MACs saved shows in it."""
+    threads = sorted({count for row in document["rows"] for count in row["latency"]})
+    speeds = [f"{what}, {count} thr." for count in threads for what in ("ms", "speed-up ÷ MAC ratio")]
+    rows: Table = [("", "planned for", "MACs", *speeds, "time of its kernels")]
+    for row in document["rows"]:
+        cells = [row["model"], row["budget"], saved(row["mac_ratio"])]
+        for count in threads:
+            one = row["latency"][count]
+            cells += [
+                milliseconds(one["dense_ms"], one["planned_ms"]),
+                f"{one['speed_up'] / row['mac_ratio']:.2f}",
+            ]
+        kernels = ", ".join(
+            f"{name} {share:.0%}" for name, share in row["kernels"].items() if share >= _SHOWN
+        )
+        rows.append((*cells, kernels))
+    return rows
+
+
 def models(document: Document) -> Table:
     """A line per model: how far it came, and the seconds of it."""
     rows = document["rows"]
@@ -480,6 +501,7 @@ TABLES: dict[str, tuple[str, Callable[[Document], Table]]] = {  # name: (command
     "ranking": ("ranking --checkpoint FILE [--model MODEL]", ranking),
     "prediction": ("prediction [--precision int8]", prediction),
     "int8": ("int8 --checkpoint FILE", int8),
+    "efficiency": ("efficiency", efficiency),
     **{
         f"models_{library}": (f"models {library}", models)
         for library in ("torchvision", "timm", "huggingface", "others")

@@ -27,7 +27,7 @@ from groupify.scores import measure_cost
 from groupify.stats.positions import input_patches, pick, sample_positions
 from groupify.stats.samples import SiteSamples
 from groupify.structures import SiteRecipe, Structure
-from scripts.benchmarks import harness, int8, peers_latency, tables
+from scripts.benchmarks import efficiency, harness, int8, peers_latency, tables
 from scripts.benchmarks.contest import KEYS, Contest, Contestant, Net, Row, order_of
 from scripts.benchmarks.harness import Parser, Results, Timing
 from scripts.benchmarks.low_rank import STRUCTURES, Size, choose_ranks, factorise
@@ -529,6 +529,19 @@ def test_int8_runs_quickly_to_its_end(
     assert row.top1.keys() == row.file_bytes.keys() == row.peak_memory_bytes.keys()
     assert row.mac_ratio > 1.2
     assert row.file_bytes["planned int8"] < row.file_bytes["dense int8"] < row.file_bytes["dense float32"]
+
+
+@pytest.mark.slow
+def test_efficiency_runs_quickly_to_its_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["efficiency", "--quick", "--json", str(tmp_path / "efficiency.json")])
+    efficiency.main()
+    assert "| squeezenet1_1 | macs=50% | ÷" in capsys.readouterr().out
+    (row,) = Results(efficiency.Row, efficiency.KEYS, tmp_path / "efficiency.json").rows.values()
+    assert row.mac_ratio >= 2
+    assert row.efficiency("1") > 0
+    assert sum(row.kernels.values()) == pytest.approx(1)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import pytest
 from scripts.benchmarks import (
     conversion,
     craft,
+    efficiency,
     int8,
     latency,
     narrow_groups,
@@ -102,6 +103,18 @@ def test_table_of_int8() -> None:
     ]  # fmt: skip
 
 
+def test_table_of_the_efficiency() -> None:
+    row = {
+        "model": "resnet18", "budget": "macs=25%", "mac_ratio": 4.0,
+        "latency": {"1": {"dense_ms": 20.0, "planned_ms": 5.5, "speed_up": 3.6}},
+        "kernels": {"Conv": 0.95, "ReorderInput": 0.04, "Add": 0.01},
+    }  # fmt: skip
+    assert tables.efficiency({"rows": [row]}) == [
+        ("", "planned for", "MACs", "ms, 1 thr.", "speed-up ÷ MAC ratio, 1 thr.", "time of its kernels"),
+        ("resnet18", "macs=25%", "÷4.00", "20.0 → 5.5 ms", "0.90", "Conv 95%, ReorderInput 4%"),
+    ]
+
+
 def test_table_of_the_peers_latency() -> None:
     row = {
         "model": "groupify.models.demo:fashion_vgg11_bn", "side": 112, "method": "truncation", "groups": 4,
@@ -130,6 +143,7 @@ def test_table_of_the_peers() -> None:
 FILES: dict[str, Results[Any]] = {
     "conversion": Results(conversion.Round, ("number",), under="rounds"),
     "craft": Results(craft.Row, craft.KEYS),
+    "efficiency": Results(efficiency.Row, efficiency.KEYS),
     "latency": Results(latency.Row, ("name",)),
     **{f"models_{library}": Results(whole_way.Row, ("name",)) for library in LIBRARIES},
     "int8": Results(int8.Row, ("name",)),
