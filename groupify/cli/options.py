@@ -253,10 +253,12 @@ plan_options = together(
           "are tried."),
     _plan("--latency-table", type=_PATH,
           help="Latencies measured where the model will run, by groupify bench MODEL --table FILE."),
-    _plan("--sensitivity", type=click.Choice(["auto", "fisher", "outputs", "exact"]), default="auto",
-          show_default=True, help="What each conv loses. fisher: predicted for class scores; "
-          "outputs: for any outputs, each conv replaced alone; auto: whichever suits the model; exact: all "
-          "choices converted (slow)."),
+    _plan("--sensitivity", default="auto", show_default=True,
+          type=click.Choice(["auto", "errors", "fisher", "outputs", "exact"]),
+          help="What each conv loses. errors: its own relative error; fisher: "
+          "weighted by the Fisher information of class scores; outputs: times what replacing the conv alone "
+          "does to the outputs; auto: errors for class scores, else outputs; exact: all choices converted "
+          "(slow)."),
     _plan("--no-verify", is_flag=True,
           help="Neither convert a chosen plan to compare it with uniform, nor time it as a whole."),
     _plan("--plan", "plan_file", type=_PATH, help="Take the plan from this file."),

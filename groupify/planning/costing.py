@@ -75,7 +75,7 @@ class Costing:
         }
 
     def loss(self, chosen: Sequence[int], *, power: float = 1.0) -> float:
-        """Return the predicted divergence of a plan, the sum of its convs' losses to a power."""
+        """Return the predicted loss of a plan, the sum of its convs' losses to a power."""
         pairs = zip(self.choices.sites, chosen, strict=True)
         losses = [self.sensitivity.loss(options[index]) for options, index in pairs]
         return math.fsum(loss**power for loss in losses)

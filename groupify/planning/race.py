@@ -6,8 +6,8 @@ The frontier shows the same competition for several budgets, from dense to the s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from tqdm import tqdm
@@ -18,8 +18,9 @@ from groupify.planning.costing import Chosen, Costing, Finder, Limits
 from groupify.scores import Judgement
 from groupify.structures import Plan
 
-# Losses to these powers; without a race there is nothing to tell the plans apart by, and the first is taken.
-_POWERS = (1.0, 0.5)
+# A plan that is predicted to lose so many times what another loses is not converted: of the random plans of
+# scripts/benchmarks/ranking.py none was off by as much.
+_FAR_BEHIND = 2.0
 _BISECTIONS = 6
 _CLOSE = 0.01  # relative to the cost: a nearer bisection would only resolve noise
 _POINTS = 10  # of a frontier
@@ -46,10 +47,10 @@ class Contender:
         name: ``"planned"``, or which uniform plan it is.
         uniform: whether it has the same number of groups everywhere.
         chosen: index of each conv's candidate.
-        loss: predicted divergence.
+        loss: predicted; see :class:`groupify.planning.sensitivity.Sensitivity`.
         costs: MACs, parameters, bytes and, where asked for, milliseconds of the whole model: measured ones,
             unless they come from a table of another device.
-        measured: by converting it; None where that was not done.
+        measured: by converting it; None where that was not done, as none other came near.
     """
 
     name: str
@@ -188,28 +189,46 @@ class Race:
             raise PlanError(
                 f"{self._budget} allows all that the dense model costs in {precision}; ask for less of it"
             )
-        contenders: list[Contender] = []
-        for power in _POWERS if self.judge is not None else _POWERS[:1]:
+        found: list[Contender] = []
+        for power in self._powers:
             chosen = self.finder.best(limits, power)
-            if all(chosen != other.chosen for other in contenders):
+            if all(chosen != other.chosen for other in found):
                 name = "planned" if power == 1 else f"planned (losses to the power {power:g})"
-                contenders.append(self._contender(name, chosen))
+                found.append(self._contender(name, chosen))
         for key, chosen in self._costing.uniform_within(self.finder.loosened(limits)):
             if self.finder.holds(chosen, limits):
-                contenders.append(self._contender(str(key), chosen, uniform=True))
+                found.append(self._contender(str(key), chosen, uniform=True))
                 break
-        return sorted(contenders, key=self._rank)
+        return sorted(self._measured(found), key=self._rank)
+
+    @property
+    def _powers(self) -> tuple[float, ...]:
+        """Losses to these powers make plans; where nothing tells the plans apart, the first."""
+        powers = self._costing.sensitivity.powers
+        return powers if self.judge is not None else powers[:1]
 
     def _contender(self, name: str, chosen: Chosen, *, uniform: bool = False) -> Contender:
-        measured = None if self.judge is None else self.judge(self._costing.choices.plan(chosen))
-        loss, costs = self._costing.loss(chosen), self.finder.costs(chosen)
-        return Contender(name, uniform, chosen, loss, costs, measured)
+        return Contender(name, uniform, chosen, self._costing.loss(chosen), self.finder.costs(chosen))
+
+    def _measured(self, contenders: Sequence[Contender]) -> list[Contender]:
+        """Convert and measure those that may win; a single one only if a limit on the drop asks for it."""
+        judge = self.judge
+        if judge is None:
+            return list(contenders)
+        near = _FAR_BEHIND * min(contender.loss for contender in contenders)
+        contest = [contender for contender in contenders if contender.loss <= near]
+        if len(contest) == 1 and self._budget.drop is None:
+            return list(contenders)
+        return [
+            replace(one, measured=judge(self._costing.choices.plan(one.chosen))) if one in contest else one
+            for one in contenders
+        ]
 
     def _rank(self, contender: Contender) -> tuple[float, float, float, bool]:
-        """What exceeds the drop, measured divergence, predicted one; where all are equal, uniform first."""
+        """What exceeds the drop, measured divergence, predicted loss; where all are equal, uniform first."""
         measured, drop = contender.measured, self._budget.drop
-        excess = 0.0 if measured is None or drop is None else max(0.0, contender.drop - drop)
-        divergence = 0.0 if measured is None else measured.divergence
+        excess = 0.0 if drop is None else max(0.0, contender.drop - drop)
+        divergence = math.inf if measured is None else measured.divergence
         return excess, divergence, contender.loss, not contender.uniform
 
 
@@ -223,7 +242,7 @@ class FrontierPoint:
         asked: whether it is the plan for the asked budget.
         share: its cost ÷ that of the dense model.
         cost: MACs, or milliseconds for one image.
-        loss: predicted divergence.
+        loss: predicted.
         measured: by converting it; None where that was not done.
     """
 

@@ -31,6 +31,7 @@ from groupify.planning.race import BudgetPlan, Race
 from groupify.planning.rules import Rules
 from groupify.planning.sensitivity import (
     AUTO,
+    ERRORS,
     EXACT,
     FISHER,
     OUTPUTS,
@@ -44,7 +45,7 @@ from groupify.planning.worth_timing import worth_timing
 from groupify.scores import Judge, Judgement, describe_outputs, has_classes, measure_cost
 from groupify.structures import INT8, Choices, Plan, SiteRecipe
 
-SENSITIVITIES = (AUTO, FISHER, OUTPUTS, EXACT)
+SENSITIVITIES = (AUTO, ERRORS, FISHER, OUTPUTS, EXACT)
 BOTH = "groups and a budget: both say how much smaller the model is to be; give one of the two"
 _HELD_OUT = 0.25
 _CALIBRATION_IMAGES = 256  # as many as an export of a whole run takes
@@ -82,12 +83,14 @@ class SearchOptions:
     """How to look for a plan; see ``Rules`` for what it may do.
 
     Attributes:
-        sensitivity: how the losses of convs are predicted. ``"fisher"``: fitted errors weighted by the Fisher
-            information of class scores; ``"outputs"``: times the measured sensitivity of all outputs;
-            ``"auto"``: the former where the outputs are class scores (N, K), else the latter; ``"exact"``:
-            every candidate of every conv is converted alone, which takes hours for a large model.
-        verify: whether the plan and the best uniform one are converted and compared on held-out images, and
-            latencies of whole plans measured where no ``table`` is given.
+        sensitivity: how the losses of convs are predicted. ``"errors"``: relative errors of the fitted
+            convs; ``"fisher"``: weighted by the Fisher information of class scores; ``"outputs"``: times the
+            measured sensitivity of all outputs; ``"auto"``: errors where the outputs are class scores (N, K),
+            else outputs; ``"exact"``: every candidate of every conv is converted alone, which takes hours for
+            a large model.
+        verify: whether the plan and the best uniform one are converted and compared on held-out images, if
+            their predictions are near each other, and latencies of whole plans measured where no ``table``
+            is given.
         table: latencies measured on the device; None = measure them here, where the budget needs them.
         threads: intra-op threads of that measurement.
         cache: folder for what took long to measure; None = keep nothing.
@@ -119,13 +122,13 @@ def plan_for_budget(
     """Find the plan that loses the least within a budget, or at the MACs of plain groups.
 
     Every conv gets the structure for which the predicted losses of all convs add up to the
-    least within all limits. The plan is then converted, and so is the best uniform plan (the same number of
-    groups everywhere) within the same limits; whichever diverges less from the dense model on held-out
-    images is returned, of those that hold a limit on the drop. A model without class scores diverges by the
-    relative error of its outputs. A limit on the latency is held by measured ones: plans are timed, and the
-    limit on what is predicted for them corrected until both agree. For a limit on the drop alone, the
-    smallest plan that holds it is searched by bisection over the MACs (over the latency, if there is a table
-    of it), each step converted and measured.
+    least within all limits. If the best uniform plan (the same number of groups everywhere) within the same
+    limits is predicted to lose less than twice as much, both are converted; whichever diverges less from the
+    dense model on held-out images is returned, of those that hold a limit on the drop. A model without class
+    scores diverges by the relative error of its outputs. A limit on the latency is held by measured ones:
+    plans are timed, and the limit on what is predicted for them corrected until both agree. For a limit on
+    the drop alone, the smallest plan that holds it is searched by bisection over the MACs (over the latency,
+    if there is a table of it), each step converted and measured.
 
     Args:
         model: a dense model; left untouched.

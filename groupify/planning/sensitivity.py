@@ -1,11 +1,16 @@
 """What each candidate of each conv would cost in accuracy.
 
-For a classifier the loss of a candidate is the divergence of the model's class probabilities, to second
-order: half the error of the best replacement, weighted by the Fisher information of the conv's output,
-``½ tr(F Cov(y − ŷ))``, in nats for each image. For any other model it is the relative error of the outputs:
-that of the replacement times a measured sensitivity, what the outputs are off by where that conv alone is
-replaced.
-The losses of several convs are taken to add up.
+For a classifier the loss of a candidate is the relative error of the conv's outputs that the best replacement
+leaves, each output weighing as much as the class probabilities react to it (the diagonal F of their Fisher
+information). What an expansion to second order says of a conv that is replaced alone, ``½ tr(F Cov(y − ŷ))``
+nats, does not rank plans well (``scripts/benchmarks/ranking.py``): convs that look the most sensitive are the
+early ones, and the fit of the later convs takes back much of what they did. So that sensitivity,
+``½ tr(F Cov(y))`` for each unit of relative error, weighs little, by a small power of it: enough to tell a
+conv that the classes hardly need.
+
+For any other model, where some convs are read by many and others only at the end, the relative error of the
+replacement counts times a measured sensitivity: what the model's outputs are off by where that conv alone is
+replaced. The losses of several convs are taken to add up.
 """
 
 from __future__ import annotations
@@ -43,9 +48,11 @@ from groupify.stats.flow import data_score
 from groupify.structures import Candidate, Choices
 
 _MEMORY = 2**31
-_VERSION = "2"  # of what is measured: another one makes the cached numbers void
+_TINY = 1e-30
+_DAMPED = 0.2  # power of the sensitivity: from 0 to 0.25 plans rank about as well, above it worse
+_VERSION = "3"  # of what is measured: another one makes the cached numbers void
 
-AUTO, FISHER, OUTPUTS, EXACT = "auto", "fisher", "outputs", "exact"
+AUTO, ERRORS, FISHER, OUTPUTS, EXACT = "auto", "errors", "fisher", "outputs", "exact"
 
 Orders = Mapping[str, tuple[Tensor | None, Tensor | None]]  # candidate → its input and output order
 
@@ -57,10 +64,12 @@ class Sensitivity:
     Attributes:
         losses: by the key of the candidate, at least 0; leaving a conv as it is loses nothing.
         method: one line on how they were measured.
+        powers: to which powers plans are to be tried that add the losses up; one where they rank plans well.
     """
 
     losses: Mapping[str, float]
     method: str
+    powers: tuple[float, ...] = (1.0, 0.5)
 
     def loss(self, candidate: Candidate) -> float:
         """Return the loss of one candidate."""
@@ -90,8 +99,10 @@ def measure_sensitivity(
         model: the dense model; left untouched.
         choices: what may become of each conv.
         images: shape (N, C, H, W), preprocessed as for inference.
-        of: ``"fisher"``: of the class probabilities; ``"outputs"``: of all outputs; ``"auto"``: the former
-            where the outputs are class scores, see :func:`groupify.scores.has_classes`.
+        of: ``"errors"``: relative errors of the convs, hardly weighted; ``"fisher"``: weighted by the Fisher
+            information of class scores; ``"outputs"``: times the measured sensitivity of all outputs;
+            ``"auto"``: errors where the outputs are class scores, see :func:`groupify.scores.has_classes`,
+            else outputs.
         inputs: a batch of images → what the model is called with; None = the images.
         seed: seed of the sampled positions and directions.
         cache: folder to keep the numbers in; None = nowhere.
@@ -110,7 +121,7 @@ def measure_sensitivity(
     convs = choices.open_sites
     dense = copy_of(model).float().eval().requires_grad_(False)
     work = _Measurement(dense, choices, images.float(), inputs, seed, progress, of)
-    store = _store(cache, _key(model, images, inputs, seed) + ("" if work.fisher else "-outputs"))
+    store = _store(cache, f"{_key(model, images, inputs, seed)}-{work.of}")
     missing = [options for options in convs if any(c.key not in store.numbers for c in options[1:])]
     with torch.random.fork_rng(devices=[]):
         for chunk in chunks(missing, lambda options: _moment_bytes(dense, options), memory):
@@ -118,12 +129,13 @@ def measure_sensitivity(
             found: list[dict[str, float]] = []
             for options in tqdm(chunk, desc="errors", disable=None if progress else True, leave=False):
                 found.append(work.losses(options))
-                if work.fisher:
+                if work.of != OUTPUTS:
                     store.add(found[-1])
-            if not work.fisher:
+            if work.of == OUTPUTS:
                 store.add(work.of_outputs(chunk, found))
     losses = {c.key: store.numbers[c.key] for options in convs for c in options[1:]}
-    return Sensitivity(losses, f"{work.method}, {len(images)} unlabelled images")
+    powers = (1.0,) if work.of == ERRORS else Sensitivity.powers
+    return Sensitivity(losses, f"{work.method}, {len(images)} unlabelled images", powers)
 
 
 def weight_sensitivity(
@@ -227,8 +239,8 @@ class _Measurement:
     """The passes over the images and what is computed from them.
 
     Attributes:
-        fisher: whether losses are weighted by Fisher information; else outputs are compared.
-        method: one line on how losses are measured.
+        of: how losses are measured; no longer "auto".
+        method: one line on that.
     """
 
     def __init__(
@@ -251,17 +263,19 @@ class _Measurement:
         self._orders: Orders | None = None
         self._trials: dict[str, Tensor] = {}
         outputs = run_once(dense, self._call(images[:1]))
-        if of == FISHER and not has_classes(outputs):
+        self._classes = has_classes(outputs)
+        if of == FISHER and not self._classes:
             raise DataError(
                 f"Fisher information is that of class scores (N, K), and the model's outputs are "
                 f"{describe_outputs(outputs)}: take the sensitivity {OUTPUTS!r}"
             )
-        self.fisher = has_classes(outputs) if of == AUTO else of == FISHER
-        self.method = "fitted error weighted by Fisher information"
-        if not self.fisher:
-            self.method = (
-                f"fitted error times the measured sensitivity of the outputs ({describe_outputs(outputs)})"
-            )
+        self.of = of if of != AUTO else ERRORS if self._classes else OUTPUTS
+        self.method = {
+            ERRORS: "relative errors of the fitted convs, damped by Fisher information",
+            FISHER: "fitted error weighted by Fisher information",
+            OUTPUTS: "fitted error times the measured sensitivity of the outputs "
+            f"({describe_outputs(outputs)})",
+        }[self.of]
 
     def _call(self, images: Tensor) -> Call:
         return (Call((images,)) if self._inputs is None else model_inputs(images, self._inputs)).on(
@@ -274,7 +288,7 @@ class _Measurement:
         first = self._orders is None
         every = [options[0].site.name for options in self._choices.open_sites]
         try:
-            self._statistics = self._pass(every if first else whole, whole, backward=self.fisher)
+            self._statistics = self._pass(every if first else whole, whole, backward=self._backward)
         except DataError as problem:
             warnings.warn(
                 f"{problem}; all outputs of a conv weigh the same instead", GroupifyWarning, stacklevel=4
@@ -301,7 +315,7 @@ class _Measurement:
     def losses(self, options: Sequence[Candidate]) -> dict[str, float]:
         """Return the loss of each candidate of one conv that is observed at present; used up.
 
-        Where outputs are compared, the losses are relative errors of the conv.
+        Where all outputs are compared, the losses are relative errors as yet.
         """
         name = options[0].site.name
         statistics = self._statistics.pop(name)
@@ -310,22 +324,21 @@ class _Measurement:
         if importance is not None:
             scale = importance.diagonal().clamp(min=0).sqrt().float()
         site = _site_losses(self._dense, self._choices, options, covariance, scale)
-        found = site.relative(options)
-        if importance is not None:
-            found = {key: site.energy() / 2 * error for key, error in found.items()}
-        elif scale is not None:
-            importance = 2 * scale.square().double().diag() / max(site.energy(), 1e-30)
-        if not self.fisher:
+        found, energy = site.relative(options), site.energy()
+        if self.of == OUTPUTS:
             self._trials[name] = site.trial_weight()
         others = [candidate for candidate in options[1:] if candidate.key not in found]
-        if not others:
+        if others:
+            weights = torch.ones(len(self._weight(name))) if scale is None else scale.square()
+            layer = LayerMoments(self._weight(name), covariance[0])
+            for candidate in others:
+                inputs, outputs = (self._orders or {}).get(candidate.key, (None, None))
+                error = layer.error(candidate.site.recipe, inputs, outputs)
+                found[candidate.key] = error.weighted(weights.double().diag()) / max(energy, _TINY)
+        if self.of == OUTPUTS or importance is None:
             return found
-        layer = LayerMoments(self._weight(name), covariance[0])
-        for candidate in others:
-            inputs, outputs = (self._orders or {}).get(candidate.key, (None, None))
-            error = layer.error(candidate.site.recipe, inputs, outputs)
-            found[candidate.key] = error.relative if importance is None else error.weighted(importance) / 2
-        return found
+        weight = (energy / 2) ** (1.0 if self.of == FISHER else _DAMPED)
+        return {key: weight * error for key, error in found.items()}
 
     def of_outputs(
         self, chunk: Sequence[tuple[Candidate, ...]], errors: Sequence[Mapping[str, float]]
@@ -343,15 +356,19 @@ class _Measurement:
             for key, error in losses.items()
         }
 
+    @property
+    def _backward(self) -> bool:
+        return self._classes and self.of != OUTPUTS
+
     @functools.cached_property
     def _graph(self) -> ModelGraph | None:
         return graph_of(self._dense, self._call(self._images[:2]))
 
     @functools.cached_property
     def _scales(self) -> dict[str, Tensor]:
-        """How much the outputs of each conv weigh where outputs are compared."""
+        """How much the outputs of each conv weigh where class probabilities don't say so."""
         names = [options[0].site.name for options in self._choices.open_sites]
-        return {} if self.fisher else output_scales(self._graph, names)
+        return {} if self._backward else output_scales(self._graph, names)
 
     def _weight(self, name: str) -> Tensor:
         return self._dense.get_submodule(name).get_parameter("weight").flatten(2)

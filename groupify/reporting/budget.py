@@ -43,15 +43,15 @@ def race_lines(result: BudgetPlan) -> tuple[str, ...]:
 def _of_contender(contender: Contender) -> str:
     measured = contender.measured
     if measured is None:
-        return f"{contender.name}: predicted divergence {contender.loss:.4g}, not measured"
+        return f"{contender.name}: predicted loss {contender.loss:.4g}, not measured"
     if measured.drop is None:
         return (
             f"{contender.name}: measured relative error of the outputs {measured.divergence:.4g} on held-out "
-            f"images (predicted {contender.loss:.4g})"
+            f"images (predicted loss {contender.loss:.4g})"
         )
     return (
         f"{contender.name}: measured divergence {measured.divergence:.4g}, drop {measured.drop:.2f} points "
-        f"on held-out images (predicted divergence {contender.loss:.4g})"
+        f"on held-out images (predicted loss {contender.loss:.4g})"
     )
 
 
@@ -95,7 +95,7 @@ def budget_document(result: BudgetPlan, frontier: Frontier | None = None) -> dic
                 "name": contender.name,
                 "uniform": contender.uniform,
                 "costs": dict(contender.costs),
-                "predicted_divergence": contender.loss,
+                "predicted_loss": contender.loss,
                 **_measured(contender.measured),
             }
             for contender in result.contenders
@@ -111,7 +111,7 @@ def budget_document(result: BudgetPlan, frontier: Frontier | None = None) -> dic
                     "asked": point.asked,
                     "share": point.share,
                     "cost": point.cost,
-                    "predicted_divergence": point.loss,
+                    "predicted_loss": point.loss,
                     **_measured(point.measured),
                 }
                 for point in frontier.points
@@ -176,7 +176,7 @@ def _draw(frontier: Frontier, axes: Axes) -> None:
             place: Any = (100 * point.share, _height(point, measured))
             axes.plot(*place, "*", color="black", markersize=14, label="asked budget", zorder=3)
     axes.set_xlabel(f"{'MACs' if frontier.quantity == MACS else 'latency'}, % of the dense model")
-    axes.set_ylabel(f"{'measured' if measured else 'predicted'} divergence from the dense model")
+    axes.set_ylabel("measured divergence from the dense model" if measured else "predicted loss")
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(LogFormatter())  # 20, not 2×10¹, and between the powers of ten as well
     axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))

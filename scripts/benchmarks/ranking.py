@@ -6,7 +6,8 @@
 Each plan is the planner's own, for losses that are multiplied by random factors (log-normal, one for each
 conv, its deviation drawn between 0 and --spread), at MACs ÷4 within 2%. All are converted with the same 300
 unlabelled images, without targets behind the ReLU (an order of plans needs no last digit), and compared with
-the dense net on the test images. For each way to predict, a row: Spearman's rank correlation of the predicted
+the dense net on the test images. The losses that are multiplied
+are those of Fisher information. For each way to predict, a row: Spearman's rank correlation of the predicted
 loss with the measured KL divergence and with the drop of the top-1 accuracy, over all plans of one net.
 """
 
@@ -29,7 +30,7 @@ from groupify.planning.budget import MACS
 from groupify.planning.candidates import candidates
 from groupify.planning.costing import Chosen, Costing
 from groupify.planning.rules import AUTO, Rules
-from groupify.planning.sensitivity import FISHER, OUTPUTS, Sensitivity, measure_sensitivity
+from groupify.planning.sensitivity import ERRORS, FISHER, OUTPUTS, Sensitivity, measure_sensitivity
 from groupify.scores import measure_cost
 from groupify.structures import Choices
 from scripts.benchmarks.contest import MODEL
@@ -174,11 +175,11 @@ def main() -> None:
         losses: Costing(
             choices, measure_sensitivity(source.model, choices, setting.images, of=losses, seed=seed), cost
         )
-        for losses in (FISHER, OUTPUTS)
+        for losses in (FISHER, OUTPUTS, ERRORS)
         if matches(f"{net} {losses}", arguments.only)
     }
     if not costings:
-        parser.error(f"no row is called {arguments.only!r}: there are {FISHER} and {OUTPUTS}")
+        parser.error(f"no row is called {arguments.only!r}: there are {FISHER}, {OUTPUTS} and {ERRORS}")
     plans = random_plans(next(iter(costings.values())), count, arguments.spread, seed)
     measured = measure(setting, choices, plans, data.test, limit)
     for losses, costing in costings.items():

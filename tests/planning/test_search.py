@@ -150,12 +150,13 @@ def test_a_wide_conv_may_become_all_that_its_kernel_is_fast_at() -> None:
     }  # fmt: skip
 
 
-def test_a_conv_that_the_output_hardly_needs_is_predicted_to_lose_little() -> None:
+@pytest.mark.parametrize(("of", "times"), [("errors", 2), ("fisher", 20)])
+def test_a_conv_that_the_output_hardly_needs_is_predicted_to_lose_little(of: str, times: float) -> None:
     model = net()
     choices = candidates(model, SHAPE, GROUPED, group_counts=(4,))
-    found = measure_sensitivity(model, choices, images())
+    found = measure_sensitivity(model, choices, images(), of=of)
     losses = {options[0].site.name: found.loss(options[1]) for options in choices.sites[1:]}
-    assert losses["second.3"] < losses["first.3"] / 20
+    assert losses["second.3"] < losses["first.3"] / times
     assert all(loss > 0 for loss in losses.values())
     measured = exact_sensitivity(model, choices, images()[:40], images()[40:])
     exact = {options[0].site.name: measured.loss(options[1]) for options in choices.sites[1:]}
@@ -218,9 +219,11 @@ def test_the_plan_holds_its_budget_and_is_no_worse_than_uniform_groups() -> None
     assert found.dense_costs["macs"] == measure_cost(net(), example).macs
     uniform = [contender for contender in found.contenders if contender.uniform]
     assert len(uniform) == 1
-    assert winner.measured is not None
-    assert uniform[0].measured is not None
-    assert winner.measured.divergence <= uniform[0].measured.divergence
+    assert uniform[0].loss > 2 * winner.loss
+    assert [contender.measured for contender in found.contenders] == [None, None]  # no race is needed
+    judge = HeldOut(net(), Images.split(images()))
+    own, others = (judge(found.costing.choices.plan(one.chosen)) for one in (winner, uniform[0]))
+    assert own.divergence <= others.divergence
     first = found.contenders[[c.name for c in found.contenders].index("planned")]
     assert first.loss <= uniform[0].loss
     macs = {s.name: s.macs.grouped for s in found.costing.choices.plan(first.chosen).sites}
@@ -228,11 +231,14 @@ def test_the_plan_holds_its_budget_and_is_no_worse_than_uniform_groups() -> None
 
 
 def test_uniform_wins_where_the_plan_is_measured_to_be_worse() -> None:
-    """Losses that are all wrong: what costs the least is said to lose nothing."""
+    """Losses that are wrong: much of one branch is said to lose less than a little of both."""
     options = SearchOptions()
     given = Images.split(images())
     costing = make_costing(net(), SHAPE, given, GROUPED, options, latency=False)
-    losses = {key: 1e-9 + key.startswith("second") for key in costing.sensitivity.losses}
+    halved = {options[1].key for options in costing.choices.open_sites}
+    losses = {
+        key: 0.5 if key in halved else 0.9 + key.startswith("second") for key in costing.sensitivity.losses
+    }
     wrong = replace(costing, sensitivity=Sensitivity(losses, "wrong"))
     found = Race(Finder(Budget.parse("macs=55%"), wrong), HeldOut(net(), given, options)).run()
     assert found.winner.uniform
