@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from groupify.errors import PlanError
 from groupify.structures import Plan, SitePlan
@@ -123,13 +124,37 @@ def latency_warning(plan: Plan, block: int) -> str | None:
     slow = [site for site in plan.converted if _is_slow(site, block)]
     if not slow:
         return None
-    names = ", ".join(site.name or "(the model)" for site in slow[:3]) + (", …" if len(slow) > 3 else "")
     shuffled = all(not _is_slow(_without_shuffle(site), block) for site in slow)
     advice = "--shuffle none" if shuffled else "--min-group-width auto leaves such convs alone"
     return (
         f"{len(slow)} of {len(plan.converted)} grouped convs are expected to be slower than the dense ones: "
-        f"{names} ({_why(slow[0], block)}); {advice}"
+        f"{_names(slow)} ({_why(slow[0], block)}); {advice}"
     )
+
+
+def int8_warning(plan: Plan) -> str | None:
+    """Return one line on the sites that int8 kernels are slow at; None where there are none.
+
+    ONNX Runtime's quantised conv copies the patches and multiplies group by group, unless it is depthwise:
+    measured, 4 groups of 128 channels bring 1.4× of dense int8 where they bring 3.5× in float32, 8 groups
+    lose (``docs/how-to/budget.md``).
+    """
+    slow = [site for site in plan.converted if _several_wide_groups(site)]
+    if not slow:
+        return None
+    return (
+        f"{len(slow)} of {len(plan.converted)} grouped convs are not depthwise ({_names(slow)}): int8 "
+        "kernels run those one group after the other, and the dense model in int8 may be faster; --budget "
+        "latency=2x plans by what int8 really takes"
+    )
+
+
+def _several_wide_groups(site: SitePlan) -> bool:
+    return site.groups > max(1, site.groups_before) and site.core_channels[0] != site.groups
+
+
+def _names(sites: Sequence[SitePlan]) -> str:
+    return ", ".join(site.name or "(the model)" for site in sites[:3]) + (", …" if len(sites) > 3 else "")
 
 
 def _is_slow(site: SitePlan, block: int) -> bool:

@@ -21,8 +21,13 @@ from groupify.planning.left_alone import nothing_fits, why_left_alone, why_short
 from groupify.planning.observing import functional_convs, observe
 from groupify.planning.rules import Rules
 from groupify.planning.sites import conv_macs, find_convs, in_order, limits, site_plan
-from groupify.planning.slow_kernels import latency_warning, leave_slow_sites_dense, with_latency_reasons
-from groupify.structures import GROUPED_POINTWISE, Observed, Plan, SiteRecipe, Structure
+from groupify.planning.slow_kernels import (
+    int8_warning,
+    latency_warning,
+    leave_slow_sites_dense,
+    with_latency_reasons,
+)
+from groupify.structures import GROUPED_POINTWISE, INT8, Observed, Plan, SiteRecipe, Structure
 
 _PLAIN_GROUPS = "--structure grouped makes it a grouped conv alone"
 
@@ -74,7 +79,8 @@ def plan(
         ConversionError: the model does not run on such inputs.
 
     Warns:
-        GroupifyWarning: convs are expected to be slower with groups; where ``min_group_width`` is a number.
+        GroupifyWarning: convs are expected to be slower with groups; where ``min_group_width`` is a number,
+            or the plan is for int8.
     """
     counts = GroupCounts.of(groups)
     model = unwrapped(model)
@@ -83,9 +89,10 @@ def plan(
     made = plan_observed(model, observed, example, groups=counts, rules=rules)
     found = limits(model, [site.name for site in made.converted], as_call(example, model))
     notes = found.notes
-    slower = latency_warning(made, rules.cpu_block)
+    in_int8 = rules.precision == INT8
+    slower = int8_warning(made) if in_int8 else latency_warning(made, rules.cpu_block)
     if slower is not None:
-        made = with_latency_reasons(made, rules.cpu_block)
+        made = made if in_int8 else with_latency_reasons(made, rules.cpu_block)
         notes = (*notes, slower)
         warnings.warn(slower, GroupifyWarning, stacklevel=2)
     return replace(made, notes=notes, captured=found.captured)

@@ -127,3 +127,16 @@ def test_command_line(run: Run) -> None:
     assert "slower, an estimated" in loose.out
     default = run(*command)
     assert "expected to be slower" not in default.err
+
+
+def test_groups_in_int8_are_warned_of_but_for_depthwise_ones() -> None:
+    """What float32 kernels are fast at, int8 kernels run group by group."""
+    net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 3))
+    with pytest.warns(GroupifyWarning, match=r"2 of 2 .* \(1, 2\): int8 kernels .* --budget latency=2x"):
+        made = plan(net, (3, 16, 16), groups=4, rules=Rules(cpu="avx512", precision="int8"))
+    assert any("int8 kernels" in note for note in made.notes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rules = Rules(cpu="avx512", precision="int8", structures="grouped-pointwise", min_group_width=1)
+        plan(net, (3, 16, 16), groups=64, rules=rules)
+        plan(net, (3, 16, 16), groups=4, rules=Rules(cpu="avx512"))
