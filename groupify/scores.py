@@ -21,6 +21,7 @@ from tqdm import tqdm
 from groupify.data.batches import UNLABELLED, Data, check_labels, is_map_style
 from groupify.data.calls import Inputs, iterate_calls, model_inputs
 from groupify.data.ranks import ALONE, Ranks
+from groupify.devices import double
 from groupify.errors import DataError
 from groupify.graph.call import Call
 from groupify.graph.forward import evaluating, output_tensors, run_once
@@ -185,7 +186,7 @@ class OutputErrors:
 
 
 def _floats(outputs: Sequence[Tensor]) -> list[Tensor]:
-    return [values.detach().double() for values in outputs if values.is_floating_point()]
+    return [double(values.detach()) for values in outputs if values.is_floating_point()]
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from groupify.graph.call import Call
 from groupify.graph.model_graph import computes_the_same
 from groupify.graph.parts import Part, find_parts, fitting, given_up, part_inputs, shown_names
 from groupify.graph.plain_layers import CONVS, conv_of
+from groupify.graph.prepared import batch_sizes
 from groupify.stats.samples import SampleBudget, Sampling, SiteSampler
 from groupify.structures import SiteRecipe
 
@@ -163,7 +164,7 @@ def fit_by_module(
     }
     sampler = SiteSampler(layers, budget, batches, seed)
     _sample_by_hooks(dense, batches, sites, sampler, progress)
-    held_out = HeldOutImages([batch.batch_size for batch in batches])
+    held_out = HeldOutImages(batch_sizes(batches))
     fits = []
     with torch.no_grad():
         for name, site in sites.items():

@@ -45,10 +45,11 @@ class SiteScore:
 
     @classmethod
     def of(cls, site: SiteRecipe, score: Tensor, weight: Tensor) -> SiteScore:
-        """Return what decides the groups of a site of a weight, shape (O, I, *kernel)."""
+        """Return what decides the groups of a site of a weight, shape (O, I, *kernel); on the CPU."""
+        score, weight = score.cpu(), weight.detach().cpu()
         if site.structure.expand is None:
             return cls(site, score)
-        return cls(site, score, score.sqrt() * weight.detach().flatten(1).sign())
+        return cls(site, score, score.sqrt() * weight.flatten(1).sign())
 
 
 @dataclass(frozen=True)

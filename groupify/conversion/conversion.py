@@ -25,6 +25,7 @@ from groupify.graph.capture import Captured, capture
 from groupify.graph.channels import Channels
 from groupify.graph.kept_graph import KeptGraph
 from groupify.graph.model_graph import ModelGraph, computes_the_same
+from groupify.graph.prepared import PreparedCalls, batch_sizes
 from groupify.models.wrappers import unwrapped
 from groupify.structures import Plan, SiteRecipe
 
@@ -234,15 +235,16 @@ class _Conversion:
         restructure(self._dense, list(self._sites.values()))  # refuses a wrong plan before any work
         if self._calibration is None:
             return self._from_weights()
-        batches = self._batches(self._calibration)
+        calls = self._calibration.calls
+        batches = self._batches(calls)
         graph, problem = self._whole(batches)
         self.clock.lap("graph")
         if graph is not None:
-            return self._in_order(graph, self._equal(graph, batches), self._calibration)
+            return self._in_order(graph, self._batches(self._equal(graph, calls)), self._calibration)
         return self._by_part(problem, batches, self._calibration)
 
-    def _batches(self, calibration: Calibration) -> list[Call]:
-        return [_float32(call.on(self._dense)) for call in calibration.calls]
+    def _batches(self, calls: Sequence[Call]) -> Sequence[Call]:
+        return PreparedCalls(calls, lambda call: _float32(call.on(self._dense)))
 
     def _whole(self, batches: Sequence[Call]) -> tuple[ModelGraph | None, str]:
         """The graph of the whole model, if it computes the same; else None and why."""
@@ -270,10 +272,10 @@ class _Conversion:
         kept = self._kept
         return kept.channels if kept is not None and kept.graph.graph is graph.graph else None
 
-    def _equal(self, graph: ModelGraph, batches: list[Call]) -> list[Call]:
-        """The batches that the graph holds for."""
-        fitting = [batch for batch in batches if graph.accepts(batch)]
-        left_out = sum(batch.batch_size for batch in batches) - sum(batch.batch_size for batch in fitting)
+    def _equal(self, graph: ModelGraph, calls: Sequence[Call]) -> list[Call]:
+        """The calls that the graph holds for."""
+        fitting = [call for call in calls if graph.accepts(call)]
+        left_out = sum(batch_sizes(calls)) - sum(batch_sizes(fitting))
         if left_out:
             self.notes.append(
                 f"the model can only be exported for a fixed batch size: {left_out} images that do not fill "
@@ -281,7 +283,7 @@ class _Conversion:
             )
         return fitting
 
-    def _in_order(self, graph: ModelGraph, batches: list[Call], calibration: Calibration) -> nn.Module:
+    def _in_order(self, graph: ModelGraph, batches: Sequence[Call], calibration: Calibration) -> nn.Module:
         found = convert_in_order(
             self._dense, graph, batches, self._sites, calibration,
             channels=self._channels(graph), seed=self._seed, clock=self.clock, progress=self._progress,
@@ -296,7 +298,7 @@ class _Conversion:
         _check_student(found.student, graph, batches[0])
         return found.student
 
-    def _by_part(self, problem: str, batches: list[Call], calibration: Calibration) -> nn.Module:
+    def _by_part(self, problem: str, batches: Sequence[Call], calibration: Calibration) -> nn.Module:
         found = convert_by_part(
             self._dense, batches, self._sites, calibration,
             problem=problem, seed=self._seed, clock=self.clock, progress=self._progress,

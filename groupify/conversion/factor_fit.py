@@ -65,14 +65,14 @@ def fit_factors(
         conv: the dense conv.
         structure: what replaces it; more than one conv.
         parts: what it reads and should output; used up, since the inputs of a wide conv are large.
-        scale: weight of each output's error, shape (O,); None = 1.
+        scale: weight of each output's error, shape (O,), where the parts are; None = 1.
         relaxations: how often the targets are relaxed where a ReLU behind is off.
         centred: whether there is a bias to take the means.
     """
-    signs = parts[0].target.signs
+    signs, device = parts[0].target.signs, parts[0].inputs.device
     inputs = conv.weight[0].numel()
     every = sum(len(part.inputs) for part in parts) // max(_FOLLOWED, _FOLLOWED_PER_INPUT * inputs)
-    fitting = _Fitting(conv, structure, scale, signs, relaxations, centred, max(1, every))
+    fitting = _Fitting(conv, structure, scale, signs, relaxations, centred, max(1, every), device)
     held_out = [part for part in parts if part.held_out]
     seen = [part for part in parts if not part.held_out]
     parts.clear()
@@ -101,13 +101,13 @@ class _Fitting:
         relaxations: int,
         centred: bool,
         every: int,
+        device: torch.device,
     ) -> None:
         self._every = every  # every so many samples are followed by relaxed targets
         self._shape, self._structure, self._centred = conv_shape(conv), structure, centred
-        self._scale = torch.ones(conv.out_channels) if scale is None else scale.abs()
-        self._weight = (
-            conv.weight.float() if signs is None else torch.einsum("o...,o->o...", conv.weight, signs)
-        )
+        weight = conv.weight.to(device)
+        self._scale = torch.ones(conv.out_channels, device=device) if scale is None else scale.abs()
+        self._weight = weight.float() if signs is None else torch.einsum("o...,o->o...", weight, signs)
         self._relaxations = 0 if signs is None else relaxations
         self._moments = GroupedMoments(centred=centred)
         self._followed: list[GroupedSamples] = []

@@ -19,12 +19,14 @@ from tqdm import tqdm
 from groupify.conversion.held_out import HeldOutImages
 from groupify.conversion.layer_samples import Part, Target, dense_parts
 from groupify.conversion.site_fit import FitOptions, SiteFit, fit_site, refit_layer
+from groupify.devices import double
 from groupify.graph.call import Call
 from groupify.graph.execute import BatchedRun
 from groupify.graph.model_graph import ModelGraph, Norm
 from groupify.graph.neighbours import is_relu, only_reader
 from groupify.graph.operators import Effect, effect
 from groupify.graph.plain_layers import CONVS, Conv
+from groupify.graph.prepared import batch_sizes
 from groupify.stats.positions import compact, input_patches, pick
 from groupify.stats.samples import SiteSamples
 from groupify.structures import SiteRecipe
@@ -120,8 +122,9 @@ class _Fitter:
                 part.patches.clear()
                 part.patch_outputs.clear()
         self._run = BatchedRun(student, batches, compact)
-        self._images = sum(batch.batch_size for batch in batches)
-        self._held_out = HeldOutImages([batch.batch_size for batch in batches])
+        sizes = batch_sizes(batches)
+        self._images = sum(sizes)
+        self._held_out = HeldOutImages(sizes)
         self._started: set[fx.Node] = set()
         self._changed: set[fx.Node] = set()
         self._aimed: set[fx.Node] = set()
@@ -205,7 +208,7 @@ class _Fitter:
             for rows, held in ((~held_out, False), (held_out, True)):
                 if bool(rows.any()):
                     patches = input_patches(inputs, layer, positions.subset(rows)).float()
-                    parts.append(Part(patches, target.subset(rows), held))
+                    parts.append(Part(patches, target.subset(rows), held).solvable())
         return parts
 
     def _target(
@@ -221,7 +224,8 @@ class _Fitter:
         if other is None and not relu:
             return Target(outputs)
         # Behind the conv: y → scale·y + shift, plus the other term of a residual sum.
-        scale, offset = torch.ones(outputs.shape[1]), torch.zeros(outputs.shape[1])
+        scale = torch.ones(outputs.shape[1], device=outputs.device)
+        offset = torch.zeros_like(scale)
         if norm is not None:
             scale, offset = norm.affine()
         usable = scale.abs() > 1e-3 * scale.abs().amax()
@@ -278,15 +282,15 @@ class _Fitter:
         weight and bias make up for them, so that inference stays as it is and training, which uses
         the batch's own statistics, starts from the same function.
         """
-        count, total = 0, torch.zeros_like(norm.running_mean, dtype=torch.float64)
+        count, total = 0, double(torch.zeros_like(norm.running_mean))
         squares = torch.zeros_like(total)
         for batch in range(self._run.batch_count):
             values = self._thinned(self._run.stored(source, batch)).float()
             others = [dim for dim in range(values.dim()) if dim != 1]
             values = values - norm.running_mean.reshape(-1, *[1] * (values.dim() - 2))
             count += values.numel() // values.shape[1]
-            total += values.sum(others)
-            squares += values.square().sum(others)
+            total += values.sum(others).to(total.device)
+            squares += values.square().sum(others).to(total.device)
         if count < 2:
             return
         mean = total / count
@@ -295,7 +299,7 @@ class _Fitter:
         if keeps_function and (norm.weight is None or norm.bias is None):
             return
         before = norm.affine()
-        norm.running_mean.add_(mean)
+        norm.running_mean.add_(mean.to(norm.running_mean))
         norm.running_var.copy_(variance)
         if keeps_function:
             scale, shift = before

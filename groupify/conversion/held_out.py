@@ -65,7 +65,7 @@ class HeldOutImages:
     def rows(self, positions: Positions, batch: int) -> Tensor:
         """Return which positions of a batch lie in held-out images, shape (count,)."""
         if not self._any:
-            return torch.zeros(len(positions), dtype=torch.bool)
+            return torch.zeros(len(positions), dtype=torch.bool, device=positions.image.device)
         return (self._starts[batch] + positions.image) % _SHARE == _SHARE - 1
 
 

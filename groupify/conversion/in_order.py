@@ -28,6 +28,7 @@ from groupify.graph.model_graph import ModelGraph
 from groupify.graph.neighbours import refittable, residual_sums
 from groupify.graph.permute import apply_orders, input_factors, layer_orders
 from groupify.graph.plain_layers import Conv, conv_of
+from groupify.graph.prepared import PreparedCalls
 from groupify.stats.flow import fitted_error, norm_score, sampled_score
 from groupify.stats.samples import SampleBudget, Sampling, SiteSamples, observe_teacher
 from groupify.structures import SiteRecipe
@@ -162,7 +163,7 @@ def convert_in_order(
         clock: takes the time of the parts.
         progress: show bars on stderr.
     """
-    batches = [batch.channels_last() for batch in batches]
+    batches = PreparedCalls(batches, Call.channels_last)
     layers = _sampled(dense, graph, sites, calibration)
     sums = residual_sums(graph, layers)
     samples = observe_teacher(graph, batches, layers, sums, calibration.budget, seed=seed, progress=progress)

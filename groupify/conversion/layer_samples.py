@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from groupify.conversion.held_out import HeldOutImages
+from groupify.devices import with_float64
 from groupify.stats.samples import SiteSamples
 
 
@@ -23,6 +25,11 @@ class Part:
     inputs: Tensor
     target: Target
     held_out: bool = False
+
+    def solvable(self) -> Part:
+        """Return them where float64 is to be had, in which they are solved for."""
+        device = with_float64(self.inputs.device)
+        return Part(self.inputs.to(device), self.target.on(device), self.held_out)
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,13 @@ class Target:
         thresholds = None if self.thresholds is None else self.thresholds[rows]
         return Target(self.outputs[rows], thresholds, self.signs)
 
+    def on(self, device: torch.device) -> Target:
+        """Return the targets on a device."""
+        thresholds, signs = (
+            None if part is None else part.to(device) for part in (self.thresholds, self.signs)
+        )
+        return Target(self.outputs.to(device), thresholds, signs)
+
     def mirrored(self) -> Target:
         """Negate the outputs whose ReLU is off above the threshold, so that every ReLU is off below."""
         if self.thresholds is None or self.signs is None or bool((self.signs > 0).all()):
@@ -58,7 +72,7 @@ def dense_parts(samples: SiteSamples, held_out: HeldOutImages) -> list[Part]:
         held = held_out.rows(positions, index // samples.calls)
         inputs, target = samples.patches[index], Target(samples.patch_outputs[index].float())
         parts += [
-            Part(inputs[rows].float(), target.subset(rows), bool(rows is held))
+            Part(inputs[rows].float(), target.subset(rows), bool(rows is held)).solvable()
             for rows in (~held, held)
             if bool(rows.any())
         ]

@@ -152,7 +152,7 @@ def _train_block(
     scale = targets.float().var().clamp(min=1e-12)
     optimizer = torch.optim.Adam(parameters, lr=options.learning_rate)
     for step in range(options.steps):
-        chosen = torch.randint(len(inputs), (options.batch_size,), generator=generator)
+        chosen = torch.randint(len(inputs), (options.batch_size,), generator=generator).to(inputs.device)
         _set_learning_rate(optimizer, options.learning_rate, step, options.steps)
         optimizer.zero_grad()
         output = _run_block(student, block, inputs[chosen].float())

@@ -97,7 +97,8 @@ def fit_site(
     else:
         *_, last = module.children()
         assert isinstance(last, CONVS)
-        centred, scale = norm is not None or last.bias is not None, None if norm is None else norm.affine()[0]
+        centred = norm is not None or last.bias is not None
+        scale = None if norm is None else norm.affine()[0].to(parts[0].inputs.device)
         fitted = fit_factors(
             dense_conv, site.structure, parts, scale, relaxations=options.relu_iterations, centred=centred
         )
@@ -139,7 +140,7 @@ def _set_bias(layer: Conv | nn.Linear, bias: Tensor, norm: Norm | None, channels
     elif norm is not None:
         of_channel = torch.empty_like(bias)
         of_channel[channels] = bias
-        norm.running_mean.sub_(of_channel)
+        norm.running_mean.sub_(of_channel.to(norm.running_mean))
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,8 @@ def _least_squares(
 
     signs = parts[0].target.signs
     flip = None if signs is None else grouped(signs.unsqueeze(0))[0].unsqueeze(2)  # (G, O/G, 1)
+    if prior is not None:
+        prior = prior.to(parts[0].inputs.device)
     if flip is not None and prior is not None:
         prior = prior * flip
     seen, held_out = (

@@ -20,6 +20,7 @@ from groupify.conversion.factor_fit import write_factors
 from groupify.conversion.surgery import conv_shape
 from groupify.decomposition.decompose import decompose
 from groupify.decomposition.moments import Moments
+from groupify.devices import with_float64
 from groupify.graph.model_graph import ModelGraph, Norm
 from groupify.graph.neighbours import only_reader
 from groupify.graph.operators import ADDITION, CONCATENATIONS, Effect, argument, effect, operator_name
@@ -97,13 +98,14 @@ def _fit_factors(
 ) -> Tensor:
     """Fit the factors of a sequence, and return the weight of the one conv that computes the same."""
     taps = conv.weight[0, 0].numel()
-    variance = torch.ones(conv.in_channels) if state is None else state.variance
+    device = with_float64(conv.weight.device)
+    variance = torch.ones(conv.in_channels, device=device) if state is None else state.variance.to(device)
     spread = (variance + 1e-4 * variance.mean().clamp(min=1e-12)).repeat_interleave(taps)
-    moments = Moments.of_weight(conv.weight, torch.diag_embed(spread.reshape(conv.groups, -1)))
-    scale = None if norm is None else norm.affine()[0]
+    moments = Moments.of_weight(conv.weight.to(device), torch.diag_embed(spread.reshape(conv.groups, -1)))
+    scale = None if norm is None else norm.affine()[0].to(device)
     factors = decompose(moments, conv_shape(conv), structure, scale)
     write_factors(sequence, factors)
-    return factors.weight()
+    return factors.weight().to(conv.weight)
 
 
 def _norm_behind(graph: ModelGraph, node: fx.Node) -> Norm | None:
@@ -176,8 +178,11 @@ def _evaluate(node: fx.Node, values: Tensor) -> Tensor:
 def _through(function: Callable[[Tensor], Tensor], state: _Channels) -> _Channels:
     """Mean and variance behind an elementwise function of Gaussian channels (Gauss–Hermite quadrature)."""
     points, weights = np.polynomial.hermite_e.hermegauss(_QUADRATURE_POINTS)
-    weight = torch.from_numpy(weights / weights.sum()).float().reshape(-1, 1)
-    values = state.mean + state.variance.sqrt() * torch.from_numpy(points).float().reshape(-1, 1)
+    weight, point = (
+        torch.from_numpy(values).float().to(state.mean.device).reshape(-1, 1)
+        for values in (weights / weights.sum(), points)
+    )
+    values = state.mean + state.variance.sqrt() * point
     outputs = function(values.reshape(*values.shape, 1, 1)).reshape(values.shape).float()  # it may be a mask
     mean = (weight * outputs).sum(0)
     return _Channels(mean, (weight * (outputs - mean).square()).sum(0))

@@ -23,9 +23,8 @@ def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     try:
         values, vectors = torch.linalg.eigh(matrices)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        flat = (
-            matrices.detach().cpu().double().flatten(0, -3) if matrices.dim() > 2 else matrices[None].double()
-        )
+        exact = matrices.detach().cpu().double()
+        flat = exact.flatten(0, -3) if matrices.dim() > 2 else exact[None]
         found = [scipy.linalg.eigh(matrix.numpy(), driver="ev") for matrix in flat]
         values, vectors = (torch.from_numpy(np.stack(part)).to(matrices) for part in zip(*found, strict=True))
         return values.reshape(matrices.shape[:-1]), vectors.reshape(matrices.shape)

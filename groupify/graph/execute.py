@@ -45,7 +45,7 @@ class BatchedRun:
     ) -> None:
         self.graph = graph
         self.batch_count = len(batches)
-        self._inputs = [batch.leaves for batch in batches]
+        self._batches = batches
         self._number = {node: number for number, node in enumerate(graph.placeholders)}
         self._compact = compact
         self._exact = needs_exact_values(graph.graph) if compact is not None else set()
@@ -77,7 +77,7 @@ class BatchedRun:
         return pytree.tree_map_only(_Halved, lambda kept: kept.values, self._kept(node, batch))
 
     def _kept(self, node: fx.Node, batch: int) -> Any:
-        if node in self._deferred or node.op == "get_attr":
+        if node in self._deferred:
             return self.compute(node, batch)
         return self._values[node][batch]
 
@@ -130,7 +130,7 @@ class BatchedRun:
     def compute(self, node: fx.Node, batch: int) -> Any:
         """Return the output of a node for one batch without keeping it."""
         if node.op == "placeholder":
-            return self._inputs[batch][self._number[node]]
+            return self._batches[batch].leaves[self._number[node]]
         return self.graph.compute(node, lambda source: self.value(source, batch))
 
     def _keep(self, node: fx.Node, value: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from groupify.devices import double
 from groupify.graph.model_graph import ModelGraph
 from groupify.graph.operators import Effect, effect, operator_name
 
@@ -77,5 +78,5 @@ def _of_each_channel(constant: Tensor, shape: torch.Size) -> Tensor | None:
     wide = constant.reshape((1,) * (len(shape) - constant.dim()) + constant.shape)
     if len(shape) < 2 or shape[1] < 2 or wide.shape != (1, shape[1], *[1] * (len(shape) - 2)):
         return None
-    factors = wide.reshape(-1).double()
+    factors = double(wide.reshape(-1).cpu())
     return factors if bool(((factors > 0) & factors.isfinite()).all()) else None

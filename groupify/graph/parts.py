@@ -18,6 +18,7 @@ from groupify.graph.call import Call
 from groupify.graph.capture import capture
 from groupify.graph.model_graph import ModelGraph
 from groupify.graph.plain_layers import CONVS
+from groupify.graph.prepared import batch_sizes
 
 # Inputs of parts that are kept at the same time.
 _MAX_BYTES = 2 * 2**30
@@ -63,7 +64,7 @@ def part_inputs(
 
     As many parts are watched in one pass as their inputs fit into memory.
     """
-    images = sum(batch.batch_size for batch in batches)
+    images = sum(batch_sizes(batches))
     waiting = list(parts)
     while waiting:
         watched = [waiting.pop(0)]
@@ -258,4 +259,4 @@ def _watch(model: nn.Module, names: Sequence[str], call: Call) -> dict[str, _Wat
 def _without_values(tensor: Tensor) -> Tensor:
     """A tensor of the same sizes, which is all that an export looks at; it takes no memory."""
     dtype = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
-    return torch.empty(tensor.shape, dtype=dtype)  # never touched
+    return torch.empty(tensor.shape, dtype=dtype, device=tensor.device)  # never touched

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from groupify.conversion.clustering import SiteScore, cluster
 from groupify.conversion.conversion import Calibration, convert
 from groupify.data.calls import Inputs, model_inputs
+from groupify.devices import device_of, with_float64
 from groupify.errors import DataError, GroupifyWarning
 from groupify.files import NumberCache, fingerprint
 from groupify.graph.call import Call, as_call
@@ -148,14 +149,17 @@ def weight_sensitivity(
     dense = copy_of(model).float().eval()
     convs = choices.open_sites
     names = [options[0].site.name for options in convs]
-    weights = {n: dense.get_submodule(n).get_parameter("weight").detach().flatten(2) for n in names}
+    device = with_float64(device_of(dense))
+    weights = {
+        n: dense.get_submodule(n).get_parameter("weight").detach().flatten(2).to(device) for n in names
+    }
     scores = {name: weight.square().sum(2) for name, weight in weights.items()}
     example = as_call(choices.example, dense).floats(Tensor.float)
     orders = _channel_orders(dense, choices, example, scores, seed)
     losses: dict[str, float] = {}
     for options in tqdm(convs, desc="errors", disable=None if progress else True, leave=False):
         weight, groups = weights[options[0].site.name], options[0].site.groups_before
-        covariance = torch.eye(weight[0].numel())
+        covariance = torch.eye(weight[0].numel(), device=weight.device)
         losses |= _site_losses(dense, choices, options, covariance.expand(groups, -1, -1), None).relative(
             options
         )
@@ -321,6 +325,8 @@ class _Measurement:
         statistics = self._statistics.pop(name)
         covariance = statistics.moments.input_covariance()
         importance, scale = statistics.importance, self._scales.get(name)
+        if scale is not None:
+            scale = scale.to(covariance.device)
         if importance is not None:
             scale = importance.diagonal().clamp(min=0).sqrt().float()
         site = _site_losses(self._dense, self._choices, options, covariance, scale)
@@ -371,7 +377,8 @@ class _Measurement:
         return {} if self._backward else output_scales(self._graph, names)
 
     def _weight(self, name: str) -> Tensor:
-        return self._dense.get_submodule(name).get_parameter("weight").flatten(2)
+        weight = self._dense.get_submodule(name).get_parameter("weight").flatten(2)
+        return weight.to(with_float64(weight.device))
 
 
 def _channel_orders(
@@ -390,7 +397,7 @@ def _channel_orders(
         picked = [options[index] for options, index in zip(choices.sites, chosen, strict=True)]
         picked = [c for c in picked if c.site.converted and c.site.structure.minds_order(c.site.conv)]
         recipes = [candidate.site.recipe for candidate in picked]
-        entries = [SiteScore(recipe, scores[recipe.name]) for recipe in recipes]
+        entries = [SiteScore(recipe, scores[recipe.name].cpu()) for recipe in recipes]
         found = cluster(channels, entries, restarts=0, seed=seed).orders
         for candidate, recipe in zip(picked, recipes, strict=True):
             orders.setdefault(candidate.key, layer_orders(recipe.name, channels, found))

@@ -61,7 +61,7 @@ class SiteLosses:
             members = family.members(self._cost, [_TRIAL])
             if members:
                 weight = self._decomposer.fit(members[0], EVALUATIONS).weight()
-                return weight.reshape(self.conv.weight.shape).to(self.conv.weight.dtype)
+                return weight.reshape(self.conv.weight.shape).to(self.conv.weight)
         return _SHRUNK * self.conv.weight.detach()
 
     @functools.cached_property

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from groupify.data.calls import Inputs, model_inputs
+from groupify.devices import double, with_float64
 from groupify.errors import ConversionError, DataError
 from groupify.graph.call import Call
 from groupify.graph.plain_layers import CONVS, Conv
@@ -80,7 +81,7 @@ def observe_sites(
     try:
         batches = images.split(batch_size)
         for batch in tqdm(batches, desc="sensitivity", disable=None if progress else True, leave=False):
-            work.run(Call((batch,)) if inputs is None else model_inputs(batch, inputs).on(model))
+            work.run((Call((batch,)) if inputs is None else model_inputs(batch, inputs)).on(model))
     finally:
         for handle in handles:
             handle.remove()
@@ -153,19 +154,20 @@ class _Pass:
         width = conv.weight[0].numel()
         wanted = max(self._minimum, int(self._per_input * width)) if name in self._whole else self._minimum
         count = max(1, math.ceil(wanted * len(inputs) / self._images))
-        positions = sample_positions(output_shape, count, self._generator)
+        positions = sample_positions(output_shape, count, self._generator, device=inputs.device)
         patches = input_patches(inputs, conv, positions).float()  # (n, I, taps)
         if not bool(torch.isfinite(patches.sum())):
             raise ConversionError(
                 f"layer {name!r} reads NaN or infinity on the calibration images; "
                 "check the weights and the preprocessing of the images"
             )
+        patches = patches.to(with_float64(patches.device))
         moments = self.moments.setdefault(name, InputMoments())
         moments.add(patches.reshape(len(patches), conv.groups, -1) if name in self._whole else patches)
 
     def _add_gradient(self, name: str, gradient: Tensor) -> None:
         flat = gradient.transpose(0, 1).flatten(1)  # (O, N·H·W)
-        product = (flat @ flat.T).double()
+        product = double(flat @ flat.T)
         self.importance[name] = self.importance[name] + product if name in self.importance else product
 
 

@@ -40,15 +40,21 @@ class Positions:
 
 
 def sample_positions(
-    output_shape: torch.Size, count: int, generator: torch.Generator, *, channels_last: bool = False
+    output_shape: torch.Size,
+    count: int,
+    generator: torch.Generator,
+    *,
+    channels_last: bool = False,
+    device: torch.device | None = None,
 ) -> Positions:
     """Draw ``count`` distinct positions of an output, or all if there are fewer.
 
     Args:
         output_shape: (N, O, *spatial), or (N, *spatial, O) with ``channels_last``.
         count: how many.
-        generator: source of the randomness.
+        generator: source of the randomness, of the CPU: the same positions on every device.
         channels_last: whether the channels are the last dimension.
+        device: where the positions go; None = the CPU.
     """
     images, *spatial = (*output_shape[:-1],) if channels_last else (output_shape[0], *output_shape[2:])
     total = images * math.prod(spatial)
@@ -60,7 +66,7 @@ def sample_positions(
         edges = torch.arange(count + 1) * total // count
         jitter = torch.rand(count, generator=generator, dtype=torch.float64)
         flat = edges[:-1] + (jitter * edges.diff()).long()
-    place = []
+    flat, place = flat.to(device), []
     for size in reversed(spatial):
         place.append(flat % size)
         flat = flat // size
@@ -102,7 +108,8 @@ def input_patches(inputs: Tensor, layer: Conv | nn.Linear, positions: Positions)
     for dim, (start, size, dilation) in enumerate(zip(starts, conv.kernel_size, conv.dilation, strict=True)):
         taps = [1] * dims
         taps[dim] = size
-        indices.append(start.reshape(-1, *[1] * dims) + (torch.arange(size) * dilation).reshape(1, *taps))
+        steps = torch.arange(size, device=start.device) * dilation
+        indices.append(start.reshape(-1, *[1] * dims) + steps.reshape(1, *taps))
     image = positions.image.reshape(-1, *[1] * dims)
     found = padded.movedim(1, -1)[(image, *indices)]  # (n, *kernel, I)
     # In memory order, so that cutting it into groups makes no second copy of what is large.

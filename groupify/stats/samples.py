@@ -16,6 +16,7 @@ from groupify.errors import ConversionError
 from groupify.graph.call import Call
 from groupify.graph.model_graph import Fetch, ModelGraph
 from groupify.graph.plain_layers import CONVS, Conv
+from groupify.graph.prepared import batch_sizes
 from groupify.stats.positions import Positions, compact, input_patches, pick, sample_positions
 
 
@@ -59,7 +60,7 @@ class SiteSamples:
 
 
 def _ordered(parts: list[Tensor], order: Tensor | None) -> list[Tensor]:
-    return parts if order is None else [part[:, order] for part in parts]
+    return parts if order is None else [part[:, order.to(part.device)] for part in parts]
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class SiteSampler:
         self.layers = layers
         self.samples = {name: SiteSamples() for name in layers}
         self._budget = budget
-        self._images = sum(batch.batch_size for batch in batches)
+        self._images = sum(batch_sizes(batches))
         self._share = 1.0
         self._generator = torch.Generator()
         self._next_seed = seed * 1_000_003  # the positions of a batch depend on its number
@@ -186,13 +187,14 @@ class SiteSampler:
             max(1, math.ceil(self._budget.count(group_inputs) * share)),
             self._generator,
             channels_last=isinstance(layer, nn.Linear),
+            device=outputs.device,
         )
         samples.positions.append(positions)
         samples.outputs.append(compact(pick(outputs, positions)))
         if not self.layers[name].patches:
             return
         kept = min(len(positions), max(1, math.ceil(self._budget.patch_count(group_inputs) * share)))
-        some = torch.linspace(0, len(positions) - 1, kept).long()
+        some = torch.linspace(0, len(positions) - 1, kept).long().to(outputs.device)
         few = positions.subset(some)
         samples.patch_positions.append(few)
         samples.patches.append(compact(input_patches(inputs, layer, few)))

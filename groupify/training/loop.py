@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from groupify.data.batches import Data, check_labels, is_map_style
 from groupify.data.ranks import Ranks
+from groupify.devices import with_float64
 from groupify.errors import DataError, GroupifyWarning
 from groupify.training.history import (
     FinetuneRow,
@@ -60,7 +61,8 @@ class _Running:
 
     def __init__(self, device: torch.device) -> None:
         # On the device: a GPU need not wait for the numbers of each step.
-        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
+        precise = with_float64(device) == device
+        self.sums = torch.zeros(3, dtype=torch.float64 if precise else torch.float32, device=device)
         self.seconds = 0.0
 
     def add(self, loss: Tensor, correct: Tensor, images: int) -> None:
