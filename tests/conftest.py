@@ -16,7 +16,7 @@ from groupify.cli.main import main
 ROOT = Path(__file__).parent.parent
 
 
-_NOTES = ("groupify: input:", "groupify: preprocessing")
+_NOTES = ("groupify: input:", "groupify: preprocessing", "groupify: memory:")
 
 
 @dataclass(frozen=True)

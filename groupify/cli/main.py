@@ -160,10 +160,22 @@ def _speak_in_lines() -> None:
 
 
 class _Notes(logging.Handler):
-    """Shows groupify's notes as one line each, unless the command is to be quiet."""
+    """Shows groupify's notes as one line each, unless the command is to be quiet.
+
+    Of notes with the same attribute ``once`` it shows the first.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Show one note."""
+        once = getattr(record, "once", None)
+        if once in self._shown:
+            return
+        if once is not None:
+            self._shown.add(once)
         context = click.get_current_context(silent=True)
         if _speaks() and not (context is not None and context.params.get("quiet")):
             click.echo(f"groupify: {' '.join(record.getMessage().split())}", err=True)

@@ -23,6 +23,7 @@ from groupify.graph.model_graph import computes_the_same
 from groupify.graph.parts import Part, find_parts, fitting, given_up, part_inputs, shown_names
 from groupify.graph.plain_layers import CONVS, conv_of
 from groupify.graph.prepared import batch_sizes
+from groupify.kept import Shelf
 from groupify.stats.samples import SampleBudget, Sampling, SiteSampler
 from groupify.structures import SiteRecipe
 
@@ -36,6 +37,7 @@ def convert_by_part(
     problem: str,
     seed: int,
     clock: Clock,
+    shelf: Shelf,
     progress: bool,
 ) -> Converted:
     """Convert a model whose graph as a whole is not known.
@@ -51,20 +53,21 @@ def convert_by_part(
         problem: why the model cannot be captured, one line.
         seed: seed of everything random.
         clock: takes the time of the parts.
+        shelf: where activations wait.
         progress: show bars on stderr.
     """
     parts = find_parts(dense, sites, batches[0].head(2))
     clock.lap("parts")
     student, done, notes = copy.deepcopy(dense), [], []
     fits = []
-    for part, inputs in part_inputs(dense, parts, batches):
+    for part, inputs in part_inputs(dense, parts, batches, shelf):
         module = dense.get_submodule(part.name)
         graph = fitting(dense, part, inputs)
         if graph is None or not part.sites or not computes_the_same(module, graph, inputs[0]):
             continue
         found = convert_in_order(
             module, graph, inputs, _inside(part, sites), calibration,
-            seed=seed, clock=clock, progress=progress,
+            seed=seed, clock=clock, shelf=shelf, progress=progress,
         )  # fmt: skip
         _set(student, part.name, found.student)
         done.append(part)
@@ -73,7 +76,8 @@ def convert_by_part(
     left = _left(sites, done)
     student = restructure(student, list(left.values()))
     fits += fit_by_module(
-        student, dense, batches, left, calibration.budget, calibration.fit, seed=seed, progress=progress,
+        student, dense, batches, left, calibration.budget, calibration.fit,
+        seed=seed, shelf=shelf, progress=progress,
         keep={module for part in done for module in student.get_submodule(part.name).modules()},
     )  # fmt: skip
     clock.lap("fit")
@@ -140,6 +144,7 @@ def fit_by_module(
     options: FitOptions,
     *,
     seed: int,
+    shelf: Shelf | None = None,
     progress: bool = False,
     keep: Container[nn.Module] = (),
 ) -> tuple[SiteFit, ...]:
@@ -155,6 +160,7 @@ def fit_by_module(
         budget: how many output positions are sampled.
         options: ridge and prior; what needs a graph is left out.
         seed: seed of the positions.
+        shelf: where samples wait; None = in memory.
         progress: show a bar on stderr.
         keep: batch norms of the student that are not refreshed.
     """
@@ -162,7 +168,7 @@ def fit_by_module(
         name: Sampling(site.structure.separate_fits(conv_of(dense, name).groups))
         for name, site in sites.items()
     }
-    sampler = SiteSampler(layers, budget, batches, seed)
+    sampler = SiteSampler(layers, budget, batches, seed, shelf)
     _sample_by_hooks(dense, batches, sites, sampler, progress)
     held_out = HeldOutImages(batch_sizes(batches))
     fits = []

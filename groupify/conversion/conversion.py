@@ -19,6 +19,7 @@ from groupify.conversion.site_fit import SiteFit
 from groupify.conversion.surgery import restructure
 from groupify.conversion.working_copy import take_values, working_copy
 from groupify.data.batches import Data
+from groupify.devices import device_of
 from groupify.errors import ConversionError, GroupifyWarning
 from groupify.graph.call import Call, as_call, one_example
 from groupify.graph.capture import Captured, capture
@@ -26,6 +27,7 @@ from groupify.graph.channels import Channels
 from groupify.graph.kept_graph import KeptGraph
 from groupify.graph.model_graph import ModelGraph, computes_the_same
 from groupify.graph.prepared import PreparedCalls, batch_sizes
+from groupify.kept import Shelf
 from groupify.models.wrappers import unwrapped
 from groupify.structures import Plan, SiteRecipe
 
@@ -117,7 +119,9 @@ def convert(
         kept = None
     with torch.random.fork_rng(devices=[]):
         work = _Conversion(dense, sites, calibration, _float32(call), kept, seed, progress)
-        student = work.run()
+        limit = None if calibration is None else calibration.limit(device_of(dense))
+        with Shelf(limit) as shelf:
+            student = work.run(shelf)
     _warn_of_few_samples(work.fits)
     note = overfitting_note({fit.name: fit.held_out for fit in work.fits})
     if note is not None:
@@ -230,8 +234,8 @@ class _Conversion:
         self.kept: float | None = None
         self.pictures: tuple[BlockPicture, ...] = ()
 
-    def run(self) -> nn.Module:
-        """Return the student."""
+    def run(self, shelf: Shelf) -> nn.Module:
+        """Return the student; activations wait on the shelf."""
         restructure(self._dense, list(self._sites.values()))  # refuses a wrong plan before any work
         if self._calibration is None:
             return self._from_weights()
@@ -240,8 +244,8 @@ class _Conversion:
         graph, problem = self._whole(batches)
         self.clock.lap("graph")
         if graph is not None:
-            return self._in_order(graph, self._batches(self._equal(graph, calls)), self._calibration)
-        return self._by_part(problem, batches, self._calibration)
+            return self._in_order(graph, self._batches(self._equal(graph, calls)), self._calibration, shelf)
+        return self._by_part(problem, batches, self._calibration, shelf)
 
     def _batches(self, calls: Sequence[Call]) -> Sequence[Call]:
         return PreparedCalls(calls, lambda call: _float32(call.on(self._dense)))
@@ -283,10 +287,13 @@ class _Conversion:
             )
         return fitting
 
-    def _in_order(self, graph: ModelGraph, batches: Sequence[Call], calibration: Calibration) -> nn.Module:
+    def _in_order(
+        self, graph: ModelGraph, batches: Sequence[Call], calibration: Calibration, shelf: Shelf
+    ) -> nn.Module:
         found = convert_in_order(
             self._dense, graph, batches, self._sites, calibration,
-            channels=self._channels(graph), seed=self._seed, clock=self.clock, progress=self._progress,
+            channels=self._channels(graph), seed=self._seed, clock=self.clock, shelf=shelf,
+            progress=self._progress,
         )  # fmt: skip
         self.fits, self.kept_before, self.kept = found.fits, found.kept_before, found.kept
         self.pictures = found.pictures
@@ -298,10 +305,12 @@ class _Conversion:
         _check_student(found.student, graph, batches[0])
         return found.student
 
-    def _by_part(self, problem: str, batches: Sequence[Call], calibration: Calibration) -> nn.Module:
+    def _by_part(
+        self, problem: str, batches: Sequence[Call], calibration: Calibration, shelf: Shelf
+    ) -> nn.Module:
         found = convert_by_part(
             self._dense, batches, self._sites, calibration,
-            problem=problem, seed=self._seed, clock=self.clock, progress=self._progress,
+            problem=problem, seed=self._seed, clock=self.clock, shelf=shelf, progress=self._progress,
         )  # fmt: skip
         self.fits = found.fits
         self.notes.extend(found.notes)

@@ -27,6 +27,7 @@ from groupify.graph.neighbours import is_relu, only_reader
 from groupify.graph.operators import Effect, effect
 from groupify.graph.plain_layers import CONVS, Conv
 from groupify.graph.prepared import batch_sizes
+from groupify.kept import Shelf
 from groupify.stats.positions import compact, input_patches, pick
 from groupify.stats.samples import SiteSamples
 from groupify.structures import SiteRecipe
@@ -75,6 +76,7 @@ def fit_student(
     options: FitOptions,
     *,
     clock: Clock,
+    shelf: Shelf | None = None,
     progress: bool = False,
 ) -> dict[str, SiteFit]:
     """Fit all sites of ``student`` in place.
@@ -88,14 +90,31 @@ def fit_student(
         sums: site → node of the residual sum that it feeds.
         options: what to do.
         clock: takes the time of the parts.
+        shelf: where activations wait; None = in memory.
         progress: show a bar on stderr.
     """
-    fitter = _Fitter(student, dense, batches, sites, samples, sums, options, clock)
+    fitter = _Fitter(student, dense, batches, sites, samples, sums, options, clock, shelf)
     with torch.no_grad():
         nodes = list(student.graph.nodes)
         for node in tqdm(nodes, desc="fit", disable=None if progress else True, leave=False):
             fitter.process(node)
     return fitter.fits
+
+
+def is_cheap_to_repeat(graph: ModelGraph, node: fx.Node, *, refreshes: bool) -> bool:
+    """Whether only a batch norm or activation reads the node, once, so that keeping it would not pay.
+
+    Args:
+        graph: of the model.
+        node: the node.
+        refreshes: whether refreshing the statistics of a batch norm reads it once more.
+    """
+    reader = only_reader(node)
+    if reader is None or node.op == "placeholder":
+        return False
+    if graph.norm(reader) is not None:
+        return not refreshes
+    return effect(reader) is Effect.ELEMENTWISE and len(reader.all_input_nodes) == 1
 
 
 class _Fitter:
@@ -109,6 +128,7 @@ class _Fitter:
         sums: Mapping[str, fx.Node],
         options: FitOptions,
         clock: Clock,
+        shelf: Shelf | None,
     ) -> None:
         self._clock = clock
         self._student = student
@@ -121,7 +141,7 @@ class _Fitter:
             if options.in_order and part.calls <= 1:  # the patches will be the student's own
                 part.patches.clear()
                 part.patch_outputs.clear()
-        self._run = BatchedRun(student, batches, compact)
+        self._run = BatchedRun(student, batches, compact, shelf)
         sizes = batch_sizes(batches)
         self._images = sum(sizes)
         self._held_out = HeldOutImages(sizes)
@@ -146,18 +166,9 @@ class _Fitter:
             if norm is not None:
                 with self._clock.part("fit: batch norms"):
                     self._refresh(norm, node.all_input_nodes[0])
+        refreshes = self._options.refresh_batch_norm and node in self._changed
         with self._clock.part("fit: student forward"):
-            self._run.run(node, defer=self._is_cheap_to_repeat(node))
-
-    def _is_cheap_to_repeat(self, node: fx.Node) -> bool:
-        """Whether only a batch norm or activation reads the node, once, so that keeping it would not pay."""
-        reader = only_reader(node)
-        if reader is None or node.op == "placeholder":
-            return False
-        if self._student.norm(reader) is not None:
-            # Refreshing its statistics reads the node once more.
-            return not self._options.refresh_batch_norm or node not in self._changed
-        return effect(reader) is Effect.ELEMENTWISE and len(reader.all_input_nodes) == 1
+            self._run.run(node, defer=is_cheap_to_repeat(self._student, node, refreshes=refreshes))
 
     # one site ----------------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,6 +17,7 @@ from groupify.conversion.pictures import BlockPicture, block_pictures
 from groupify.conversion.reconstruct import ReconstructionOptions, reconstruct
 from groupify.conversion.site_fit import FitOptions, SiteFit
 from groupify.conversion.surgery import conv_shape, restructure
+from groupify.conversion.waiting import waiting_bytes
 from groupify.conversion.weights_only import fit_from_statistics
 from groupify.conversion.working_copy import take_values
 from groupify.data.calibration import calibration_inputs
@@ -28,12 +31,16 @@ from groupify.graph.model_graph import ModelGraph
 from groupify.graph.neighbours import refittable, residual_sums
 from groupify.graph.permute import apply_orders, input_factors, layer_orders
 from groupify.graph.plain_layers import Conv, conv_of
-from groupify.graph.prepared import PreparedCalls
+from groupify.graph.prepared import PreparedCalls, batch_sizes
+from groupify.kept import Shelf
+from groupify.memory import default_limit, parse_bytes, show_bytes
 from groupify.stats.flow import fitted_error, norm_score, sampled_score
 from groupify.stats.samples import SampleBudget, Sampling, SiteSamples, observe_teacher
 from groupify.structures import SiteRecipe
 
 CLUSTERINGS = ("data", "norm", "none")
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,9 @@ class Calibration:
         clustering: what decides which channels form a group: ``"data"``, ``"norm"`` (weights
             alone) or ``"none"``.
         restarts: random starts of the clustering besides the given order.
+        memory: bytes, or a text like ``"2GiB"``, that activations take which wait for later; those that
+            would be more wait on disk, in the folder of ``TMPDIR``. None = half of what is free on the
+            model's device. What a single batch or layer needs while it is worked on comes on top.
         fit: options of the least-squares fit.
         budget: how many output positions are sampled for it.
         reconstruction: training of each block on the dense model's activations, after the fit.
@@ -58,6 +68,7 @@ class Calibration:
 
     images: Any
     inputs: Inputs | None = field(default=None, kw_only=True)
+    memory: int | str | None = field(default=None, kw_only=True)
     batch_size: int = 64
     clustering: str = "data"
     restarts: int = 1
@@ -71,6 +82,10 @@ class Calibration:
         else:
             images = calibration_calls(self.images, self.inputs, self.batch_size)
         object.__setattr__(self, "images", images)
+        if isinstance(self.memory, str):
+            object.__setattr__(self, "memory", parse_bytes(self.memory))
+        elif self.memory is not None and self.memory < 0:
+            raise ConversionError(f"memory is {self.memory}: expected bytes from 0, or a text like '2GiB'")
 
     @property
     def count(self) -> int:
@@ -83,6 +98,11 @@ class Calibration:
         if self.inputs is not None:
             return list(self.images)
         return [Call((batch,)) for batch in self.images.split(self.batch_size)]
+
+    def limit(self, device: torch.device) -> int:
+        """Return the bytes that may wait in memory for a model on a device."""
+        assert not isinstance(self.memory, str)
+        return default_limit(device) if self.memory is None else self.memory
 
     def check(self, input_shape: tuple[int, ...]) -> None:
         """Refuse images that no model of that input shape can be calibrated with.
@@ -148,6 +168,7 @@ def convert_in_order(
     channels: Channels | None = None,
     seed: int,
     clock: Clock,
+    shelf: Shelf,
     progress: bool,
 ) -> Converted:
     """Convert a module whose graph is known by its inputs.
@@ -161,12 +182,16 @@ def convert_in_order(
         channels: the permutation classes; None = they are found out.
         seed: seed of everything random.
         clock: takes the time of the parts.
+        shelf: where activations wait.
         progress: show bars on stderr.
     """
     batches = PreparedCalls(batches, Call.channels_last)
     layers = _sampled(dense, graph, sites, calibration)
     sums = residual_sums(graph, layers)
-    samples = observe_teacher(graph, batches, layers, sums, calibration.budget, seed=seed, progress=progress)
+    _tell_memory(graph, batches, layers, calibration, shelf)
+    samples = observe_teacher(
+        graph, batches, layers, sums, calibration.budget, seed=seed, shelf=shelf, progress=progress
+    )
     clock.lap("dense model")
     found = Converted(dense)
     if calibration.clustering != "none" and _ordered(dense, sites):
@@ -179,22 +204,39 @@ def convert_in_order(
     totals = {str(conv.target): total for conv, total in sums.items()}
     fits = fit_student(
         graph.on(worked_on), found.student, batches, sites, samples, totals, calibration.fit,
-        clock=clock, progress=progress,
+        clock=clock, shelf=shelf, progress=progress,
     )  # fmt: skip
     clock.lap("fit")
     del samples
     notes = found.notes
     options = calibration.reconstruction
     if options.steps and _are_images_of_one_size(batches):
-        images = torch.cat([batch.tensors[0] for batch in batches])
         reconstruct(
-            graph.on(worked_on), graph.on(found.student), images, sites, options, seed=seed, progress=progress
-        )
+            graph.on(worked_on), graph.on(found.student), batches, sites, options,
+            seed=seed, shelf=shelf, progress=progress,
+        )  # fmt: skip
         clock.lap("reconstruction")
     elif options.steps:
         notes = (*notes, "several inputs, or of several sizes: no block reconstruction")
     take_values(student, worked_on)
     return replace(found, student=student, fits=tuple(fits.values()), notes=notes)
+
+
+def _tell_memory(
+    graph: ModelGraph,
+    batches: Sequence[Call],
+    layers: Mapping[str, Sampling],
+    calibration: Calibration,
+    shelf: Shelf,
+) -> None:
+    """Say about how much memory activations will take, and where they go that are too many."""
+    if not _log.isEnabledFor(logging.INFO):
+        return
+    needed = waiting_bytes(graph, batches, layers, calibration.budget, calibration.fit)
+    line = f"memory: activations of {sum(batch_sizes(batches))} images take about {show_bytes(needed)}"
+    if shelf.limit is not None and needed > shelf.limit:
+        line += f"; beyond {show_bytes(shelf.limit)} they wait in {tempfile.gettempdir()} (--memory, TMPDIR)"
+    _log.info(line, extra={"once": "memory"})
 
 
 def _sampled(

@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
+from groupify.devices import double
 from groupify.graph.call import Call
 from groupify.graph.execute import BatchedRun
 from groupify.graph.model_graph import ModelGraph
 from groupify.graph.operators import Effect, effect
+from groupify.kept import KeptTensors, Shelf
 from groupify.stats.positions import compact
 
 
@@ -97,11 +99,12 @@ def _is_pointwise_tail(end: fx.Node, limit: fx.Node, position: dict[fx.Node, int
 def reconstruct(
     student: ModelGraph,
     teacher: ModelGraph,
-    images: Tensor,
+    images: Tensor | Sequence[Call],
     sites: Iterable[str],
     options: ReconstructionOptions,
     *,
     seed: int = 0,
+    shelf: Shelf | None = None,
     progress: bool = False,
 ) -> None:
     """Train the converted blocks of ``student`` in place, in order; batch norms keep their statistics.
@@ -109,15 +112,19 @@ def reconstruct(
     Args:
         student: graph of the converted model.
         teacher: the same graph over the dense model.
-        images: unlabelled images, shape (N, C, H, W).
+        images: unlabelled images, shape (N, C, H, W), or batches of them.
         sites: names of the converted convs.
         options: what to do.
         seed: seed of the order of the images.
+        shelf: where activations wait; None = in memory.
         progress: show a bar on stderr.
     """
     generator = torch.Generator().manual_seed(seed)
-    batches = [Call((batch,)) for batch in images.split(options.batch_size)]
-    student_run, teacher_run = BatchedRun(student, batches, compact), BatchedRun(teacher, batches, compact)
+    shelf = Shelf() if shelf is None else shelf
+    batches = images
+    if isinstance(batches, Tensor):
+        batches = [Call((batch,)) for batch in batches.split(options.batch_size)]
+    student_run, teacher_run = (BatchedRun(graph, batches, compact, shelf) for graph in (student, teacher))
     blocks = {block.start: block for block in find_blocks(student.graph, sites)}
     for block in blocks.values():
         student_run.pin(block.start)
@@ -133,8 +140,10 @@ def reconstruct(
         if block_here is None:
             continue
         end = block_here.end
-        inputs = torch.cat([compact(student_run.value(node, batch)) for batch in range(len(batches))])
-        targets = torch.cat([compact(teacher_run.value(end, batch)) for batch in range(len(batches))])
+        inputs, targets = KeptTensors(shelf), KeptTensors(shelf)
+        for batch in range(len(batches)):
+            inputs.append(compact(student_run.value(node, batch)))
+            targets.append(compact(teacher_run.value(end, batch)))
         student_run.release(node)
         teacher_run.release(end)
         _train_block(student, block_here, inputs, targets, options, generator)
@@ -143,24 +152,33 @@ def reconstruct(
 def _train_block(
     student: ModelGraph,
     block: Block,
-    inputs: Tensor,
-    targets: Tensor,
+    inputs: KeptTensors,
+    targets: KeptTensors,
     options: ReconstructionOptions,
     generator: torch.Generator,
 ) -> None:
     parameters = _parameters(student, block.nodes)
-    scale = targets.float().var().clamp(min=1e-12)
+    scale = max(_variance(targets), 1e-12)
     optimizer = torch.optim.Adam(parameters, lr=options.learning_rate)
     for step in range(options.steps):
-        chosen = torch.randint(len(inputs), (options.batch_size,), generator=generator).to(inputs.device)
+        chosen = torch.randint(inputs.row_count, (options.batch_size,), generator=generator)
         _set_learning_rate(optimizer, options.learning_rate, step, options.steps)
         optimizer.zero_grad()
-        output = _run_block(student, block, inputs[chosen].float())
-        loss = F.mse_loss(output, targets[chosen].float()) / scale
+        output = _run_block(student, block, inputs.rows(chosen).float())
+        loss = F.mse_loss(output, targets.rows(chosen).float()) / scale
         loss.backward()
         optimizer.step()
     for parameter in parameters:
         parameter.grad = None
+
+
+def _variance(parts: KeptTensors) -> float:
+    count, total, squares = 0, 0.0, 0.0
+    for part in parts:
+        values = double(part.float())
+        count, total = count + values.numel(), total + float(values.sum())
+        squares += float(values.square().sum())
+    return (squares - total * total / count) / max(count - 1, 1)
 
 
 def _run_block(student: ModelGraph, block: Block, inputs: Tensor) -> Any:

@@ -18,13 +18,23 @@ from torch.utils import _pytree as pytree
 from groupify.graph.call import Call
 from groupify.graph.model_graph import ModelGraph
 from groupify.graph.operators import Effect, effect
+from groupify.kept import Kept, Shelf
 
 
 @dataclass(frozen=True)
-class _Halved:
-    """A float32 value that waits in half precision."""
+class _Waiting:
+    """A tensor that waits, perhaps a float32 one in half precision."""
 
-    values: Tensor
+    kept: Kept
+    halved: bool
+
+    def stored(self) -> Tensor:
+        """Return it as it waits."""
+        return self.kept.tensor()
+
+    def exact(self) -> Tensor:
+        """Return it in the type that it had."""
+        return self.stored().float() if self.halved else self.stored()
 
 
 class BatchedRun:
@@ -34,7 +44,8 @@ class BatchedRun:
         graph: the graph.
         batches: its inputs.
         compact: gives a float32 tensor in half precision, or as it is where that cannot hold it; None = keep
-            everything as it is.
+            everything as it is, in memory.
+        shelf: where values wait that are given in half precision; None = in memory.
     """
 
     def __init__(
@@ -42,7 +53,9 @@ class BatchedRun:
         graph: ModelGraph,
         batches: Sequence[Call],
         compact: Callable[[Tensor], Tensor] | None = None,
+        shelf: Shelf | None = None,
     ) -> None:
+        self._shelf = Shelf() if shelf is None else shelf
         self.graph = graph
         self.batch_count = len(batches)
         self._batches = batches
@@ -70,11 +83,11 @@ class BatchedRun:
 
     def value(self, node: fx.Node, batch: int) -> Any:
         """Return the value of a node for one batch, in full precision."""
-        return pytree.tree_map_only(_Halved, lambda kept: kept.values.float(), self._kept(node, batch))
+        return pytree.tree_map_only(_Waiting, _Waiting.exact, self._kept(node, batch))
 
     def stored(self, node: fx.Node, batch: int) -> Any:
         """Return the value of a node for one batch as it is kept, perhaps in half precision."""
-        return pytree.tree_map_only(_Halved, lambda kept: kept.values, self._kept(node, batch))
+        return pytree.tree_map_only(_Waiting, _Waiting.stored, self._kept(node, batch))
 
     def _kept(self, node: fx.Node, batch: int) -> Any:
         if node in self._deferred:
@@ -134,14 +147,17 @@ class BatchedRun:
         return self.graph.compute(node, lambda source: self.value(source, batch))
 
     def _keep(self, node: fx.Node, value: Any) -> Any:
-        if self._compact is None or node in self._exact:
+        if self._compact is None:
             return value
-        return pytree.tree_map_only(Tensor, self._halve, value)
+        return pytree.tree_map_only(Tensor, self._leave if node in self._exact else self._halve, value)
 
-    def _halve(self, value: Tensor) -> Any:
+    def _leave(self, value: Tensor) -> _Waiting:
+        return _Waiting(self._shelf.keep(value), halved=False)
+
+    def _halve(self, value: Tensor) -> _Waiting:
         assert self._compact is not None
         kept = self._compact(value)
-        return kept if kept.dtype == value.dtype else _Halved(kept)
+        return _Waiting(self._shelf.keep(kept), halved=kept.dtype != value.dtype)
 
 
 _PASSES_ON = {

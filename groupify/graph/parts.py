@@ -18,7 +18,8 @@ from groupify.graph.call import Call
 from groupify.graph.capture import capture
 from groupify.graph.model_graph import ModelGraph
 from groupify.graph.plain_layers import CONVS
-from groupify.graph.prepared import batch_sizes
+from groupify.graph.prepared import KeptCalls, batch_sizes
+from groupify.kept import Shelf
 
 # Inputs of parts that are kept at the same time.
 _MAX_BYTES = 2 * 2**30
@@ -58,9 +59,11 @@ def find_parts(model: nn.Module, sites: Iterable[str], call: Call) -> tuple[Part
 
 
 def part_inputs(
-    model: nn.Module, parts: Sequence[Part], batches: Sequence[Call]
-) -> Iterator[tuple[Part, list[Call]]]:
+    model: nn.Module, parts: Sequence[Part], batches: Sequence[Call], shelf: Shelf | None = None
+) -> Iterator[tuple[Part, KeptCalls]]:
     """Run the model on all batches and give each part with its inputs, one for each of its calls.
+
+    They wait on a shelf; None = in memory.
 
     As many parts are watched in one pass as their inputs fit into memory.
     """
@@ -72,9 +75,9 @@ def part_inputs(
         while waiting and waiting[0].input_bytes * images <= room:
             room -= waiting[0].input_bytes * images
             watched.append(waiting.pop(0))
-        inputs: dict[str, list[Call]] = {part.name: [] for part in watched}
+        inputs = {part.name: KeptCalls(shelf or Shelf()) for part in watched}
 
-        def keep(name: str, kept: dict[str, list[Call]] = inputs) -> Any:
+        def keep(name: str, kept: dict[str, KeptCalls] = inputs) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 call = Call(args, kwargs)
                 if all(tensor.numel() for tensor in call.tensors):

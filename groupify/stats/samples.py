@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,7 +17,10 @@ from groupify.graph.call import Call
 from groupify.graph.model_graph import Fetch, ModelGraph
 from groupify.graph.plain_layers import CONVS, Conv
 from groupify.graph.prepared import batch_sizes
+from groupify.kept import KeptTensors, Shelf
 from groupify.stats.positions import Positions, compact, input_patches, pick, sample_positions
+
+Tensors: TypeAlias = list[Tensor] | KeptTensors
 
 
 @dataclass
@@ -36,11 +39,17 @@ class SiteSamples:
 
     positions: list[Positions] = field(default_factory=list)
     patch_positions: list[Positions] = field(default_factory=list)
-    patches: list[Tensor] = field(default_factory=list)
-    patch_outputs: list[Tensor] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
-    sums: list[Tensor] = field(default_factory=list)
+    patches: Tensors = field(default_factory=list)
+    patch_outputs: Tensors = field(default_factory=list)
+    outputs: Tensors = field(default_factory=list)
+    sums: Tensors = field(default_factory=list)
     calls: int = 0
+
+    @staticmethod
+    def on(shelf: Shelf) -> SiteSamples:
+        """Return none yet, those to come on a shelf."""
+        patches, patch_outputs, outputs, sums = (KeptTensors(shelf) for _ in range(4))
+        return SiteSamples(patches=patches, patch_outputs=patch_outputs, outputs=outputs, sums=sums)
 
     def permuted(self, inputs: Tensor | None, outputs: Tensor | None) -> SiteSamples:
         """Return the samples of the layer with inputs and outputs in another order; None = as they are."""
@@ -56,11 +65,15 @@ class SiteSamples:
         """Return the samples of the layer with inputs multiplied by factors, shape (I,) or (1,)."""
         if bool((factors == 1).all()):
             return self
-        return replace(self, patches=[part * factors.to(part).reshape(-1, 1) for part in self.patches])
+        return replace(self, patches=_each(self.patches, lambda part: part * factors.to(part).reshape(-1, 1)))
 
 
-def _ordered(parts: list[Tensor], order: Tensor | None) -> list[Tensor]:
-    return parts if order is None else [part[:, order.to(part.device)] for part in parts]
+def _ordered(parts: Tensors, order: Tensor | None) -> Tensors:
+    return parts if order is None else _each(parts, lambda part: part[:, order.to(part.device)])
+
+
+def _each(parts: Tensors, function: Callable[[Tensor], Tensor]) -> Tensors:
+    return [function(part) for part in parts] if isinstance(parts, list) else parts.map(function)
 
 
 @dataclass(frozen=True)
@@ -108,6 +121,7 @@ def observe_teacher(
     budget: SampleBudget,
     *,
     seed: int,
+    shelf: Shelf | None = None,
     progress: bool = False,
 ) -> dict[str, SiteSamples]:
     """Run the dense model once over all batches and sample its convs.
@@ -119,11 +133,12 @@ def observe_teacher(
         residual_sums: conv node → node of the residual sum that its output ends up in.
         budget: how many positions.
         seed: seed of the positions.
+        shelf: where the samples wait; None = in memory.
 
     Raises:
         ConversionError: an activation is NaN or infinite; names the layer.
     """
-    sampler = SiteSampler(layers, budget, batches, seed)
+    sampler = SiteSampler(layers, budget, batches, seed, shelf)
     convs_of: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for conv, total in residual_sums.items():
         convs_of[total].append(conv)
@@ -144,13 +159,19 @@ class SiteSampler:
         budget: how many positions.
         batches: the batches to come; their sizes share the budget.
         seed: seed of the positions.
+        shelf: where the samples wait; None = in memory.
     """
 
     def __init__(
-        self, layers: Mapping[str, Sampling], budget: SampleBudget, batches: Sequence[Call], seed: int
+        self,
+        layers: Mapping[str, Sampling],
+        budget: SampleBudget,
+        batches: Sequence[Call],
+        seed: int,
+        shelf: Shelf | None = None,
     ) -> None:
         self.layers = layers
-        self.samples = {name: SiteSamples() for name in layers}
+        self.samples = {name: SiteSamples.on(shelf or Shelf()) for name in layers}
         self._budget = budget
         self._images = sum(batch_sizes(batches))
         self._share = 1.0
@@ -181,7 +202,7 @@ class SiteSampler:
         self._calls[name] = self._calls.get(name, 0) + 1
         samples.calls = max(samples.calls, self._calls[name])
         share = self._share
-        group_inputs = layer.weight[0].numel() * _own_groups(layer) // self.layers[name].groups
+        group_inputs = patch_width(layer) // self.layers[name].groups
         positions = sample_positions(
             outputs.shape,
             max(1, math.ceil(self._budget.count(group_inputs) * share)),
@@ -201,8 +222,9 @@ class SiteSampler:
         samples.patch_outputs.append(compact(pick(outputs, few)))
 
 
-def _own_groups(layer: Conv | nn.Linear) -> int:
-    return 1 if isinstance(layer, nn.Linear) else layer.groups
+def patch_width(layer: Conv | nn.Linear) -> int:
+    """Return how many numbers a patch holds: the inputs that all groups of a layer read at one position."""
+    return layer.weight[0].numel() * (1 if isinstance(layer, nn.Linear) else layer.groups)
 
 
 def _observe(graph: ModelGraph, node: fx.Node, value: Any, fetch: Fetch, sampler: SiteSampler) -> None:
