@@ -232,7 +232,7 @@ class Judge:
         self._batch_size = batch_size
         self._dense = list(self._run(dense))
         self.classes = all(has_classes(output) for output in self._dense)
-        self._labels = labels if self.classes else None
+        self._labels = labels.cpu() if self.classes and labels is not None else None
 
     @property
     def labelled(self) -> bool:

@@ -67,7 +67,7 @@ def as_batch(item: Any, *, labelled: bool) -> Batch:
 
 
 def labels_of(batch: Any, count: int, *, labelled: bool) -> Tensor:
-    """Return the labels in a batch of any form, int64 (count,), ``UNLABELLED`` where it has none.
+    """Return the labels in a batch of any form, int64 (count,) on the CPU, ``UNLABELLED`` where it has none.
 
     Args:
         batch: a dict that has them under a usual key, or a tuple or list whose last entry they are.
@@ -143,4 +143,4 @@ def _as_labels(value: Any) -> Tensor:
         raise DataError(f"labels of type {type(value).__name__}: expected class numbers") from error
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise DataError(f"the labels are {labels.dtype}: expected class numbers (integers)")
-    return labels.long()
+    return labels.long().cpu()

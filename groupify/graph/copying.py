@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -39,6 +40,12 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
             f"the model cannot be copied, since {where} cannot ({reason}): a conversion works on a copy; "
             "keep such things outside of the model"
         ) from error
+
+
+def on_cpu(model: nn.Module) -> nn.Module:
+    """Return the model itself where all of it is on the CPU, else a copy there."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return model if all(tensor.device.type == "cpu" for tensor in tensors) else copy_of(model).cpu()
 
 
 def copy_around_tensors(model: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from groupify.errors import GroupifyError, ParityError
 from groupify.graph.call import Call, Example, one_example
+from groupify.graph.copying import on_cpu
 from groupify.onnx.comparison import (
     NO_DIFFERENCE,
     Comparison,
@@ -72,6 +73,8 @@ def check_parity(
 ) -> Parity:
     """Compare an ONNX file with the model it was exported from, on fresh random inputs and real ones.
 
+    Both run on the CPU, a model on another device as a copy.
+
     Outputs that differ by more than the tolerance are judged against the model's float64 outputs: the file
     passes if it is as near to those as PyTorch's own float32 is, up to a factor of 4. Elements of boolean and
     integer outputs must be equal, but where a change of the inputs by the tolerance changes them too.
@@ -95,10 +98,12 @@ def check_parity(
         GroupifyError: ONNX Runtime cannot run the file.
     """
     file = Path(path)
-    exported = OnnxModule(file)
+    model, exported = on_cpu(model), OnnxModule(file)
     sizes = _batch_sizes(exported.fixed_batch, batch_sizes)
     generator = torch.Generator().manual_seed(seed)
     example = one_example(input_shape, example_inputs)
+    if isinstance(example, Call):
+        example = example.map(Tensor.cpu)
     random = [_random(example, size, generator) for size in sizes]
     real = [Call((batch,)) for batch in _real_batches(images, sizes)]
     if isinstance(example, Call):
@@ -145,6 +150,7 @@ def _random(example: Example, size: int, generator: torch.Generator) -> Call:
 def _real_batches(images: Tensor | None, sizes: Sequence[int]) -> list[Tensor]:
     if images is None:
         return []
+    images = images.cpu()
     batches = []
     start = 0
     for size in sizes:

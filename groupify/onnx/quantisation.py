@@ -168,7 +168,7 @@ class _Quantisation:
         if fixed and len(images) % fixed:
             count = -(-len(images) // fixed) * fixed
             images = images[torch.arange(count) % len(images)]
-        return [{source.name: batch.numpy()} for batch in images.split(size)]
+        return [{source.name: batch.cpu().numpy()} for batch in images.split(size)]
 
     def _quantise(
         self, path: Path, ranges: Mapping[str, Range]

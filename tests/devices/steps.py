@@ -15,10 +15,14 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import groupify
+from groupify.artefact import write_artefact
 from groupify.conversion.reconstruct import ReconstructionOptions
 from groupify.conversion.site_fit import FitOptions
 from groupify.data.splits import DataSplits
+from groupify.models.specs import ModelSpec, WeightsOrigin
+from groupify.planning.candidates import candidates
 from groupify.planning.search import Images
+from groupify.planning.sensitivity import measure_sensitivity
 from groupify.planning.sites import describe
 from groupify.scores import Judge
 from groupify.structures import Plan, SiteRecipe, Structure
@@ -188,6 +192,19 @@ def budget_of_outputs(device: torch.device) -> None:
     _budget(device, None, _given(), _rules("grouped", "grouped-pointwise"))
 
 
+def images_that_are_there(device: torch.device) -> None:
+    """Give images and labels that are on the device already."""
+    net, given = make_net().to(device), _given(labels=True)
+    assert given.labels is not None
+    there = Images(given.fit.to(device), given.held_out.to(device), given.labels.to(device))
+    assert there.labels is not None
+    found = groupify.convert(net, plan_for(net, STRUCTURES["grouped"]), there.fit)
+    measure_sensitivity(net, candidates(net, SHAPE, _rules("grouped")), there.fit)
+    data = TensorDataset(there.held_out, there.labels)
+    assert groupify.evaluate(net, data) == groupify.evaluate(make_net(), data)
+    assert Judge(net, there.held_out, there.labels).judge(found.model).divergence > 0
+
+
 def judging(device: torch.device) -> None:
     """Judge a model and measure accuracy."""
     net, other = make_net().to(device), make_net().to(device)
@@ -214,13 +231,14 @@ def finetuning(device: torch.device) -> None:
 
 
 def exporting(device: torch.device) -> None:
-    """Export a model, save it, load it."""
+    """Export a model to float32 and int8, checked, and write its weights."""
     net = make_net().to(device)
     plan = plan_for(net, STRUCTURES["block-term"])
     model = groupify.convert(net, plan).model
     with tempfile.TemporaryDirectory() as folder:
-        groupify.export(model, Path(folder, "net.onnx"), input_shape=SHAPE)
-        groupify.export_int8(model, Path(folder, "net.int8.onnx"), images(8))
+        groupify.export_int8(model, Path(folder, "net.int8.onnx"), images(16).to(device))
+        spec = ModelSpec("tests.devices.steps:make_net", {}, SHAPE, None)
+        write_artefact(Path(folder), model, groupify.Recipe(spec, WeightsOrigin("factory"), plan.recipes))
 
 
 STEPS: dict[str, Callable[[torch.device], None]] = {
@@ -237,6 +255,7 @@ STEPS: dict[str, Callable[[torch.device], None]] = {
     "budget from the weights": budget_from_weights,
     "budget of classes": budget_of_classes,
     "budget of outputs": budget_of_outputs,
+    "images on the device": images_that_are_there,
     "judge and evaluate": judging,
     "finetune": finetuning,
     "export": exporting,
