@@ -168,7 +168,7 @@ def convert_in_order(
     channels: Channels | None = None,
     seed: int,
     clock: Clock,
-    shelf: Shelf,
+    shelf: Shelf | None = None,
     progress: bool,
 ) -> Converted:
     """Convert a module whose graph is known by its inputs.
@@ -182,10 +182,10 @@ def convert_in_order(
         channels: the permutation classes; None = they are found out.
         seed: seed of everything random.
         clock: takes the time of the parts.
-        shelf: where activations wait.
+        shelf: where activations wait; None = in memory.
         progress: show bars on stderr.
     """
-    batches = PreparedCalls(batches, Call.channels_last)
+    batches, shelf = PreparedCalls(batches, Call.channels_last), shelf or Shelf()
     layers = _sampled(dense, graph, sites, calibration)
     sums = residual_sums(graph, layers)
     _tell_memory(graph, batches, layers, calibration, shelf)

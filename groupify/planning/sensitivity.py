@@ -335,8 +335,9 @@ class _Measurement:
             self._trials[name] = site.trial_weight()
         others = [candidate for candidate in options[1:] if candidate.key not in found]
         if others:
-            weights = torch.ones(len(self._weight(name))) if scale is None else scale.square()
-            layer = LayerMoments(self._weight(name), covariance[0])
+            own = self._weight(name)
+            weights = torch.ones(len(own), device=own.device) if scale is None else scale.square()
+            layer = LayerMoments(own, covariance[0])
             for candidate in others:
                 inputs, outputs = (self._orders or {}).get(candidate.key, (None, None))
                 error = layer.error(candidate.site.recipe, inputs, outputs)
