@@ -11,22 +11,23 @@ from typing import TYPE_CHECKING, Any
 from groupify.errors import GroupifyError, GroupifyWarning
 
 if TYPE_CHECKING:
-    from groupify.artefact import load, save
-    from groupify.conversion.conversion import Calibration, convert
+    from groupify.artefact import apply, load
+    from groupify.conversion.in_order import Calibration
     from groupify.data.batches import calibration_images
     from groupify.data.splits import load_data
     from groupify.measure.benchmarks import benchmark_onnx as benchmark
     from groupify.models.preprocessing import PreprocessingOptions
     from groupify.models.sources import load_model
-    from groupify.onnx.exporting import export_onnx as export
     from groupify.onnx.int8_export import export_int8
+    from groupify.pipeline.compressed import Compressed
+    from groupify.pipeline.compressing import compress
+    from groupify.pipeline.verbs import convert, export, finetune, save
     from groupify.planning.plan_file import PlanFile
     from groupify.planning.rules import Rules
     from groupify.planning.search import SearchOptions, plan_for_budget
     from groupify.planning.uniform import plan
     from groupify.recipe import Recipe
     from groupify.scores import evaluate
-    from groupify.training.finetuning import finetune
     from groupify.training.settings import FinetuneSettings
 
 __version__: str
@@ -34,6 +35,7 @@ __version__: str
 
 __all__ = [
     "Calibration",
+    "Compressed",
     "FinetuneSettings",
     "GroupifyError",
     "GroupifyWarning",
@@ -43,8 +45,10 @@ __all__ = [
     "Rules",
     "SearchOptions",
     "__version__",
+    "apply",
     "benchmark",
     "calibration_images",
+    "compress",
     "convert",
     "evaluate",
     "export",
@@ -59,20 +63,21 @@ __all__ = [
 ]
 
 _HOMES = {
-    "artefact": ("load", "save"),
-    "conversion.conversion": ("Calibration", "convert"),
+    "artefact": ("apply", "load"),
+    "conversion.in_order": ("Calibration",),
     "data.batches": ("calibration_images",),
     "data.splits": ("load_data",),
     "measure.benchmarks": ("benchmark_onnx",),
-    "onnx.exporting": ("export_onnx",),
     "onnx.int8_export": ("export_int8",),
     "scores": ("evaluate",),
     "planning.uniform": ("plan",),
     "planning.plan_file": ("PlanFile",),
     "planning.rules": ("Rules",),
     "planning.search": ("SearchOptions", "plan_for_budget"),
+    "pipeline.compressed": ("Compressed",),
+    "pipeline.compressing": ("compress",),
+    "pipeline.verbs": ("convert", "export", "finetune", "save"),
     "recipe": ("Recipe",),
-    "training.finetuning": ("finetune",),
     "training.settings": ("FinetuneSettings",),
     "models.preprocessing": ("PreprocessingOptions",),
     "models.sources": ("load_model",),

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from groupify.conversion.surgery import restructure
 from groupify.conversion.working_copy import make_persistent
-from groupify.errors import ArtefactError, CheckpointError, GroupifyError, GroupifyWarning
+from groupify.errors import ArtefactError, CheckpointError, GroupifyError, GroupifyWarning, expect_type
 from groupify.files import MAX_RECIPE_BYTES, RECIPE_FILE, folder_exists, writing_folder
 from groupify.graph.hooks import is_foreign
 from groupify.models.sources import build_model
@@ -31,7 +31,7 @@ from groupify.models.wrappers import unwrapped
 from groupify.recipe import Recipe
 from groupify.structures import SiteRecipe
 
-__all__ = ["Recipe", "SiteRecipe", "load", "read_recipe", "save", "write_artefact", "writing_folder"]
+__all__ = ["Recipe", "SiteRecipe", "apply", "load", "read_recipe", "save", "write_artefact", "writing_folder"]
 
 WEIGHTS_FILE = "model.safetensors"
 # What a recipe may ask of a model constructor without --trust: enough for torchvision's own options,
@@ -92,16 +92,19 @@ def read_recipe(folder: str | Path) -> Recipe:
     """
     path = Path(folder) / RECIPE_FILE
     folder_exists(folder)
+    recipe = _recipe_of(path)
+    if recipe.sha256 is None:
+        raise ArtefactError(f"{path}: recipe.sha256 is None; expected 64 hexadecimal digits")
+    return recipe
+
+
+def _recipe_of(path: Path) -> Recipe:
     try:
-        text = _read_file(path, MAX_RECIPE_BYTES).decode()
-        recipe = Recipe.loads(text)
-        if recipe.sha256 is None:
-            raise ArtefactError("recipe.sha256 is None; expected 64 hexadecimal digits")
+        return Recipe.loads(_read_file(path, MAX_RECIPE_BYTES).decode())
     except UnicodeDecodeError as error:
         raise ArtefactError(f"{path}: it is not UTF-8 text: {error}") from error
     except ArtefactError as error:
         raise ArtefactError(f"{path}: {error}") from error
-    return recipe
 
 
 def load(folder: str | Path, *, model: nn.Module | None = None, trust: bool = False) -> nn.Module:
@@ -125,6 +128,7 @@ def load(folder: str | Path, *, model: nn.Module | None = None, trust: bool = Fa
     Warns:
         GroupifyWarning: the saved model had forward hooks that this one has not.
     """
+    expect_type(folder, (str, Path), "folder", "a folder that groupify wrote, as a text or a Path")
     recipe = read_recipe(folder)
     path = Path(folder) / WEIGHTS_FILE
     if model is not None and any(parameter.is_meta for parameter in model.parameters()):
@@ -142,6 +146,44 @@ def load(folder: str | Path, *, model: nn.Module | None = None, trust: bool = Fa
         converted = converted.to(memory_format=torch.channels_last)
     _warn_of_lost_hooks(converted, recipe)
     return converted.eval()
+
+
+def apply(recipe: Recipe | str | Path, model: nn.Module) -> nn.Module:
+    """Rebuild a converted architecture in code of one's own: a copy of a dense model with the recipe's convs.
+
+    The weights of the new convs are what truncation leaves of the dense ones, until those of a checkpoint of
+    the converted model are loaded, by whatever wrote it: a training loop of one's own, Lightning.
+
+    Args:
+        recipe: a recipe, its file, or the folder that holds it.
+        model: a dense model of the recipe's architecture; it is left untouched.
+
+    Returns:
+        The copy, each module in the training mode that it had.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3), torch.nn.ReLU(), torch.nn.Conv2d(32, 32, 3))
+        >>> result = groupify.compress(net, torch.randn(64, 16, 8, 8), groups=2)
+        >>> again = groupify.apply(result.recipe, net)
+        >>> again.load_state_dict(result.model.state_dict())
+        <All keys matched successfully>
+
+    Raises:
+        WrongTypeError: ``recipe`` is something else.
+        ArtefactError: there is no such recipe, or it breaks the schema.
+        ConversionError: ``model`` does not have the recipe's convs.
+    """
+    if isinstance(recipe, str | Path):
+        path = Path(recipe)
+        if not path.is_dir():
+            return _converted(model, _recipe_of(path))
+        recipe = read_recipe(path)
+        converted = _converted(model, recipe)
+        # Values that the conversion made part of the state are part of every checkpoint.
+        make_persistent(converted, _read_weights(path / WEIGHTS_FILE, recipe, converted))
+        return converted
+    expect_type(recipe, Recipe, "recipe", "a Recipe, a folder that groupify wrote, or its recipe.json")
+    return _converted(model, recipe)
 
 
 def _hooked(model: nn.Module) -> tuple[str, ...]:

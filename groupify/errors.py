@@ -2,6 +2,7 @@
 
 GroupifyError            anything groupify refuses to do; the command line exits with 2
 ├── SpecError            a model, weights, data set or option that cannot be resolved
+│   └── WrongTypeError   an argument of another type than expected; a TypeError as well
 ├── CheckpointError      a weight file that is missing, corrupt or belongs to another model
 ├── DataError            data that cannot be read, is empty, or holds NaN or bad labels
 ├── PlanError            no layer can be converted as asked
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class GroupifyError(Exception):
@@ -30,6 +32,10 @@ class GroupifyError(Exception):
 
 class SpecError(GroupifyError):
     """A model, weights, data set or option that cannot be resolved."""
+
+
+class WrongTypeError(SpecError, TypeError):
+    """An argument of another type than expected."""
 
 
 class CheckpointError(GroupifyError):
@@ -74,3 +80,30 @@ def near_names(name: str, known: Iterable[str]) -> str:
     if not matches:
         return ""
     return "; did you mean " + " or ".join(repr(match) for match in matches) + "?"
+
+
+def expect_type(value: Any, types: type | tuple[type, ...], name: str, expected: str) -> None:
+    """Refuse an argument of another type.
+
+    Args:
+        value: the argument.
+        types: what it may be.
+        name: what it is called, ``"plan"``.
+        expected: what it should be and where to get it, ``"a Plan, as groupify.plan makes it"``.
+
+    Raises:
+        WrongTypeError: it is something else; names the attribute that holds the right thing, if there is one.
+    """
+    if isinstance(value, types):
+        return
+    holder = "" if isinstance(value, type) else attribute_of(value, types)
+    raise WrongTypeError(f"{name} is a {type(value).__name__}: expected {expected}{holder}")
+
+
+def attribute_of(value: Any, types: type | tuple[type, ...]) -> str:
+    """Return ``"; give its .model"`` where an attribute of a result of groupify was meant, or ``""``."""
+    if not type(value).__module__.startswith("groupify."):
+        return ""
+    names = ("model", "plan", "recipe", "train")
+    found = (name for name in names if isinstance(getattr(value, name, None), types))
+    return "".join(f"; give its .{name}" for name in list(found)[:1])

@@ -80,7 +80,9 @@ def evaluate(
     with (
         evaluating(model),
         torch.inference_mode(),
-        tqdm(total=total, desc="evaluate", unit="images", disable=None if progress else True) as bar,
+        tqdm(
+            total=total, desc="evaluate", unit="images", disable=None if progress else True, leave=False
+        ) as bar,
     ):
         for call, labels in batches:
             if bool((labels == UNLABELLED).any()):

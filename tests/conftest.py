@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import signal
 import sys
 import warnings
@@ -16,12 +17,12 @@ from groupify.cli.main import main
 ROOT = Path(__file__).parent.parent
 
 
-_NOTES = ("groupify: input:", "groupify: preprocessing", "groupify: memory:")
+_NOTES = re.compile(r"groupify: (input:|preprocessing|memory:)|\[\d+/\d+\] ")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command left behind; notes on what is fed to the model apart from the rest of stderr."""
+    """What a command left behind; what it said of inputs and stages apart from the rest of stderr."""
 
     code: int
     out: str
@@ -65,7 +66,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         written = capsys.readouterr()
         assert isinstance(leaving.value.code, int)
         lines = written.err.splitlines(keepends=True)
-        notes = [line for line in lines if line.startswith(_NOTES)]
+        notes = [line for line in lines if _NOTES.match(line)]
         err = "".join(line for line in lines if line not in notes)
         return Outcome(leaving.value.code, written.out, err, "".join(notes))
 

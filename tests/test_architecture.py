@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 
 # A module imports from its own line and the lines above it.
 ORDER = """
-errors machine memory devices kept files strict_json documents structures
+errors stages machine memory devices kept files strict_json documents structures
 graph
 models data
 stats scores

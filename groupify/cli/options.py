@@ -348,12 +348,19 @@ export_options = together(
            "that the model needs."),
     threads_option,
 )  # fmt: skip
-output_options = together(
-    output("--output", "-o", type=_PATH, help="Folder to write."),
-    output("--force", is_flag=True, help="Replace an earlier output folder."),
-    precision_option("What the ONNX file computes in; both: two files. int8 is calibrated on --data."),
-    export_options,
-)  # fmt: skip
+_PRECISION = "What the ONNX file computes in; both: two files. int8 is calibrated on --data."
+
+
+def output_options(precision: str | None = "float32", default: str = "") -> Decorator[Any]:
+    """Return the options of a command that writes a folder; ``default`` says what no precision means."""
+    return together(
+        output("--output", "-o", type=_PATH, help="Folder to write."),
+        output("--force", is_flag=True, help="Replace an earlier output folder."),
+        precision_option(_PRECISION + default, precision),
+        export_options,
+    )
+
+
 uniform_option = output(
     "--uniform", callback=whole_numbers, metavar="LIST",
     help="Numbers of groups to convert with as well, like 2,4,8, for comparison in the report: untrained, "

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 @fit_options
 @reconstruct_option
 @training_options(epochs=0)
-@output_options
+@output_options()
 @uniform_option
 @common_options
 def convert(model: str, **options: Any) -> None:
@@ -91,7 +91,7 @@ def convert(model: str, **options: Any) -> None:
 @preprocessing_options
 @data_option("A data set with a training part.", required=True)
 @training_options(epochs=1)
-@output_options
+@output_options(None, " Default: as FOLDER's files.")
 @common_options
 def finetune(folder: Path, **options: Any) -> None:
     """Train the converted model in FOLDER further, with the dense one as its teacher.

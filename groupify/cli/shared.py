@@ -108,7 +108,7 @@ def model_label(name: str, arguments: Mapping[str, Any]) -> str:
 def plan_request(options: dict[str, Any]) -> PlanRequest:
     """Return how the convs are to be replaced."""
     from groupify.files import cache_folder
-    from groupify.pipeline.requests import PlanRequest
+    from groupify.pipeline.requests import PlanRequest, families
     from groupify.planning.group_counts import GroupCounts
     from groupify.planning.rules import Rules
     from groupify.planning.search import SearchOptions
@@ -124,7 +124,7 @@ def plan_request(options: dict[str, Any]) -> PlanRequest:
         cpu=options["cpu"],
         precision=planned_precision(options["precision"]),
         shuffle=options["shuffle"],
-        structures=_families(options["structure"]),
+        structures=families(options["structure"]),
     )
     search = SearchOptions(
         sensitivity=options["sensitivity"],
@@ -143,14 +143,6 @@ def plan_request(options: dict[str, Any]) -> PlanRequest:
         latency_table=options["latency_table"],
         save=options["save_plan"],
     )
-
-
-def _families(structure: str | None) -> tuple[str, ...] | None:
-    from groupify.structures import FAMILIES
-
-    if structure is None:
-        return None
-    return FAMILIES if structure == "auto" else (structure,)
 
 
 # Options that say what a plan may do, and would be ignored where the plan is read from a file.
@@ -174,10 +166,11 @@ def export_options(options: dict[str, Any]) -> ExportOptions:
     names = {field.name for field in dataclasses.fields(ExportOptions)}
     given = {name: options[name] for name in names & options.keys()}
     wanted = options["precision"]
-    return ExportOptions(**given, precisions=(wanted,) if wanted == "float16" else precisions(wanted))
+    one = (wanted,) if wanted == "float16" else precisions(wanted)
+    return ExportOptions(**given, precisions=() if wanted is None else one)
 
 
-def precisions(given: str) -> tuple[Precision, ...]:
+def precisions(given: str | None) -> tuple[Precision, ...]:
     """Return the precisions that ``--precision`` names."""
     from groupify.structures import PRECISIONS
 

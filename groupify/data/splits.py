@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from groupify.data.batches import UNLABELLED, Data, check_labels
 from groupify.data.calibration import read_once
+from groupify.data.calls import Inputs, iterate_calls
 from groupify.data.files import find_fashion_mnist, read_cifar10, read_fashion_mnist
 from groupify.data.images import CropAndFlip, FlipAndShift, ImageArrays, read_image_folder, size_in_common
-from groupify.errors import DataError, GroupifyError, GroupifyWarning, SpecError, near_names
+from groupify.errors import DataError, GroupifyError, GroupifyWarning, SpecError, WrongTypeError, near_names
 from groupify.models import demo
 from groupify.models.preprocessing import Preprocessing, PreprocessingOptions, unknown
 from groupify.models.sources import import_attribute
@@ -29,6 +30,7 @@ DATA_SPECS = ("demo", "fashion-mnist", "cifar10", "imagefolder", "synthetic")
 # Mean and standard deviation of the training images, pixel values in [0, 1].
 _CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 _CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+_PARTS = "a Dataset, a DataLoader, another iterable of batches, or a tensor of images"
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,41 @@ def load_data(
     if num_classes is not None:
         check_classes(splits, num_classes)
     return splits
+
+
+def as_splits(data: DataSplits | Data | Tensor, inputs: Inputs | None = None) -> DataSplits:
+    """Return data of the caller's own as splits: all of it is the training part.
+
+    Args:
+        data: splits, which come back as they are; a tensor of inputs, a data set, a ``DataLoader`` or another
+            iterable of batches. What can be read only once is read at once and kept.
+        inputs: a batch → what the model is called with, for models that take more than images.
+
+    Raises:
+        WrongTypeError: it is nothing of the kind.
+        DataError: it is empty, or cannot be read.
+    """
+    if isinstance(data, DataSplits):
+        return data
+    kind = type(data).__name__
+    part: Any = data
+    if isinstance(data, Tensor):
+        part = TensorDataset(data)
+    elif isinstance(data, str | bytes | Mapping | nn.Module) or not _is_readable(data):
+        raise WrongTypeError(f"data is a {kind}: expected {_PARTS}, or what load_data returns")
+    elif isinstance(data, Iterator):
+        part = read_once(data)
+    if hasattr(part, "__len__") and len(part) == 0:
+        raise DataError(f"the data ({kind}) is empty: expected at least one image")
+    return DataSplits("the given images", part, None, None, None, labelled=_has_labels(part, inputs))
+
+
+def _has_labels(part: Data, inputs: Inputs | None) -> bool:
+    try:
+        _, labels = next(iterate_calls(part, 1, inputs, limit=1))
+    except DataError:  # labels of another kind; what else is wrong is said where it matters
+        return False
+    return int(labels[0]) != UNLABELLED
 
 
 def check_classes(splits: DataSplits, num_classes: int) -> None:
@@ -238,6 +275,10 @@ def _from_function(spec: str) -> DataSplits:
     return replace(splits, train=train, test=test)
 
 
+def _is_readable(part: Any) -> bool:
+    return hasattr(part, "__iter__") or hasattr(part, "__getitem__")
+
+
 def _readable(spec: str, name: str, part: Any) -> Data | None:
     """Return a part that can be read again and again."""
     if part is None:
@@ -246,11 +287,8 @@ def _readable(spec: str, name: str, part: Any) -> Data | None:
         part = TensorDataset(part)
     if isinstance(part, Iterator):
         part = read_once(part)
-    if isinstance(part, str) or not (hasattr(part, "__iter__") or hasattr(part, "__getitem__")):
-        raise SpecError(
-            f"data {spec!r} returned a {type(part).__name__} for {name}: expected a Dataset, a DataLoader, "
-            "another iterable of batches, or a tensor of images"
-        )
+    if isinstance(part, str) or not _is_readable(part):
+        raise SpecError(f"data {spec!r} returned a {type(part).__name__} for {name}: expected {_PARTS}")
     if hasattr(part, "__len__") and len(part) == 0:
         raise DataError(f"data {spec!r}: the {name} part is empty; expected at least one image")
     readable: Data = part

@@ -114,6 +114,16 @@ class Call:
         size = self.batch_size
         return self.map(lambda tensor: tensor[index] if tensor.dim() and len(tensor) == size else tensor)
 
+    @staticmethod
+    def joined(calls: Sequence[Call]) -> Call:
+        """Return one call for the examples of several, which differ in nothing else."""
+        flat = [pytree.tree_flatten((tuple(call.args), dict(call.kwargs))) for call in calls]
+        leaves = [
+            torch.cat(values) if _is_of_examples(values, calls) else values[0]
+            for values in zip(*(found for found, _ in flat), strict=True)
+        ]
+        return Call(*pytree.tree_unflatten(leaves, flat[0][1]))
+
     def of_size(self, count: int) -> Call:
         """Return a call for ``count`` examples: the first ones, or all of them again and again."""
         size = self.batch_size
@@ -180,6 +190,14 @@ class Call:
     def shapes(self) -> str:
         """Name the shapes of the tensors, for messages."""
         return ", ".join(str(tuple(tensor.shape)) for tensor in self.tensors) or "no tensors"
+
+
+def _is_of_examples(values: Sequence[Any], calls: Sequence[Call]) -> bool:
+    """Whether an argument of several calls is a tensor with an entry for each example."""
+    return all(
+        isinstance(value, Tensor) and value.dim() > 0 and len(value) == call.batch_size
+        for value, call in zip(values, calls, strict=True)
+    )
 
 
 def _signature(model: nn.Module) -> inspect.Signature:

@@ -301,7 +301,7 @@ def _benchmark(
     check_settings(threads, batch_sizes)
     rows: list[Latency] = []
     settings = [(count, size) for count in threads for size in batch_sizes]
-    for count, size in tqdm(settings, desc="timing", disable=None if progress else True):
+    for count, size in tqdm(settings, desc="timing", disable=None if progress else True, leave=False):
         timings = time_interleaved(prepare(size, count), seconds=seconds)
         rows.extend(Latency(name, count, size, timing) for name, timing in timings.items())
     return rows

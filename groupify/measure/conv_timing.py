@@ -136,7 +136,9 @@ def time_convs(
     ]
     times: dict[TimedConv, float] = {}
     total = sum(map(len, sessions))
-    with tqdm(total=total, desc="latency table", unit="conv", disable=None if progress else True) as bar:
+    with tqdm(
+        total=total, desc="latency table", unit="conv", disable=None if progress else True, leave=False
+    ) as bar:
         for session in sessions:
             times |= _time_session(session, threads, batch_size, rounds)
             bar.update(len(session))

@@ -188,17 +188,33 @@ def cached_table(
 
     The file in the cache folder is that of the machine, of the ONNX Runtime and of the number of threads.
     """
-    path = (cache_folder() if cache is None else cache) / f"latency-{machine_fingerprint(threads)}.json"
-    try:
-        known: LatencyTable | None = LatencyTable.read(path)
-    except ArtefactError:
-        known = None  # none yet, or a damaged one: it can be measured again
+    path = _cached(threads, cache)
+    known = _known(path)
     table = measure_table(
         model, choices, known, threads=threads, warm=warm, progress=progress, stopwatch=stopwatch
     )
     if table != known:
         table.write(path)
     return table
+
+
+def count_missing(model: nn.Module, choices: Choices, *, threads: int = 1, cache: Path | None = None) -> int:
+    """Return how many convs and candidates of a model the cached table of this machine lacks."""
+    known = _known(_cached(threads, cache))
+    shapes = {str(shape) for row in _shapes(model, choices) for shape in row if shape is not None}
+    return len(shapes - (set() if known is None else known.convs.keys()))
+
+
+def _cached(threads: int, cache: Path | None) -> Path:
+    return (cache_folder() if cache is None else cache) / f"latency-{machine_fingerprint(threads)}.json"
+
+
+def _known(path: Path) -> LatencyTable | None:
+    """Return the table in a file; None where there is none, or a damaged one: it can be measured again."""
+    try:
+        return LatencyTable.read(path)
+    except ArtefactError:
+        return None
 
 
 def machine_fingerprint(threads: int) -> str:

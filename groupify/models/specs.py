@@ -20,6 +20,7 @@ _VALUES: dict[str, type] = {
     "demo": type(None),
     "checkpoint": str,
     "factory": type(None),
+    "given": type(None),
     "random": int,
 }
 MAX_INPUT_VALUES = 2**27
@@ -69,8 +70,8 @@ class WeightsOrigin:
     """Where the weights of a model come from.
 
     Attributes:
-        kind: ``"torchvision"``, ``"demo"``, ``"checkpoint"``, ``"factory"`` (those that it gave its model) or
-            ``"random"``.
+        kind: ``"torchvision"``, ``"demo"``, ``"checkpoint"``, ``"factory"`` (those that it gave its model),
+            ``"given"`` (those of a model in memory, which only their owner has) or ``"random"``.
         value: the name of torchvision's weights, the checkpoint's file or name, or the seed of random
             weights; None else.
 
@@ -104,6 +105,8 @@ class WeightsOrigin:
         """What to show to people."""
         if self.kind == "random":
             return f"random, seed {self.value}"
+        if self.kind == "given":
+            return "as given"
         return self.kind if self.value is None else f"{self.kind} {self.value}"
 
 

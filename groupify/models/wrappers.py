@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from groupify.errors import ConversionError
+from groupify.errors import ConversionError, attribute_of
 from groupify.graph.copying import copy_of
 
 
@@ -104,7 +104,7 @@ def _is_exported_program(model: object) -> bool:
 def _not_a_module(model: object) -> str:
     if isinstance(model, dict):
         return "build the model and load the state dict into it"
-    return "give the network itself"
+    return attribute_of(model, nn.Module).removeprefix("; ") or "give the network itself"
 
 
 def _kind_without_layers(module: nn.Module) -> str | None:

@@ -1,129 +1,185 @@
-"""The stages that make the grouped model: convert, then train."""
+"""The stages that make the compressed model: plan, convert, then train."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+import dataclasses
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from groupify.conversion.conversion import Calibration, Conversion, convert
-from groupify.conversion.reconstruct import ReconstructionOptions
+from groupify.conversion.conversion import Conversion, convert
 from groupify.conversion.surgery import restructure
-from groupify.data.batches import calibration_images
-from groupify.data.ranks import Ranks
+from groupify.data.batches import Data, is_map_style
+from groupify.data.ranks import ALONE, Ranks
 from groupify.data.splits import DataSplits
 from groupify.errors import SpecError
-from groupify.graph.call import example_input
+from groupify.graph.call import Call, example_input
 from groupify.onnx.exporting import export_onnx
+from groupify.pipeline.compressed import Compressed
 from groupify.pipeline.inputs import warn_near_chance
-from groupify.pipeline.prepare import Prepared
-from groupify.pipeline.requests import ConversionRequest, TrainingRequest
+from groupify.pipeline.planning import Planned, make_plan, planning_stages
+from groupify.pipeline.requests import ExportOptions, PlanRequest, TrainingRequest
+from groupify.pipeline.subject import Subject
+from groupify.planning.durations import Pace
+from groupify.planning.plan_file import PlanFile
+from groupify.reporting.budget import race_lines
 from groupify.reporting.results import AccuracyChange, UniformRun
 from groupify.scores import evaluate, measure_cost
-from groupify.training.finetuning import FinetuneResult, finetune
+from groupify.stages import SILENT, Stages
+from groupify.structures import Plan
 from groupify.training.state import Checkpointing
 
 
-@dataclass(frozen=True)
-class Grouped:
-    """A grouped model, and how it came about.
-
-    Attributes:
-        model: on the CPU.
-        accuracy: of it and of the dense model, as far as measured.
-        conversion: how its weights were found; None when it was only trained further, or another process
-            converted it.
-        tuned: how it was trained; None = not at all.
-    """
-
-    model: nn.Module
-    accuracy: AccuracyChange
-    conversion: Conversion | None = None
-    tuned: FinetuneResult | None = None
-
-
-def convert_as_planned(
-    prepared: Prepared, request: ConversionRequest, ranks: Ranks, *, progress: bool
-) -> Grouped:
-    """Convert with the plan and measure the accuracy.
+def run_compression(
+    subject: Subject, request: PlanRequest, *, ranks: Ranks = ALONE, stages: Stages = SILENT
+) -> Compressed:
+    """Plan, convert, and measure the accuracy where there are labels for that: what ``compress`` does.
 
     The first process converts; the others get its weights.
 
     Raises:
-        GroupifyError: the model cannot be converted as planned.
+        GroupifyError: anything that cannot be done as asked.
     """
-    dense, conversion = prepared.source.model, None
+    planned = make_plan(request, subject, stages=stages)
+    if request.save is not None and ranks.first:
+        PlanFile.of(subject.source.spec.name, planned.plan).write(request.save)
+    notes = request.notes + (() if planned.found is None else race_lines(planned.found))
+    result = result_of(_conversion(subject, planned, ranks, stages), subject, planned.plan)
+    result = replace(result, model=ranks.share_weights(result.model), notes=(*notes, *result.notes))
+    return measured(result, ranks, stages)
+
+
+def _conversion(subject: Subject, planned: Planned, ranks: Ranks, stages: Stages) -> Conversion:
+    if planned.conversion is not None:
+        stages.begin("taking the best of the converted plans")
+        return planned.conversion
+    source, plan = subject.source, planned.plan
+    pace = Pace(source.model, subject.example, plan.macs.dense)
+    images = subject.count if subject.given is None else subject.given.count
+    stages.begin(_fitting(subject, plan), lambda: pace.fit(plan.sites, images))
     if ranks.first:
-        conversion = convert(
-            dense, prepared.plan, _calibration(prepared, request), seed=request.seed, progress=progress
-        )
-        conversion = replace(conversion, notes=(*prepared.notes, *conversion.notes))
-        model = conversion.model
-    else:
-        model = restructure(dense, prepared.plan.recipes)
-    return measured(ranks.share_weights(model), prepared, ranks, conversion, progress=progress)
+        return converted(subject, plan, progress=stages.show)
+    return Conversion(restructure(source.model, plan.recipes), plan.recipes, (), "", (), None, None, {})
 
 
-def _calibration(prepared: Prepared, request: ConversionRequest) -> Calibration | None:
-    if prepared.data is None or request.calibration_images == 0:
-        return None
-    images = calibration_images(prepared.data.for_calibration, request.calibration_images, seed=request.seed)
-    return Calibration(images, reconstruction=ReconstructionOptions(steps=request.reconstruct_steps))
+def compression_stages(subject: Subject, request: PlanRequest) -> int:
+    """Return the number of stages of :func:`run_compression`."""
+    return planning_stages(request, subject) + 1 + has_test_labels(subject.data)
 
 
-def measured(
-    model: nn.Module,
-    prepared: Prepared,
-    ranks: Ranks,
-    conversion: Conversion | None = None,
-    *,
-    progress: bool,
-) -> Grouped:
-    """Return a converted model with its accuracy and the dense one's, where there are labels for that."""
-    data = prepared.data
-    if data is None or not data.labelled or data.test is None:
-        return Grouped(model, AccuracyChange(), conversion)
-    before = evaluate(prepared.source.model, data.test, progress=progress, ranks=ranks)
-    warn_near_chance(before, prepared.source, data)
-    after = evaluate(model, data.test, progress=progress, ranks=ranks)
-    accuracy = AccuracyChange(dense=before.top1, converted=after.top1, images=before.images)
-    return Grouped(model, accuracy, conversion)
+def has_test_labels(data: DataSplits | None) -> bool:
+    """Whether an accuracy can be measured."""
+    return data is not None and data.labelled and data.test is not None
+
+
+def _fitting(subject: Subject, plan: Plan) -> str:
+    convs = f"fitting {len(plan.converted)} convs"
+    if not subject.is_fitted:
+        return f"{convs} from their weights alone"
+    if subject.given is not None:
+        return f"{convs} on {subject.given.count} images"
+    return f"{convs} on up to {subject.count} images"
+
+
+def converted(subject: Subject, plan: Plan, *, progress: bool = False) -> Conversion:
+    """Convert by a plan."""
+    how = subject.how_called if isinstance(subject.example, Call) else {}
+    return convert(
+        subject.source.model, plan, subject.calibration(), seed=subject.seed, progress=progress, **how
+    )
+
+
+def result_of(conversion: Conversion, subject: Subject, plan: Plan) -> Compressed:
+    """Return a conversion with all that it was made from."""
+    values = {field.name: getattr(conversion, field.name) for field in dataclasses.fields(Conversion)}
+    return Compressed(
+        **values,
+        plan=plan,
+        source=subject.source,
+        example=subject.example,
+        data=subject.data,
+        inputs=subject.inputs,
+        found_by=conversion.summary(),
+        seed=subject.seed,
+    )
+
+
+def measured(result: Compressed, ranks: Ranks, stages: Stages) -> Compressed:
+    """Add the accuracy of both models, where there are labels for that."""
+    data, source = result.data, result.source
+    if not has_test_labels(data):
+        return result
+    assert data is not None
+    assert data.test is not None
+    images, pace = _length(data.test), Pace(source.model, result.example, 1)
+    # The converted model takes less time, but not in PyTorch.
+    guess = None if images is None else lambda: pace.passes(2 * images)
+    stages.begin("measuring the accuracy of both models", guess)
+    before, after = (
+        evaluate(model, data.test, inputs=result.inputs, progress=stages.show, ranks=ranks)
+        for model in (source.model, result.model)
+    )
+    warn_near_chance(before, source, data)
+    return replace(result, accuracy=AccuracyChange(before.top1, after.top1, images=before.images))
 
 
 def train(
-    grouped: Grouped,
-    prepared: Prepared,
+    result: Compressed,
     request: TrainingRequest | None,
     checkpointing: Checkpointing | None,
     ranks: Ranks,
-    *,
-    progress: bool,
-) -> Grouped:
+    stages: Stages,
+) -> Compressed:
     """Fine-tune on the device asked for, and measure the accuracy again; the result is on the CPU.
 
     Raises:
         GroupifyError: the model cannot be trained as asked.
     """
-    data = prepared.data
-    if request is None or data is None:
-        return grouped
-    device = _device(request.device)
-    tuned = finetune(
-        copy.deepcopy(grouped.model).to(device),
-        data,
-        teacher=copy.deepcopy(prepared.source.model).to(device),
+    if request is None or result.data is None:
+        return result
+    device, source = _device(request.device), result.source
+    stages.begin(f"fine-tuning, epochs: {request.settings.epochs:g}", _training_time(result, request, ranks))
+    there = replace(
+        result, model=_moved(result.model, device), source=replace(source, model=_moved(source.model, device))
+    )
+    trained = there.finetune(
+        result.data,
         settings=request.settings,
         checkpointing=checkpointing,
         log=request.log,
         distributed=ranks.world > 1,
-        progress=progress,
+        progress=stages.show,
     )
+    tuned = trained.tuned
+    assert tuned is not None
     tuned = replace(tuned, model=tuned.model.cpu(), last_model=tuned.last_model.cpu())
-    accuracy = replace(grouped.accuracy, recovered=_top1(tuned.model, data, ranks, progress))
-    return replace(grouped, model=tuned.model, accuracy=accuracy, tuned=tuned)
+    return replace(trained, model=tuned.model, tuned=tuned, source=source)
+
+
+def _length(data: Data) -> int | None:
+    return len(cast(Any, data)) if is_map_style(data) else None
+
+
+def _training_time(result: Compressed, request: TrainingRequest, ranks: Ranks) -> Callable[[], float] | None:
+    """Return what estimates the time of a fine-tune; None where that cannot be told."""
+    data, settings = result.data, request.settings
+    images = settings.images_per_epoch
+    if images is None and data is not None and data.train is not None:
+        images = _length(data.train)
+    if images is None or request.device == "cuda" or torch.cuda.is_available():
+        return None
+    pace, count = Pace(result.source.model, result.example, 1), settings.epochs * images
+    # A step: the teacher's forward pass, and the student's with a backward pass that costs two.
+    return lambda: pace.passes(4 * count / ranks.world)
+
+
+def _moved(model: nn.Module, device: torch.device) -> nn.Module:
+    return copy.deepcopy(model).to(device)
 
 
 def _device(name: str) -> torch.device:
@@ -135,38 +191,29 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _top1(model: nn.Module, data: DataSplits, ranks: Ranks, progress: bool) -> float | None:
-    if not data.labelled or data.test is None:
-        return None
-    return evaluate(model, data.test, progress=progress, ranks=ranks).top1
-
-
 def convert_uniform(
-    prepared: Prepared, request: ConversionRequest, folder: Path, *, progress: bool
+    plans: dict[int, Plan], subject: Subject, export: ExportOptions, folder: Path, *, progress: bool
 ) -> dict[Path, UniformRun]:
-    """Convert with the other plans as the run itself was, without training.
+    """Convert with other plans as the run itself was, without training.
 
     Args:
-        prepared: gives the plans, and labelled test images.
-        request: gives calibration, batch size and seed.
+        plans: by number of groups.
+        subject: the dense model, and data with labelled test images.
+        export: how the files are made.
         folder: where to export to; to be timed, and removed.
         progress: show bars on stderr.
 
     Returns:
         What was measured so far, by ONNX file.
     """
-    data, shape = prepared.data, prepared.source.spec.input_shape
-    if not prepared.uniform or data is None or data.test is None:
-        return {}
-    dense, calibration = prepared.source.model, _calibration(prepared, request)
+    data, shape, dense = subject.data, subject.source.spec.input_shape, subject.source.model
     runs = {}
-    for groups, plan in prepared.uniform.items():
-        model = convert(dense, plan, calibration, seed=request.seed, progress=progress).model
+    for groups, plan in plans.items():
+        assert data is not None
+        assert data.test is not None
+        model = converted(subject, plan, progress=progress).model
         exported = export_onnx(
-            model,
-            folder / f"uniform-{groups}.onnx",
-            input_shape=shape,
-            static_batch=request.output.export.static_batch,
+            model, folder / f"uniform-{groups}.onnx", input_shape=shape, static_batch=export.static_batch
         )
         cost = measure_cost(model, example_input(shape, like=dense))
         top1 = evaluate(model, data.test, progress=progress).top1

@@ -67,11 +67,11 @@ def with_data(
     if source.preprocessing_from in (_FROM_RECIPE, _FROM_FILE):
         said = PreprocessingOptions.of(source.spec.preprocessing).then(options)
     if splits is not None:
-        _check_shapes(source, splits)
+        check_shapes(source, splits)
     elif data is not None:
         splits = load_data(data, source.spec, preprocessing=said, seed=seed)
     source = _with_preprocessing(source, splits, said, asked=options.given)
-    return source, None if splits is None else _classified(source, splits)
+    return source, None if splits is None else classified(source, splits)
 
 
 def _shape_of(data: str | None, splits: DataSplits | None, source: Source) -> tuple[int, ...]:
@@ -104,7 +104,7 @@ def _with_shape(source: Source, shape: tuple[int, ...]) -> Source:
     return replace(source, spec=replace(source.spec, input_shape=shape), input_known=True)
 
 
-def _check_shapes(source: Source, splits: DataSplits) -> None:
+def check_shapes(source: Source, splits: DataSplits) -> None:
     """Refuse batches of another shape than the model's input, before any work.
 
     Training images may have another height and width than the test images, as some recipes have it.
@@ -154,7 +154,7 @@ def tell_preprocessing(source: Source, splits: DataSplits | None) -> None:
         _log.info("preprocessing: %s; recipe and ONNX file do not say it either", unknown(spec.name))
 
 
-def _classified(source: Source, splits: DataSplits) -> DataSplits:
+def classified(source: Source, splits: DataSplits) -> DataSplits:
     """Return the data, checked against the model's classes."""
     classes = class_count(source)
     if classes is not None:

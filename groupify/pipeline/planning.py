@@ -10,27 +10,22 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from groupify.data.batches import UNLABELLED, first_input, iterate_batches
-from groupify.data.splits import DataSplits
+from groupify.conversion.conversion import Calibration, Conversion, convert
 from groupify.errors import ArtefactError, SpecError
 from groupify.machine import CPUS, blocked_width, describe_machine
 from groupify.measure.latency_table import LatencyTable, measure_table
-from groupify.models.specs import Source
 from groupify.pipeline.inputs import tell_preprocessing, with_data
 from groupify.pipeline.requests import ModelRequest, PlanRequest
+from groupify.pipeline.subject import Subject
 from groupify.planning.candidates import candidates
 from groupify.planning.like_groups import DEFAULT_GROUPS
 from groupify.planning.plan_file import PlanFile
 from groupify.planning.race import BudgetPlan, Frontier, trace_frontier
 from groupify.planning.rules import Rules
-from groupify.planning.search import HeldOut, Images, SearchOptions, plan_for_budget
+from groupify.planning.search import HeldOut, Images, SearchOptions, count_stages, plan_for_budget
 from groupify.planning.uniform import plan
-from groupify.structures import FLOAT32, Plan, Precision
-
-_HELD_OUT = 500
-# A share of right answers is known less well than a divergence.
-_HELD_OUT_FOR_DROP = 2000
-_HELD_OUT_BYTES = 2**30
+from groupify.stages import SILENT, Stages
+from groupify.structures import FLOAT32, Plan, Precision, SiteRecipe
 
 
 @dataclass(frozen=True)
@@ -40,11 +35,13 @@ class Planned:
     Attributes:
         plan: what is to be replaced; its notes begin with what was chosen since nothing was asked for.
         found: the race that it won; None where there was none.
+        conversion: by the plan, where it was converted for the race as the run itself would.
         frontier: what other budgets would give, where that was asked for.
     """
 
     plan: Plan
     found: BudgetPlan | None = None
+    conversion: Conversion | None = None
     frontier: Frontier | None = None
 
     def noted(self, notes: tuple[str, ...]) -> Planned:
@@ -53,38 +50,76 @@ class Planned:
         return replace(self, plan=plan, found=None if self.found is None else replace(self.found, plan=plan))
 
 
-def make_plan(
-    request: PlanRequest, source: Source, data: DataSplits | None, *, calibration_images: int, seed: int
-) -> Planned:
+def make_plan(request: PlanRequest, subject: Subject, *, stages: Stages = SILENT) -> Planned:
     """Make a plan, or read it.
 
     Args:
         request: what may be replaced, and how.
-        source: the dense model.
-        data: gives calibration images, and others to compare plans on; None = from the weights alone.
-        calibration_images: number of images to fit on; 0 = from the weights alone.
-        seed: chooses the images.
+        subject: the dense model, and images to compare plans on.
+        stages: says what is being done.
 
     Raises:
         GroupifyError: the plan cannot be made, or the file cannot be read.
     """
-    model, shape = source.model, source.spec.input_shape
+    model = subject.source.model
     if request.file is not None:
-        return Planned(PlanFile.read(request.file).apply(model, shape))
+        return Planned(PlanFile.read(request.file).apply(model, subject.source.spec.input_shape))
     if request.is_uniform:
-        made = plan(model, shape, groups=request.groups or DEFAULT_GROUPS, rules=request.rules)
+        made = plan(model, groups=request.groups or DEFAULT_GROUPS, rules=request.rules, **subject.how_called)
         return Planned(made).noted(request.notes)
-    images = None
-    if data is not None and calibration_images:
-        drop = None if request.budget is None else request.budget.drop
-        images = planning_images(data, calibration_images, for_drop=drop is not None, seed=seed)
-    options = _with_table(request.search, request.latency_table)
+    images = subject.planning_images(for_drop=request.budget is not None and request.budget.drop is not None)
+    options = replace(_with_table(request.search, request.latency_table), stages=stages)
     measure = _frontier_measure(request.frontier, model, images, options)
+    conversions = _Conversions(subject, options)
+    reused = images is not None and conversions.fits(images) and not _bisects(request)
     found = plan_for_budget(
-        model, shape, request.budget, images, groups=request.groups, rules=request.rules, options=options
-    )
+        model, budget=request.budget, images=images, groups=request.groups, rules=request.rules,
+        options=options, convert_plan=conversions if reused else None, **subject.how_called,
+    )  # fmt: skip
     frontier = None if request.frontier is None else trace_frontier(found, measure=measure)
-    return Planned(found.plan, found, frontier).noted(request.notes)
+    conversion = conversions.of_plans.get(found.plan.recipes)
+    return Planned(found.plan, found, conversion, frontier).noted(request.notes)
+
+
+def _bisects(request: PlanRequest) -> bool:
+    """Whether so many plans are converted that they had better not be kept."""
+    return request.budget is not None and not request.budget.costs
+
+
+class _Conversions:
+    """Converts plans that compete as the run itself would, and keeps what comes out: the winner is done."""
+
+    def __init__(self, subject: Subject, options: SearchOptions) -> None:
+        self._subject, self._options = subject, options
+        self.of_plans: dict[tuple[SiteRecipe, ...], Conversion] = {}
+
+    def fits(self, images: Images) -> bool:
+        """Whether the run fits on the very images on which plans compete, and in the same way."""
+        same_way = self._subject.reconstruct_steps == 0 and self._subject.seed == self._options.seed
+        drawn = self._subject.calibration() if self._subject.given is None and same_way else None
+        if drawn is None or not torch.equal(drawn.images, images.fit):
+            return False
+        self._calibration = Calibration(images.fit)
+        return True
+
+    def __call__(self, plan: Plan) -> nn.Module:
+        """Convert by one plan."""
+        conversion = convert(
+            self._subject.source.model, plan, self._calibration, seed=self._subject.seed,
+            progress=self._options.progress,
+        )  # fmt: skip
+        self.of_plans[plan.recipes] = conversion
+        return conversion.model
+
+
+def planning_stages(request: PlanRequest, subject: Subject) -> int:
+    """Return the number of stages of :func:`make_plan`."""
+    if not request.is_searched:
+        return 0
+    options = request.search
+    if request.latency_table is not None:
+        return 1 + (subject.is_fitted and options.verify)
+    return count_stages(request.budget, options, images=subject.is_fitted)
 
 
 def _frontier_measure(
@@ -105,7 +140,9 @@ def run_plan(
     Args:
         model: the dense model.
         data: data spec for a plan that is searched; None = from the weights alone.
-        request, calibration_images, seed: as for ``make_plan``.
+        request: as for ``make_plan``.
+        calibration_images: number of images to fit on; 0 = from the weights alone.
+        seed: chooses the images.
     """
     # Without a search a plan depends on shapes alone: weights not at hand are no reason to warn or to wait.
     if not request.is_searched and model.weights == "auto":
@@ -115,7 +152,8 @@ def run_plan(
     source, splits = with_data(source, used, model.preprocessing, seed=seed)
     if splits is not None:
         tell_preprocessing(source, splits)
-    planned = make_plan(request, source, splits, calibration_images=calibration_images, seed=seed)
+    subject = Subject(source, source.spec.input_shape, splits, count=calibration_images, seed=seed)
+    planned = make_plan(request, subject)
     if request.save is not None:
         PlanFile.of(model.name, planned.plan).write(request.save)
     return planned
@@ -131,35 +169,6 @@ def _with_table(options: SearchOptions, path: Path | None) -> SearchOptions:
             f"not {options.threads}: give --threads {table.threads}, or another table"
         )
     return replace(options, table=table)
-
-
-def planning_images(data: DataSplits, count: int, *, for_drop: bool, seed: int) -> Images:
-    """Draw the images to fit on, the same that a conversion draws, and others to compare plans on.
-
-    Args:
-        data: gives them.
-        count: number of images to fit on.
-        for_drop: whether a limit on the drop is to be held, which takes more of the others.
-        seed: chooses the images.
-
-    Raises:
-        DataError: no images.
-    """
-    part = data.for_calibration
-    first = first_input(part)
-    most = _HELD_OUT_FOR_DROP if for_drop else _HELD_OUT
-    more = max(1, min(most, _HELD_OUT_BYTES // (4 * first.numel())))
-    drawn = iterate_batches(
-        part, min(count, 256), shuffle_seed=seed, limit=count + more, labelled=data.labelled
-    )
-    batches = list(drawn)
-    images = torch.cat([batch for batch, _ in batches])
-    labels = torch.cat([batch for _, batch in batches])
-    # Of a test part the labels must not choose anything.
-    labelled = data.labelled and data.train is not None and not bool((labels == UNLABELLED).any())
-    if len(images) <= count:  # few images: a quarter of them is held out
-        return Images.split(images, labels if labelled else None)
-    return Images(images[:count], images[count:], labels[count:] if labelled else None)
 
 
 def make_table(

@@ -16,13 +16,28 @@ from groupify.planning.group_counts import GroupCounts
 from groupify.planning.like_groups import DEFAULT_GROUPS, macs_of
 from groupify.planning.rules import Rules
 from groupify.planning.search import BOTH, SearchOptions
-from groupify.structures import FILE_PRECISIONS, FLOAT32, GROUPED, INT8, FilePrecision, check_precision
+from groupify.structures import (
+    FAMILIES,
+    FILE_PRECISIONS,
+    FLOAT32,
+    GROUPED,
+    INT8,
+    FilePrecision,
+    check_precision,
+)
 from groupify.training.history import LogSettings
 from groupify.training.settings import FinetuneSettings
 from groupify.training.state import Checkpointing
 
 # Steps between two writes of a training's state, where it is to be kept and nothing more is said.
 SAVE_EVERY = 200
+
+
+def families(structure: str | None) -> tuple[str, ...] | None:
+    """Return the families that ``--structure`` names; None = nothing is said."""
+    if structure is None:
+        return None
+    return FAMILIES if structure == "auto" else (structure,)
 
 
 @dataclass(frozen=True)
@@ -151,7 +166,7 @@ class ExportOptions:
     Attributes:
         static_batch: fixed batch size; None = dynamic.
         opset: of the ONNX operators; None = 18, or the lowest that has all that the model needs.
-        precisions: what files to write; int8 needs data.
+        precisions: what files to write; int8 needs data. Empty = in a fine-tune, those that the folder has.
         threads: intra-op threads of the timing.
     """
 

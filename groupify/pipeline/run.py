@@ -1,4 +1,4 @@
-"""Whole runs, stage by stage: prepare → convert → train → export and check → time → report."""
+"""Whole runs: compress or open a folder → train → export and check → time → report, written at the end."""
 
 from __future__ import annotations
 
@@ -11,40 +11,43 @@ from pathlib import Path
 import safetensors.torch
 from torch import nn
 
-from groupify.artefact import WEIGHTS_FILE, load, write_artefact
-from groupify.conversion.conversion import Conversion
+from groupify.artefact import WEIGHTS_FILE, write_artefact
 from groupify.data.ranks import Ranks, process_group
+from groupify.errors import SpecError
 from groupify.files import RECIPE_FILE, writing_folder
-from groupify.graph.call import example_input
 from groupify.machine import describe_machine, package_version
-from groupify.models.specs import Source
-from groupify.pipeline.converting import Grouped, convert_as_planned, convert_uniform, measured, train
-from groupify.pipeline.exporting import (
-    FILE_ROLES,
-    Exported,
-    Timed,
-    export_and_check,
-    latency_notes,
-    time_against_dense,
+from groupify.pipeline.comparisons import check_comparable, uniform_plans
+from groupify.pipeline.compressed import Compressed
+from groupify.pipeline.converting import (
+    compression_stages,
+    convert_uniform,
+    has_test_labels,
+    measured,
+    run_compression,
+    train,
 )
-from groupify.pipeline.prepare import Prepared, prepare_conversion, prepare_finetune
+from groupify.pipeline.exporting import FILE_ROLES, Exported, export_and_check
+from groupify.pipeline.folders import model_file, open_folder, precisions_of
+from groupify.pipeline.inputs import tell_preprocessing, with_data
 from groupify.pipeline.requests import ConversionRequest, FinetuneRequest, OutputRequest
-from groupify.recipe import Recipe
+from groupify.pipeline.subject import Subject
+from groupify.pipeline.timing import Timed, latency_notes, time_against_dense, timing_seconds
 from groupify.reporting.html import report_page
 from groupify.reporting.read import REPORT_FILE, Run, earlier_runs
 from groupify.reporting.results import Report, UniformRun
-from groupify.scores import measure_cost
+from groupify.stages import Stages
 from groupify.structures import FLOAT32, Change, FilePrecision
 from groupify.training.finetuning import FinetuneResult
 from groupify.training.state import Checkpointing
 
-MODEL_FILE = "model.onnx"
 LAST_FILE = "last.safetensors"
 PAGE_FILE = "report.html"
+# Stages: exporting, timing.
+_WRITING = 2
 
 
 def run_conversion(request: ConversionRequest, *, progress: bool = False) -> Report | None:
-    """Load, plan, convert, train, measure and write; the folder appears whole or not at all.
+    """Load, compress, train, measure and write; the folder appears whole or not at all.
 
     Under torchrun the first process converts and writes, and every process does its share of the training.
 
@@ -57,17 +60,46 @@ def run_conversion(request: ConversionRequest, *, progress: bool = False) -> Rep
     request.check()
     checkpointing = None if request.training is None else request.training.checkpointing(request.output)
     with process_group() as ranks, _writing(request.output, ranks) as folder, _aside() as aside:
-        progress = progress and ranks.first
-        prepared = prepare_conversion(request, ranks)
-        grouped = convert_as_planned(prepared, request, ranks, progress=progress)
-        grouped = train(grouped, prepared, request.training, checkpointing, ranks, progress=progress)
+        if ranks.world > 1:
+            _refuse_what_one_process_measures(request)
+        subject = _subject(request)
+        trained, compared = request.training is not None, bool(request.uniform)
+        count = compression_stages(subject, request.plan) + trained + compared + _WRITING
+        stages = Stages(count, show=progress and ranks.first)
+        if request.uniform:
+            check_comparable(request, subject)
+        result = run_compression(subject, request.plan, ranks=ranks, stages=stages)
+        plans = uniform_plans(request, subject, result.plan)
+        result = train(result, request.training, checkpointing, ranks, stages)
         if folder is None:
             return None
-        uniform = convert_uniform(prepared, request, aside, progress=progress)
-        output = _Output(folder, aside, request.output, request.seed, progress)
-        report = _write(output, prepared, grouped, uniform)
+        if plans:
+            stages.begin(f"converting {len(plans)} uniform plans as well")
+        uniform = convert_uniform(plans, subject, request.output.export, aside, progress=stages.show)
+        report = _write(_Output(folder, aside, request.output, stages), result, uniform)
     _forget_state(checkpointing)
     return report
+
+
+def _subject(request: ConversionRequest) -> Subject:
+    source, data = with_data(
+        request.model.load(request.seed), request.data, request.model.preprocessing, seed=request.seed
+    )
+    tell_preprocessing(source, data)
+    return Subject(
+        source, source.spec.input_shape, data, None, request.calibration_images, request.reconstruct_steps,
+        request.seed,
+    )  # fmt: skip
+
+
+def _refuse_what_one_process_measures(request: ConversionRequest) -> None:
+    if request.uniform:
+        raise SpecError("--uniform is measured in one process: leave it out under torchrun")
+    if request.plan.is_searched:
+        raise SpecError(
+            "structures are chosen for each conv in one process: write the plan with 'groupify plan "
+            "MODEL --save-plan FILE', then give --plan FILE under torchrun; or give --groups 4"
+        )
 
 
 def run_finetune(request: FinetuneRequest, *, progress: bool = False) -> Report | None:
@@ -81,17 +113,20 @@ def run_finetune(request: FinetuneRequest, *, progress: bool = False) -> Report 
     Raises:
         GroupifyError: anything that cannot be done as asked.
     """
-    checkpointing = request.training.checkpointing(request.output)
-    with process_group() as ranks, _writing(request.output, ranks) as folder, _aside() as aside:
-        progress = progress and ranks.first
-        student = load(request.folder, trust=request.trust)
-        prepared = prepare_finetune(request)
-        grouped = measured(student, prepared, ranks, progress=progress)
-        grouped = train(grouped, prepared, request.training, checkpointing, ranks, progress=progress)
+    output = request.output
+    if not output.export.precisions:
+        export = dataclasses.replace(output.export, precisions=precisions_of(request.folder))
+        output = dataclasses.replace(output, export=export)
+    checkpointing = request.training.checkpointing(output)
+    with process_group() as ranks, _writing(output, ranks) as folder, _aside() as aside:
+        opened = open_folder(request)
+        count = has_test_labels(opened.data) + 1 + _WRITING
+        stages = Stages(count, show=progress and ranks.first)
+        result = measured(opened, ranks, stages)
+        result = train(result, request.training, checkpointing, ranks, stages)
         if folder is None:
             return None
-        output = _Output(folder, aside, request.output, request.seed, progress)
-        report = _write(output, prepared, grouped, {})
+        report = _write(_Output(folder, aside, output, stages), result, {})
     _forget_state(checkpointing)
     return report
 
@@ -130,71 +165,53 @@ class _Output:
         folder: to write into; later renamed to the one asked for.
         aside: for files that are forgotten.
         request: the folder asked for, and how to measure.
-        seed, progress: of the run.
+        stages: says what is being done.
     """
 
     folder: Path
     aside: Path
     request: OutputRequest
-    seed: int
-    progress: bool
+    stages: Stages
 
 
-def _write(output: _Output, prepared: Prepared, grouped: Grouped, uniform: dict[Path, UniformRun]) -> Report:
+def _write(output: _Output, result: Compressed, uniform: dict[Path, UniformRun]) -> Report:
     """Write recipe, weights, ONNX file and report, measuring on the way."""
-    exported = _write_model(output, prepared, grouped)
+    names = " and ".join(output.request.export.precisions)
+    output.stages.begin(f"exporting to ONNX in {names}, checked against PyTorch")
+    exported = _write_model(output, result)
+    output.stages.begin(
+        "timing dense against converted in ONNX Runtime",
+        lambda: timing_seconds(exported, uniform),
+    )
     timed = time_against_dense(
-        prepared, exported, uniform, output.request.export, output.aside, seed=output.seed,
-        progress=output.progress,
-    )  # fmt: skip
+        result, exported, uniform, output.request.export, output.aside, progress=output.stages.show
+    )
     runs = (
         dataclasses.replace(run, milliseconds=timed.other_milliseconds[path]) for path, run in uniform.items()
     )
     report = dataclasses.replace(
-        make_report(prepared, grouped, exported, timed),
+        make_report(result, exported, timed),
         uniform=tuple(runs),
-        seed=output.seed,
-        files=_files(output, grouped, exported),
+        files=_files(output, result, exported),
         command=output.request.command,
     )
     _write_report(output, report)
     return report
 
 
-def _write_model(output: _Output, prepared: Prepared, grouped: Grouped) -> Exported:
+def _write_model(output: _Output, result: Compressed) -> Exported:
     """Write recipe, weights and ONNX file."""
-    source, accuracy = prepared.source, dataclasses.asdict(grouped.accuracy)
-    recipe = Recipe(
-        model=source.spec,
-        weights=source.weights,
-        sites=prepared.plan.recipes,
-        cpu=prepared.plan.cpu,
-        calibration=None if grouped.conversion is None else grouped.conversion.summary(),
-        recovery=None if grouped.tuned is None else grouped.tuned.settings.as_recipe(),
-        metrics={key: value for key, value in accuracy.items() if value is not None},
-    )
-    recipe = write_artefact(output.folder, grouped.model, recipe)
-    last = _other_last(grouped.tuned)
+    recipe = write_artefact(output.folder, result.model, result.recipe)
+    last = _other_last(result.tuned)
     if last is not None:
         _write_last(output.folder, last)
-    paths: dict[FilePrecision, Path] = {FLOAT32: output.aside / MODEL_FILE}
+    paths: dict[FilePrecision, Path] = {FLOAT32: output.aside / model_file(FLOAT32)}
     for precision in output.request.export.precisions:
-        paths[precision] = output.folder / _model_file(precision)
+        paths[precision] = output.folder / model_file(precision)
     return export_and_check(
-        grouped.model,
-        source.spec,
-        paths,
-        output.request.export,
-        prepared.data,
-        recipe_sha256=recipe.sha256,
-        seed=output.seed,
-        progress=output.progress,
-    )
-
-
-def _model_file(precision: FilePrecision) -> str:
-    """Name of an ONNX file in the folder: ``model.onnx``, ``model.int8.onnx``."""
-    return MODEL_FILE if precision == FLOAT32 else f"model.{precision}.onnx"
+        result.model, result.source.spec, paths, output.request.export, result.data,
+        recipe_sha256=recipe.sha256, seed=result.seed, progress=output.stages.show,
+    )  # fmt: skip
 
 
 def _other_last(tuned: FinetuneResult | None) -> nn.Module | None:
@@ -210,25 +227,24 @@ def _write_last(folder: Path, last: nn.Module) -> None:
     (folder / LAST_FILE).write_bytes(safetensors.torch.save(state, {"format": "pt"}))
 
 
-def make_report(prepared: Prepared, grouped: Grouped, exported: Exported, timed: Timed) -> Report:
+def make_report(result: Compressed, exported: Exported, timed: Timed) -> Report:
     """Put together what the stages found."""
-    source, conversion, tuned = prepared.source, grouped.conversion, grouped.tuned
-    example = example_input(source.spec.input_shape, like=source.model)
-    before, after = measure_cost(source.model, example), measure_cost(grouped.model, example)
+    source, plan, tuned = result.source, result.plan, result.tuned
+    before, after = result.costs.dense, result.costs.compressed
     return Report(
-        cpu=prepared.plan.cpu,
-        precision=prepared.plan.precision,
+        cpu=plan.cpu,
+        precision=plan.precision,
         model=source.spec.name,
         weights=source.weights,
         input_shape=source.spec.input_shape,
-        sites=prepared.plan.sites,
+        sites=plan.sites,
         params=Change(before.params, after.params),
         macs=Change(before.macs, after.macs),
         weight_bytes=Change(before.weight_bytes, after.weight_bytes),
         activation_bytes=Change(before.activation_bytes, after.activation_bytes),
-        calibration="as before the fine-tune" if conversion is None else conversion.method,
-        fits=() if conversion is None else conversion.fits,
-        accuracy=grouped.accuracy,
+        calibration=result.method,
+        fits=result.fits,
+        accuracy=result.accuracy,
         history=() if tuned is None else tuned.history,
         onnx_bytes=Change(timed.dense_file.file_bytes, exported.file.file_bytes),
         parity=exported.parity,
@@ -236,26 +252,27 @@ def make_report(prepared: Prepared, grouped: Grouped, exported: Exported, timed:
         int8=timed.int8,
         dense_int8=timed.dense_int8,
         machine=describe_machine(),
-        notes=(*_notes(source, conversion), *latency_notes(timed)),
-        pictures=() if conversion is None else conversion.pictures,
+        seed=result.seed,
+        notes=(*_notes(result), *latency_notes(timed)),
+        pictures=result.pictures,
         site_milliseconds=timed.site_milliseconds,
         groupify=package_version("groupify"),
     )
 
 
-def _notes(source: Source, conversion: Conversion | None) -> tuple[str, ...]:
-    notes = []
-    if not source.weights.pretrained:
-        notes.append("the weights are random, so accuracy means nothing here; sizes and latencies hold")
-    if conversion is not None:
-        notes.extend(conversion.notes)
-    return tuple(notes)
+def _notes(result: Compressed) -> tuple[str, ...]:
+    if result.source.weights.pretrained:
+        return result.notes
+    return (
+        "the weights are random, so accuracy means nothing here; sizes and latencies hold",
+        *result.notes,
+    )
 
 
-def _files(output: _Output, grouped: Grouped, exported: Exported) -> dict[str, str]:
+def _files(output: _Output, result: Compressed, exported: Exported) -> dict[str, str]:
     """Return what is in the folder, by role, under the name that it will have."""
     files = {
-        "last_weights": None if _other_last(grouped.tuned) is None else LAST_FILE,
+        "last_weights": None if _other_last(result.tuned) is None else LAST_FILE,
         "recipe": RECIPE_FILE,
         "weights": WEIGHTS_FILE,
         **{

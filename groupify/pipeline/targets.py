@@ -16,14 +16,15 @@ from groupify.measure.latency_table import LatencyTable
 from groupify.models.sources import build_model
 from groupify.models.specs import Source
 from groupify.onnx.python_file import write_python_file
-from groupify.pipeline.exporting import FILE_ROLES, export_and_check, int8_notes, int8_path, time_int8
+from groupify.pipeline.exporting import FILE_ROLES, export_and_check, paths_of
 from groupify.pipeline.inputs import from_file, from_recipe, tell_preprocessing, warn_near_chance, with_data
 from groupify.pipeline.onnx_source import is_onnx_file, onnx_source
 from groupify.pipeline.planning import make_table
 from groupify.pipeline.requests import ExportOptions, ModelRequest
+from groupify.pipeline.timing import int8_notes, time_int8
 from groupify.reporting.results import ExportResult
 from groupify.scores import Accuracy, evaluate
-from groupify.structures import FLOAT16, FLOAT32, INT8, Precision
+from groupify.structures import FLOAT32, Precision
 
 
 def open_target(
@@ -105,8 +106,7 @@ def run_export(
         GroupifyError: anything that cannot be done as asked.
     """
     options.check(data)
-    paths = {FLOAT32: path, FLOAT16: path, INT8: int8_path(path) if FLOAT32 in options.precisions else path}
-    wanted = {precision: paths[precision] for precision in options.precisions}
+    wanted = paths_of(path, options)
     check_paths(*wanted.values(), force=force)
     source, splits, recipe_sha256 = open_target(target, data, seed)
     tell_preprocessing(source, splits)

@@ -21,7 +21,7 @@ from groupify.structures import Plan
 # A plan that is predicted to lose so many times what another loses is not converted: of 119 such pairs among the
 # random plans of scripts/benchmarks/ranking.py, on two nets, the other one diverged less in all.
 _FAR_BEHIND = 2.0
-_BISECTIONS = 6
+BISECTIONS = 6
 _CLOSE = 0.01  # relative to the cost: a nearer bisection would only resolve noise
 _POINTS = 10  # of a frontier
 
@@ -108,7 +108,7 @@ class Race:
 
     finder: Finder
     judge: PlanJudge | None = None
-    bisections: int = _BISECTIONS
+    bisections: int = BISECTIONS
     progress: bool = False
 
     def run(self) -> BudgetPlan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from groupify.data.calls import Inputs
 from groupify.errors import SpecError
 from groupify.graph.call import Call, Example, as_call, one_example
 from groupify.graph.forward import run_once
-from groupify.measure.latency_table import LatencyTable, cached_table, look_up
+from groupify.measure.latency_table import LatencyTable, cached_table, count_missing, look_up
 from groupify.measure.plan_timer import PlanTimer
 from groupify.models.wrappers import unwrapped
 from groupify.onnx.exporting import export_onnx
@@ -25,9 +25,10 @@ from groupify.onnx.runtime import OnnxModule
 from groupify.planning.budget import LATENCY, Budget
 from groupify.planning.candidates import candidates
 from groupify.planning.costing import Costing, Finder
+from groupify.planning.durations import Pace
 from groupify.planning.group_counts import GroupCounts
 from groupify.planning.like_groups import DEFAULT_GROUPS, budget_like_groups, keep_ungrouped
-from groupify.planning.race import BudgetPlan, Race
+from groupify.planning.race import BISECTIONS, BudgetPlan, Race
 from groupify.planning.rules import Rules
 from groupify.planning.sensitivity import (
     AUTO,
@@ -43,6 +44,7 @@ from groupify.planning.sensitivity import (
 from groupify.planning.sites import limits
 from groupify.planning.worth_timing import worth_timing
 from groupify.scores import Judge, Judgement, describe_outputs, has_classes, measure_cost
+from groupify.stages import SILENT, Stages
 from groupify.structures import INT8, Choices, Plan, SiteRecipe
 
 SENSITIVITIES = (AUTO, ERRORS, FISHER, OUTPUTS, EXACT)
@@ -96,6 +98,7 @@ class SearchOptions:
         cache: folder for what took long to measure; None = keep nothing.
         seed: seed of everything random.
         progress: show bars on stderr.
+        stages: says what is being done; those of the run that this search is a part of.
     """
 
     sensitivity: str = AUTO
@@ -105,6 +108,25 @@ class SearchOptions:
     cache: Path | None = None
     seed: int = 0
     progress: bool = False
+    stages: Stages = field(default=SILENT, repr=False, compare=False)
+
+
+def count_stages(budget: Budget | None, options: SearchOptions, *, images: bool) -> int:
+    """Return how many stages a search has: measuring what convs lose, timing them, comparing plans."""
+    timed = _times_convs(budget, options)
+    return 1 + timed + (_compares(budget, options, images=images) or (timed and options.verify))
+
+
+def _times_convs(budget: Budget | None, options: SearchOptions) -> bool:
+    return options.table is None and _limits_latency(budget)
+
+
+def _compares(budget: Budget | None, options: SearchOptions, *, images: bool) -> bool:
+    return images and (options.verify or (budget is not None and budget.drop is not None))
+
+
+def _limits_latency(budget: Budget | None) -> bool:
+    return budget is not None and any(limit.quantity == LATENCY for limit in budget.limits)
 
 
 def plan_for_budget(
@@ -166,7 +188,7 @@ def plan_for_budget(
         images = Images.split(images)
     if budget.drop is not None and images is None:
         raise SpecError(f"{budget} limits the drop of accuracy, which needs images; give --data")
-    needs_latency = options.table is not None or any(limit.quantity == LATENCY for limit in budget.limits)
+    needs_latency = options.table is not None or _limits_latency(budget)
     call = as_call(example, model)
     outputs = run_once(model, call)
     if budget.drop is not None and not has_classes(outputs):
@@ -175,10 +197,11 @@ def plan_for_budget(
             "limit the macs, params, bytes or latency instead"
         )
     costing = make_costing(model, example, images, rules, options, latency=needs_latency)
-    judge = None
-    if images is not None and (options.verify or budget.drop is not None):
+    judge, finder = None, _finder(model, budget, costing, options)
+    if images is not None and _compares(budget, options, images=True):
         judge = HeldOut(model, images, options, convert_plan)
-    found = Race(_finder(model, budget, costing, options), judge, progress=options.progress).run()
+    _begin_race(finder, judge, _pace(model, example, costing.choices), options)
+    found = Race(finder, judge, progress=options.progress).run()
     names = [site.name for site in found.plan.converted]
     shown = limits(model, names, call)
     notes = shown.notes
@@ -210,14 +233,49 @@ def make_costing(
         raise SpecError("int8 is for models of one input, given as input_shape; plan for float32")
     choices = candidates(model, example, rules)
     dense = measure_cost(model, as_call(example, model, batch=1))
+    pace = _pace(model, example, choices)
+    guess = None if images is None else functools.partial(pace.sensitivity, choices, len(images.fit))
+    options.stages.begin(_measuring(choices, images), guess)
     sensitivity = _sensitivity(model, choices, images, options)
     if not latency:
         return Costing(choices, sensitivity, dense)
     table = options.table
     if table is None:
         choices = worth_timing(choices, sensitivity, rules.cpu_block)
+        missing = count_missing(model, choices, threads=options.threads, cache=options.cache)
+        known = "" if missing else ": known from an earlier run"
+        options.stages.begin(
+            f"timing {len(choices.open_sites)} convs and what could replace them{known}",
+            functools.partial(pace.timing, choices, missing) if missing else None,
+        )
         table = _own_table(model, choices, options)
     return Costing(choices, sensitivity, dense, look_up(table, model, choices))
+
+
+def _measuring(choices: Choices, images: Images | None) -> str:
+    """Say what the sensitivity takes."""
+    lost = f"what each of {len(choices.open_sites)} convs would lose"
+    return f"predicting {lost}" if images is None else f"measuring {lost}, on {len(images.fit)} images"
+
+
+def _pace(model: nn.Module, example: Example, choices: Choices) -> Pace:
+    return Pace(model, example, sum(options[0].site.macs.dense for options in choices.sites))
+
+
+def _begin_race(finder: Finder, judge: HeldOut | None, pace: Pace, options: SearchOptions) -> None:
+    """Say that plans compete, if they do."""
+    if judge is None:
+        if finder.timer is not None:
+            options.stages.begin("timing the best plans as a whole")
+        return
+    # The uniform plan that competes is converted fast.
+    plans = len(finder.costing.sensitivity.powers) * (1 if finder.budget.costs else BISECTIONS)
+    smallest = [candidates[-1].site for candidates in finder.costing.choices.open_sites]
+    doing = "converting" if finder.timer is None else "timing and converting"
+    options.stages.begin(
+        f"{doing} the best plans, compared on {judge}",
+        lambda: plans * pace.fit(smallest, len(judge.images.fit)),
+    )
 
 
 def _finder(model: nn.Module, budget: Budget, costing: Costing, options: SearchOptions) -> Finder:
@@ -279,7 +337,7 @@ class HeldOut:
         options: SearchOptions = SearchOptions(),
         convert_plan: ConvertPlan | None = None,
     ) -> None:
-        self._model, self._images, self._options = model, images, options
+        self._model, self.images, self._options = model, images, options
         self._convert = convert_plan or self._fit
         self._judge = Judge(model, images.held_out, images.labels, inputs=images.inputs)
         self._known: dict[tuple[SiteRecipe, ...], Judgement] = {}
@@ -300,7 +358,7 @@ class HeldOut:
 
     def _in_int8(self, model: nn.Module) -> nn.Module:
         """Return a model as ONNX Runtime runs it in int8, its ranges from the images to fit on."""
-        fit = self._images.fit
+        fit = self.images.fit
         with tempfile.TemporaryDirectory(prefix="groupify-") as folder:
             exported = export_onnx(model, Path(folder, "float32.onnx"), input_shape=tuple(fit.shape[1:]))
             ranges = fit[:_CALIBRATION_IMAGES]
@@ -311,5 +369,5 @@ class HeldOut:
         return f"{len(self._judge)} held-out {'labelled' if self.labelled else 'unlabelled'} images"
 
     def _fit(self, plan: Plan) -> nn.Module:
-        calibration, options = Calibration(self._images.fit, inputs=self._images.inputs), self._options
+        calibration, options = Calibration(self.images.fit, inputs=self.images.inputs), self._options
         return convert(self._model, plan, calibration, seed=options.seed, progress=options.progress).model

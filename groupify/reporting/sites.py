@@ -34,7 +34,7 @@ def print_sites(sites: Sequence[SitePlan], console: Console) -> None:
     reasons = list(dict.fromkeys(site.reason for site in sites if site.reason))
     narrow = is_narrow(console)
     numbers = {reason: str(index) if narrow else reason for index, reason in enumerate(reasons, start=1)}
-    rows = [(*_cells(site), numbers.get(site.reason or "", "")) for site in sites]
+    rows = [(*site_cells(site), numbers.get(site.reason or "", "")) for site in sites]
     if narrow:
         rows = [tuple(map(_packed, row)) for row in rows]
     last = "why" if narrow else "reason"
@@ -58,7 +58,8 @@ def site_table(sites: Sequence[SitePlan]) -> Table:
     return Table(("site", "groups", "params", "MACs", "reason"), tuple(rows), words=("site", "reason"))
 
 
-def _cells(site: SitePlan) -> tuple[str, ...]:
+def site_cells(site: SitePlan) -> tuple[str, ...]:
+    """Return name, shape, groups, params and MACs of a conv."""
     groups = f"{site.groups_before} → {site.groups}" if site.converted else f"{site.groups_before}"
     return (
         site.name or "(the model)",

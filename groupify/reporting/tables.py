@@ -96,7 +96,10 @@ class _WithoutTrailingSpaces:
 def stdout_console() -> Console:
     """Return a console on stdout; without colour, box lines or folding when it is not a terminal."""
     console = _Console(highlight=False)
-    if console.is_terminal:
-        return console
-    stream = cast(TextIO, _WithoutTrailingSpaces(sys.stdout))
-    return _Console(file=stream, highlight=False, width=_PIPED_WIDTH, no_color=True)
+    return console if console.is_terminal else plain_console(sys.stdout)
+
+
+def plain_console(stream: TextIO) -> Console:
+    """Return a console that writes plain text, without colour, box lines, folding or spaces at line ends."""
+    file = cast(TextIO, _WithoutTrailingSpaces(stream))
+    return _Console(file=file, highlight=False, width=_PIPED_WIDTH, no_color=True, force_terminal=False)

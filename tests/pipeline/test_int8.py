@@ -17,8 +17,9 @@ from groupify.errors import ConversionError, GroupifyWarning
 from groupify.models.specs import ModelSpec, WeightsOrigin
 from groupify.onnx.comparison import Agreement
 from groupify.onnx.exporting import ExportedModel
-from groupify.pipeline.exporting import Timed, export_and_check, latency_notes
+from groupify.pipeline.exporting import export_and_check
 from groupify.pipeline.requests import ExportOptions
+from groupify.pipeline.timing import Timed, latency_notes
 from groupify.recipe import RECIPE_HASH
 from groupify.reporting.html import comparison_page, report_page
 from groupify.reporting.read import Run as ReadRun

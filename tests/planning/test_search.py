@@ -22,7 +22,7 @@ from groupify.measure.conv_timing import TimedConv
 from groupify.measure.latency_table import LatencyTable, Stopwatch, look_up, measure_table
 from groupify.measure.plan_timer import PlanTimer
 from groupify.measure.profiling import NetworkTime
-from groupify.pipeline.planning import planning_images
+from groupify.pipeline.subject import planning_images
 from groupify.planning import sensitivity as sensitivity_module
 from groupify.planning.budget import Budget
 from groupify.planning.candidates import candidates
