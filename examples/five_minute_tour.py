@@ -1,4 +1,6 @@
-"""The whole way in Python: plan, convert, fine-tune, save, load, evaluate, export, benchmark.
+"""The whole way in Python, step by step: plan, convert, fine-tune, save, load, evaluate, export, benchmark.
+
+``groupify.compress(source, data, groups=4)`` is the first two steps in one call.
 
 Run it from anywhere: ``python examples/five_minute_tour.py`` writes into the current folder.
 """
@@ -26,11 +28,12 @@ def main(folder: Path = Path(), images: int = 1000, epochs: float = 1.0) -> dict
 
     # A few hundred images, and no labels, are enough for the fit.
     calibration = groupify.calibration_images(data.train, images, seed=0)
-    conversion = groupify.convert(source.model, plan, calibration)
+    conversion = groupify.convert(source, plan, calibration)
+    print(conversion)
 
     # Optional: train further, with the dense model as the teacher.
     settings = groupify.FinetuneSettings(epochs=epochs)
-    tuned = groupify.finetune(conversion.model, data, teacher=source.model, settings=settings)
+    tuned = groupify.finetune(conversion, data, settings=settings)
     accuracy = {
         name: groupify.evaluate(model, data.test).top1
         for name, model in (("dense", source.model), ("converted", conversion.model), ("tuned", tuned.model))
@@ -39,8 +42,7 @@ def main(folder: Path = Path(), images: int = 1000, epochs: float = 1.0) -> dict
         print(f"{name:10} {100 * top1:.2f}%")
 
     # A folder with safetensors and JSON, never a pickle.
-    recipe = groupify.Recipe(source.spec, source.weights, plan.recipes, conversion.summary())
-    groupify.save(folder / "tour", tuned.model, recipe)
+    groupify.save(folder / "tour", tuned)
     grouped = groupify.load(folder / "tour")
 
     # Plain ONNX, which runs without groupify.

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 import groupify
-from groupify.models.specs import ModelSpec, WeightsOrigin
 from groupify.structures import Plan
 
 INPUT_SHAPE = (3, 32, 32)
@@ -47,17 +46,15 @@ def main(folder: Path = Path(), count: int = 200) -> Plan:
     for fit in conversion.fits:
         print(f"{fit.name}: relative error of the fit {fit.error:.3f}")
 
-    # The spec tells how to build the dense model again. A module:function is imported on request only
-    # (trust=True); giving the model itself is the other way.
-    spec = ModelSpec("own_model:Net", {}, INPUT_SHAPE, preprocessing=None)
-    origin = WeightsOrigin("checkpoint", "my training run 42")
-    groupify.save(folder / "own-g4", conversion.model, groupify.Recipe(spec, origin, plan.recipes))
+    # Its recipe names the class, own_model:Net, which is imported on request only (trust=True); giving a dense
+    # model is the other way.
+    groupify.save(folder / "own-g4", conversion)
     loaded = groupify.load(folder / "own-g4", model=Net())
     with torch.no_grad():
         assert torch.equal(loaded(images[:4]), conversion.model(images[:4]))
 
-    exported = groupify.export(loaded, folder / "own-g4.onnx", input_shape=INPUT_SHAPE)
-    print(f"wrote {exported.path} ({exported.file_bytes} bytes)")
+    exported = groupify.export(conversion, folder / "own-g4.onnx")
+    print(f"wrote {exported.path}, at most {exported.parity.max_abs_diff:.1e} from PyTorch")
     return plan
 
 

@@ -18,8 +18,8 @@ from groupify.data.batches import Data
 from groupify.data.calls import Inputs
 from groupify.data.ranks import ALONE, Ranks, current_ranks
 from groupify.data.splits import DataSplits, as_splits
-from groupify.errors import expect_type
-from groupify.graph.call import Example, as_call
+from groupify.errors import SpecError, expect_type
+from groupify.graph.call import Call, Example, as_call
 from groupify.models.specs import Source
 from groupify.pipeline.exporting import FILE_ROLES, export_and_check, paths_of
 from groupify.pipeline.requests import ExportOptions
@@ -148,7 +148,9 @@ class Compressed(Conversion):
         expect_type(path, (str, Path), "path", "the name of a file")
         file = Path(path)
         options = ExportOptions(static_batch, opset, (precision or self.plan.precision,))
-        options.check(None if self.data is None else self.data.spec)
+        if options.int8 and self.data is None and not isinstance(self.example, Call):
+            raise SpecError("int8 needs images to calibrate on: give compress or convert some")
+        options.check("the given images")
         wanted = paths_of(file, options)
         with tempfile.TemporaryDirectory(prefix="groupify-") as aside:
             exported = export_and_check(

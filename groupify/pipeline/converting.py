@@ -60,8 +60,9 @@ def _conversion(subject: Subject, planned: Planned, ranks: Ranks, stages: Stages
         return planned.conversion
     source, plan = subject.source, planned.plan
     pace = Pace(source.model, subject.example, plan.macs.dense)
-    images = subject.count if subject.given is None else subject.given.count
-    stages.begin(_fitting(subject, plan), lambda: pace.fit(plan.sites, images))
+    images = _images(subject)
+    on = f"on {images} images" if images else "from their weights alone"
+    stages.begin(f"fitting {len(plan.converted)} convs {on}", lambda: pace.fit(plan.sites, images))
     if ranks.first:
         return converted(subject, plan, progress=stages.show)
     return Conversion(restructure(source.model, plan.recipes), plan.recipes, (), "", (), None, None, {})
@@ -77,13 +78,14 @@ def has_test_labels(data: DataSplits | None) -> bool:
     return data is not None and data.labelled and data.test is not None
 
 
-def _fitting(subject: Subject, plan: Plan) -> str:
-    convs = f"fitting {len(plan.converted)} convs"
-    if not subject.is_fitted:
-        return f"{convs} from their weights alone"
+def _images(subject: Subject) -> int:
+    """Return how many images there are to fit on; of data without a length at most."""
     if subject.given is not None:
-        return f"{convs} on {subject.given.count} images"
-    return f"{convs} on up to {subject.count} images"
+        return subject.given.count
+    if subject.data is None or subject.count == 0:
+        return 0
+    length = _length(subject.data.for_calibration)
+    return subject.count if length is None else min(subject.count, length)
 
 
 def converted(subject: Subject, plan: Plan, *, progress: bool = False) -> Conversion:

@@ -116,9 +116,7 @@ def planning_stages(request: PlanRequest, subject: Subject) -> int:
     """Return the number of stages of :func:`make_plan`."""
     if not request.is_searched:
         return 0
-    options = request.search
-    if request.latency_table is not None:
-        return 1 + (subject.is_fitted and options.verify)
+    options = _with_table(request.search, request.latency_table)
     return count_stages(request.budget, options, images=subject.is_fitted)
 
 

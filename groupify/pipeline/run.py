@@ -73,7 +73,7 @@ def run_conversion(request: ConversionRequest, *, progress: bool = False) -> Rep
         result = train(result, request.training, checkpointing, ranks, stages)
         if folder is None:
             return None
-        if plans:
+        if compared:
             stages.begin(f"converting {len(plans)} uniform plans as well")
         uniform = convert_uniform(plans, subject, request.output.export, aside, progress=stages.show)
         report = _write(_Output(folder, aside, request.output, stages), result, uniform)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, ConfigDict
@@ -125,6 +126,11 @@ class ExportResult:
     int8: Int8File | None = None
     float16: Agreement | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> Path:
+        """The file; of several, the float one."""
+        return Path(next(iter(self.files.values())))
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,13 @@ import pytest
 import torch
 from rich.console import Console
 
+import groupify
 from groupify.errors import ConversionError, GroupifyWarning
 from groupify.models.specs import ModelSpec, WeightsOrigin
 from groupify.onnx.comparison import Agreement
 from groupify.onnx.exporting import ExportedModel
 from groupify.pipeline.exporting import export_and_check
+from groupify.pipeline.folders import precisions_of
 from groupify.pipeline.requests import ExportOptions
 from groupify.pipeline.timing import Timed, latency_notes
 from groupify.recipe import RECIPE_HASH
@@ -65,6 +67,17 @@ def timed(
     return Timed(latency, ExportedModel(Path("dense.onnx"), 18, 1, ("input",), ("output",), 0, 0), int8)
 
 
+def test_the_precisions_of_a_folder_are_those_of_its_files(tmp_path: Path) -> None:
+    rules = groupify.Rules(min_group_width=1, precision="int8")
+    example = torch.randn(2, 3, 8, 8)
+    groupify.compress(net(), groups=2, rules=rules, example_inputs=example).save(tmp_path / "out")
+    assert precisions_of(tmp_path / "out") == ("int8",)  # no file: what it was planned for
+    (tmp_path / "out" / "model.onnx").touch()
+    assert precisions_of(tmp_path / "out") == ("float32",)
+    (tmp_path / "out" / "model.int8.onnx").touch()
+    assert precisions_of(tmp_path / "out") == ("float32", "int8")
+
+
 @pytest.mark.slow
 def test_convert_and_finetune_and_export(run: Run, tmp_path: Path) -> None:
     outcome = run("convert", *NET, *DATA, "--calibrate", 64, "-g", 4, "--min-group-width", 16,
@@ -97,12 +110,16 @@ def test_convert_and_finetune_and_export(run: Run, tmp_path: Path) -> None:
     metadata = {entry.key: entry.value for entry in onnx.load(str(file)).metadata_props}
     assert metadata[RECIPE_HASH]
 
-    tuned = run("finetune", "out", *DATA, "--epochs", 1, "--precision", "int8", "--trust")
+    tuned = run("finetune", "out", *DATA, "--epochs", 1, "--trust")
     assert tuned.code == 0, tuned.err
     assert "\nint8: " in tuned.out
     assert "\ndense int8 " in tuned.out
     names = {path.name for path in (tmp_path / "out-finetuned").glob("*.onnx")}
-    assert names == {"model.int8.onnx"}
+    assert names == {"model.onnx", "model.int8.onnx"}  # as in the folder
+    recipe = groupify.Recipe.read(tmp_path / "out-finetuned" / "recipe.json")
+    assert recipe.precision == "int8"
+    assert recipe.calibration == groupify.Recipe.read(tmp_path / "out" / "recipe.json").calibration
+    assert json.loads((tmp_path / "out-finetuned" / "report.json").read_text())["precision"] == "int8"
 
     command = (
         "export", "out", *DATA, "--precision", "both", "--trust", "-o", "net.onnx", "--static-batch", 3,
