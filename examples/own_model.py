@@ -46,8 +46,8 @@ def main(folder: Path = Path(), count: int = 200) -> Plan:
     for fit in conversion.fits:
         print(f"{fit.name}: relative error of the fit {fit.error:.3f}")
 
-    # Its recipe names the class, own_model:Net, which is imported on request only (trust=True); giving a dense
-    # model is the other way.
+    # Its recipe names the class, own_model:Net, which is imported on request only (trust=True); giving a
+    # dense model is the other way.
     groupify.save(folder / "own-g4", conversion)
     loaded = groupify.load(folder / "own-g4", model=Net())
     with torch.no_grad():

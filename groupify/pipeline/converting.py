@@ -61,8 +61,11 @@ def _conversion(subject: Subject, planned: Planned, ranks: Ranks, stages: Stages
     source, plan = subject.source, planned.plan
     pace = Pace(source.model, subject.example, plan.macs.dense)
     images = _images(subject)
-    on = f"on {images} images" if images else "from their weights alone"
-    stages.begin(f"fitting {len(plan.converted)} convs {on}", lambda: pace.fit(plan.sites, images))
+    convs = f"fitting {len(plan.converted)} convs"
+    if images:
+        stages.begin(f"{convs} on {images} images", lambda: pace.fit(plan.sites, images))
+    else:
+        stages.begin(f"{convs} from their weights alone")
     if ranks.first:
         return converted(subject, plan, progress=stages.show)
     return Conversion(restructure(source.model, plan.recipes), plan.recipes, (), "", (), None, None, {})

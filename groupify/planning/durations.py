@@ -24,6 +24,8 @@ _FIT_PASSES, _SENSITIVITY_PASSES = 4, 4
 # Operations of a solve, as multiply-accumulates, over the square of the number of a conv's inputs: of plain
 # groups, of a structure whose factors are fitted to the end, and of all that may become of a conv.
 _PLAIN, _FACTORS, _CANDIDATES = 1.7e4, 1.3e5, 6.8e4
+# Seconds of a multiply-accumulate: in a tiny net the calls take longer than the sums.
+_SLOWEST = 1e-10
 # Of timing one conv in ONNX Runtime: seconds for its session, and runs of it.
 _SESSION_SECONDS, _TIMED_RUNS = 0.02, 30
 
@@ -76,7 +78,7 @@ class Pace:
         return images * self.seconds
 
     def _work(self, macs: float) -> float:
-        return macs * self.seconds / max(1, self._macs)
+        return macs * min(self.seconds / max(1, self._macs), _SLOWEST)
 
 
 def _inputs(site: SitePlan) -> int:

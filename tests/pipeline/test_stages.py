@@ -63,7 +63,7 @@ def test_a_whole_run_on_the_command_line(run: Run, tmp_path: Path, monkeypatch: 
         [
             "measuring what each of 2 convs would lose, on 24 images, about \\d+ s",
             "timing 2 convs and what could replace them, about \\d+ s",
-            "fitting [12] convs on up to 24 images, about \\d+ s",
+            "fitting [12] convs on 24 images, about \\d+ s",
             "measuring the accuracy of both models, about \\d+ s",
             "fine-tuning, epochs: 0.2, about \\d+ s",
             "converting [01] uniform plans as well",
@@ -94,7 +94,7 @@ def test_the_call_says_it_where_asked_to(capsys: pytest.CaptureFixture[str]) -> 
     groupify.compress(
         net, groups=2, rules=groupify.Rules(min_group_width=1), example_inputs=example, progress=True
     )
-    assert stages(capsys.readouterr().err) == ["fitting 2 convs from their weights alone, about 1 s"]
+    assert stages(capsys.readouterr().err) == ["fitting 2 convs from their weights alone"]
 
 
 def test_stages_of_a_search_are_counted() -> None:
