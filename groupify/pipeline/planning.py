@@ -151,7 +151,8 @@ def run_plan(
     if splits is not None:
         tell_preprocessing(source, splits)
     subject = Subject(source, source.spec.input_shape, splits, count=calibration_images, seed=seed)
-    planned = make_plan(request, subject)
+    stages = Stages(planning_stages(request, subject), show=request.search.progress)
+    planned = make_plan(request, subject, stages=stages)
     if request.save is not None:
         PlanFile.of(model.name, planned.plan).write(request.save)
     return planned
