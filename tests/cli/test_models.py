@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from groupify.pipeline.prepare import dense_source
 from safetensors.torch import save_file
 
 import groupify
 from groupify.cli.shared import model_label
 from groupify.errors import SpecError
 from groupify.models.specs import ModelSpec, WeightsOrigin
+from groupify.pipeline.folders import dense_source
 from groupify.recipe import Recipe
 from groupify.structures import Plan
 from tests.cli_nets import net
