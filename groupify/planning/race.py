@@ -18,8 +18,8 @@ from groupify.planning.costing import Chosen, Costing, Finder, Limits
 from groupify.scores import Judgement
 from groupify.structures import Plan
 
-# A plan that is predicted to lose so many times what another loses is not converted: of 119 such pairs among the
-# random plans of scripts/benchmarks/ranking.py, on two nets, the other one diverged less in all.
+# A plan that is predicted to lose so many times what another loses is not converted: of 119 such pairs among
+# the random plans of scripts/benchmarks/ranking.py, on two nets, the other one diverged less in all.
 _FAR_BEHIND = 2.0
 BISECTIONS = 6
 _CLOSE = 0.01  # relative to the cost: a nearer bisection would only resolve noise
