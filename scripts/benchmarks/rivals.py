@@ -8,7 +8,7 @@
 probabilities from the dense net's, which tells apart what the accuracy cannot. Every method has the same
 images, and the convs that uniform groups would replace; the rivals' ranks go in steps of 16, and come as near
 to the MACs as these allow, where groupify stays within them. Rows of all nets are in one file, one for each
-seed; a row also holds which test images were right, so that methods are compared on the same images: the
+seed, none where a budget cannot be held; a row also holds which test images were right, so that methods are compared on the same images: the
 differences in the table are means over the seeds, with a 95% interval from their spread over the images.
 """
 
@@ -33,6 +33,7 @@ from groupify.conversion.site_fit import FitOptions
 from groupify.data.batches import calibration_images
 from groupify.data.calls import iterate_calls
 from groupify.data.splits import load_data
+from groupify.errors import PlanError
 from groupify.files import cache_folder
 from groupify.graph.capture import capture
 from groupify.graph.forward import evaluating
@@ -257,9 +258,13 @@ class Rivals:
                     name = row_name(self.name, method, size, setting.seed)
                     key = self.name, method, size, setting.seed
                     if matches(name, only) and self.results.known(*key) is None:
-                        row = self.measure(method, way, size, setting)
-                        self.results.put(row)
-                        print(row, flush=True)
+                        try:
+                            row = self.measure(method, way, size, setting)
+                        except PlanError as problem:
+                            print(f"{name}: {problem}", flush=True)
+                        else:
+                            self.results.put(row)
+                            print(row, flush=True)
 
     def measure(self, method: str, way: Way, size: float, setting: Setting) -> Row:
         """Measure one row."""
