@@ -8,8 +8,9 @@
 probabilities from the dense net's, which tells apart what the accuracy cannot. Every method has the same
 images, and the convs that uniform groups would replace; the rivals' ranks go in steps of 16, and come as near
 to the MACs as these allow, where groupify stays within them. Rows of all nets are in one file, one for each
-seed, none where a budget cannot be held; a row also holds which test images were right, so that methods are compared on the same images: the
-differences in the table are means over the seeds, with a 95% interval from their spread over the images.
+seed, none where a budget cannot be held. A row also holds which test images were right, so that methods are
+compared on the same images: the differences in the table are means over the seeds, with a 95% interval from
+their spread over the images.
 """
 
 from __future__ import annotations
