@@ -173,6 +173,18 @@ def number_or(
     return parse
 
 
+def memory(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    """Parse an amount of memory, like 2GiB."""
+    if value is None:
+        return None
+    from groupify.memory import parse_bytes
+
+    try:
+        return parse_bytes(value)
+    except SpecError as error:
+        raise SpecError(f"--memory: {error}") from error
+
+
 def budget(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> Any:
     """Parse the limits of a budget, all of them together; None where none is given."""
     if not values:
@@ -277,6 +289,9 @@ fit_options = together(
     _fit("--calibrate", default="1000", show_default=True, metavar="N|none",
          callback=number_or("none", 0, "images"),
          help="Unlabelled training images for the fit. none: from the weights alone."),
+    _fit("--memory", callback=memory, metavar="SIZE",
+         help="What activations take that wait during a conversion, like 2GiB; what would be more waits on "
+         "disk. Default: half of what is free."),
 )  # fmt: skip
 reconstruct_option = _fit(
     "--reconstruct", type=click.IntRange(0), default=0, show_default=True, metavar="STEPS",
@@ -313,8 +328,6 @@ def training_options(epochs: float) -> Decorator[Any]:
         _training("--freeze-batch-norms", is_flag=True, default=None,
                   help="Keep the statistics of the batch norms."),
         _training("--images-per-epoch", type=click.IntRange(1), help="For a stream of unknown length."),
-        _run("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
-                  help="Where to train; auto: on a GPU if there is one."),
         _run("--amp", type=click.Choice(["bf16", "none"]), default="none", show_default=True,
                   help="Mixed precision."),
         _run("--channels-last", is_flag=True, default=None,
@@ -365,6 +378,11 @@ uniform_option = output(
     "--uniform", callback=whole_numbers, metavar="LIST",
     help="Numbers of groups to convert with as well, like 2,4,8, for comparison in the report: untrained, "
     "the same everywhere. Each takes about as long as the conversion.",
+)  # fmt: skip
+device_option = _general(
+    "--device", default="auto", show_default=True, metavar="DEVICE",
+    help="Where the model runs in PyTorch: cpu, cuda, cuda:1, mps. auto: a GPU of CUDA or ROCm if there is "
+    "one.",
 )  # fmt: skip
 common_options = together(
     _general("--seed", type=click.IntRange(0), default=0, show_default=True),

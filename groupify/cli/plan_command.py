@@ -11,6 +11,7 @@ import click
 from groupify.cli.options import (
     command,
     common_options,
+    device_option,
     fit_options,
     frontier_options,
     model_options,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 @precision_option("What the converted model will compute in; latencies are those of it. both: int8.")
 @threads_option
 @fit_options
+@device_option
 @common_options
 def plan(model: str, **options: Any) -> None:
     """Show what a conversion of MODEL would do; nothing is written but the files that are asked for.

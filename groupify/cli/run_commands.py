@@ -12,6 +12,7 @@ from groupify.cli.options import (
     command,
     common_options,
     data_option,
+    device_option,
     fit_options,
     model_options,
     output_options,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 @training_options(epochs=0)
 @output_options()
 @uniform_option
+@device_option
 @common_options
 def convert(model: str, **options: Any) -> None:
     """Convert MODEL and write a folder: weights, recipe, ONNX file, report.
@@ -92,6 +94,7 @@ def convert(model: str, **options: Any) -> None:
 @data_option("A data set with a training part.", required=True)
 @training_options(epochs=1)
 @output_options(None, " Default: as FOLDER's files.")
+@device_option
 @common_options
 def finetune(folder: Path, **options: Any) -> None:
     """Train the converted model in FOLDER further, with the dense one as its teacher.
@@ -117,6 +120,7 @@ def finetune(folder: Path, **options: Any) -> None:
         training=training,
         checkpoint=options["checkpoint"],
         trust=is_trusted(folder, options),
+        device=options["device"],
         preprocessing=preprocessing_request(options),
         seed=options["seed"],
     )

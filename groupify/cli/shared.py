@@ -53,7 +53,7 @@ def model_request(name: str, options: dict[str, Any]) -> ModelRequest:
     """Return which model or output folder is meant."""
     from groupify.pipeline.requests import ModelRequest
 
-    known = ("weights", "checkpoint", "arguments", "input_shape")
+    known = ("weights", "checkpoint", "arguments", "input_shape", "device")
     given = {key: options[key] for key in known if key in options}
     return ModelRequest(
         name,
@@ -133,6 +133,7 @@ def plan_request(options: dict[str, Any]) -> PlanRequest:
         cache=cache_folder(),
         seed=options["seed"],
         progress=not options["quiet"],
+        memory=options["memory"],
     )
     return PlanRequest(
         None if options["groups"] is None else GroupCounts.of(options["groups"]),
@@ -223,7 +224,6 @@ def training_request(options: dict[str, Any]) -> TrainingRequest | None:
         save_every=options["save_every"],
         resume=options["resume"],
         log=log,
-        device=options["device"],
     )
 
 

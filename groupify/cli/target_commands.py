@@ -11,6 +11,7 @@ from groupify.cli.options import (
     command,
     common_options,
     data_option,
+    device_option,
     export_options,
     model_options,
     output,
@@ -31,6 +32,7 @@ from groupify.errors import GateError
     help="Exit with 4 where the accuracy is below this, for checks before a deployment.",
 )  # fmt: skip
 @trust_option
+@device_option
 @common_options
 def evaluate(target: str, **options: Any) -> None:
     """Measure the top-1 accuracy of TARGET, an output folder, a dense model or an ONNX file.

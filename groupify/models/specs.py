@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
+import torch
 from pydantic import AfterValidator, Field
 from torch import nn
 
@@ -115,7 +116,7 @@ class Source:
     """A dense model in eval mode, how to build it again, and where its weights come from.
 
     Attributes:
-        model: on the CPU.
+        model: on the CPU, unless it was moved.
         spec: how to build it.
         weights: where they come from.
         input_known: whether the model, its weights or the user say the input shape; it is a guess otherwise.
@@ -127,3 +128,7 @@ class Source:
     weights: WeightsOrigin
     input_known: bool = True
     preprocessing_from: str | None = None
+
+    def on(self, device: torch.device) -> Source:
+        """Move the model itself to a device, and return the source with it there."""
+        return replace(self, model=self.model.to(device))

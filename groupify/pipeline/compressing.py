@@ -13,6 +13,7 @@ from groupify.data.batches import Data
 from groupify.data.splits import DataSplits
 from groupify.errors import SpecError, expect_type
 from groupify.files import cache_folder
+from groupify.memory import parse_bytes
 from groupify.models.specs import Source
 from groupify.pipeline.compressed import Compressed
 from groupify.pipeline.converting import compression_stages, run_compression
@@ -38,6 +39,7 @@ def compress(
     search: SearchOptions | None = None,
     example_inputs: Any = None,
     calibration_images: int = 1000,
+    memory: int | str | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> Compressed:
@@ -61,6 +63,8 @@ def compress(
             the cache folder.
         example_inputs: what the model is called with; None = with images like those given.
         calibration_images: number of images to draw from data.
+        memory: bytes, or a text like ``"2GiB"``, of activations that wait in memory; what would be more waits
+            on disk. None = half of what is free. A ``Calibration`` has its own.
         seed: seed of everything random.
         progress: say on stderr what is being done, with bars on a terminal.
 
@@ -80,15 +84,16 @@ def compress(
         ConversionError: the model cannot be converted.
     """
     expect_type(rules, Rules, "rules", "groupify.Rules(...)")
+    limit = parse_bytes(memory) if isinstance(memory, str) else memory
     if search is None:
-        search = SearchOptions(cache=cache_folder(), seed=seed, progress=progress)
+        search = SearchOptions(cache=cache_folder(), seed=seed, progress=progress, memory=limit)
     request = PlanRequest(
         None if groups is None else GroupCounts.of(groups),
         _ruled(rules, precision, structure),
         budget=Budget.parse(budget) if isinstance(budget, str) else budget,
         search=search,
     )
-    subject = make_subject(model, images, example_inputs, count=calibration_images, seed=seed)
+    subject = make_subject(model, images, example_inputs, count=calibration_images, seed=seed, memory=limit)
     stages = Stages(compression_stages(subject, request), show=progress)
     return run_compression(subject, request, stages=stages)
 

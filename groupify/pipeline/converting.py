@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from torch import nn
-
 from groupify.conversion.conversion import Conversion, convert
 from groupify.conversion.surgery import restructure
 from groupify.data.batches import Data, is_map_style
 from groupify.data.ranks import ALONE, Ranks
 from groupify.data.splits import DataSplits
-from groupify.errors import SpecError
+from groupify.devices import device_of
 from groupify.graph.call import Call, example_input
+from groupify.graph.copying import on_cpu as cpu_copy
 from groupify.onnx.exporting import export_onnx
 from groupify.pipeline.compressed import Compressed
 from groupify.pipeline.inputs import warn_near_chance
@@ -140,19 +137,15 @@ def train(
     ranks: Ranks,
     stages: Stages,
 ) -> Compressed:
-    """Fine-tune on the device asked for, and measure the accuracy again; the result is on the CPU.
+    """Fine-tune, and measure the accuracy again.
 
     Raises:
         GroupifyError: the model cannot be trained as asked.
     """
     if request is None or result.data is None:
         return result
-    device, source = _device(request.device), result.source
     stages.begin(f"fine-tuning, epochs: {request.settings.epochs:g}", _training_time(result, request, ranks))
-    there = replace(
-        result, model=_moved(result.model, device), source=replace(source, model=_moved(source.model, device))
-    )
-    trained = there.finetune(
+    return result.finetune(
         result.data,
         settings=request.settings,
         checkpointing=checkpointing,
@@ -160,10 +153,15 @@ def train(
         distributed=ranks.world > 1,
         progress=stages.show,
     )
-    tuned = trained.tuned
-    assert tuned is not None
-    tuned = replace(tuned, model=tuned.model.cpu(), last_model=tuned.last_model.cpu())
-    return replace(trained, model=tuned.model, tuned=tuned, source=source)
+
+
+def on_cpu(result: Compressed) -> Compressed:
+    """Return a result whose models are on the CPU, where they are written, exported and timed."""
+    tuned = result.tuned
+    if tuned is not None:
+        tuned = replace(tuned, model=cpu_copy(tuned.model), last_model=cpu_copy(tuned.last_model))
+    source = replace(result.source, model=cpu_copy(result.source.model))
+    return replace(result, model=cpu_copy(result.model), source=source, tuned=tuned)
 
 
 def _length(data: Data) -> int | None:
@@ -176,24 +174,11 @@ def _training_time(result: Compressed, request: TrainingRequest, ranks: Ranks) -
     images = settings.images_per_epoch
     if images is None and data is not None and data.train is not None:
         images = _length(data.train)
-    if images is None or request.device == "cuda" or torch.cuda.is_available():
+    if images is None or device_of(result.model).type != "cpu":
         return None
     pace, count = Pace(result.source.model, result.example, 1), settings.epochs * images
     # A step: the teacher's forward pass, and the student's with a backward pass that costs two.
     return lambda: pace.passes(4 * count / ranks.world)
-
-
-def _moved(model: nn.Module, device: torch.device) -> nn.Module:
-    return copy.deepcopy(model).to(device)
-
-
-def _device(name: str) -> torch.device:
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise SpecError("--device cuda: PyTorch sees no GPU here; give --device cpu")
-    if name == "cpu" or not available:
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 def convert_uniform(

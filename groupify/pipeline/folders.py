@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from groupify.artefact import load, read_recipe
+from groupify.devices import find_device
 from groupify.errors import SpecError
 from groupify.machine import find_cpu
 from groupify.models.sources import load_model
@@ -24,10 +25,13 @@ def open_folder(request: FinetuneRequest) -> Compressed:
     Raises:
         GroupifyError: anything that cannot be done as asked.
     """
-    model = load(request.folder, trust=request.trust)
+    device = find_device(request.device)
+    model = load(request.folder, trust=request.trust).to(device)
     recipe = read_recipe(request.folder)
     source = dense_source(recipe, request.checkpoint, beside=request.folder, trust=request.trust)
-    source, data = with_data(from_recipe(source), request.data, request.preprocessing, seed=request.seed)
+    source, data = with_data(
+        from_recipe(source.on(device)), request.data, request.preprocessing, seed=request.seed
+    )
     tell_preprocessing(source, data)
     shape = source.spec.input_shape
     # A recipe that was not made by a run need not say which processor it was planned for.

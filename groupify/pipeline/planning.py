@@ -99,7 +99,7 @@ class _Conversions:
         drawn = self._subject.calibration() if self._subject.given is None and same_way else None
         if drawn is None or not torch.equal(drawn.images, images.fit):
             return False
-        self._calibration = Calibration(images.fit)
+        self._calibration = Calibration(images.fit, memory=self._options.memory)
         return True
 
     def __call__(self, plan: Plan) -> nn.Module:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from groupify.devices import find_device
 from groupify.errors import SpecError
 from groupify.models.preprocessing import PreprocessingOptions
 from groupify.models.sources import load_model
@@ -48,6 +49,7 @@ class ModelRequest:
         name, weights, checkpoint, arguments, input_shape: as for ``load_model``.
         trust: let a folder's recipe import the code that it names.
         preprocessing: what is said about it, in place of what the model or the recipe says.
+        device: where it runs, see ``find_device``.
     """
 
     name: str
@@ -57,6 +59,7 @@ class ModelRequest:
     input_shape: tuple[int, ...] | None = None
     trust: bool = False
     preprocessing: PreprocessingOptions = PreprocessingOptions()
+    device: str = "cpu"
 
     def check_for_folder(self) -> None:
         """Refuse what is said about a dense model where the name is that of an output folder.
@@ -74,8 +77,9 @@ class ModelRequest:
             raise SpecError(f"{option} is for a dense model: the recipe of {self.name} says it; leave it out")
 
     def load(self, seed: int) -> Source:
-        """Load the dense model."""
-        return load_model(
+        """Load the dense model, onto its device."""
+        device = find_device(self.device)  # before a long download
+        source = load_model(
             self.name,
             weights=self.weights,
             checkpoint=self.checkpoint,
@@ -83,6 +87,7 @@ class ModelRequest:
             input_shape=self.input_shape,
             seed=seed,
         )
+        return source.on(device)
 
 
 @dataclass(frozen=True)
@@ -229,14 +234,12 @@ class TrainingRequest:
         save_every: steps between two writes of the training's state; None = no state, unless ``resume``.
         resume: go on from the state, if there is one.
         log: where to log; None = nowhere.
-        device: "cpu", "cuda", or "auto": a GPU if there is one.
     """
 
     settings: FinetuneSettings
     save_every: int | None = None
     resume: bool = False
     log: LogSettings | None = None
-    device: str = "auto"
 
     @property
     def keeps_state(self) -> bool:
@@ -310,6 +313,7 @@ class FinetuneRequest:
         checkpoint: the dense weights, where the recipe names a file.
         trust: let the recipe import the code that it names.
         preprocessing: what is said about it, in place of what the recipe says.
+        device: where it is trained, see ``find_device``.
         seed: seed of everything random.
     """
 
@@ -320,4 +324,5 @@ class FinetuneRequest:
     checkpoint: Path | None = None
     trust: bool = False
     preprocessing: PreprocessingOptions = PreprocessingOptions()
+    device: str = "cpu"
     seed: int = 0

@@ -23,6 +23,7 @@ from groupify.pipeline.converting import (
     convert_uniform,
     has_test_labels,
     measured,
+    on_cpu,
     run_compression,
     train,
 )
@@ -76,7 +77,7 @@ def run_conversion(request: ConversionRequest, *, progress: bool = False) -> Rep
         if compared:
             stages.begin(f"converting {len(plans)} uniform plans as well")
         uniform = convert_uniform(plans, subject, request.output.export, aside, progress=stages.show)
-        report = _write(_Output(folder, aside, request.output, stages), result, uniform)
+        report = _write(_Output(folder, aside, request.output, stages), on_cpu(result), uniform)
     _forget_state(checkpointing)
     return report
 
@@ -88,7 +89,7 @@ def _subject(request: ConversionRequest) -> Subject:
     tell_preprocessing(source, data)
     return Subject(
         source, source.spec.input_shape, data, None, request.calibration_images, request.reconstruct_steps,
-        request.seed,
+        request.seed, request.plan.search.memory,
     )  # fmt: skip
 
 
@@ -126,7 +127,7 @@ def run_finetune(request: FinetuneRequest, *, progress: bool = False) -> Report 
         result = train(result, request.training, checkpointing, ranks, stages)
         if folder is None:
             return None
-        report = _write(_Output(folder, aside, output, stages), result, {})
+        report = _write(_Output(folder, aside, output, stages), on_cpu(result), {})
     _forget_state(checkpointing)
     return report
 

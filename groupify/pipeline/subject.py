@@ -41,6 +41,7 @@ class Subject:
         count: number of images to draw; 0 = fit from the weights alone.
         reconstruct_steps: of block reconstruction after the fit.
         seed: of everything random.
+        memory: bytes of activations that wait in memory; None = half of what is free.
     """
 
     source: Source
@@ -50,6 +51,7 @@ class Subject:
     count: int = 1000
     reconstruct_steps: int = 0
     seed: int = 0
+    memory: int | None = None
 
     @property
     def inputs(self) -> Inputs | None:
@@ -72,7 +74,8 @@ class Subject:
         if self.given is not None or self.data is None or self.count == 0:
             return self.given
         images = calibration_images(self.data.for_calibration, self.count, seed=self.seed)
-        return Calibration(images, reconstruction=ReconstructionOptions(steps=self.reconstruct_steps))
+        reconstruction = ReconstructionOptions(steps=self.reconstruct_steps)
+        return Calibration(images, reconstruction=reconstruction, memory=self.memory)
 
     def planning_images(self, *, for_drop: bool) -> Images | None:
         """Return images to compare plans on; None = predict from the weights alone."""
@@ -90,6 +93,7 @@ def make_subject(
     *,
     count: int = 1000,
     seed: int = 0,
+    memory: int | None = None,
 ) -> Subject:
     """Put together what a call of the API is about.
 
@@ -97,7 +101,7 @@ def make_subject(
         model: the dense model, in memory or as ``load_model`` returns it.
         images: what to fit on; None = nothing.
         example_inputs: what the model is called with; None = with images like those given.
-        count, seed: see :class:`Subject`.
+        count, seed, memory: see :class:`Subject`.
 
     Raises:
         WrongTypeError: something of another type.
@@ -112,7 +116,7 @@ def make_subject(
         )
     if isinstance(images, Mapping | nn.Module):
         raise WrongTypeError(f"images is a {type(images).__name__}: expected {_IMAGES}")
-    given = Calibration(images) if isinstance(images, Tensor) else images
+    given = Calibration(images, memory=memory) if isinstance(images, Tensor) else images
     given = given if isinstance(given, Calibration) else None
     data = data_of(images, given)
     example = _example(model, data, given, example_inputs)
@@ -121,7 +125,7 @@ def make_subject(
         model = _preprocessed_as(model, data)
         if data.test is not None:
             data = classified(model, data)
-    return Subject(model, example, data, given, count, seed=seed)
+    return Subject(model, example, data, given, count, seed=seed, memory=memory)
 
 
 def source_of(model: nn.Module | Source, input_shape: tuple[int, ...]) -> Source:

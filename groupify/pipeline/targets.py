@@ -10,6 +10,7 @@ from pathlib import Path
 
 from groupify.artefact import WEIGHTS_FILE, load, read_recipe
 from groupify.data.splits import DataSplits
+from groupify.devices import AUTO, find_device
 from groupify.errors import ArtefactError, DataError, SpecError
 from groupify.files import folder_exists
 from groupify.measure.latency_table import LatencyTable
@@ -45,11 +46,12 @@ def open_target(
 def _load_target(target: ModelRequest, seed: int) -> tuple[Source, str | None]:
     if is_onnx_file(target.name):
         raise SpecError(f"{target.name!r} is an ONNX file already: give an output folder, or a dense model")
+    device = find_device(target.device)
     if folder_exists(target.name):
         target.check_for_folder()
         recipe = read_recipe(target.name)
         source = Source(load(target.name, trust=target.trust), recipe.model, recipe.weights)
-        return from_recipe(source), recipe.sha256
+        return from_recipe(source.on(device)), recipe.sha256
     if os.sep in target.name or "/" in target.name:  # both separate on Windows
         raise ArtefactError(
             f"no folder {target.name!r}; expected an output folder of 'groupify convert', or a model"
@@ -68,6 +70,10 @@ def run_evaluation(target: ModelRequest, data: str, *, seed: int = 0, progress: 
         GroupifyError: the model or the data cannot be had.
     """
     if is_onnx_file(target.name):
+        if target.device not in (AUTO, "cpu"):
+            raise SpecError(
+                f"--device {target.device}: ONNX files run in ONNX Runtime, on the CPU; leave it out"
+            )
         source = from_file(onnx_source(target.name, target.input_shape))
         source, splits = with_data(source, data, target.preprocessing, seed=seed)
     else:

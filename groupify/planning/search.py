@@ -98,6 +98,8 @@ class SearchOptions:
         cache: folder for what took long to measure; None = keep nothing.
         seed: seed of everything random.
         progress: show bars on stderr.
+        memory: bytes of moments, and of activations that wait while plans are converted, in memory; None = 2
+            GiB of the former, and half of what is free of the latter.
         stages: says what is being done; those of the run that this search is a part of.
     """
 
@@ -108,6 +110,7 @@ class SearchOptions:
     cache: Path | None = None
     seed: int = 0
     progress: bool = False
+    memory: int | None = None
     stages: Stages = field(default=SILENT, repr=False, compare=False)
 
 
@@ -302,6 +305,8 @@ def _sensitivity(
     }
     if options.sensitivity == EXACT:
         return exact_sensitivity(model, choices, images.fit, images.held_out, **how)
+    if options.memory is not None:
+        how["memory"] = options.memory
     return measure_sensitivity(model, choices, images.fit, of=options.sensitivity, **how)
 
 
@@ -369,5 +374,6 @@ class HeldOut:
         return f"{len(self._judge)} held-out {'labelled' if self.labelled else 'unlabelled'} images"
 
     def _fit(self, plan: Plan) -> nn.Module:
-        calibration, options = Calibration(self.images.fit, inputs=self.images.inputs), self._options
+        options = self._options
+        calibration = Calibration(self.images.fit, inputs=self.images.inputs, memory=options.memory)
         return convert(self._model, plan, calibration, seed=options.seed, progress=options.progress).model
