@@ -54,7 +54,7 @@ class ConvertAfter(lightning.Callback):
         plan = groupify.plan(
             module.model, INPUT_SHAPE, groups=self.groups, rules=groupify.Rules(min_group_width=8)
         )
-        module.model = groupify.convert(module.model, plan, self.images).model.to(module.device)
+        module.model = groupify.convert(module.model, plan, self.images).model
         module.learning_rate = 0.01
         # The grouped model has parameters of its own: the optimizer is made anew.
         trainer.strategy.setup_optimizers(trainer)

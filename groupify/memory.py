@@ -20,6 +20,7 @@ BYTE_UNITS = {
 _AMOUNT = re.compile(r"(\d+\.?\d*|\.\d+) ?([A-Za-z]+)", re.ASCII)
 _CGROUPS = Path("/sys/fs/cgroup")
 _SHARE = 0.5
+_UNKNOWN = 4 * 2**30  # what a system that does not tell is taken to have free
 
 
 def parse_bytes(text: str) -> int:
@@ -68,7 +69,11 @@ def free_bytes(device: torch.device) -> int:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type == "mps":
         return max(0, torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
-    return min([_of_system(), *_of_cgroups()])
+    try:
+        system = _of_system()
+    except (OSError, AttributeError, IndexError, StopIteration, subprocess.SubprocessError):
+        system = _UNKNOWN
+    return min([system, *_of_cgroups()])
 
 
 def _of_system() -> int:

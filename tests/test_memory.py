@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import ctypes
+import subprocess
 import sys
 from pathlib import Path
 
@@ -33,6 +35,37 @@ def test_free_memory_is_what_the_kernel_says() -> None:
     total = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal"))
     assert 0 < free_bytes(CPU) <= total
     assert default_limit(CPU) < total
+
+
+_VM_STAT = """Mach Virtual Memory Statistics: (page size of 16384 bytes)
+Pages free:                                1000.
+Pages active:                            200000.
+Pages inactive:                             500.
+Pages speculative:                           24.
+"""
+
+
+def test_free_memory_of_a_mac_is_what_vm_stat_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    told = subprocess.CompletedProcess(["vm_stat"], 0, stdout=_VM_STAT)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: told)
+    assert free_bytes(CPU) == 1524 * 16384
+
+
+@pytest.mark.parametrize("platform", ["win32", "darwin"])
+def test_a_system_that_does_not_tell_counts_as_small(
+    platform: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no such program")
+
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(subprocess, "run", fail)
+    if sys.platform == "win32" and hasattr(ctypes, "windll"):
+        monkeypatch.delattr(ctypes, "windll")
+    assert free_bytes(CPU) == 4 * 2**30
 
 
 def test_a_container_with_less_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,11 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import groupify
-from groupify.artefact import write_artefact
 from groupify.conversion.reconstruct import ReconstructionOptions
 from groupify.conversion.site_fit import FitOptions
 from groupify.data.splits import DataSplits
-from groupify.models.specs import ModelSpec, WeightsOrigin
 from groupify.planning.candidates import candidates
 from groupify.planning.search import Images
 from groupify.planning.sensitivity import measure_sensitivity
@@ -231,14 +229,14 @@ def finetuning(device: torch.device) -> None:
 
 
 def exporting(device: torch.device) -> None:
-    """Export a model to float32 and int8, checked, and write its weights."""
-    net = make_net().to(device)
-    plan = plan_for(net, STRUCTURES["block-term"])
-    model = groupify.convert(net, plan).model
+    """Compress in one call, write the folder, and export to float32 and int8, checked."""
+    given = images()
+    result = groupify.compress(make_net().to(device), given, groups=2, rules=_rules())
     with tempfile.TemporaryDirectory() as folder:
-        groupify.export_int8(model, Path(folder, "net.int8.onnx"), images(16).to(device))
-        spec = ModelSpec("tests.devices.steps:make_net", {}, SHAPE, None)
-        write_artefact(Path(folder), model, groupify.Recipe(spec, WeightsOrigin("factory"), plan.recipes))
+        result.save(Path(folder, "out"))
+        result.export(Path(folder, "net.onnx"))
+        groupify.export_int8(result.model, Path(folder, "net.int8.onnx"), given.to(device))
+    assert result.costs.compressed.macs < result.costs.dense.macs
 
 
 STEPS: dict[str, Callable[[torch.device], None]] = {
@@ -258,5 +256,5 @@ STEPS: dict[str, Callable[[torch.device], None]] = {
     "images on the device": images_that_are_there,
     "judge and evaluate": judging,
     "finetune": finetuning,
-    "export": exporting,
+    "compress, save and export": exporting,
 }
