@@ -80,6 +80,16 @@ def test_a_factory_s_own_weights_are_the_teacher(tmp_path: Path) -> None:
     assert torch.equal(source.model.state_dict()["0.weight"], net().state_dict()["0.weight"])
 
 
+def test_the_weights_of_a_model_in_memory_are_not_made_up(tmp_path: Path) -> None:
+    made = recipe(WeightsOrigin("given"))
+    with pytest.raises(SpecError, match=r"were those of a model in memory: give --checkpoint FILE"):
+        dense_source(made, None, beside=tmp_path, trust=True)
+    dense = net()
+    save_file(dense.state_dict(), tmp_path / "w.safetensors")
+    source = dense_source(made, tmp_path / "w.safetensors", beside=tmp_path, trust=True)
+    assert torch.equal(source.model.state_dict()["0.weight"], dense.state_dict()["0.weight"])
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "label"),
     [

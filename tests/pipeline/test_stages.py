@@ -75,8 +75,13 @@ def test_a_whole_run_on_the_command_line(run: Run, tmp_path: Path, monkeypatch: 
     assert [what.split()[0] for what in stages(again.notes)] == [
         "measuring", "fine-tuning,", "exporting", "timing",
     ]  # fmt: skip
-    quiet = run("convert", *NET, *DATA, "--groups", 2, "-o", "quiet", "--quiet")
-    assert (quiet.code, quiet.notes) == (0, "")
+
+
+def test_a_plan_says_its_stages_unless_it_is_to_be_quiet(run: Run) -> None:
+    plan = ("plan", *NET, *DATA, "--budget", "macs=70%", "--structure", "grouped", "--no-verify")
+    assert [what.split()[0] for what in stages(run(*plan).notes)] == ["measuring"]
+    quiet = run(*plan, "--quiet")
+    assert (quiet.code, quiet.notes, quiet.err) == (0, "", "")
 
 
 def test_the_call_says_it_where_asked_to(capsys: pytest.CaptureFixture[str]) -> None:
