@@ -1,4 +1,4 @@
-"""A Cholesky factor of what is positive definite but for rounding."""
+"""What is positive definite but for rounding: its Cholesky factor, and the least that makes it so."""
 
 from __future__ import annotations
 
@@ -16,12 +16,29 @@ def cholesky_with_ridge(matrices: Tensor, ridge: float) -> Tensor:
     Returns:
         Shape (..., n, n).
     """
+    return _positive(matrices, ridge)[1]
+
+
+def made_positive(covariance: Tensor) -> Tensor:
+    """Return a covariance with hardly more on its diagonal than makes it positive.
+
+    Sums of products in single precision have eigenvalues below zero where variances differ by more than that
+    precision tells apart. Whitening would blow these up, and a fit find outputs there that no inputs explain.
+
+    Args:
+        covariance: symmetric, shape (n, n).
+    """
+    return _positive(covariance, torch.finfo(covariance.dtype).eps)[0]
+
+
+def _positive(matrices: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """The matrices with the least ridge that gives them Cholesky factors, and these."""
     size, tiny = matrices.shape[-1], torch.finfo(torch.float32).tiny
     identity = torch.eye(size, dtype=matrices.dtype, device=matrices.device)
     mean = matrices.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=0)
     while True:
-        factor, failed = torch.linalg.cholesky_ex(matrices + (ridge * mean + tiny) * identity)
+        ridged = matrices + (ridge * mean + tiny) * identity
+        factor, failed = torch.linalg.cholesky_ex(ridged)
         if not bool(failed.any()):
-            found: Tensor = factor
-            return found
+            return ridged, factor
         ridge, tiny = 10 * ridge, 10 * tiny

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from groupify.decomposition.cholesky import made_positive
 from groupify.decomposition.low_rank import LowRank, least_squares
 from groupify.decomposition.minimise import minimise
 from groupify.decomposition.objectives import Mixing, Separate
@@ -51,13 +52,17 @@ class Inputs:
     @cached_property
     def whitened(self) -> ByChannel:
         """They where all channels may be mixed."""
-        return ByChannel.of(self.covariance, self.channels)
+        return ByChannel.of(self._positive, self.channels)
 
     def by_group(self, groups: int) -> ByGroup:
         """They where the channels of each group stay by themselves."""
         if groups not in self._by_group:
-            self._by_group[groups] = ByGroup.of(self.covariance, groups)
+            self._by_group[groups] = ByGroup.of(self._positive, groups)
         return self._by_group[groups]
+
+    @cached_property
+    def _positive(self) -> Tensor:
+        return made_positive(self.covariance)
 
 
 class Problem:

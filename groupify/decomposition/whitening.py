@@ -15,6 +15,7 @@ from torch import Tensor
 
 from groupify.decomposition.cholesky import cholesky_with_ridge
 from groupify.decomposition.eigen import eigh
+from groupify.devices import double
 
 # Directions of less variance than this part of the mean are not blown up to one.
 _FLOOR = 1e-4
@@ -46,9 +47,9 @@ class ByChannel:
         table = covariance.reshape(channels, count, channels, count)
         of_channels = _inverse_root(table.diagonal(dim1=1, dim2=3).sum(2))
         of_positions = _inverse_root(table.diagonal(dim1=0, dim2=2).sum(2))
-        whitened = cls(covariance, of_channels, of_positions)
-        half = whitened.inputs(covariance)
-        full = whitened.inputs(half.T.contiguous())
+        # What rounds before it is blown up a thousandfold is no longer positive.
+        exact = cls(double(covariance), double(of_channels), double(of_positions))
+        full = exact.inputs(exact.inputs(exact.covariance).T.contiguous()).to(covariance)
         scale = full.diagonal().mean().clamp(min=torch.finfo(full.dtype).tiny)
         full.div_(scale)
         full.diagonal().add_(_RIDGE)
@@ -89,9 +90,10 @@ class ByGroup:
         width = covariance.shape[0] // groups
         blocks = covariance.reshape(groups, width, groups, width)
         maps = torch.stack([_inverse_root(blocks[group, :, group]) for group in range(groups)])
-        half = maps @ covariance.reshape(groups, width, -1)
+        exact = double(maps)
+        half = exact @ double(covariance).reshape(groups, width, -1)
         half = half.reshape(groups * width, groups, width)
-        full = torch.einsum("ngw,gvw->ngv", half, maps).reshape(groups * width, -1)
+        full = torch.einsum("ngw,gvw->ngv", half, exact).reshape(groups * width, -1).to(covariance)
         full.diagonal().add_(_RIDGE)
         return cls(full.reshape(groups, width, -1), maps)
 

@@ -333,3 +333,22 @@ def test_faults_are_named() -> None:
         Moments.of_weight(weight * math.nan, moments.covariance)
     with pytest.raises(ConversionError, match="expected"):
         decompose(moments, POINTWISE, Structure(5, 1, None))
+
+
+def test_a_fit_finds_nothing_in_directions_that_rounding_made_negative() -> None:
+    """As sums in single precision have, where variances differ by more than that tells apart."""
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.linalg.qr(torch.randn(64, 64, generator=generator)).Q * torch.logspace(0, -4, 64)
+    inputs = (torch.randn(1200, 64, generator=generator) @ mixed.T).double()
+    outputs = inputs @ torch.randn(64, 128, generator=generator).double()
+    outputs += 0.02 * outputs.std() * torch.randn(outputs.shape, generator=generator)
+    inputs, outputs = inputs - inputs.mean(0), outputs - outputs.mean(0)
+    exact = inputs.T @ inputs / len(inputs)
+    weakest = torch.linalg.eigh(exact).eigenvectors[:, :21]
+    rounded = exact - 6e-5 * exact.diagonal().mean() * weakest @ weakest.T
+    moments = (rounded, inputs.T @ outputs / len(inputs), outputs.square().mean(0))
+    found = decompose(
+        Moments(*(part.float()[None] for part in moments)), ConvShape(64, 128, (1, 1)), Structure(None, 4, 16)
+    )
+    missed = outputs - inputs @ found.weight().flatten(1).double().T
+    assert found.error == pytest.approx(float(missed.square().sum() / outputs.square().sum()), rel=0.15)
