@@ -379,7 +379,7 @@ uniform_option = output(
     help="Numbers of groups to convert with as well, like 2,4,8, for comparison in the report: untrained, "
     "the same everywhere. Each takes about as long as the conversion.",
 )  # fmt: skip
-device_option = _general(
+device_option = _model(
     "--device", default="auto", show_default=True, metavar="DEVICE",
     help="Where the model runs in PyTorch: cpu, cuda, cuda:1, mps. auto: a GPU of CUDA or ROCm if there is "
     "one.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -58,8 +59,13 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     folder = tmp_path_factory.mktemp("whole")
     options = ("--groups", 4, "--data", "demo", "--calibrate", 250, "--epochs", 0.05, "--json")
     code, out, err = finish(start(folder, "convert", "demo", *options))
-    assert (code, err.count("\n")) == (0, 1)
-    assert err.startswith("groupify: preprocessing (the data set's own): the whole image to 28×28, bilinear;")
+    assert code == 0, err
+    notes = [line for line in err.splitlines() if not re.match(r"\[\d/\d\] [a-z]", line)]
+    assert len(notes) == 2, err
+    assert notes[0].startswith(
+        "groupify: preprocessing (the data set's own): the whole image to 28×28, bilinear;"
+    )
+    assert notes[1].startswith("groupify: memory: activations of 250 images take about ")
     return folder / "demo-g4", json.loads(out)
 
 
