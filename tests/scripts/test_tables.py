@@ -41,7 +41,7 @@ def test_the_numbers_of_the_readme_are_those_of_the_result_files(monkeypatch: py
     row = next(row for row in results["rows"] if row["method"] == "groupify")
     row["accuracy_mean"] = 12.3
     monkeypatch.setattr(tables, "read", lambda name: results)
-    part = text[: text.index("<!-- results: latency -->")]
+    part = text[text.index("<!-- results: peers -->") : text.index("<!-- results: latency -->")]
     assert "12.3 / " in tables.fill(part)
 
 
@@ -101,6 +101,29 @@ def test_table_of_int8() -> None:
          "16.0 → 4.0 MiB"),
         ("resnet18, 2×", "÷5.00", "4.0 → 1.6 ms", "2.50×", "–", "–", "128.0 → 64.0 MiB", "16.0 → 4.0 MiB"),
     ]  # fmt: skip
+
+
+def test_table_of_the_best_structures() -> None:
+    rows = [
+        {
+            "net": "fashion_resnet18",
+            "method": method,
+            "size": size,
+            "top1": top1 + seed,
+            "divergence": 0.01,
+            "macs_ratio": 6.0 if (method, size) == ("Tucker-2", 6.9) else size,
+        }
+        for size in (2.0, 6.9)
+        for method, top1 in (("groupify", 93.0), ("spatial SVD", 92.0), ("Tucker-2", 91.0), ("other", 90.0))
+        for seed in (0, 1)
+    ]
+    other = {"net": "fashion_vgg11_bn", "method": "groupify", "size": 2.0, "top1": 1.0, "divergence": 9.0}
+    assert tables.best_structures({"rows": [*rows, other]}) == [
+        ("top-1, KL to the dense net", "MACs ÷2.0", "MACs ÷6.9"),
+        ("groupify", "93.50%, 0.0100", "93.50%, 0.0100"),
+        ("spatial SVD", "92.50%, 0.0100", "92.50%, 0.0100"),
+        ("Tucker-2", "91.50%, 0.0100", "91.50%, 0.0100 (÷6.00)"),
+    ]
 
 
 def test_table_of_the_efficiency() -> None:
