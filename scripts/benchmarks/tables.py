@@ -388,7 +388,7 @@ def rivals(document: Document) -> Table:
 
 
 def best_structures(document: Document) -> Table:
-    """A line per method on ResNet-18, a column per size; means over the seeds, and MACs that miss the size."""
+    """A line per method on ResNet-18, a column per size; means over the seeds; MACs that miss it too."""
     cells: dict[str, list[str]] = {"groupify": [], "spatial SVD": [], "Tucker-2": []}
     sizes = sorted({row["size"] for row in document["rows"]})
     for size, (method, line) in itertools.product(sizes, cells.items()):
