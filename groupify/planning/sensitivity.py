@@ -51,7 +51,7 @@ from groupify.structures import Candidate, Choices
 _MEMORY = 2**31
 _TINY = 1e-30
 _DAMPED = 0.2  # power of the sensitivity: from 0 to 0.25 plans rank about as well, above it worse
-_VERSION = "3"  # of what is measured: another one makes the cached numbers void
+_VERSION = "4"  # of what is measured: another one makes the cached numbers void
 
 AUTO, ERRORS, FISHER, OUTPUTS, EXACT = "auto", "errors", "fisher", "outputs", "exact"
 
