@@ -30,7 +30,7 @@ from groupify.models.sources import load_model
 from groupify.planning.search import SearchOptions, plan_for_budget
 from groupify.scores import measure_cost
 from groupify.structures import Plan
-from scripts.benchmarks.harness import Parser, Results, matches, time_in_processes
+from scripts.benchmarks.harness import PROCESSES, Parser, Results, matches, time_in_processes
 
 MODELS, SIZES = ("resnet18", "resnet50"), (4, 8)
 ASKED = 0.92
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="side of the images (default: %(default)s)")
     arguments = parser.parse()
     cases = [(model, budget) for model in MODELS for size in SIZES for budget in budgets(size)]
-    processes = 3
+    processes = PROCESSES
     if arguments.quick:
         cases, processes = [("squeezenet1_1", "macs=50%")], 1
         arguments.seconds, arguments.threads, arguments.size = 0.2, arguments.threads[:1], 64
@@ -122,16 +122,11 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="groupify-") as folder:
         files = written(model, planned, plan, Path(folder))
         load = os.getloadavg()[0]
-        timed = time_in_processes(files, threads, seconds, processes)
+        latency = time_in_processes(files, OWN, threads, seconds, processes)
         kernels = profile_onnx(files[OWN], input_shape=shape)
     total = sum(kernel.milliseconds for kernel in kernels)
     return Row(
-        model_name, budget, macs[0] / macs[1],
-        {
-            count: {f"{name}_ms": file.median_ms for name, file in row.items()}
-            | {"speed_up": row[OWN].speed_up}
-            for count, row in timed.items()
-        },
+        model_name, budget, macs[0] / macs[1], latency,
         {kernel.operator: kernel.milliseconds / total for kernel in kernels}, load,
         {site.name: str(site.structure) for site in plan.recipes},
     )  # fmt: skip

@@ -32,10 +32,11 @@ from groupify.onnx.exporting import export_onnx
 from scripts.benchmarks.tables import BENCHMARKS, TABLES, markdown
 
 SESSIONS, SECONDS = 3, 3.0  # of a timing; seconds for each number of threads
+PROCESSES = 3  # of a timing in fresh ones
 
 RowT = TypeVar("RowT")
 Key = tuple[Any, ...]
-Latencies = dict[str, dict[str, float]]  # threads: dense_ms, ms, speed_up
+Latencies = dict[str, dict[str, float]]  # threads: milliseconds under the names of files, speed_up
 
 
 @dataclass(frozen=True)
@@ -249,18 +250,15 @@ class Timing:
         return {str(count): _medians(sessions, count) for count in self.threads}
 
 
-@dataclass(frozen=True)
-class FileTime:
-    """One file among others: median milliseconds, and how many times as fast as the first it is."""
-
-    median_ms: float
-    speed_up: float
-
-
 def time_in_processes(
-    files: Mapping[str, Path], threads: Sequence[int], seconds: float, processes: int
-) -> dict[str, dict[str, FileTime]]:
-    """Time files in fresh processes of ``groupify bench --onnx``; by threads and file, medians over them."""
+    files: Mapping[str, Path], own: str, threads: Sequence[int], seconds: float, processes: int
+) -> Latencies:
+    """Time files in fresh processes of ``groupify bench --onnx``.
+
+    Returns:
+        By threads: median milliseconds of each file, and the speed-up of ``own`` over the first; medians over
+        the processes.
+    """
     command = [sys.executable, "-m", "groupify", "bench", "--onnx", ",".join(map(str, files.values()))]
     command += ["--threads", ",".join(map(str, threads)), "--seconds", str(seconds), "--json", "--quiet"]
     runs = [
@@ -268,15 +266,14 @@ def time_in_processes(
         for _ in range(processes)
     ]
 
-    def median(count: int, path: Path, quantity: str) -> float:
-        found = (row for rows in runs for row in rows if (row["threads"], row["path"]) == (count, str(path)))
-        return float(statistics.median(row[quantity] or 1.0 for row in found))
+    def median(count: int, name: str, quantity: str) -> float:
+        path = str(files[name])
+        found = (row for rows in runs for row in rows if (row["threads"], row["path"]) == (count, path))
+        return float(statistics.median(row[quantity] for row in found))
 
     return {
-        str(count): {
-            name: FileTime(median(count, path, "median_ms"), median(count, path, "speed_up"))
-            for name, path in files.items()
-        }
+        str(count): {name: median(count, name, "median_ms") for name in files}
+        | {"speed_up": median(count, own, "speed_up")}
         for count in threads
     }
 

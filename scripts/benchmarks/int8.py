@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,11 +42,10 @@ from groupify.planning.rules import Rules
 from groupify.planning.search import Images, SearchOptions, plan_for_budget
 from groupify.scores import evaluate, measure_cost
 from groupify.structures import INT8, Plan
-from scripts.benchmarks.harness import Parser, Results, time_in_processes
+from scripts.benchmarks.harness import PROCESSES, Parser, Results, time_in_processes
 
 TRAINED = "groupify.models.demo:fashion_resnet18"
 RANGES = 256  # images that set the ranges
-PROCESSES = 3
 DENSE_FLOAT32, DENSE, OWN = "dense float32", "dense int8", "planned int8"
 
 
@@ -156,7 +155,9 @@ def measure(name: str, case: Case, arguments: argparse.Namespace) -> Row:
     with tempfile.TemporaryDirectory(prefix="groupify-") as folder:
         files = written(source.model, model, shape, ranges, Path(folder))
         load = os.getloadavg()[0]
-        latency = latencies(files, arguments.threads, arguments.seconds, 1 if arguments.quick else PROCESSES)
+        latency = time_in_processes(
+            files, OWN, arguments.threads, arguments.seconds, 1 if arguments.quick else PROCESSES
+        )
         return Row(
             name, case.budget, macs[0] / macs[1], latency,
             top1=None if test is None else {key: top1_of(path, test) for key, path in files.items()},
@@ -210,16 +211,6 @@ def written(
         export_onnx(model, float32[name], input_shape=shape)
         quantize_onnx(float32[name], paths[name], images=ranges)
     return {**paths, DENSE_FLOAT32: float32[DENSE]}
-
-
-def latencies(
-    files: Mapping[str, Path], threads: Sequence[int], seconds: float, processes: int
-) -> dict[str, dict[str, float]]:
-    """Time the files; their milliseconds and the speed-up of the plan over dense int8, by threads."""
-    return {
-        count: {name: one.median_ms for name, one in row.items()} | {"speed_up": row[OWN].speed_up}
-        for count, row in time_in_processes(files, threads, seconds, processes).items()
-    }
 
 
 def top1_of(path: Path, test: Data) -> float:

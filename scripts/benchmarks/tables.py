@@ -323,7 +323,7 @@ def efficiency(document: Document) -> Table:
         for count in threads:
             one = row["latency"][count]
             cells += [
-                milliseconds(one["dense_ms"], one["planned_ms"]),
+                milliseconds(one["dense"], one["planned"]),
                 f"{one['speed_up'] / row['mac_ratio']:.2f}",
             ]
         kernels = ", ".join(

@@ -129,7 +129,7 @@ def test_table_of_the_best_structures() -> None:
 def test_table_of_the_efficiency() -> None:
     row = {
         "model": "resnet18", "budget": "macs=25%", "mac_ratio": 4.0,
-        "latency": {"1": {"dense_ms": 20.0, "planned_ms": 5.5, "speed_up": 3.6}},
+        "latency": {"1": {"dense": 20.0, "planned": 5.5, "speed_up": 3.6}},
         "kernels": {"Conv": 0.95, "ReorderInput": 0.04, "Add": 0.01},
     }  # fmt: skip
     assert tables.efficiency({"rows": [row]}) == [
