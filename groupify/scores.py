@@ -5,9 +5,10 @@ Costs are parameters, multiply-accumulates (MACs), weight and activation bytes.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -25,16 +26,23 @@ from groupify.devices import double
 from groupify.errors import DataError
 from groupify.graph.call import Call
 from groupify.graph.forward import evaluating, output_tensors, run_once
+from groupify.paired import CONFIDENCE, Answers, Paired, images_for
 
 _OUTPUT_NAMES = ("logits", "out")
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Top-1 accuracy, a fraction, and the number of images it was measured on."""
+    """Top-1 accuracy, a fraction, and the number of images it was measured on.
+
+    Attributes:
+        top1, images: the two.
+        answers: which images are right, to compare two models image by image; None = not kept.
+    """
 
     top1: float
     images: int
+    answers: Answers | None = field(default=None, repr=False, compare=False)
 
 
 def evaluate(
@@ -77,6 +85,7 @@ def evaluate(
     if total is not None and limit is not None:
         total = min(total, limit)
     batches = iterate_calls(data, batch_size, inputs, limit=limit, share=(ranks.rank, ranks.world))
+    right, known = [torch.empty(0, dtype=torch.bool)], [torch.empty(0, dtype=torch.int64)]
     with (
         evaluating(model),
         torch.inference_mode(),
@@ -89,11 +98,13 @@ def evaluate(
                 raise DataError("the images have no labels: accuracy needs a labelled data set")
             logits = class_scores(call.on(model).run_for_good(model))
             check_labels(labels, logits.shape[1])
-            correct += int((logits.argmax(1).cpu() == labels).sum())
+            right.append(logits.argmax(1).cpu() == labels)
+            known.append(labels)
+            correct += int(right[-1].sum())
             images_seen += len(labels)
             bar.update(ranks.world * len(labels))
     correct, images_seen = (int(value) for value in ranks.sums(correct, images_seen))
-    return Accuracy(correct / images_seen, images_seen)
+    return Accuracy(correct / images_seen, images_seen, Answers(torch.cat(right), torch.cat(known)))
 
 
 def class_scores(output: Any) -> Tensor:
@@ -200,10 +211,21 @@ class Judgement:
             nats, mean over the images; without class scores the relative error of the outputs.
         drop: percentage points of accuracy lost; without labels the share of images whose class is
             another one, which is never less. None without class scores.
+        changed: the images that were lost and gained; None where the drop was not counted on images.
     """
 
     divergence: float
     drop: float | None
+    changed: Paired | None = None
+
+    def loses_at_most(self, confidence: float = CONFIDENCE) -> float:
+        """Return what the drop on other images does not exceed, at a one-sided confidence.
+
+        Infinite where no drop was measured; the drop itself where its error is not known.
+        """
+        if self.changed is not None:
+            return self.changed.at_most(confidence)
+        return math.inf if self.drop is None else self.drop
 
 
 class Judge:
@@ -244,6 +266,11 @@ class Judge:
     def __len__(self) -> int:
         return len(self._images)
 
+    def images_for(self, drop: float, confidence: float = CONFIDENCE) -> int | None:
+        """Return how many images it takes to tell a drop; None where these are enough."""
+        needed = images_for(drop, confidence) if self.classes else 0
+        return needed if needed > len(self) else None
+
     def judge(self, model: nn.Module) -> Judgement:
         """Measure one converted model."""
         if not self.classes:
@@ -255,11 +282,9 @@ class Judge:
         right, chances = (_log_chances(outputs) for outputs in (self._dense, self._run(model)))
         divergence = F.kl_div(chances, right, reduction="none", log_target=True).sum(1).mean()
         classes, dense_classes = chances.argmax(1), right.argmax(1)
-        if self._labels is None:
-            lost = (classes != dense_classes).float().mean()
-        else:
-            lost = (dense_classes == self._labels).float().mean() - (classes == self._labels).float().mean()
-        return Judgement(float(divergence), 100 * float(lost))
+        labels = dense_classes if self._labels is None else self._labels
+        changed = Answers(dense_classes == labels, labels).against(Answers(classes == labels, labels))
+        return Judgement(float(divergence), None if changed is None else changed.drop, changed)
 
     def _run(self, model: nn.Module) -> Iterator[Any]:
         parameter = next(model.parameters(), torch.empty(0))

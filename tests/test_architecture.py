@@ -21,7 +21,7 @@ ORDER = """
 errors stages machine memory devices kept files strict_json documents structures
 graph
 models data
-stats scores
+stats paired scores
 decomposition
 conversion
 training

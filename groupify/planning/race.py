@@ -13,6 +13,7 @@ from typing import Protocol
 from tqdm import tqdm
 
 from groupify.errors import PlanError
+from groupify.paired import CONFIDENCE
 from groupify.planning.budget import LATENCY, MACS, Budget
 from groupify.planning.costing import Chosen, Costing, Finder, Limits
 from groupify.scores import Judgement
@@ -26,6 +27,8 @@ _CLOSE = 0.01  # relative to the cost: a nearer bisection would only resolve noi
 _POINTS = 10  # of a frontier
 
 Measure = Callable[[Plan], Judgement]
+# The chance that a plan which is said to hold a limit on the drop does not: all that are tried share it.
+_RISK = 1 - CONFIDENCE
 
 
 class PlanJudge(Protocol):
@@ -34,6 +37,9 @@ class PlanJudge(Protocol):
     @property
     def labelled(self) -> bool:
         """Whether the drop is one of accuracy, and not of agreement."""
+
+    def images_for(self, drop: float, confidence: float, /) -> int | None:
+        """Return how many images it takes to tell a drop; None where there are enough."""
 
     def __call__(self, plan: Plan, /) -> Judgement:
         """Return how far a plan is from the dense model."""
@@ -51,6 +57,8 @@ class Contender:
         costs: MACs, parameters, bytes and, where asked for, milliseconds of the whole model: measured ones,
             unless they come from a table of another device.
         measured: by converting it; None where that was not done, as none other came near.
+        at_most: percentage points of accuracy that it loses at most on other images, with 95% confidence for
+            all plans that were measured together; infinite where none were measured.
     """
 
     name: str
@@ -59,6 +67,7 @@ class Contender:
     loss: float
     costs: Mapping[str, float]
     measured: Judgement | None = None
+    at_most: float = math.inf
 
     @property
     def drop(self) -> float:
@@ -118,6 +127,8 @@ class Race:
             PlanError: the budget cannot be held; says by how much.
         """
         costs, drop = self._budget.costs, self._budget.drop
+        if drop is not None and self.judge is not None:
+            self._check_images(drop, self.judge)
         if costs:
             contenders = self._within_costs()
         else:
@@ -133,6 +144,16 @@ class Race:
             labelled=self.judge is not None and self.judge.labelled,
         )
 
+    def _check_images(self, drop: float, judge: PlanJudge) -> None:
+        """Refuse to judge on images that cannot tell the drop of any plan."""
+        needed = judge.images_for(drop, self._confidence(1))
+        if needed is not None:
+            raise PlanError(
+                f"drop={drop:g} cannot be told on {judge}: were no class changed on them, others may still "
+                f"lose more; {needed} are the fewest that tell, a quarter of the images where none are held "
+                "out for it: give more, or allow a larger drop"
+            )
+
     @property
     def _costing(self) -> Costing:
         return self.finder.costing
@@ -146,15 +167,16 @@ class Race:
         costs, drop = self._budget.costs, self._budget.drop
         contenders = self._race(self._costing.amounts(costs))
         best = contenders[0].measured
-        if drop is not None and best is not None and contenders[0].drop > drop:
+        if drop is not None and best is not None and contenders[0].at_most > drop:
+            remedy = "allow more of one of them" + self._or_more_images(contenders[0], drop)
             raise PlanError(
                 f"{self._budget} cannot be held together: within {' and '.join(map(str, costs))} the "
-                f"drop came to {contenders[0].drop:.2f} points on {self.judge}; allow more of one of them"
+                f"drop came to {self._lost(contenders[0])}; {remedy}"
             )
         return contenders
 
     def _within_drop(self, drop: float) -> list[Contender]:
-        """The cheapest plan whose measured drop is within the limit, and what else was measured."""
+        """The cheapest plan whose drop is within the limit as the images tell it, and what else was tried."""
         quantity = LATENCY if self._costing.latencies is not None else MACS
         dense, least = self._costing.dense_costs[quantity], self._costing.least(quantity)
         low, high = math.log(least), math.log(dense)  # of what holds nothing; of what holds
@@ -166,17 +188,17 @@ class Race:
             middle = (low + high) / 2
             raced = self._race({quantity: math.exp(middle)})
             seen += raced
-            if raced[0].drop <= drop:
+            if raced[0].at_most <= drop:
                 high = min(middle, math.log(raced[0].costs[quantity]))
             else:
                 low = middle
-        holding = [contender for contender in seen if contender.drop <= drop]
+        holding = [contender for contender in seen if contender.at_most <= drop]
         if not holding:
-            best = min(seen, key=lambda contender: contender.drop)
+            best = min(seen, key=lambda contender: contender.at_most)
             raise PlanError(
                 f"drop={drop:g} cannot be held: the mildest plan that was tried, with "
-                f"{100 * best.costs[quantity] / dense:.0f}% of the {quantity}, lost {best.drop:.2f} "
-                f"points on {self.judge}; allow a larger drop"
+                f"{100 * best.costs[quantity] / dense:.0f}% of the {quantity}, lost {self._lost(best)}; "
+                f"allow a larger drop{self._or_more_images(best, drop)}"
             )
         best = min(holding, key=lambda c: (c.costs[quantity], self._rank(c)))
         return [best, *sorted((c for c in seen if c is not best), key=lambda c: c.costs[quantity])]
@@ -219,15 +241,32 @@ class Race:
         contest = [contender for contender in contenders if contender.loss <= near]
         if len(contest) == 1 and self._budget.drop is None:
             return list(contenders)
-        return [
-            replace(one, measured=judge(self._costing.choices.plan(one.chosen))) if one in contest else one
-            for one in contenders
-        ]
+        confidence = self._confidence(len(contest))
+        found = []
+        for one in contenders:
+            if one in contest:
+                measured = judge(self._costing.choices.plan(one.chosen))
+                one = replace(one, measured=measured, at_most=measured.loses_at_most(confidence))
+            found.append(one)
+        return found
+
+    def _confidence(self, contenders: int) -> float:
+        """That of one plan's bound, so that those of all that are measured hold together (Bonferroni)."""
+        return 1 - _RISK / (contenders * (1 if self._budget.costs else self.bisections))
+
+    def _lost(self, contender: Contender) -> str:
+        bound = f", at most {contender.at_most:.2f} with {100 * CONFIDENCE:.0f}% confidence"
+        counted = contender.measured is not None and contender.measured.changed is not None
+        return f"{contender.drop:.2f} points on {self.judge}{bound if counted else ''}"
+
+    @staticmethod
+    def _or_more_images(contender: Contender, drop: float) -> str:
+        return ", or give more images, which are too few to tell" if contender.drop <= drop else ""
 
     def _rank(self, contender: Contender) -> tuple[float, float, float, bool]:
-        """What exceeds the drop, measured divergence, predicted loss; where all are equal, uniform first."""
+        """What may exceed the drop, divergence, predicted loss; where all are equal, uniform first."""
         measured, drop = contender.measured, self._budget.drop
-        excess = 0.0 if drop is None else max(0.0, contender.drop - drop)
+        excess = 0.0 if drop is None else max(0.0, contender.at_most - drop)
         divergence = math.inf if measured is None else measured.divergence
         return excess, divergence, contender.loss, not contender.uniform
 

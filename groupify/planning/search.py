@@ -153,7 +153,9 @@ def plan_for_budget(
     scores diverges by the relative error of its outputs. A limit on the latency is held by measured ones:
     plans are timed, and the limit on what is predicted for them corrected until both agree. For a limit on
     the drop alone, the smallest plan that holds it is searched by bisection over the MACs (over the latency,
-    if there is a table of it), each step converted and measured.
+    if there is a table of it), each step converted and measured. A plan holds it if the drop on other images
+    of the same kind is within the limit with 95% confidence, for all plans tried together; see
+    ``groupify.paired``. Too few images to tell that are refused.
 
     Args:
         model: a dense model; left untouched.
@@ -351,6 +353,10 @@ class HeldOut:
     def labelled(self) -> bool:
         """Whether the drop is one of accuracy, and not of agreement."""
         return self._judge.labelled
+
+    def images_for(self, drop: float, confidence: float) -> int | None:
+        """Return how many images it takes to tell a drop; None where there are enough."""
+        return self._judge.images_for(drop, confidence)
 
     def __call__(self, plan: Plan) -> Judgement:
         """Return how far a plan is from the dense float32 model, in the precision that it is for."""
