@@ -10,6 +10,7 @@ from rich.console import Console
 
 from groupify.errors import GroupifyError, SpecError
 from groupify.files import write_aside
+from groupify.paired import CONFIDENCE
 from groupify.planning.budget import MACS
 from groupify.planning.costing import shown
 from groupify.planning.race import BudgetPlan, Contender, Frontier, FrontierPoint
@@ -51,8 +52,17 @@ def _of_contender(contender: Contender) -> str:
         )
     return (
         f"{contender.name}: measured divergence {measured.divergence:.4g}, drop {measured.drop:.2f} points "
-        f"on held-out images (predicted loss {contender.loss:.4g})"
+        f"on {_images(contender)} (predicted loss {contender.loss:.4g})"
     )
+
+
+def _images(contender: Contender) -> str:
+    """On how many images, and what that says of others."""
+    changed = None if contender.measured is None else contender.measured.changed
+    if changed is None:
+        return "held-out images"
+    most = f"at most {contender.at_most:.2f} on others, with {100 * CONFIDENCE:.0f}% confidence"
+    return f"{changed.images} held-out images, {most}"
 
 
 def print_budget_plan(result: BudgetPlan, console: Console) -> None:
