@@ -25,8 +25,8 @@ from groupify.scores import evaluate
 from groupify.structures import SiteRecipe, Structure
 from groupify.training.finetuning import FinetuneResult, finetune
 from groupify.training.holdout import hold_out
-from groupify.training.learner import _SharedBatchNorm, synchronise_batch_norms
 from groupify.training.settings import FinetuneSettings
+from groupify.training.shared_norm import SharedBatchNorm, synchronise_batch_norms
 from tests.conftest import ROOT
 from tests.training.nets import SETTINGS, SOURCES, make_data, make_net, splits
 
@@ -244,7 +244,7 @@ def test_a_shared_batch_norm_is_a_batch_norm(
     generator = torch.Generator().manual_seed(0)
     own = make()
     shared = synchronise_batch_norms(nn.Sequential(make()), alone_in_a_group)[0]  # type: ignore[index]
-    assert isinstance(shared, _SharedBatchNorm)
+    assert isinstance(shared, SharedBatchNorm)
     for _ in range(3):
         values = 3 + 2 * torch.randn(shape, generator=generator)
         inputs = [values.clone().requires_grad_() for _ in range(2)]
