@@ -98,6 +98,21 @@ def paired_ratio(numerator: Timing, denominator: Timing) -> float:
     return statistics.median(long / short for long, short in pairs)
 
 
+def median_range(values: Sequence[float]) -> tuple[float, float]:
+    """Return an interval that holds the median of more such values with 95%, whatever their distribution.
+
+    Its ends are two of the values, by the binomial distribution of how many lie below the median; of less
+    than six values they are the least and the greatest, which hold it with less.
+    """
+    ordered, place = sorted(values), 0
+    below = 0.5 ** len(ordered)
+    while True:
+        below += math.comb(len(ordered), place + 1) * 0.5 ** len(ordered)
+        if below > 0.025 or 2 * place + 3 > len(ordered):
+            return ordered[place], ordered[-1 - place]
+        place += 1
+
+
 def _burst_length(function: Callable[[], object]) -> int:
     function()
     estimate = min(_run_ms(function) for _ in range(2))
@@ -154,6 +169,12 @@ def speed_up(dense: Latency, grouped: Latency) -> float:
             f"{grouped.threads} threads, batch {grouped.batch_size}: compare rows of one setting"
         )
     return paired_ratio(dense.timing, grouped.timing)
+
+
+def speed_up_range(dense: Latency, grouped: Latency) -> tuple[float, float]:
+    """Return between what the median speed-up of more rounds lies, with 95%; see :func:`median_range`."""
+    pairs = zip(dense.timing.rounds_ms, grouped.timing.rounds_ms, strict=True)
+    return median_range([long / short for long, short in pairs])
 
 
 def speed_ups(

@@ -21,6 +21,7 @@ from groupify.data.splits import DataSplits, as_splits
 from groupify.errors import SpecError, expect_type
 from groupify.graph.call import Call, Example, as_call
 from groupify.models.specs import Source
+from groupify.paired import Answers
 from groupify.pipeline.exporting import FILE_ROLES, export_and_check, paths_of
 from groupify.pipeline.requests import ExportOptions
 from groupify.recipe import Recipe
@@ -32,6 +33,9 @@ from groupify.training.finetuning import FinetuneResult, finetune
 from groupify.training.history import LogSettings
 from groupify.training.settings import FinetuneSettings
 from groupify.training.state import Checkpointing
+
+# What a recipe keeps of the accuracy.
+_METRICS = ("dense", "converted", "recovered", "images")
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class Compressed(Conversion):
         inputs: a batch → what the model is called with; None = its images.
         found_by: how the weights were found, as a recipe keeps it.
         accuracy: top-1 on the test part, as far as there is one.
+        answers: which test images the dense model has right; None = not measured.
+        budget: what was asked for, as ``Budget.parse`` takes it; None = nothing.
         tuned: the last fine-tune; None = none.
         seed: of everything random.
     """
@@ -66,6 +72,8 @@ class Compressed(Conversion):
     inputs: Inputs | None = None
     found_by: Mapping[str, Any] | None = None
     accuracy: AccuracyChange = field(default_factory=AccuracyChange)
+    answers: Answers | None = None
+    budget: str | None = None
     tuned: FinetuneResult | None = None
     seed: int = 0
 
@@ -93,7 +101,7 @@ class Compressed(Conversion):
     @property
     def recipe(self) -> Recipe:
         """What tells how to rebuild the architecture, see ``groupify.apply``."""
-        accuracy = dataclasses.asdict(self.accuracy)
+        accuracy = {name: getattr(self.accuracy, name) for name in _METRICS}
         return Recipe(
             model=self.source.spec,
             weights=self.source.weights,
@@ -208,5 +216,9 @@ class Compressed(Conversion):
             return AccuracyChange()
         found = evaluate(model, splits.test, inputs=self.inputs, progress=progress, ranks=ranks)
         same = self.data is not None and self.data.test is splits.test
-        before = self.accuracy if same else AccuracyChange()
-        return dataclasses.replace(before, recovered=found.top1, images=found.images)
+        if not same:
+            return AccuracyChange(recovered=found.top1, images=found.images)
+        dense, changed = self.answers, None
+        if dense is not None and found.answers is not None:
+            changed = dense.against(found.answers, ranks)
+        return dataclasses.replace(self.accuracy, recovered=found.top1, images=found.images, changed=changed)

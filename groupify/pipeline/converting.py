@@ -47,7 +47,10 @@ def run_compression(
         PlanFile.of(subject.source.spec.name, planned.plan).write(request.save)
     notes = request.notes + (() if planned.found is None else race_lines(planned.found))
     result = result_of(_conversion(subject, planned, ranks, stages), subject, planned.plan)
-    result = replace(result, model=ranks.share_weights(result.model), notes=(*notes, *result.notes))
+    budget = None if request.budget is None else request.budget.text
+    result = replace(
+        result, model=ranks.share_weights(result.model), notes=(*notes, *result.notes), budget=budget
+    )
     return measured(result, ranks, stages)
 
 
@@ -127,7 +130,9 @@ def measured(result: Compressed, ranks: Ranks, stages: Stages) -> Compressed:
         for model in (source.model, result.model)
     )
     warn_near_chance(before, source, data)
-    return replace(result, accuracy=AccuracyChange(before.top1, after.top1, images=before.images))
+    changed = before.answers.against(after.answers, ranks) if before.answers and after.answers else None
+    accuracy = AccuracyChange(before.top1, after.top1, images=before.images, changed=changed)
+    return replace(result, accuracy=accuracy, answers=before.answers)
 
 
 def train(

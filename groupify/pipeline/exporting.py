@@ -21,6 +21,7 @@ from groupify.onnx.half_precision import halve_onnx
 from groupify.onnx.parity import Parity, check_parity
 from groupify.onnx.quantisation import quantize_onnx
 from groupify.onnx.runtime import OnnxModule
+from groupify.paired import Answers
 from groupify.pipeline.requests import ExportOptions
 from groupify.recipe import RECIPE_HASH
 from groupify.reporting.results import Int8File
@@ -67,6 +68,7 @@ def export_and_check(
     *,
     example: Example | None = None,
     recipe_sha256: str | None = None,
+    answers: Answers | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> Exported:
@@ -80,6 +82,7 @@ def export_and_check(
         data: real images for the check, and for int8.
         example: how the model is called; None = with one image of the spec's input shape.
         recipe_sha256: the hash of the recipe that belongs to the model, for the file's metadata.
+        answers: of the dense model on the test part, to compare those of the int8 file with.
         seed: of the check's inputs and the choice of images.
         progress: show bars on stderr.
 
@@ -105,8 +108,9 @@ def export_and_check(
     int8 = None
     if INT8 in paths and data is not None:
         int8 = write_int8(
-            exported.path, paths[INT8], data, threads=options.threads, seed=seed, progress=progress
-        )
+            exported.path, paths[INT8], data, answers=answers, threads=options.threads, seed=seed,
+            progress=progress,
+        )  # fmt: skip
     float16 = _write_float16(exported.path, paths[FLOAT16], shape, data) if FLOAT16 in paths else None
     return Exported(exported, parity, paths, int8, float16)
 
@@ -139,8 +143,9 @@ def _parity_images(data: DataSplits | None) -> Tensor | None:
 
 
 def write_int8(
-    path: Path, target: Path, data: DataSplits, *, threads: int, seed: int, progress: bool
-) -> Int8File:
+    path: Path, target: Path, data: DataSplits, *, answers: Answers | None = None, threads: int, seed: int,
+    progress: bool,
+) -> Int8File:  # fmt: skip
     """Write the int8 variant of a float ONNX file and measure all but its latency.
 
     Training images calibrate it (test images where there are no others), test images measure it.
@@ -151,9 +156,12 @@ def write_int8(
     # Images that did not set the ranges, where there are such.
     fresh = images if test is None else calibration_images(test, _COMPARED_IMAGES, seed=seed)
     agreement = compare_files(path, quantized.path, images=fresh, threads=threads)
-    top1 = None
+    top1 = changed = None
     if data.labelled and test is not None:
-        top1 = evaluate(OnnxModule(quantized.path, threads=threads), test, progress=progress).top1
+        found = evaluate(OnnxModule(quantized.path, threads=threads), test, progress=progress)
+        top1 = found.top1
+        if answers is not None and found.answers is not None:
+            changed = answers.against(found.answers)
     return Int8File(
         file_bytes=quantized.file_bytes,
         calibration_images=quantized.calibration_images,
@@ -161,6 +169,7 @@ def write_int8(
         agreement=agreement,
         top1=top1,
         left_in_float=quantized.left_in_float,
+        changed=changed,
     )
 
 

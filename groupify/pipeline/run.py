@@ -211,7 +211,7 @@ def _write_model(output: _Output, result: Compressed) -> Exported:
         paths[precision] = output.folder / model_file(precision)
     return export_and_check(
         result.model, result.source.spec, paths, output.request.export, result.data,
-        recipe_sha256=recipe.sha256, seed=result.seed, progress=output.stages.show,
+        recipe_sha256=recipe.sha256, answers=result.answers, seed=result.seed, progress=output.stages.show,
     )  # fmt: skip
 
 
@@ -235,6 +235,8 @@ def make_report(result: Compressed, exported: Exported, timed: Timed) -> Report:
     return Report(
         cpu=plan.cpu,
         precision=plan.precision,
+        budget=result.budget,
+        preprocessing=source.spec.preprocessing,
         model=source.spec.name,
         weights=source.weights,
         input_shape=source.spec.input_shape,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from groupify.errors import GroupifyWarning
-from groupify.measure.benchmarks import QUICK_SECONDS, Latency, benchmark_onnx, speed_up
+from groupify.measure.benchmarks import QUICK_SECONDS, Latency, benchmark_onnx, speed_up, speed_up_range
 from groupify.measure.profiling import site_times
 from groupify.models.specs import ModelSpec
 from groupify.onnx.exporting import ExportedModel, export_onnx
@@ -129,6 +129,7 @@ def _latency_change(rows: Mapping[str, Latency], options: ExportOptions) -> Late
         options.threads,
         options.batch_size,
         steady=all(row.p90_ms < _STEADY * row.p10_ms for row in rows.values()),
+        speed_up_range=speed_up_range(dense, grouped),
     )
 
 
@@ -141,12 +142,17 @@ def _timed_int8(int8: Int8File | None, name: str, rows: Mapping[str, Latency]) -
     def over(rival: str) -> float | None:
         return speed_up(rows[rival], row) if rival in rows else None
 
+    def within(rival: str) -> tuple[float, float] | None:
+        return speed_up_range(rows[rival], row) if rival in rows else None
+
     return dataclasses.replace(
         int8,
         milliseconds=row.median_ms,
         speed_up=over(DENSE),
         speed_up_over_float=over(DENSE if name == DENSE_INT8 else GROUPED),
         speed_up_over_dense_int8=over(DENSE_INT8),
+        speed_up_range=within(DENSE),
+        speed_up_over_dense_int8_range=within(DENSE_INT8),
     )
 
 

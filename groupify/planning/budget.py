@@ -112,6 +112,11 @@ class Budget:
         """Percentage points of accuracy that may be lost; None where nothing is said of it."""
         return next((limit.value for limit in self.limits if limit.quantity == DROP), None)
 
+    @property
+    def text(self) -> str:
+        """The budget as ``parse`` takes it."""
+        return ",".join(limit.text for limit in self.limits)
+
     def __str__(self) -> str:
         return ",".join(map(str, self.limits))
 

@@ -6,7 +6,7 @@ import math
 
 from groupify.structures import Change, SitePlan
 
-# What a sentence or a table says of the speed where the machine was busy.
+# What is said of the speed where the machine was busy and nothing says within what bounds it lies.
 UNCERTAIN = "uncertain"
 
 
@@ -29,6 +29,11 @@ def size(number: float) -> str:
 def ratio(value: float) -> str:
     """``3.344`` → ``3.34×``; a dash where there is none."""
     return "–" if math.isnan(value) else f"{value:.2f}×"
+
+
+def ratio_within(value: float, within: tuple[float, float] | None) -> str:
+    """``3.1, (2.95, 3.2)`` → ``3.10× (2.95–3.20)``; without bounds the ratio alone."""
+    return ratio(value) if within is None else f"{ratio(value)} ({within[0]:.2f}–{within[1]:.2f})"
 
 
 def percent(value: float | None) -> str:

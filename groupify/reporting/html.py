@@ -13,6 +13,7 @@ import jinja2
 from PIL import Image
 
 from groupify.conversion.pictures import BlockPicture
+from groupify.reporting.asked import asked_lines
 from groupify.reporting.charts import Point, chart
 from groupify.reporting.formatting import (
     UNCERTAIN,
@@ -23,12 +24,22 @@ from groupify.reporting.formatting import (
     plural,
     points,
     ratio,
+    ratio_within,
     size,
 )
 from groupify.reporting.read import Run
 from groupify.reporting.results import Report
-from groupify.reporting.summary import totals, verdict
-from groupify.reporting.variants import DENSE, GROUPED, Variant, headline, variants, variants_table
+from groupify.reporting.summary import comparison_sentence, totals, verdict
+from groupify.reporting.variants import (
+    DENSE,
+    GROUPED,
+    Variant,
+    headline,
+    is_known,
+    speed_up_text,
+    variants,
+    variants_table,
+)
 from groupify.structures import FLOAT32, PRECISIONS, Change, SitePlan
 
 _LABELLED = 8  # more names in one chart would hide each other; hovering shows them
@@ -75,6 +86,7 @@ def report_page(run: Run, others: Sequence[Run] = ()) -> str:
         report=report,
         title=f"{report.model} · {run.name}",
         verdict=verdict(report),
+        asked=list(asked_lines(report)),
         tiles=_tiles(report),
         precisions=None if report.int8 is None else variants_table(report),
         plane=_plane([*_points_of(report), *_points_of_runs(others, "other")], _steps(report)),
@@ -90,10 +102,9 @@ def report_page(run: Run, others: Sequence[Run] = ()) -> str:
 
 def comparison_page(runs: Sequence[Run]) -> str:
     """Return the page that compares several reports."""
-    best = max(runs, key=lambda run: headline(run.report).speed_up or 0)
     return _environment().get_template("comparison.html.j2").render(
         title=f"{len(runs)} runs compared",
-        verdict=f"{len(runs)} runs: the fastest, {best.name}, is {verdict(best.report)}",
+        verdict=comparison_sentence(runs),
         rows=_run_rows(runs),
         runs=len(runs),
         plane=_plane([*_points_of_runs(runs, "recovered"), *_dense_of_first(runs)]),
@@ -121,7 +132,7 @@ def _tiles(report: Report) -> list[Tile]:
     dense, grouped = first.dense, first.grouped
     tiles = []
     if report.latency_ms is not None:
-        value = UNCERTAIN if first.speed_up is None else ratio(first.speed_up)
+        value = UNCERTAIN if first.speed_up is None else ratio_within(first.speed_up, first.within)
         tiles.append(Tile("latency", value, _from_to(milliseconds, dense.milliseconds, grouped.milliseconds)))
     if first.shrunk is not None:
         detail = _from_to(size, dense.file_bytes, grouped.file_bytes)
@@ -292,7 +303,8 @@ def _error_bar(name: str, errors: Mapping[str, float]) -> Bar | None:
     if name not in errors:
         return None
     error, worst = errors[name], max(errors.values()) or 1.0
-    return Bar(error, f"{error:.3f}", f"{100 * error:.1f}% of the variance is lost", 0, 100 * error / worst)
+    title = f"{100 * error:.3g}% of the variance of its outputs is missed on the calibration images"
+    return Bar(error, f"{100 * error:.3g}%", title, 0, 100 * error / worst)
 
 
 def _skipped(report: Report) -> list[tuple[str, list[str]]]:
@@ -335,14 +347,14 @@ def _run_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def _run_row(run: Run, one: Variant, name: str) -> dict[str, Any]:
     report = run.report
-    steady = report.latency_ms is not None and report.latency_ms.steady
     dense = report.accuracy.dense
     groups = sorted({site.groups for site in report.sites if site.groups > 1})
     return {
         "name": name,
         "model": report.model,
         "groups": "" if one.model == DENSE else ", ".join(map(str, groups)),
-        "speed_up": one.speed_up if steady else None,
+        "speed_up": one.speed_up if is_known(one.within, report) else None,
+        "speed_up_text": speed_up_text(one.speed_up, one.within, report),
         "milliseconds": one.milliseconds,
         "bytes": one.file_bytes,
         "top1": one.top1,

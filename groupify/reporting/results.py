@@ -13,11 +13,13 @@ from groupify.conversion.pictures import BlockPicture
 from groupify.conversion.site_fit import SiteFit
 from groupify.documents import CONFIG, Amount, Count, Count1, Document, Fraction, Positive
 from groupify.machine import Machine
+from groupify.models.preprocessing import Preprocessing
 from groupify.models.specs import WeightsOrigin
 from groupify.onnx.comparison import Agreement
 from groupify.onnx.exporting import ExportedModel
 from groupify.onnx.parity import Parity
 from groupify.onnx.quantisation import FloatNode
+from groupify.paired import Paired
 from groupify.structures import FLOAT32, Change, Precision, SitePlan
 from groupify.training.history import FinetuneRow
 
@@ -29,14 +31,25 @@ def _check_picture(picture: BlockPicture) -> BlockPicture:
     return picture
 
 
+# The least and the most.
+Range = tuple[Positive, Positive]
+
+
 @dataclass(frozen=True)
 class AccuracyChange:
-    """Top-1 accuracy on the test part, as fractions; None where it was not measured."""
+    """Top-1 accuracy on the test part, as fractions; None where it was not measured.
+
+    Attributes:
+        dense, converted, recovered: of the dense model, after the conversion and after a training.
+        images: test images.
+        changed: what the last model that was measured has right and wrong otherwise than the dense one.
+    """
 
     dense: Fraction | None = None
     converted: Fraction | None = None
     recovered: Fraction | None = None
     images: Count | None = None
+    changed: Paired | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,7 @@ class LatencyChange:
     Attributes:
         dense, grouped: milliseconds per batch.
         speed_up: median over rounds in which both ran side by side.
+        speed_up_range: between what it lies with 95%, for more such rounds; None where that is not known.
         threads: intra-op threads.
         batch_size: images per batch.
         steady: False where the times varied so much within the run that they say little.
@@ -57,6 +71,7 @@ class LatencyChange:
     threads: Count1
     batch_size: Count1
     steady: bool = True
+    speed_up_range: Range | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +89,8 @@ class Int8File:
         speed_up_over_float: float file of the same model ÷ int8.
         speed_up_over_dense_int8: dense int8 ÷ int8.
         left_in_float: nodes that it computes in float32, since the quantiser cannot take them.
+        speed_up_range, speed_up_over_dense_int8_range: between what two of the above lie with 95%.
+        changed: what it has right and wrong otherwise than the dense float32 model, on the test part.
     """
 
     file_bytes: Count1
@@ -86,6 +103,9 @@ class Int8File:
     speed_up_over_float: Amount | None = None
     speed_up_over_dense_int8: Amount | None = None
     left_in_float: tuple[FloatNode, ...] = ()
+    speed_up_range: Range | None = None
+    speed_up_over_dense_int8_range: Range | None = None
+    changed: Paired | None = None
 
 
 @dataclass(frozen=True)
@@ -161,6 +181,8 @@ class Report(Document):
         command: the command line; None where the API was called.
         cpu: the processor that the plan is for, also where ``auto`` found it; see ``Rules``.
         precision: what the plan is for.
+        budget: what was asked for, as ``Budget.parse`` takes it; None where nothing was.
+        preprocessing: how images become inputs; None where nothing says it.
         groupify: its version.
         notes: what the reader should know before trusting the numbers.
     """
@@ -177,6 +199,8 @@ class Report(Document):
     command: str | None = field(default=None, kw_only=True)
     cpu: str | None = field(default=None, kw_only=True)
     precision: Precision = field(default=FLOAT32, kw_only=True)
+    budget: str | None = field(default=None, kw_only=True)
+    preprocessing: Preprocessing | None = field(default=None, kw_only=True)
     model: str
     weights: WeightsOrigin
     input_shape: tuple[Count1, ...]

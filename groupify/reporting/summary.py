@@ -5,14 +5,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from groupify.reporting.formatting import UNCERTAIN, count, milliseconds, percent, plural, points, ratio, size
+from groupify.reporting.formatting import (
+    UNCERTAIN,
+    count,
+    milliseconds,
+    percent,
+    plural,
+    points,
+    ratio,
+    ratio_within,
+    size,
+)
 from groupify.reporting.read import Run
 from groupify.reporting.results import Report
 from groupify.reporting.tables import Table
-from groupify.reporting.variants import DENSE, GROUPED, Headline, Variant, headline, variants
+from groupify.reporting.variants import (
+    DENSE,
+    GROUPED,
+    Headline,
+    Variant,
+    headline,
+    is_known,
+    speed_up_text,
+    variants,
+)
 
 # Less than this, in points, is no difference that a reader should see.
 _EQUAL_POINTS = 0.05
+# Bounds of a speed-up, the greater over the least, that the sentence must not hide.
+_WIDE = 1.2
 
 
 @dataclass(frozen=True)
@@ -52,7 +73,7 @@ def totals(report: Report) -> dict[str, Total]:
             title,
             milliseconds(latency.dense),
             milliseconds(latency.grouped),
-            ratio(latency.speed_up) if latency.steady else UNCERTAIN,
+            speed_up_text(latency.speed_up, latency.speed_up_range, report),
         )
     for title, change, form in (
         ("ONNX file", report.onnx_bytes, size),
@@ -105,7 +126,7 @@ def _comparison_row(name: str, one: Variant, report: Report, params: int, macs: 
         percent(one.top1),
         change,
         milliseconds(one.milliseconds),
-        speed_up_or_doubt(report, one),
+        speed_up_text(one.speed_up, one.within, report),
         count(params),
         count(macs),
     )
@@ -123,14 +144,58 @@ def points_lost(report: Report) -> float | None:
     return None if before is None or after is None else 100 * (before - after)
 
 
-def speed_up_or_doubt(report: Report, one: Variant) -> str:
-    """``3.10×`` over dense float32, "uncertain" on a busy machine, and a dash where nothing was timed.
+@dataclass(frozen=True)
+class Fastest:
+    """Of several runs the fastest, over dense float32, and those that may be as fast.
 
-    There the longer run is interrupted more often, so that the ratio may be anything.
+    Attributes:
+        run: of these the most accurate, and of those the smallest.
+        equal: all that cannot be told from the fastest, in the order given; one or more.
     """
-    if one.speed_up is None or report.latency_ms is None:
-        return "–"
-    return ratio(one.speed_up) if report.latency_ms.steady else UNCERTAIN
+
+    run: Run
+    equal: tuple[Run, ...]
+
+
+def fastest(runs: Sequence[Run]) -> Fastest | None:
+    """Return the fastest of several runs; None where none was timed so that it says something."""
+    timed = [(run, own) for run in runs if (own := _best_variant(run.report)) is not None]
+    if not timed:
+        return None
+    first = max(own.speed_up or 0.0 for _, own in timed)
+    least = min(_bounds(own)[0] for _, own in timed if own.speed_up == first)
+    equal = [(run, own) for run, own in timed if _bounds(own)[1] >= least]
+    most = max((own.top1 or 0.0) for _, own in equal)
+    accurate = [one for one in equal if 100 * (most - (one[1].top1 or 0.0)) < _EQUAL_POINTS]
+    smallest, _ = min(accurate, key=lambda one: one[0].report.params.grouped)
+    return Fastest(smallest, tuple(run for run, _ in equal))
+
+
+def comparison_sentence(runs: Sequence[Run]) -> str:
+    """Return which of several runs is the fastest, or which are, and which of those loses least."""
+    start, found = f"{len(runs)} runs", fastest(runs)
+    if found is None:
+        return f"{start}: which is the fastest was not measured"
+    told = verdict(found.run.report)
+    if len(found.equal) == 1:
+        return f"{start}: the fastest, {found.run.name}, is {told}"
+    names = [run.name for run in found.equal]
+    listed = f"{', '.join(names[:-1])} and {names[-1]}"
+    best = f"of these {found.run.name} loses least: {told}"
+    return f"{start}: {listed} are equally fast as far as measured; {best}"
+
+
+def _best_variant(report: Report) -> Variant | None:
+    """The fastest converted model; None where none was timed so that it says something."""
+    own = [one for one in variants(report) if one.model == GROUPED and one.speed_up]
+    own = [one for one in own if is_known(one.within, report)]
+    return max(own, key=lambda one: one.speed_up or 0.0, default=None)
+
+
+def _bounds(one: Variant) -> tuple[float, float]:
+    """Between what a speed-up lies; about, where nothing says it."""
+    speed_up = one.speed_up or 0.0
+    return one.within or (0.99 * speed_up, 1.01 * speed_up)
 
 
 def _speed(found: Headline, report: Report) -> str:
@@ -141,6 +206,11 @@ def _speed(found: Headline, report: Report) -> str:
     end = "" if report.int8 is None else f" than {dense.name}"
     if 0.995 <= speed_up < 1.005:
         return f"{start}as fast{end.replace(' than', ' as')}"
+    low, high = found.within or (speed_up, speed_up)
+    if low < 1 < high and found.within is not None:
+        return f"{start}about as fast{end.replace(' than', ' as')}, {ratio_within(speed_up, found.within)}"
+    if high > _WIDE * low and low >= 1:
+        return f"{start}{low:.1f} to {high:.1f}× faster{end}"
     return start + (f"{speed_up:.1f}× faster" if speed_up > 1 else f"{1 / speed_up:.1f}× slower") + end
 
 

@@ -10,11 +10,12 @@ from rich.console import Console
 
 from groupify.measure.folder import DENSE, GROUPED, BenchResult, BenchRow
 from groupify.measure.onnx_files import FilesBench
+from groupify.reporting.asked import asked_lines
 from groupify.reporting.formatting import milliseconds, percent, ratio, size
 from groupify.reporting.read import Run
 from groupify.reporting.results import ExportResult, Int8File, Report, UniformRun
 from groupify.reporting.sites import print_sites, site_table
-from groupify.reporting.summary import comparison_table, totals_table, verdict
+from groupify.reporting.summary import comparison_sentence, comparison_table, totals_table, verdict
 from groupify.reporting.tables import Table, escape, is_narrow, print_lines
 from groupify.reporting.variants import variants_table
 from groupify.structures import FLOAT32, INT8
@@ -40,17 +41,21 @@ def print_report(report: Report, console: Console) -> None:
 def print_summary(runs: Sequence[Run], console: Console) -> None:
     """Print the verdicts and the summary as text."""
     named = [(f"{run.name}: " if len(runs) > 1 else "", run.report) for run in runs]
+    if len(runs) > 1:
+        print_lines([comparison_sentence(runs)], console)
     print_lines((name + verdict(report) for name, report in named), console)
     console.print()
     for table in summary(runs):
         table.print(console)
+    print_lines((name + line for name, report in named for line in _said(report)), console)
     print_lines((f"{name}note: {note}" for name, report in named for note in report.notes), console)
     print_lines(_machines(runs), console)
 
 
 def markdown(runs: Sequence[Run]) -> str:
     """Return the summary as Markdown, with the sites folded away below; for a pull request."""
-    parts = [f"**{escape(run.report.model)}: {verdict(run.report)}**" for run in runs if len(runs) == 1]
+    alone = f"{runs[0].report.model}: {verdict(runs[0].report)}"
+    parts = [f"**{escape(alone if len(runs) == 1 else comparison_sentence(runs))}**"]
     parts += [table.markdown() for table in summary(runs)]
     for run in runs:
         sites = run.report.sites
@@ -89,6 +94,7 @@ def report_lines(report: Report) -> Iterator[str]:
     if shown:
         yield f"top-1 on {accuracy.images} test images: " + " → ".join(shown)
     yield f"weights: {report.weights.sentence}; {report.calibration}"
+    yield from _said(report)
     if report.parity is not None:
         yield f"ONNX Runtime against PyTorch: largest difference {report.parity.max_abs_diff:.1e}"
     if report.uniform:
@@ -101,12 +107,19 @@ def report_lines(report: Report) -> Iterator[str]:
         yield f"machine: {report.machine}"
     if report.latency_ms is not None and not report.latency_ms.steady:
         yield (
-            "note: the machine was busy, so the latencies say little, their ratio nothing; time again with "
-            "'groupify bench'"
+            "note: the machine was busy, so the latencies say little; their ratios are of runs side by side "
+            "and lie within the bounds; time again with 'groupify bench FOLDER --update-report'"
         )
     yield from (f"note: {note}" for note in report.notes)
     if report.files:
         yield "wrote " + ", ".join(report.files.values())
+
+
+def _said(report: Report) -> Iterator[str]:
+    """What was asked for and what was got, and how images become inputs."""
+    yield from asked_lines(report)
+    if report.preprocessing is not None:
+        yield f"preprocessing: {report.preprocessing}"
 
 
 def uniform_line(runs: Sequence[UniformRun]) -> str:

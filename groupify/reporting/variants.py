@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from groupify.reporting.formatting import UNCERTAIN, milliseconds, percent, ratio, size
-from groupify.reporting.results import Int8File, Report
+from groupify.reporting.formatting import UNCERTAIN, milliseconds, percent, ratio_within, size
+from groupify.reporting.results import Int8File, Range, Report
 from groupify.reporting.tables import Table
 from groupify.structures import FLOAT32, INT8, Precision
 
@@ -23,6 +23,7 @@ class Variant:
         file_bytes: size of its ONNX file.
         milliseconds: median per batch.
         speed_up: over dense float32.
+        within: between what that lies with 95%; None where that is not known.
     """
 
     model: str
@@ -31,6 +32,7 @@ class Variant:
     file_bytes: int | None = None
     milliseconds: float | None = None
     speed_up: float | None = None
+    within: Range | None = None
 
     @property
     def name(self) -> str:
@@ -44,13 +46,15 @@ class Headline:
 
     Attributes:
         dense, grouped: the two.
-        speed_up: how many times faster the converted one is; None where it was not timed, or on a busy
-            machine.
+        speed_up: how many times faster the converted one is; None where it was not timed, or where the
+            machine was busy and nothing says within what bounds it lies.
+        within: between what it lies with 95%; None where that is not known.
     """
 
     dense: Variant
     grouped: Variant
     speed_up: float | None
+    within: Range | None = None
 
     @property
     def lost(self) -> float | None:
@@ -79,6 +83,7 @@ def variants(report: Report) -> list[Variant]:
     if latency is not None:
         dense = replace(dense, milliseconds=latency.dense, speed_up=1.0)
         grouped = replace(grouped, milliseconds=latency.grouped, speed_up=latency.speed_up)
+        grouped = replace(grouped, within=latency.speed_up_range)
     if report.int8 is None:
         return [dense, grouped]
     found = [dense, *_in_int8(DENSE, report.dense_int8)]
@@ -90,7 +95,11 @@ def variants(report: Report) -> list[Variant]:
 def _in_int8(model: str, file: Int8File | None) -> list[Variant]:
     if file is None:
         return []
-    return [Variant(model, INT8, file.top1, file.file_bytes, file.milliseconds, file.speed_up)]
+    return [
+        Variant(
+            model, INT8, file.top1, file.file_bytes, file.milliseconds, file.speed_up, file.speed_up_range
+        )
+    ]
 
 
 def headline(report: Report) -> Headline:
@@ -99,29 +108,42 @@ def headline(report: Report) -> Headline:
         max((one for one in variants(report) if one.model == model), key=lambda one: one.speed_up or 0.0)
         for model in (DENSE, GROUPED)
     )
-    steady = report.latency_ms is not None and report.latency_ms.steady
-    return Headline(dense, grouped, _over(grouped, dense, report) if steady else None)
+    speed_up, within = _over(grouped, dense, report)
+    return Headline(dense, grouped, speed_up if is_known(within, report) else None, within)
+
+
+def is_known(within: Range | None, report: Report) -> bool:
+    """Whether a speed-up says something: it has bounds, or the machine was not busy."""
+    return within is not None or (report.latency_ms is not None and report.latency_ms.steady)
+
+
+def speed_up_text(value: float | None, within: Range | None, report: Report) -> str:
+    """``3.10× (2.95–3.20)``, "uncertain" without bounds on a busy machine, a dash where nothing was timed."""
+    if value is None or report.latency_ms is None:
+        return "–"
+    return ratio_within(value, within) if is_known(within, report) else UNCERTAIN
 
 
 def variants_table(report: Report) -> Table:
     """Return a row for each model and precision of a report with int8 in it."""
     against = headline(report).dense
-    steady = report.latency_ms is None or report.latency_ms.steady
     over = [f"speed-up over {DENSE} {FLOAT32}"]
     if against.precision != FLOAT32:
         over.append(f"over {against.name}")
     rows = []
     for one in variants(report):
-        gains = [one.speed_up, _over(one, against, report)][: len(over)]
-        speeds = (("–" if gain is None else ratio(gain)) if steady else UNCERTAIN for gain in gains)
+        gains = [(one.speed_up, one.within), _over(one, against, report)][: len(over)]
+        speeds = (speed_up_text(*gain, report) for gain in gains)
         file = "–" if one.file_bytes is None else size(one.file_bytes)
         rows.append((one.name, percent(one.top1), milliseconds(one.milliseconds), *speeds, file))
     return Table(("", "top-1", "latency", *over, "ONNX file"), tuple(rows), words=("",))
 
 
-def _over(one: Variant, other: Variant, report: Report) -> float | None:
-    """How many times faster one is than another, side by side where that was measured."""
+def _over(one: Variant, other: Variant, report: Report) -> tuple[float | None, Range | None]:
+    """How many times faster one is than another, side by side where that was measured, and the bounds."""
     int8 = report.int8
     if int8 is not None and (one.name, other.name) == (f"{GROUPED} {INT8}", f"{DENSE} {INT8}"):
-        return int8.speed_up_over_dense_int8
-    return None if one.speed_up is None or not other.speed_up else one.speed_up / other.speed_up
+        return int8.speed_up_over_dense_int8, int8.speed_up_over_dense_int8_range
+    if other.name == f"{DENSE} {FLOAT32}":
+        return one.speed_up, one.within
+    return None if one.speed_up is None or not other.speed_up else one.speed_up / other.speed_up, None

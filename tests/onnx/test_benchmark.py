@@ -11,12 +11,15 @@ from torch import nn
 from groupify.errors import GroupifyError, SpecError
 from groupify.machine import blocked_width, describe_machine
 from groupify.measure.benchmarks import (
+    Latency,
     Timing,
     benchmark_onnx,
     benchmark_pytorch,
+    median_range,
     paired_ratio,
     percentile,
     speed_up,
+    speed_up_range,
     time_interleaved,
 )
 from groupify.measure.memory import peak_memory
@@ -132,3 +135,22 @@ def test_peak_memory_grows_with_the_model(exported: Path, tmp_path: Path) -> Non
     assert large.peak_bytes - small.peak_bytes > 20 * 2**20
     with pytest.raises(GroupifyError, match="memory"):
         peak_memory(exported, input_shape=(4, 12, 12))
+
+
+def test_bounds_of_a_median_need_no_distribution() -> None:
+    """Of 8 values below the median lie at most one with (1 + 8) / 256 = 3.5%, none with 0.4%."""
+    assert median_range([5, 1, 4, 2, 8, 3, 7, 6]) == (1, 8)
+    # Of 9: none or one with (1 + 9) / 512 = 1.95%, up to two with 9%.
+    assert median_range([5, 1, 9, 4, 2, 8, 3, 7, 6]) == (2, 8)
+    assert median_range([3.0]) == (3.0, 3.0)
+    assert median_range([2, 1, 3, 5, 4]) == (1, 5)
+
+
+def test_bounds_of_a_speed_up_are_of_runs_side_by_side() -> None:
+    """A machine that is slower and slower: the times double, their ratio stays."""
+    rounds = [1.0 + k / 10 for k in range(11)]
+    dense, own = (
+        Latency(name, 1, 1, Timing(tuple(f * ms for ms in rounds), tuple(f * ms for ms in rounds)))
+        for name, f in (("dense", 3.0), ("own", 1.0))
+    )
+    assert speed_up_range(dense, own) == pytest.approx((3.0, 3.0))

@@ -209,7 +209,7 @@ def mutated(document: Any, data: st.DataObject) -> Any:
             ("<dt>recovered</dt>",),
         ),
         ({"pictures": (replace(FULL.pictures[0], kept_before=math.nan),)}, "50% in the blocks", ("25% in",)),
-        ({"fits": (replace(FULL.fits[0], error=math.nan),)}, "layer.conv", ("fitted error", "nan")),
+        ({"fits": (replace(FULL.fits[0], error=math.nan),)}, "layer.conv", ("outputs missed", "nan")),
     ],
 )
 def test_what_was_not_measured_is_left_out(
@@ -612,8 +612,8 @@ def test_a_click_sorts(page: Page, tmp_path: Path) -> None:
     assert click("params") == (["last", "layer.conv", "stem"], "ascending")
     assert click("site") == (["last", "layer.conv", "stem"], "ascending")
     # The stem has no fitted error: it stays below whichever way the others go.
-    assert click("fitted error") == (["last", "layer.conv", "stem"], "descending")
-    assert click("fitted error") == (["layer.conv", "last", "stem"], "ascending")
+    assert click("outputs missed") == (["last", "layer.conv", "stem"], "descending")
+    assert click("outputs missed") == (["layer.conv", "last", "stem"], "ascending")
     assert page.problems == []
 
 
