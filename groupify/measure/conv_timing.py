@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -110,11 +110,11 @@ def time_convs(
     rounds: int = 24,
     warm: bool = False,
     progress: bool = False,
-) -> dict[TimedConv, float]:
-    """Return the time of each conv with its activation, in milliseconds for one image.
+) -> Iterator[dict[TimedConv, float]]:
+    """Give the time of each conv with its activation, in milliseconds for one image, a session at a time.
 
     Args:
-        shapes: what to time.
+        shapes: what to time; those that fit in memory together share a session, in which they run in turns.
         threads: intra-op threads.
         batch_size: images per run.
         rounds: measured runs of each.
@@ -134,15 +134,13 @@ def time_convs(
             1 if warm else _SESSION_BYTES,
         )
     ]
-    times: dict[TimedConv, float] = {}
     total = sum(map(len, sessions))
     with tqdm(
         total=total, desc="latency table", unit="conv", disable=None if progress else True, leave=False
     ) as bar:
         for session in sessions:
-            times |= _time_session(session, threads, batch_size, rounds)
+            yield _time_session(session, threads, batch_size, rounds)
             bar.update(len(session))
-    return times
 
 
 def _session_bytes(shape: TimedConv, batch_size: int) -> int:

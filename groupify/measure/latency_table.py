@@ -6,8 +6,8 @@ import functools
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -112,8 +112,8 @@ class Stopwatch:
         self._model, self._shape = model, input_shape
         self._threads, self._progress = threads, progress
 
-    def convs(self, shapes: Sequence[TimedConv], *, warm: bool) -> Mapping[TimedConv, float]:
-        """Return the milliseconds of convs, with their weights in the caches or not."""
+    def convs(self, shapes: Sequence[TimedConv], *, warm: bool) -> Iterator[Mapping[TimedConv, float]]:
+        """Give the milliseconds of convs, some at a time, with their weights in the caches or not."""
         return time_convs(shapes, threads=self._threads, warm=warm, progress=self._progress)
 
     def network(self, sites: Sequence[str], precision: Precision) -> NetworkTime:
@@ -134,6 +134,7 @@ class Stopwatch:
 def measure_table(
     model: nn.Module, choices: Choices, known: LatencyTable | None = None, *, threads: int = 1,
     warm: bool = False, progress: bool = False, stopwatch: Stopwatch | None = None,
+    keep: Callable[[LatencyTable], None] = lambda _: None,
 ) -> LatencyTable:  # fmt: skip
     """Time all that a table lacks of a model: its convs, their candidates, and the whole of it.
 
@@ -147,30 +148,37 @@ def measure_table(
         warm: time the convs with their weights in the caches as well.
         progress: show a bar on stderr.
         stopwatch: what takes the times; None = ONNX Runtime on this machine.
+        keep: is given the table so far, again and again: an interrupted measurement goes on from there.
     """
     if stopwatch is None:
         stopwatch = Stopwatch(model, choices.input_shape, threads=threads, progress=progress)
-    known = LatencyTable(str(describe_machine()), threads) if known is None else known
+    table = LatencyTable(str(describe_machine()), threads) if known is None else known
     rows = _shapes(model, choices)
     shapes = [shape for row in rows for shape in row if shape is not None]
     precisions = dict.fromkeys((choices.precision, FLOAT32))
     names = {precision: network_fingerprint(model, choices, precision) for precision in precisions}
-    convs, networks = dict(known.convs), dict(known.networks)
-    missing = [shape for shape in shapes if str(shape) not in convs]
-    if missing or not all(name in networks for name in names.values()):
+    missing = [shape for shape in shapes if str(shape) not in table.convs]
+    if missing or not all(name in table.networks for name in names.values()):
         sites = [options[0].site.name for options, row in zip(choices.sites, rows, strict=True) if row[0]]
         # In front and behind: the convs take minutes, in which the speed of a machine may change.
         before = {precision: stopwatch.network(sites, precision) for precision in names}
-        convs |= _timed(stopwatch, missing, warm=False)
-        for precision, name in names.items():
-            networks[name] = mean_time(before[precision], stopwatch.network(sites, precision))
-    missing_warm = [shape for shape in shapes if warm and str(shape) not in known.warm_convs]
-    warm_convs = {**known.warm_convs, **_timed(stopwatch, missing_warm, warm=True)}
-    return LatencyTable(known.machine, threads, convs, warm_convs, networks)
+        for times in stopwatch.convs(missing, warm=False) if missing else ():
+            table = replace(table, convs={**table.convs, **_by_text(times)})
+            keep(table)
+        networks = {
+            name: mean_time(before[precision], stopwatch.network(sites, precision))
+            for precision, name in names.items()
+        }
+        table = replace(table, networks={**table.networks, **networks})
+        keep(table)
+    missing = [shape for shape in shapes if warm and str(shape) not in table.warm_convs]
+    for times in stopwatch.convs(missing, warm=True) if missing else ():
+        table = replace(table, warm_convs={**table.warm_convs, **_by_text(times)})
+        keep(table)
+    return table
 
 
-def _timed(stopwatch: Stopwatch, shapes: Sequence[TimedConv], *, warm: bool) -> dict[str, float]:
-    times = stopwatch.convs(shapes, warm=warm) if shapes else {}
+def _by_text(times: Mapping[TimedConv, float]) -> dict[str, float]:
     return {str(shape): time for shape, time in times.items()}
 
 
@@ -189,13 +197,10 @@ def cached_table(
     The file in the cache folder is that of the machine, of the ONNX Runtime and of the number of threads.
     """
     path = _cached(threads, cache)
-    known = _known(path)
-    table = measure_table(
-        model, choices, known, threads=threads, warm=warm, progress=progress, stopwatch=stopwatch
-    )
-    if table != known:
-        table.write(path)
-    return table
+    return measure_table(
+        model, choices, _known(path), threads=threads, warm=warm, progress=progress, stopwatch=stopwatch,
+        keep=lambda table: table.write(path),
+    )  # fmt: skip
 
 
 def count_missing(model: nn.Module, choices: Choices, *, threads: int = 1, cache: Path | None = None) -> int:

@@ -185,7 +185,8 @@ def make_table(
         model: the dense model; latency does not depend on its weights.
         input_shape: (C, H, W) of one image.
         precisions: of the plans.
-        path: file to write; a table of this machine and number of threads that is there is completed.
+        path: file to write, with what is timed so far; a table of this machine and number of threads that is
+            there is completed.
         threads: intra-op threads.
         progress: show a bar on stderr.
 
@@ -206,6 +207,7 @@ def make_table(
     )
     for rules, precision in itertools.product(every, precisions):
         choices = candidates(model, input_shape, replace(rules, precision=precision))
-        table = measure_table(model, choices, table, threads=threads, progress=progress)
-    table.write(path)
+        table = measure_table(
+            model, choices, table, threads=threads, progress=progress, keep=lambda so_far: so_far.write(path)
+        )
     return table

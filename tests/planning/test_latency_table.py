@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,15 @@ class Fake(Stopwatch):
     def __init__(self, time: Callable[[TimedConv, bool], float], network: NetworkTime) -> None:
         self._time, self._network = time, network
 
-    def convs(self, shapes: Sequence[TimedConv], *, warm: bool) -> dict[TimedConv, float]:
-        return {shape: self._time(shape, warm) for shape in shapes}
+    def convs(self, shapes: Sequence[TimedConv], *, warm: bool) -> Iterator[dict[TimedConv, float]]:
+        yield {shape: self._time(shape, warm) for shape in shapes}
 
     def network(self, sites: Sequence[str], precision: Precision) -> NetworkTime:
         return self._network
+
+
+def timed(shapes: Sequence[TimedConv], rounds: int) -> dict[TimedConv, float]:
+    return {shape: time for times in time_convs(shapes, rounds=rounds) for shape, time in times.items()}
 
 
 def test_groups_and_what_follows_them_are_timed() -> None:
@@ -40,11 +44,11 @@ def test_groups_and_what_follows_them_are_timed() -> None:
     several = [Structure(None, 2, 32), Structure(16), Structure(8, 4, 12), Structure(8, 8, 8)]
     shapes = [CONV, grouped, replace(grouped, shuffle=True), CONV]
     shapes += [replace(CONV, structure=structure) for structure in several]
-    times = time_convs(shapes, rounds=5)
+    times = timed(shapes, rounds=5)
     assert len(times) == 7
     assert all(0 < time < 1000 for time in times.values())
     # The kernel times of ONNX Runtime have whole microseconds: only what must take far longer is compared.
-    large = time_convs([replace(CONV, input_size=(112, 112))], rounds=5)
+    large = timed([replace(CONV, input_size=(112, 112))], rounds=5)
     assert sum(large.values()) > 4 * times[CONV]
 
 
@@ -59,7 +63,7 @@ def test_convs_of_other_dimensions_strides_and_paddings_are_timed() -> None:
     assert line.output_size == (25,)
     assert odd.output_size == (5, 8)
     assert cube.output_size == (2, 5, 3)
-    assert all(time > 0 for time in time_convs([line, odd, cube], rounds=3).values())
+    assert all(time > 0 for time in timed([line, odd, cube], rounds=3).values())
 
 
 def test_convs_are_timed_in_int8_without_what_quantises_around_them() -> None:
@@ -70,13 +74,13 @@ def test_convs_are_timed_in_int8_without_what_quantises_around_them() -> None:
     shuffled = replace(shapes[1], shuffle=True)
     odd = TimedConv(6, 9, (1, 3), (2, 1), (1, 2), (0, 1, 1, 0), (9, 11), groups=3, precision=INT8)
     line = TimedConv(16, 32, (3,), (2,), (1,), (0, 2), (50,), precision=INT8)
-    times = time_convs([*shapes, shuffled, odd, line, CONV], rounds=9)
+    times = timed([*shapes, shuffled, odd, line, CONV], rounds=9)
     assert len(times) == 8
     assert all(0 < time < 1000 for time in times.values())
     # To quantise its input takes far longer than a conv that reads only every 64th pixel of it.
     wide = TimedConv(4, 4, (1, 1), (1, 1), (1, 1), (0, 0, 0, 0), (256, 256), precision=INT8)
     sparse = replace(wide, stride=(64, 64))
-    both = time_convs([wide, sparse], rounds=9)
+    both = timed([wide, sparse], rounds=9)
     assert both[sparse] < both[wide] / 4
 
 
@@ -103,6 +107,38 @@ def test_a_table_knows_its_model_and_all_candidates(tmp_path: Path, precision: P
     file.write_text("{")
     with pytest.raises(AssertionError, match="measured again"):
         cached_table(net(), choices, cache=tmp_path, stopwatch=broken)
+
+
+def test_an_interrupted_table_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    class Interrupted(Fake):
+        left = 3
+
+        def convs(self, shapes: Sequence[TimedConv], *, warm: bool) -> Iterator[dict[TimedConv, float]]:
+            for shape in shapes:
+                if self.left == 0:
+                    raise KeyboardInterrupt
+                self.left -= 1
+                yield {shape: self._time(shape, warm)}
+
+    asked: list[TimedConv] = []
+
+    def note(shape: TimedConv, warm: bool) -> float:
+        asked.append(shape)
+        return 1.0
+
+    choices = candidates(net(), SHAPE, GROUPED)
+    interrupted = Interrupted(note, NetworkTime(100.0, {}))
+    for warm in (False, True):
+        interrupted.left = 3
+        with pytest.raises(KeyboardInterrupt):
+            cached_table(net(), choices, cache=tmp_path, warm=warm, stopwatch=interrupted)
+        assert len(asked) == 3
+        whole = cached_table(
+            net(), choices, cache=tmp_path, warm=warm, stopwatch=Fake(note, NetworkTime(1.0, {}))
+        )
+        assert len(asked) == len(set(asked)) == len(whole.warm_convs if warm else whole.convs) > 3
+        look_up(whole, net(), choices, warm=warm)
+        asked.clear()
 
 
 def test_one_table_holds_both_precisions() -> None:

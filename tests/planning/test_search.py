@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -262,8 +262,8 @@ class Clock(Stopwatch):
     def __init__(self) -> None:
         pass
 
-    def convs(self, shapes: Sequence[TimedConv], *, warm: bool) -> dict[TimedConv, float]:
-        return {shape: self._share(shape) * shape.weights / 1000 for shape in shapes}
+    def convs(self, shapes: Sequence[TimedConv], *, warm: bool) -> Iterator[dict[TimedConv, float]]:
+        yield {shape: self._share(shape) * shape.weights / 1000 for shape in shapes}
 
     def _share(self, shape: TimedConv) -> float:
         if shape.precision == FLOAT32:
