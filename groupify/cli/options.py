@@ -356,6 +356,9 @@ threads_option = output(
 )
 export_options = together(
     output("--static-batch", type=click.IntRange(1), help="Fixed batch size of the ONNX file."),
+    output("--dynamic-size", is_flag=True,
+           help="Leave height and width of the ONNX file open too, for models that take images of any size. "
+           "It is checked at two sizes, and timed at that of --input-size."),
     output("--opset", type=click.IntRange(18, 23),
            help="Of the ONNX operators. Default: 18, the fastest in ONNX Runtime, or the lowest that has all "
            "that the model needs."),

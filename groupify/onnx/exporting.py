@@ -18,6 +18,7 @@ from groupify.graph.call import one_example
 from groupify.graph.forward import evaluating
 from groupify.machine import package_version
 from groupify.models.wrappers import unwrapped
+from groupify.onnx.any_size import image_shape, other_shape
 from groupify.onnx.lowering import optimise
 from groupify.onnx.tracing import quiet_exporter, trace_to_onnx
 
@@ -50,6 +51,7 @@ def export_onnx(
     example_inputs: Any = None,
     preprocessing: Preprocessing | None = None,
     static_batch: int | None = None,
+    dynamic_size: bool = False,
     opset: int | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> ExportedModel:
@@ -69,21 +71,29 @@ def export_onnx(
             of positional arguments, a dict of keyword arguments, or a tuple of these two.
         preprocessing: what the inputs went through, recorded in the metadata.
         static_batch: a fixed batch size; None leaves it dynamic.
+        dynamic_size: leave height and width open as well, for models that take images of any size, or of
+            any multiple of 32, say. ``input_shape`` is then one of them. Whether the file is right at others
+            too is for :func:`check_parity` to say, with ``other_shape``.
         opset: of the ONNX operators. None takes 18, the fastest in ONNX Runtime, or the lowest above it that
             has all operators of the model.
         metadata: more entries for the file's metadata.
 
     Raises:
-        SpecError: neither ``input_shape`` nor ``example_inputs``, or both.
+        SpecError: neither ``input_shape`` nor ``example_inputs``, or both; ``dynamic_size`` for a model that
+            is not called with one tensor of images.
         ConversionError: the model does not run on such inputs, cannot be traced, or has operators that
-            the opset lacks.
+            the opset lacks; or it takes inputs of one size only: says which module does.
         ArtefactError: the file cannot be written.
     """
     file = Path(path)
     model = unwrapped(model)
     example = one_example(input_shape, example_inputs)
+    if dynamic_size:
+        other_shape(model, image_shape(example))  # refuses what takes no other
     with evaluating(model):
-        traced = trace_to_onnx(model, example, static_batch=static_batch, opset=opset)
+        traced = trace_to_onnx(
+            model, example, static_batch=static_batch, opset=opset, dynamic_size=dynamic_size
+        )
     folding = optimise(traced.program.model.graph)
     traced.program.model.metadata_props.update(_metadata(preprocessing, metadata))
     size = _write(traced.program, file)

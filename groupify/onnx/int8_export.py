@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from groupify.errors import DataError
 from groupify.onnx.comparison import Agreement, compare_files
@@ -21,6 +22,22 @@ if TYPE_CHECKING:
 
 # Enough real images to see a wrong export; parity is not an accuracy measurement.
 _PARITY_IMAGES = 4
+
+
+def run_at_other_sizes(float32: Path, int8: Path, images: Tensor, shapes: Sequence[tuple[int, ...]]) -> None:
+    """Run a float32 file and its int8 variant on images enlarged to other sizes; their outputs must fit.
+
+    Args:
+        images: shape (N, *shapes[0]); the first ones are taken.
+        shapes: of one input, the first that of the images.
+
+    Raises:
+        GroupifyError: ONNX Runtime cannot run a file at that size, or the shapes of the outputs differ.
+    """
+    modes = {1: "linear", 2: "bilinear", 3: "trilinear"}
+    for shape in shapes[1:]:
+        larger = F.interpolate(images[:_PARITY_IMAGES].float(), size=shape[1:], mode=modes[len(shape) - 1])
+        compare_files(float32, int8, images=larger)
 
 
 @dataclass(frozen=True)
@@ -45,6 +62,7 @@ def export_int8(
     *,
     preprocessing: Preprocessing | None = None,
     static_batch: int | None = None,
+    dynamic_size: bool = False,
     opset: int | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> ExportedInt8:
@@ -57,6 +75,8 @@ def export_int8(
             hundred. From 16 on, the last quarter sets nothing and judges.
         preprocessing: what the images went through, recorded in the metadata.
         static_batch: a fixed batch size; None leaves it dynamic.
+        dynamic_size: leave height and width open as well, as for ``export``; both files are run at another
+            size too.
         opset: of the ONNX operators, as for ``export``.
         metadata: more entries for the file's metadata.
 
@@ -82,9 +102,12 @@ def export_int8(
     with tempfile.TemporaryDirectory(prefix="groupify-") as folder:
         float32 = export_onnx(
             model, Path(folder) / "float32.onnx", input_shape=shape, preprocessing=preprocessing,
-            static_batch=static_batch, opset=opset, metadata=metadata,
+            static_batch=static_batch, dynamic_size=dynamic_size, opset=opset, metadata=metadata,
         ).path  # fmt: skip
-        parity = check_parity(model, float32, input_shape=shape, images=judges[:_PARITY_IMAGES])
+        parity = check_parity(
+            model, float32, input_shape=shape, images=judges[:_PARITY_IMAGES], dynamic_size=dynamic_size
+        )
         quantized = quantize_onnx(float32, path, images=images)
         agreement = compare_files(float32, quantized.path, images=judges)
+        run_at_other_sizes(float32, quantized.path, judges, parity.shapes)
     return ExportedInt8(quantized, parity, agreement)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from groupify.errors import GroupifyError, ParityError
-from groupify.graph.call import Call, Example, one_example
+from groupify.graph.call import Call, Example, one_example, shape_of
 from groupify.graph.copying import on_cpu
+from groupify.onnx.any_size import image_shape, other_shape
 from groupify.onnx.comparison import (
     NO_DIFFERENCE,
     Comparison,
@@ -33,6 +34,7 @@ TOLERANCE = 5e-4
 # A file may be this much further from float64 than PyTorch's own float32: ONNX Runtime sums in another order.
 # What amplifies rounding amplifies a channel in the wrong place as well, far beyond that.
 _NOISE_FACTOR = 4.0
+_ONE_SIZE = "leave out dynamic_size (--dynamic-size), and export a file for each"
 # Above it, a file cannot be judged.
 _MOST_NOISE = 0.02
 
@@ -47,6 +49,7 @@ class Parity:
         top1_agreement: share of equal argmaxes over dimension 1, a fraction; None without one.
         batch_sizes: that were tried.
         real_images: how many of the inputs were not random.
+        shapes: of one input, that were tried; one of them where the size is fixed.
         noise: how far PyTorch's own float32 is from float64, of the largest absolute value of the same
             output, where the outputs were judged by float64 since they differ by more than the tolerance;
             else None.
@@ -58,6 +61,7 @@ class Parity:
     batch_sizes: tuple[int, ...]
     real_images: int
     noise: float | None = None
+    shapes: tuple[tuple[int, ...], ...] = ()
 
 
 def check_parity(
@@ -68,6 +72,7 @@ def check_parity(
     example_inputs: Any = None,
     images: Tensor | None = None,
     batch_sizes: Sequence[int] = (1, 3),
+    dynamic_size: bool = False,
     seed: int = 0,
     tolerance: float = TOLERANCE,
 ) -> Parity:
@@ -88,6 +93,7 @@ def check_parity(
             themselves count as real ones.
         images: real inputs, normalised, shape (N, *input_shape); tried in batches of each size.
         batch_sizes: the batches to try; a file of fixed batch size is tried at that one only.
+        dynamic_size: try another height and width too, the nearest larger ones that the model takes.
         seed: of the random inputs (standard normal).
         tolerance: largest difference allowed, relative to the largest absolute value of an output, or to
             1e-3 where that is smaller.
@@ -104,7 +110,11 @@ def check_parity(
     example = one_example(input_shape, example_inputs)
     if isinstance(example, Call):
         example = example.map(Tensor.cpu)
+    shapes = [] if isinstance(example, Call) else [tuple(example)]
+    if dynamic_size:
+        shapes = [image_shape(example), other_shape(model, image_shape(example))]
     random = [_random(example, size, generator) for size in sizes]
+    random += [_random(shape, size, generator) for shape in shapes[1:] for size in sizes]
     real = [Call((batch,)) for batch in _real_batches(images, sizes)]
     if isinstance(example, Call):
         real += [example.of_size(size) for size in sizes]
@@ -114,8 +124,12 @@ def check_parity(
         found = check.compare(batch)
         if found.problem is not None:
             place = "" if found.other_shape else f"; {check.divergence(batch, found)}"
-            others = [other for other in random if other.batch_size != batch.batch_size]
-            _fail(file, f"{found.problem} (batch of {batch.batch_size}){place}{check.advice(others)}")
+            if shape_of(batch) in shapes[1:]:
+                advice = f"; {shapes[0]} is right, so what the model does depends on the size: {_ONE_SIZE}"
+            else:
+                same = [other for other in random if shape_of(other) == shape_of(batch)]
+                advice = check.advice([other for other in same if other.batch_size != batch.batch_size])
+            _fail(file, f"{found.problem} (batch of {batch.batch_size}){place}{advice}")
         total = total.worst(found.comparison)
         noises += [] if found.noise is None else [found.noise]
     return Parity(
@@ -125,6 +139,7 @@ def check_parity(
         tuple(sizes),
         sum(batch.batch_size for batch in real),
         max(noises, default=None),
+        tuple(shapes),
     )
 
 

@@ -8,7 +8,7 @@ import itertools
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from groupify.errors import ConversionError, GroupifyError
 from groupify.graph.call import Call, Example
+from groupify.onnx.any_size import open_axes
 from groupify.onnx.attention import PlainAttention
 from groupify.onnx.graph_edits import ValueNames
 from groupify.onnx.inputs import input_places
@@ -46,7 +47,12 @@ class TracedModel:
 
 
 def trace_to_onnx(
-    model: nn.Module, example: Example, *, static_batch: int | None, opset: int | None
+    model: nn.Module,
+    example: Example,
+    *,
+    static_batch: int | None,
+    opset: int | None,
+    dynamic_size: bool = False,
 ) -> TracedModel:
     """Trace a model in evaluation mode.
 
@@ -55,27 +61,34 @@ def trace_to_onnx(
         example: shape of one input, without the batch dimension; or how the model is called.
         static_batch: a fixed batch size; None leaves it dynamic.
         opset: of the ONNX operators; None takes 18, or the lowest that has all operators of the model.
+        dynamic_size: leave height and width open too.
 
     Raises:
+        SpecError: ``dynamic_size`` for a model that is not called with one tensor of images.
         ConversionError: the model does not run on such inputs, or cannot be traced; says what torch said,
-            and whether a fixed batch would help.
+            and whether a fixed batch or size would help.
     """
     if opset is not None and not OPSET <= opset <= LAST_OPSET:
         raise ConversionError(
             f"opset {opset}: expected {OPSET} to {LAST_OPSET}, which PyTorch's exporter writes in full"
         )
     names = _output_names(model, example, static_batch or 1)
+    sizes = open_axes(example) if dynamic_size else {}
     try:
-        program = _export(model, example, names, static_batch, opset or OPSET)
+        program = _export(model, example, names, static_batch, opset or OPSET, sizes)
     except (GroupifyError, MemoryError):
         raise
     except Exception as error:  # the exporter wraps whatever went wrong in its own private classes
+        if dynamic_size and _is_fine(model, example, names, static_batch, opset or OPSET):
+            raise _of_one_size(model, error) from error
         raise _untraceable(model, error, static_batch, _fixed_batch_problem(model, example)) from error
     needed = _lowest_opset(program.model.graph, opset or OPSET)
     if needed is not None:
         if opset is not None or needed > LAST_OPSET:
             raise ConversionError(_too_old(program.model.graph, opset or OPSET, needed))
-        return trace_to_onnx(model, example, static_batch=static_batch, opset=needed)
+        return trace_to_onnx(
+            model, example, static_batch=static_batch, opset=needed, dynamic_size=dynamic_size
+        )
     inputs = tuple(str(value.name) for value in program.model.graph.inputs)
     names = tuple(f"output.{name}" if name in inputs else name for name in names)
     _rename(program.model.graph, names)
@@ -158,6 +171,7 @@ def _export(
     names: tuple[str, ...],
     static_batch: int | None,
     opset: int,
+    sizes: Mapping[int, str] = {},
 ) -> Any:
     # A batch of one would be taken for a constant, so that a dynamic batch is traced with two.
     call = _call(model, example, static_batch or 2)
@@ -166,8 +180,9 @@ def _export(
     whole = example.tensors_in_order if isinstance(example, Call) else call.tensors_in_order
     size = example.batch_size if isinstance(example, Call) else call.batch_size
     batched = [whole[place].dim() > 0 and len(whole[place]) == size for place in places.values()]
-    batch = torch.export.Dim("batch")
-    dynamic = None if static_batch is not None else (tuple({0: batch} if has else {} for has in batched),)
+    batch = {} if static_batch is not None else {0: torch.export.Dim("batch")}
+    sides = {axis: torch.export.Dim(name) for axis, name in sizes.items()}
+    dynamic = (tuple({**batch, **sides} if has else {} for has in batched),) if batch or sides else None
     with quiet_exporter(), PlainAttention():
         program = torch.onnx.export(
             _Flat(model, call, list(places.values()), names),
@@ -186,6 +201,9 @@ def _export(
         if static_batch is None and has and shape is not None and isinstance(shape[0], int):
             # The exporter gives up the dynamic batch without a word.
             raise _OwnError(f"its own code fixes the batch to that of the example, {call.batch_size}")
+        for axis, name in sizes.items():
+            if shape is not None and isinstance(shape[axis], int):
+                raise _OwnError(f"its own code fixes the {name} to that of the example, {shape[axis]}")
     return program
 
 
@@ -271,6 +289,26 @@ def _fixed_batch_problem(model: nn.Module, example: Example) -> Exception | None
     except Exception as error:
         return error
     return None
+
+
+def _is_fine(
+    model: nn.Module, example: Example, names: tuple[str, ...], static_batch: int | None, opset: int
+) -> bool:
+    """Whether a model can be exported for inputs of one size."""
+    try:
+        _export(model, example, names, static_batch, opset)
+    except MemoryError:
+        raise
+    except Exception:
+        return False
+    return True
+
+
+def _of_one_size(model: nn.Module, error: Exception) -> ConversionError:
+    return ConversionError(
+        f"cannot export {type(model).__name__} for any height and width: {_said(error)}; it can be exported "
+        "for one size: leave out dynamic_size (--dynamic-size)"
+    )
 
 
 def _untraceable(

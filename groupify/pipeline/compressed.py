@@ -134,6 +134,7 @@ class Compressed(Conversion):
         *,
         precision: FilePrecision | None = None,
         static_batch: int | None = None,
+        dynamic_size: bool = False,
         opset: int | None = None,
         progress: bool = False,
     ) -> ExportResult:
@@ -144,6 +145,7 @@ class Compressed(Conversion):
             precision: ``"float32"``, ``"int8"`` or ``"float16"``; None = what the model was planned for. int8
                 is calibrated on the images that the model was fitted on.
             static_batch: a fixed batch size; None leaves it dynamic.
+            dynamic_size: leave height and width open as well; the file is checked at a second size.
             opset: of the ONNX operators; None = 18, or the lowest that has all that the model needs.
             progress: show bars on stderr.
 
@@ -155,7 +157,7 @@ class Compressed(Conversion):
         """
         expect_type(path, (str, Path), "path", "the name of a file")
         file = Path(path)
-        options = ExportOptions(static_batch, opset, (precision or self.plan.precision,))
+        options = ExportOptions(static_batch, dynamic_size, opset, (precision or self.plan.precision,))
         if options.int8 and self.data is None and not isinstance(self.example, Call):
             raise SpecError("int8 needs images to calibrate on: give compress or convert some")
         options.check("the given images")

@@ -208,8 +208,9 @@ def convert_uniform(
         assert data.test is not None
         model = converted(subject, plan, progress=progress).model
         exported = export_onnx(
-            model, folder / f"uniform-{groups}.onnx", input_shape=shape, static_batch=export.static_batch
-        )
+            model, folder / f"uniform-{groups}.onnx", input_shape=shape, static_batch=export.static_batch,
+            dynamic_size=export.dynamic_size,
+        )  # fmt: skip
         cost = measure_cost(model, example_input(shape, like=dense))
         top1 = evaluate(model, data.test, progress=progress).top1
         runs[exported.path] = UniformRun(groups, cost.params, cost.macs, top1)

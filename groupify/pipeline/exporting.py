@@ -18,6 +18,7 @@ from groupify.models.specs import ModelSpec
 from groupify.onnx.comparison import Agreement, compare_files
 from groupify.onnx.exporting import ExportedModel, export_onnx
 from groupify.onnx.half_precision import halve_onnx
+from groupify.onnx.int8_export import run_at_other_sizes
 from groupify.onnx.parity import Parity, check_parity
 from groupify.onnx.quantisation import quantize_onnx
 from groupify.onnx.runtime import OnnxModule
@@ -101,18 +102,28 @@ def export_and_check(
         **how,
         preprocessing=spec.preprocessing,
         static_batch=options.static_batch,
+        dynamic_size=options.dynamic_size,
         opset=options.opset,
         metadata={} if recipe_sha256 is None else {RECIPE_HASH: recipe_sha256},
     )
-    parity = check_parity(model, exported.path, **how, images=images, seed=seed)
+    parity = check_parity(
+        model, exported.path, **how, images=images, dynamic_size=options.dynamic_size, seed=seed
+    )
     int8 = None
     if INT8 in paths and data is not None:
         int8 = write_int8(
             exported.path, paths[INT8], data, answers=answers, threads=options.threads, seed=seed,
             progress=progress,
         )  # fmt: skip
+        _run_at_other_sizes(exported.path, paths[INT8], data, parity)
     float16 = _write_float16(exported.path, paths[FLOAT16], shape, data) if FLOAT16 in paths else None
     return Exported(exported, parity, paths, int8, float16)
+
+
+def _run_at_other_sizes(float32: Path, int8: Path, data: DataSplits, parity: Parity) -> None:
+    images = _parity_images(data)
+    if images is not None:
+        run_at_other_sizes(float32, int8, images, parity.shapes)
 
 
 def _refuse_images_for(example: Call, options: ExportOptions) -> None:

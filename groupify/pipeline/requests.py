@@ -170,12 +170,14 @@ class ExportOptions:
 
     Attributes:
         static_batch: fixed batch size; None = dynamic.
+        dynamic_size: leave height and width open too.
         opset: of the ONNX operators; None = 18, or the lowest that has all that the model needs.
         precisions: what files to write; int8 needs data. Empty = in a fine-tune, those that the folder has.
         threads: intra-op threads of the timing.
     """
 
     static_batch: int | None = None
+    dynamic_size: bool = False
     opset: int | None = None
     precisions: Sequence[FilePrecision] = (FLOAT32,)
     threads: int = 1

@@ -79,7 +79,7 @@ def time_against_dense(
     shape, grouped = result.source.spec.input_shape, exported.file.path
     dense_file = export_onnx(
         result.source.model, aside / "dense.onnx", input_shape=shape, static_batch=options.static_batch,
-        opset=options.opset,
+        dynamic_size=options.dynamic_size, opset=options.opset,
     )  # fmt: skip
     files = {DENSE: dense_file.path, GROUPED: grouped, **{str(path): path for path in others}}
     dense_int8 = None

@@ -15,10 +15,11 @@ from groupify.data.batches import Data
 from groupify.data.calls import Inputs
 from groupify.data.splits import DataSplits, as_splits
 from groupify.errors import SpecError, expect_type
-from groupify.graph.call import one_example
+from groupify.graph.call import one_example, shape_of
 from groupify.models.preprocessing import Preprocessing
 from groupify.models.specs import Source
 from groupify.onnx.exporting import ExportedModel, export_onnx
+from groupify.onnx.parity import check_parity
 from groupify.pipeline.compressed import Compressed
 from groupify.pipeline.converting import result_of
 from groupify.pipeline.subject import Subject, data_of, source_of
@@ -199,6 +200,7 @@ def export(
     *,
     precision: FilePrecision | None = None,
     static_batch: int | None = None,
+    dynamic_size: bool = False,
     opset: int | None = None,
 ) -> ExportResult: ...
 
@@ -212,6 +214,7 @@ def export(
     example_inputs: Any = None,
     preprocessing: Preprocessing | None = None,
     static_batch: int | None = None,
+    dynamic_size: bool = False,
     opset: int | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> ExportedModel: ...
@@ -239,6 +242,9 @@ def export(
             of positional arguments, a dict of keyword arguments, or a tuple of these two.
         preprocessing: of a module, what the inputs went through, recorded in the metadata.
         static_batch: a fixed batch size; None leaves it dynamic.
+        dynamic_size: leave height and width open as well, for models that take images of any size, or of any
+            multiple of 32, say; ``input_shape`` is then one of them. The file is checked against PyTorch at
+            that size and at the nearest larger one that the model takes.
         opset: of the ONNX operators. None takes 18, the fastest in ONNX Runtime, or the lowest above it that
             has all operators of the model.
         metadata: of a module, more entries for the file's metadata.
@@ -248,13 +254,14 @@ def export(
         SpecError: for a module, neither ``input_shape`` nor ``example_inputs``, or both; for a result, what
             it says itself.
         ConversionError: the model does not run on such inputs, cannot be traced, or has operators that
-            the opset lacks.
-        ParityError: the file of a result computes something else than its model.
+            the opset lacks; or, with ``dynamic_size``, takes inputs of one size only.
+        ParityError: the file of a result, or one with ``dynamic_size``, computes something else than its
+            model.
         ArtefactError: the file cannot be written.
     """
     expect_type(path, (str, Path), "path", "the name of a file")
     if isinstance(model, Compressed):
-        for name in sorted(options.keys() - {"static_batch", "opset"}):
+        for name in sorted(options.keys() - {"static_batch", "dynamic_size", "opset"}):
             raise SpecError(f"{name} is for a module; a result of groupify knows it: leave it out")
         return model.export(path, precision=precision, **options)
     if precision not in (None, "float32"):
@@ -262,7 +269,15 @@ def export(
             f"precision {precision!r} is for {_RESULT}, which knows images to calibrate on; for a module "
             "there is groupify.export_int8(model, path, images)"
         )
-    return export_onnx(model, path, **options)
+    exported = export_onnx(model, path, **options)
+    if options.get("dynamic_size"):
+        check_parity(model, exported.path, input_shape=_shape_of(options), dynamic_size=True)
+    return exported
+
+
+def _shape_of(options: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the shape of one input, as the options of an export give it."""
+    return shape_of(one_example(options.get("input_shape"), options.get("example_inputs")))
 
 
 def save(
