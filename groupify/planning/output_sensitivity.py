@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 from groupify.graph.call import Call
-from groupify.graph.capture import capture
+from groupify.graph.capture import Captured
 from groupify.graph.forward import output_tensors
 from groupify.graph.model_graph import ModelGraph, computes_the_same
 from groupify.graph.neighbours import only_reader
@@ -39,12 +39,12 @@ def output_scales(graph: ModelGraph | None, names: Sequence[str]) -> dict[str, T
     return scales
 
 
-def graph_of(model: nn.Module, call: Call) -> ModelGraph | None:
-    """Return the graph of a model where it has one that computes the same for such calls."""
-    graph = capture(model, call.head(2)).graph
-    if graph is None or not graph.accepts(call) or not computes_the_same(model, graph, call):
+def graph_of(model: nn.Module, call: Call, captured: Captured) -> ModelGraph | None:
+    """Return the graph that was captured, over the layers of ``model``, if it computes the same."""
+    if captured.graph is None or not captured.graph.accepts(call):
         return None
-    return graph
+    graph = captured.graph.on(model)
+    return graph if computes_the_same(model, graph, call) else None
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from groupify.conversion.conversion import Calibration, convert
 from groupify.data.calls import Inputs
 from groupify.errors import SpecError
 from groupify.graph.call import Call, Example, as_call, one_example
+from groupify.graph.capture import Captured, capture
 from groupify.graph.forward import run_once
 from groupify.measure.latency_table import LatencyTable, cached_table, count_missing, look_up
 from groupify.measure.plan_timer import PlanTimer
@@ -201,14 +202,15 @@ def plan_for_budget(
             f"{budget} limits the drop of accuracy, but the model's outputs are {describe_outputs(outputs)}; "
             "limit the macs, params, bytes or latency instead"
         )
-    costing = make_costing(model, example, images, rules, options, latency=needs_latency)
+    captured = capture(model, call)
+    costing = make_costing(model, example, images, rules, options, latency=needs_latency, captured=captured)
     judge, finder = None, _finder(model, budget, costing, options)
     if images is not None and _compares(budget, options, images=True):
         judge = HeldOut(model, images, options, convert_plan)
     _begin_race(finder, judge, _pace(model, example, costing.choices), options)
     found = Race(finder, judge, progress=options.progress).run()
     names = [site.name for site in found.plan.converted]
-    shown = limits(model, names, call)
+    shown = limits(model, names, call, captured)
     notes = shown.notes
     if not has_classes(outputs):
         notes += (f"planned by the relative error of the outputs: {describe_outputs(outputs)}",)
@@ -223,8 +225,12 @@ def make_costing(
     options: SearchOptions,
     *,
     latency: bool,
+    captured: Captured | None = None,
 ) -> Costing:
-    """Measure all that a plan is chosen by: costs, sensitivities and, if asked for, latencies."""
+    """Measure all that a plan is chosen by: costs, sensitivities and, if asked for, latencies.
+
+    ``captured`` is what capturing the graph of the model found; None = capture it where it is needed.
+    """
     if options.sensitivity not in SENSITIVITIES:
         raise SpecError(
             f"unknown sensitivity {options.sensitivity!r}, expected one of {', '.join(SENSITIVITIES)}"
@@ -241,7 +247,7 @@ def make_costing(
     pace = _pace(model, example, choices)
     guess = None if images is None else functools.partial(pace.sensitivity, choices, len(images.fit))
     options.stages.begin(_measuring(choices, images), guess)
-    sensitivity = _sensitivity(model, choices, images, options)
+    sensitivity = _sensitivity(model, choices, images, options, captured)
     if not latency:
         return Costing(choices, sensitivity, dense)
     table = options.table
@@ -295,10 +301,16 @@ def _finder(model: nn.Module, budget: Budget, costing: Costing, options: SearchO
 
 
 def _sensitivity(
-    model: nn.Module, choices: Choices, images: Images | None, options: SearchOptions
+    model: nn.Module,
+    choices: Choices,
+    images: Images | None,
+    options: SearchOptions,
+    captured: Captured | None,
 ) -> Sensitivity:
     if images is None:
-        return weight_sensitivity(model, choices, seed=options.seed, progress=options.progress)
+        return weight_sensitivity(
+            model, choices, seed=options.seed, progress=options.progress, captured=captured
+        )
     how: dict[str, Any] = {
         "inputs": images.inputs,
         "seed": options.seed,
@@ -309,7 +321,7 @@ def _sensitivity(
         return exact_sensitivity(model, choices, images.fit, images.held_out, **how)
     if options.memory is not None:
         how["memory"] = options.memory
-    return measure_sensitivity(model, choices, images.fit, of=options.sensitivity, **how)
+    return measure_sensitivity(model, choices, images.fit, of=options.sensitivity, captured=captured, **how)
 
 
 def _own_table(

@@ -32,7 +32,7 @@ from groupify.devices import device_of, with_float64
 from groupify.errors import DataError, GroupifyWarning
 from groupify.files import NumberCache, fingerprint
 from groupify.graph.call import Call, as_call
-from groupify.graph.capture import capture
+from groupify.graph.capture import Captured, capture
 from groupify.graph.channels import channel_classes
 from groupify.graph.copying import copy_of
 from groupify.graph.forward import run_once
@@ -88,6 +88,7 @@ def measure_sensitivity(
     cache: Path | None = None,
     progress: bool = False,
     memory: int = _MEMORY,
+    captured: Captured | None = None,
 ) -> Sensitivity:
     """Measure the loss of every candidate from one pass over unlabelled images.
 
@@ -109,6 +110,7 @@ def measure_sensitivity(
         cache: folder to keep the numbers in; None = nowhere.
         progress: show a bar on stderr.
         memory: bytes of moments held at the same time.
+        captured: what capturing the graph of the model found, with two examples; None = capture it.
 
     Raises:
         DataError: no images, or Fisher information is asked for where there are no class scores.
@@ -121,7 +123,7 @@ def measure_sensitivity(
         raise DataError("no images to measure the sensitivity on; expected at least one")
     convs = choices.open_sites
     dense = copy_of(model).float().eval().requires_grad_(False)
-    work = _Measurement(dense, choices, images.float(), inputs, seed, progress, of)
+    work = _Measurement(dense, choices, images.float(), inputs, seed, progress, of, captured)
     store = _store(cache, f"{_key(model, images, inputs, seed)}-{work.of}")
     missing = [options for options in convs if any(c.key not in store.numbers for c in options[1:])]
     with torch.random.fork_rng(devices=[]):
@@ -140,7 +142,12 @@ def measure_sensitivity(
 
 
 def weight_sensitivity(
-    model: nn.Module, choices: Choices, *, seed: int = 0, progress: bool = False
+    model: nn.Module,
+    choices: Choices,
+    *,
+    seed: int = 0,
+    progress: bool = False,
+    captured: Captured | None = None,
 ) -> Sensitivity:
     """Predict the losses from the weights alone: the share of each conv that its best replacement lacks.
 
@@ -155,7 +162,8 @@ def weight_sensitivity(
     }
     scores = {name: weight.square().sum(2) for name, weight in weights.items()}
     example = as_call(choices.example, dense).floats(Tensor.float)
-    orders = _channel_orders(dense, choices, example, scores, seed)
+    captured = captured or capture(dense, example)
+    orders = _channel_orders(captured, choices, example, scores, seed)
     losses: dict[str, float] = {}
     for options in tqdm(convs, desc="errors", disable=None if progress else True, leave=False):
         weight, groups = weights[options[0].site.name], options[0].site.groups_before
@@ -256,8 +264,10 @@ class _Measurement:
         seed: int,
         progress: bool,
         of: str,
+        captured: Captured | None,
     ) -> None:
         self._dense = dense
+        self._known = captured
         self._inputs = inputs
         self._choices = choices
         self._images = images
@@ -305,7 +315,7 @@ class _Measurement:
                 if conv_of(self._dense, name).groups == 1
             }
             self._orders = _channel_orders(
-                self._dense, self._choices, self._call(self._images[:2]), scores, self._seed
+                self._captured, self._choices, self._call(self._images[:2]), scores, self._seed
             )
 
     def _pass(
@@ -369,7 +379,14 @@ class _Measurement:
 
     @functools.cached_property
     def _graph(self) -> ModelGraph | None:
-        return graph_of(self._dense, self._call(self._images[:2]))
+        return graph_of(self._dense, self._call(self._images[:2]), self._captured)
+
+    @functools.cached_property
+    def _captured(self) -> Captured:
+        call, known = self._call(self._images[:2]), self._known
+        if known is not None and (known.graph is None or known.graph.accepts(call)):
+            return known
+        return capture(self._dense, call)  # this copy is in float32
 
     @functools.cached_property
     def _scales(self) -> dict[str, Tensor]:
@@ -383,16 +400,15 @@ class _Measurement:
 
 
 def _channel_orders(
-    dense: nn.Module, choices: Choices, example: Call, scores: Mapping[str, Tensor], seed: int
+    captured: Captured, choices: Choices, example: Call, scores: Mapping[str, Tensor], seed: int
 ) -> Orders:
     """Channel orders for each number of groups, as the conversion would choose them for all convs alike.
 
     The permutation classes are respected: convs that share their channels share the order.
     """
-    graph = capture(dense, example).graph
-    if graph is None:
+    if captured.graph is None:
         return {}
-    channels = channel_classes(graph, example)
+    channels = channel_classes(captured.graph, example)
     orders: dict[str, tuple[Tensor | None, Tensor | None]] = {}
     for chosen in choices.uniform.values():
         picked = [options[index] for options, index in zip(choices.sites, chosen, strict=True)]

@@ -11,7 +11,7 @@ from torch import nn
 from groupify.conversion.surgery import conv_shape
 from groupify.errors import ConversionError
 from groupify.graph.call import Call, Example, as_call, shape_of
-from groupify.graph.capture import capture
+from groupify.graph.capture import Captured, capture
 from groupify.graph.channels import channel_classes
 from groupify.graph.forward import evaluating
 from groupify.graph.kept_graph import KeptGraph
@@ -121,16 +121,17 @@ class Limits:
     captured: KeptGraph | None
 
 
-def limits(model: nn.Module, sites: Sequence[str], example: Call) -> Limits:
+def limits(model: nn.Module, sites: Sequence[str], example: Call, captured: Captured | None = None) -> Limits:
     """Find out what a conversion of ``sites`` has to do without.
 
     Args:
         model: the dense model; left untouched.
         sites: names of the convs to be converted.
         example: how it is called, with two examples: a batch of one would be a case of its own.
+        captured: what capturing its graph found; None = capture it.
     """
     notes = (*unseen_layers(model), *functional_convs(model, example))
-    captured = capture(model, example)
+    captured = captured or capture(model, example)
     if captured.graph is not None:
         channels = channel_classes(captured.graph, example)
         if channels.pinned_by:

@@ -30,6 +30,7 @@ from groupify.conversion.conversion import Calibration, convert
 from groupify.conversion.reconstruct import ReconstructionOptions
 from groupify.files import fingerprint
 from groupify.graph.call import Call
+from groupify.graph.capture import capture
 from groupify.graph.forward import evaluating
 from groupify.planning.allocation import Option, allocate
 from groupify.planning.budget import MACS
@@ -142,7 +143,7 @@ class Setting:
             trials[name] = factors.truncated(max(1, round(dense / 4 / factors.macs([1]))))
         few = self.images.calibration[:: max(1, len(self.images.calibration) // IMAGES)][:IMAGES]
         call = Call((few,))
-        graph = graph_of(self.dense, call)
+        graph = graph_of(self.dense, call, capture(self.dense, call.head(2)))
         return output_sensitivities(self.dense, graph, [call], trials, output_scales(graph, list(trials)))
 
 

@@ -23,6 +23,7 @@ from groupify.measure.latency_table import LatencyTable, Stopwatch, look_up, mea
 from groupify.measure.plan_timer import PlanTimer
 from groupify.measure.profiling import NetworkTime
 from groupify.paired import Paired
+from groupify.pipeline.compressing import compress
 from groupify.pipeline.subject import planning_images
 from groupify.planning import sensitivity as sensitivity_module
 from groupify.planning.budget import Budget
@@ -95,7 +96,7 @@ def _few_samples() -> Any:
         yield
 
 
-ANY = Rules(min_group_width=1)
+ANY = Rules(min_group_width=1, cpu="avx512")
 GROUPED = replace(ANY, structures="grouped")
 
 
@@ -585,3 +586,17 @@ def test_the_frontier_goes_down_and_marks_the_budget(tmp_path: Path) -> None:
     with pytest.raises(GroupifyError, match=r"cannot draw .*x\.nothing"):
         plot_frontier(frontier, tmp_path / "x.nothing")
     assert [path.name for path in tmp_path.iterdir()] == ["frontier.svg"]
+
+
+@pytest.mark.parametrize("given", [None, 64], ids=["from the weights", "from images"])
+def test_the_graph_is_captured_once_in_a_run(monkeypatch: pytest.MonkeyPatch, given: int | None) -> None:
+    exported, export = [], torch.export.export
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        exported.append(arguments[0])
+        return export(*arguments, **options)
+
+    monkeypatch.setattr(torch.export, "export", counted)
+    calibration = None if given is None else images(given)
+    compress(net(), calibration, budget="macs=60%", example_inputs=torch.zeros(1, *SHAPE), rules=GROUPED)
+    assert len(exported) == 1
