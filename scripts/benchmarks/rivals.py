@@ -54,6 +54,7 @@ from scripts.benchmarks.tables import net_name
 
 KEYS = ("net", "method", "size", "seed")
 RANK_STEP = 16
+BLOCKS_OF_16 = "avx512"  # so that our sizes go in the rivals' steps on whatever machine this runs
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ Way = Callable[[Setting, int], nn.Module]  # a setting, and the MACs to come dow
 def chosen(setting: Setting, macs: int, families: Sequence[str] = FAMILIES) -> Plan:
     """Return the plan that the product finds for these MACs."""
     budget = Budget((Limit(MACS, float(macs), relative=False),))
-    rules = replace(setting.rules, min_group_width=AUTO, structures=tuple(families))
+    rules = replace(setting.rules, min_group_width=AUTO, cpu=BLOCKS_OF_16, structures=tuple(families))
     options = SearchOptions(seed=setting.seed, cache=cache_folder())  # all sizes share the sensitivities
     found = plan_for_budget(
         setting.dense, setting.shape, budget, setting.images, rules=rules, options=options
