@@ -60,6 +60,11 @@ _timing = section("Timing")
     help="Exit with 4 where a time ÷ that of the dense model in the same precision, or with --onnx of the "
     "first file, is above this.",
 )  # fmt: skip
+@_timing(
+    "--update-report", is_flag=True,
+    help="Write the times of the first setting into FOLDER's report.json and report.html, in the place of those "
+    "that are there.",
+)  # fmt: skip
 @_timing("--pytorch", is_flag=True, help="Time PyTorch eager and a training step as well.")
 @common_options
 def bench(folder: str | None, **options: Any) -> None:
@@ -89,6 +94,8 @@ def _bench_folder(folder: str, options: dict[str, Any]) -> None:
     from groupify.reporting.text import print_bench
 
     if options["table"] is not None:
+        if options["update_report"]:
+            raise SpecError("--update-report is for an output folder: leave out --table")
         _write_table(folder, options)
         return
     if not folder_exists(folder):
@@ -107,10 +114,18 @@ def _bench_folder(folder: str, options: dict[str, Any]) -> None:
         seed=options["seed"],
         progress=not options["quiet"],
     )
+    if options["update_report"]:
+        from groupify.pipeline.refreshing import update_report
+
+        update_report(folder, result)
     if options["as_json"]:
         print_json(bench_document(result))
     else:
         print_bench(result, stdout_console())
+        if options["update_report"]:
+            click.echo(
+                f"wrote the times into {Path(folder, 'report.json')} and {Path(folder, 'report.html')}"
+            )
     _hold(options, {f"{row.name}, {row.setting}": row.speed_up for row in result.rows if row.model != DENSE})
 
 
@@ -134,7 +149,7 @@ def _bench_files(folder: str | None, options: dict[str, Any]) -> None:
 
     for given, name in (
         (folder, folder), (options["table"], "--table"), (options["pytorch"], "--pytorch"),
-        (options["precision"], "--precision"),
+        (options["precision"], "--precision"), (options["update_report"], "--update-report"),
     ):  # fmt: skip
         if given:
             raise SpecError(f"--onnx times files alone: leave out {name}")

@@ -22,6 +22,7 @@ from groupify.measure.benchmarks import (
     benchmark_pytorch,
     check_settings,
     speed_up,
+    speed_up_range,
 )
 from groupify.measure.memory import peak_memory
 from groupify.measure.timed_files import export_for_timing
@@ -53,6 +54,7 @@ class BenchRow:
             both ran side by side.
         speed_up_over_float32: over the dense float32 model.
         speed_up_over_best: over the dense model in the precision in which that is fastest here.
+        speed_up_range, speed_up_over_float32_range: between what two of these lie with 95%.
     """
 
     engine: str
@@ -66,6 +68,8 @@ class BenchRow:
     speed_up: float
     speed_up_over_float32: float
     speed_up_over_best: float
+    speed_up_range: tuple[float, float] | None = None
+    speed_up_over_float32_range: tuple[float, float] | None = None
 
     @property
     def name(self) -> str:
@@ -259,6 +263,8 @@ def _rows(engine: str, latencies: Sequence[Latency], variants: Sequence[_Variant
                 speed_up=speed_up(dense[variant.precision], one),
                 speed_up_over_float32=speed_up(dense[FLOAT32], one),
                 speed_up_over_best=speed_up(best, one),
+                speed_up_range=speed_up_range(dense[variant.precision], one),
+                speed_up_over_float32_range=speed_up_range(dense[FLOAT32], one),
             )
             for variant, one in same.items()
         ]

@@ -21,7 +21,7 @@ from groupify.structures import INT8, Change
 
 DENSE, DENSE_INT8, GROUPED, GROUPED_INT8 = "dense", "dense int8", "grouped", "grouped int8"
 # 90th over 10th percentile of the times; above it, something else kept the processor busy.
-_STEADY = 2.0
+STEADY = 2.0
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _latency_change(rows: Mapping[str, Latency], options: ExportOptions) -> Late
         speed_up(dense, grouped),
         options.threads,
         options.batch_size,
-        steady=all(row.p90_ms < _STEADY * row.p10_ms for row in rows.values()),
+        steady=all(row.p90_ms < STEADY * row.p10_ms for row in rows.values()),
         speed_up_range=speed_up_range(dense, grouped),
     )
 
@@ -184,8 +184,16 @@ def time_int8(exported: Exported, spec: ModelSpec, options: ExportOptions, *, pr
 
 
 def latency_notes(timed: Timed) -> tuple[str, ...]:
+    """Return where it did not pay, and what stays float32 in the int8 file."""
+    return (*pay_notes(timed.latency, timed.int8), *left_in_float_notes(timed.int8))
+
+
+# How the notes of pay_notes begin.
+SLOW_NOTES = ("slower than the dense model on", "dense int8 wins on", "int8 is slower than float on")
+
+
+def pay_notes(latency: LatencyChange, int8: Int8File | None) -> tuple[str, ...]:
     """Return where it did not pay: slower than dense, which is warned of too, or int8 slower than float."""
-    latency, int8 = timed.latency, timed.int8
     over_int8 = None if int8 is None else int8.speed_up_over_dense_int8
     note = None
     if not latency.steady:  # on a busy machine it would be a matter of luck
@@ -203,22 +211,28 @@ def latency_notes(timed: Timed) -> tuple[str, ...]:
         )
     if note is not None:
         warnings.warn(note, GroupifyWarning, stacklevel=2)
-    return (*filter(None, [note]), *int8_notes(int8))
+    return (*filter(None, [note]), *_slow_int8(int8))
 
 
 def int8_notes(int8: Int8File | None) -> tuple[str, ...]:
     """Return what stays float32 in the int8 file, and that int8 does not pay here, where it does not."""
-    if int8 is None:
+    return (*left_in_float_notes(int8), *_slow_int8(int8))
+
+
+def left_in_float_notes(int8: Int8File | None) -> tuple[str, ...]:
+    """Return what stays float32 in the int8 file, if anything."""
+    if int8 is None or not int8.left_in_float:
         return ()
-    notes = []
-    if int8.left_in_float:
-        first = int8.left_in_float[0]
-        more = len(int8.left_in_float) - 1
-        others = f" and {more} more" if more else ""
-        notes.append(f"stays float32 in the int8 file: {first.name}{others} ({first.reason})")
-    if int8.speed_up_over_float is not None and int8.speed_up_over_float < 1:
-        notes.append(
-            f"int8 is slower than float on this machine: {int8.speed_up_over_float:.2f}× its speed; ONNX "
-            "Runtime has no blocked kernel for int8 convs, so deploy the float file here"
-        )
-    return tuple(notes)
+    first = int8.left_in_float[0]
+    more = len(int8.left_in_float) - 1
+    others = f" and {more} more" if more else ""
+    return (f"stays float32 in the int8 file: {first.name}{others} ({first.reason})",)
+
+
+def _slow_int8(int8: Int8File | None) -> tuple[str, ...]:
+    if int8 is None or int8.speed_up_over_float is None or int8.speed_up_over_float >= 1:
+        return ()
+    return (
+        f"int8 is slower than float on this machine: {int8.speed_up_over_float:.2f}× its speed; ONNX "
+        "Runtime has no blocked kernel for int8 convs, so deploy the float file here",
+    )
