@@ -62,8 +62,8 @@ _timing = section("Timing")
 )  # fmt: skip
 @_timing(
     "--update-report", is_flag=True,
-    help="Write the times of the first setting into FOLDER's report.json and report.html, in the place of those "
-    "that are there.",
+    help="Write the times of the first setting into FOLDER's report.json and report.html, in the place of "
+    "those that are there.",
 )  # fmt: skip
 @_timing("--pytorch", is_flag=True, help="Time PyTorch eager and a training step as well.")
 @common_options
@@ -90,6 +90,7 @@ def bench(folder: str | None, **options: Any) -> None:
 
 def _bench_folder(folder: str, options: dict[str, Any]) -> None:
     from groupify.measure.folder import DENSE, bench_document, bench_folder
+    from groupify.reporting.read import read_report
     from groupify.reporting.tables import stdout_console
     from groupify.reporting.text import print_bench
 
@@ -103,6 +104,8 @@ def _bench_folder(folder: str, options: dict[str, Any]) -> None:
             f"no folder {folder!r}; expected an output folder of 'groupify convert', "
             "or a model with --table FILE"
         )
+    if options["update_report"]:
+        read_report(Path(folder))  # that there is one shows before the timing
     result = bench_folder(
         folder,
         precisions=_precisions(options),
@@ -123,9 +126,7 @@ def _bench_folder(folder: str, options: dict[str, Any]) -> None:
     else:
         print_bench(result, stdout_console())
         if options["update_report"]:
-            click.echo(
-                f"wrote the times into {Path(folder, 'report.json')} and {Path(folder, 'report.html')}"
-            )
+            click.echo(f"wrote the times into report.json and report.html of {folder}")
     _hold(options, {f"{row.name}, {row.setting}": row.speed_up for row in result.rows if row.model != DENSE})
 
 

@@ -56,7 +56,7 @@ def test_every_time_of_a_report_is_of_the_new_run() -> None:
 
 
 def test_what_was_not_timed_is_asked_for() -> None:
-    with pytest.raises(SpecError, match="dense int8 was not timed: .* --precision both"):
+    with pytest.raises(SpecError, match=r"dense int8 was not timed: .* --precision both"):
         refreshed(FULL, replace(ALL, rows=(DENSE, OWN)))
 
 
