@@ -60,8 +60,8 @@ def refreshed(report: Report, result: BenchResult) -> Report:
     missing = [name for name in needed if name not in rows]
     if missing:
         raise SpecError(
-            f"the report compares {', '.join(needed)}, and {missing[0]} was not timed: leave out --precision, "
-            "or give --precision both"
+            f"the report compares {', '.join(needed)}, and {missing[0]} was not timed: leave out "
+            "--precision, or give --precision both"
         )
     latency = _latency(rows, needed)
     int8 = _int8(report.int8, GROUPED, rows)
