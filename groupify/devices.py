@@ -67,6 +67,12 @@ def _has_float64(kind: str) -> bool:
     return True
 
 
+def synchronise(device: torch.device) -> None:
+    """Wait until a device has done all that it was given, so that a clock shows what it took."""
+    if device.type != _CPU.type:
+        torch.accelerator.synchronize(device)
+
+
 def double(tensor: Tensor) -> Tensor:
     """Return a tensor in float64, on its own device or, where that has none, on the CPU."""
     return tensor.to(with_float64(tensor.device), torch.float64)

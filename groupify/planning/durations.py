@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from groupify.devices import device_of, synchronise
 from groupify.graph.call import Example, as_call
 from groupify.graph.forward import evaluating
 from groupify.structures import Choices, SitePlan
@@ -46,10 +47,13 @@ class Pace:
     def seconds(self) -> float:
         """Of one image in a batch: the second of two runs."""
         call, seconds = as_call(self._example, self._model, batch=_IMAGES), 0.0
+        device = device_of(self._model)
         with evaluating(self._model), torch.no_grad():
             for _ in range(2):
+                synchronise(device)
                 start = time.perf_counter()
                 call.run(self._model)
+                synchronise(device)
                 seconds = time.perf_counter() - start
         return seconds / _IMAGES
 

@@ -203,8 +203,23 @@ class Race:
         best = min(holding, key=lambda c: (c.costs[quantity], self._rank(c)))
         return [best, *sorted((c for c in seen if c is not best), key=lambda c: c.costs[quantity])]
 
+    def to_convert(self) -> int:
+        """Return how many plans a race converts, at most where a limit on the drop is searched for.
+
+        Raises:
+            PlanError: the budget cannot be held.
+        """
+        costs = self._budget.costs
+        if not costs:
+            return self.bisections * len(self._powers)
+        return len(self._contest(self._contenders(self._costing.amounts(costs))))
+
     def _race(self, limits: Limits) -> list[Contender]:
         """All contenders within the limits, the best first."""
+        return sorted(self._measured(self._contenders(limits)), key=self._rank)
+
+    def _contenders(self, limits: Limits) -> list[Contender]:
+        """The planned ones and the best uniform one within the limits, not measured."""
         dense = self._costing.dense_costs
         if all(dense[quantity] <= limit for quantity, limit in limits.items()):
             precision = self._costing.choices.precision
@@ -221,7 +236,7 @@ class Race:
             if self.finder.holds(chosen, limits):
                 found.append(self._contender(str(key), chosen, uniform=True))
                 break
-        return sorted(self._measured(found), key=self._rank)
+        return found
 
     @property
     def _powers(self) -> tuple[float, ...]:
@@ -233,13 +248,9 @@ class Race:
         return Contender(name, uniform, chosen, self._costing.loss(chosen), self.finder.costs(chosen))
 
     def _measured(self, contenders: Sequence[Contender]) -> list[Contender]:
-        """Convert and measure those that may win; a single one only if a limit on the drop asks for it."""
-        judge = self.judge
-        if judge is None:
-            return list(contenders)
-        near = _FAR_BEHIND * min(contender.loss for contender in contenders)
-        contest = [contender for contender in contenders if contender.loss <= near]
-        if len(contest) == 1 and self._budget.drop is None:
+        """Convert and measure those that may win."""
+        judge, contest = self.judge, self._contest(contenders)
+        if judge is None or not contest:
             return list(contenders)
         confidence = self._confidence(len(contest))
         found = []
@@ -249,6 +260,14 @@ class Race:
                 one = replace(one, measured=measured, at_most=measured.loses_at_most(confidence))
             found.append(one)
         return found
+
+    def _contest(self, contenders: Sequence[Contender]) -> list[Contender]:
+        """Those that may win and are converted; a single one only if a limit on the drop asks for it."""
+        if self.judge is None:
+            return []
+        near = _FAR_BEHIND * min(contender.loss for contender in contenders)
+        contest = [contender for contender in contenders if contender.loss <= near]
+        return [] if len(contest) == 1 and self._budget.drop is None else contest
 
     def _confidence(self, contenders: int) -> float:
         """That of one plan's bound, so that those of all that are measured hold together (Bonferroni)."""

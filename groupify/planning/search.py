@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from groupify.conversion.conversion import Calibration, convert
 from groupify.data.calls import Inputs
-from groupify.errors import SpecError
+from groupify.errors import PlanError, SpecError
 from groupify.graph.call import Call, Example, as_call, one_example
 from groupify.graph.capture import Captured, capture
 from groupify.graph.forward import run_once
@@ -29,7 +29,7 @@ from groupify.planning.costing import Costing, Finder
 from groupify.planning.durations import Pace
 from groupify.planning.group_counts import GroupCounts
 from groupify.planning.like_groups import DEFAULT_GROUPS, budget_like_groups, keep_ungrouped
-from groupify.planning.race import BISECTIONS, BudgetPlan, Race
+from groupify.planning.race import BudgetPlan, Race
 from groupify.planning.rules import Rules
 from groupify.planning.sensitivity import (
     AUTO,
@@ -279,14 +279,29 @@ def _begin_race(finder: Finder, judge: HeldOut | None, pace: Pace, options: Sear
         if finder.timer is not None:
             options.stages.begin("timing the best plans as a whole")
         return
-    # The uniform plan that competes is converted fast.
-    plans = len(finder.costing.sensitivity.powers) * (1 if finder.budget.costs else BISECTIONS)
+    plans = _to_convert(finder, judge)
+    if not plans:
+        # Without a limit on the drop a plan that nothing comes near is taken as it is.
+        options.stages.begin(
+            "comparing plans by predicted losses: none comes near the best, so none is converted"
+            if finder.timer is None
+            else "timing the best plans as a whole"
+        )
+        return
     smallest = [candidates[-1].site for candidates in finder.costing.choices.open_sites]
     doing = "converting" if finder.timer is None else "timing and converting"
     options.stages.begin(
         f"{doing} the best plans, compared on {judge}",
         lambda: plans * pace.fit(smallest, len(judge.images.fit)),
     )
+
+
+def _to_convert(finder: Finder, judge: HeldOut) -> int:
+    """Return how many plans are converted to be compared, as far as can be told before they are timed."""
+    try:
+        return Race(Finder(finder.budget, finder.costing), judge).to_convert()
+    except PlanError:  # the race says it, if that is still so with measured latencies
+        return len(finder.costing.sensitivity.powers)
 
 
 def _finder(model: nn.Module, budget: Budget, costing: Costing, options: SearchOptions) -> Finder:

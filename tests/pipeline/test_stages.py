@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import groupify
 from groupify.measure.latency_table import LatencyTable
+from groupify.planning import durations, race
 from groupify.planning.budget import Budget
 from groupify.planning.durations import Pace
 from groupify.planning.search import SearchOptions, count_stages
@@ -112,6 +114,38 @@ def test_stages_of_a_search_are_counted() -> None:
         (latency, table, True, 2), (latency, table, False, 1),
     ):  # fmt: skip
         assert count_stages(budget, options, images=images) == count
+
+
+def test_a_device_is_waited_for_before_the_clock_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    class Net(nn.Conv2d):
+        def forward(self, images: Tensor) -> Tensor:
+            done.append("run")
+            return super().forward(images)
+
+    def clock() -> float:
+        done.append("clock")
+        return 1.0
+
+    monkeypatch.setattr(durations, "synchronise", lambda device: done.append("wait"))
+    monkeypatch.setattr("groupify.planning.durations.time.perf_counter", clock)
+    assert Pace(Net(3, 4, 3), (3, 8, 8), 100).seconds == 0
+    assert done == ["wait", "clock", "run", "wait", "clock"] * 2
+
+
+def test_a_plan_that_nothing_comes_near_is_not_said_to_be_converted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, images = cli_nets.net(64).eval(), torch.randn(64, 3, 8, 8)
+    rules = groupify.Rules(min_group_width=1)
+    monkeypatch.setattr(race, "_FAR_BEHIND", 1.0)
+    found = groupify.compress(net, images, budget="macs=50%", rules=rules, progress=True)
+    assert "none comes near the best, so none is converted" in capsys.readouterr().err
+    assert "not measured" in "".join(found.notes)
+    monkeypatch.setattr(race, "_FAR_BEHIND", 1e9)
+    groupify.compress(net, images, budget="macs=50%", rules=rules, progress=True)
+    assert "converting the best plans, compared on 16 held-out" in capsys.readouterr().err
 
 
 def test_estimates_grow_with_the_work() -> None:
