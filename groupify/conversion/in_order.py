@@ -329,7 +329,7 @@ def _clustered(
     if after < before:
         note = "reordered channels would change the outputs; the channels keep their order"
     else:
-        note = "clustering would not have lowered the fitted error; the channels keep their order"
+        note = "another order of the channels would not have brought the outputs nearer; they keep theirs"
     _permute_samples(samples, channels, {i: torch.argsort(order) for i, order in orders.items()})
     clock.lap("clustering")
     return Converted(dense, notes=(note,), kept_before=found.kept_before, kept=found.kept_before)

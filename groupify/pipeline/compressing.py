@@ -84,6 +84,9 @@ def compress(
         ConversionError: the model cannot be converted.
     """
     expect_type(rules, Rules, "rules", "groupify.Rules(...)")
+    expect_type(budget, (str, Budget, type(None)), "budget", 'a text like "latency=2x"')
+    expect_type(search, (SearchOptions, type(None)), "search", "groupify.SearchOptions(...)")
+    expect_type(memory, (int, str, type(None)), "memory", 'bytes, or a text like "2GiB"')
     limit = parse_bytes(memory) if isinstance(memory, str) else memory
     if search is None:
         search = SearchOptions(cache=cache_folder(), seed=seed, progress=progress, memory=limit)

@@ -154,6 +154,9 @@ def tell_preprocessing(source: Source, splits: DataSplits | None) -> None:
         _log.info("preprocessing: %s; recipe and ONNX file do not say it either", unknown(spec.name))
 
 
+_UNLABELLED = "the test images have no labels that are class numbers"
+
+
 def classified(source: Source, splits: DataSplits) -> DataSplits:
     """Return the data, checked against the model's classes."""
     classes = class_count(source)
@@ -166,8 +169,10 @@ def classified(source: Source, splits: DataSplits) -> DataSplits:
         problem = f"{source.spec.name} gives no logits of shape (N, classes)"
     if problem is None:
         return splits
+    unused = "" if problem == _UNLABELLED else f"the labels of {splits.spec} are not used, and "
+    of_which = f" ({splits.spec})" if problem == _UNLABELLED else ""
     warnings.warn(
-        f"the labels of {splits.spec} are not used, and no accuracy is measured: {problem}",
+        f"{unused}no accuracy is measured: {problem}{of_which}",
         GroupifyWarning,
         stacklevel=3,
     )
@@ -182,7 +187,7 @@ def _no_labels(splits: DataSplits) -> str | None:
         _, labels = next(iterate_batches(splits.test, 1, limit=1))
     except DataError as error:  # of the labels: the inputs have been looked at
         return str(error)
-    return "the test images have no labels" if int(labels[0]) == UNLABELLED else None
+    return _UNLABELLED if int(labels[0]) == UNLABELLED else None
 
 
 def class_count(source: Source) -> int | None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from groupify.errors import PlanError, near_names
+from groupify.errors import PlanError, expect_type, near_names
 
 _ALL = "*"
 _PART = re.compile(r"(?:(?P<pattern>[^=]+)=)?(?P<count>-?\d+)", re.ASCII)
@@ -29,6 +29,7 @@ class GroupCounts:
 
         Raises:
             PlanError: a number below 1, none above 1, or a text that is not of this form.
+            WrongTypeError: something else.
         """
         if isinstance(given, GroupCounts):
             return given
@@ -36,6 +37,9 @@ class GroupCounts:
             return cls.of(dict(map(_parsed, given.split(","))))
         if isinstance(given, int):
             given = {_ALL: given}
+        expect_type(given, Mapping, "groups", 'a number, or numbers by name like {"*": 4, "layer3.*": 8}')
+        for pattern, count in given.items():
+            expect_type(count, int, f"the number of groups of {pattern!r}", "a whole number, like 4")
         for pattern, count in given.items():
             if count < 1:
                 where = "" if pattern == _ALL else f" for {pattern!r}"

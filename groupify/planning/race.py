@@ -149,9 +149,9 @@ class Race:
         needed = judge.images_for(drop, self._confidence(1))
         if needed is not None:
             raise PlanError(
-                f"drop={drop:g} cannot be told on {judge}: were no class changed on them, others may still "
-                f"lose more; {needed} are the fewest that tell, a quarter of the images where none are held "
-                "out for it: give more, or allow a larger drop"
+                f"drop={drop:g} cannot be told on {judge}: a plan that changes the class of none of them may "
+                f"still lose more on others, until there are {needed}; give more images (of a tensor a "
+                "quarter is held out), or allow a larger drop"
             )
 
     @property

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from groupify.conversion.conversion import Calibration, convert
 from groupify.data.calls import Inputs
-from groupify.errors import PlanError, SpecError
+from groupify.errors import PlanError, SpecError, expect_type
 from groupify.graph.call import Call, Example, as_call, one_example
 from groupify.graph.capture import Captured, capture
 from groupify.graph.forward import run_once
@@ -180,6 +180,10 @@ def plan_for_budget(
             the drop comes without images, or for a model without class scores.
         ConversionError: the model does not run on such inputs, or cannot be converted.
     """
+    expect_type(rules, Rules, "rules", "groupify.Rules(...)")
+    expect_type(options, SearchOptions, "options", "groupify.SearchOptions(...)")
+    expect_type(budget, (str, Budget, type(None)), "budget", 'a text like "latency=2x"')
+    expect_type(images, (Images, Tensor, type(None)), "images", "a tensor (N, C, H, W), or groupify.Images")
     model = unwrapped(model)
     example = one_example(input_shape, example_inputs)
     if isinstance(budget, str):

@@ -12,7 +12,7 @@ from torch import nn
 
 from groupify.conversion.replaceable import LeftAlone, shared_weights
 from groupify.conversion.surgery import conv_shape, why_not_several
-from groupify.errors import GroupifyWarning, PlanError
+from groupify.errors import GroupifyWarning, PlanError, expect_type
 from groupify.graph.call import Call, Example, as_call, one_example, shape_of
 from groupify.graph.plain_layers import Conv
 from groupify.models.wrappers import unseen_layers, unwrapped
@@ -82,6 +82,7 @@ def plan(
         GroupifyWarning: convs are expected to be slower with groups; where ``min_group_width`` is a number,
             or the plan is for int8.
     """
+    expect_type(rules, Rules, "rules", "groupify.Rules(...)")
     counts = GroupCounts.of(groups)
     model = unwrapped(model)
     example = one_example(input_shape, example_inputs)

@@ -27,7 +27,7 @@ def race_lines(result: BudgetPlan) -> tuple[str, ...]:
     """Return what was asked for, what won, and against what."""
     winner = result.winner
     costs = ", ".join(shown(name, amount, result.dense_costs[name]) for name, amount in winner.costs.items())
-    lines = [f"planned for {result.budget}: {costs}; losses predicted by: {result.method}"]
+    lines = [f"planned for {result.budget}: {costs}; what a plan loses is predicted by: {result.method}"]
     others = [contender for contender in result.contenders[1:] if contender.uniform != winner.uniform]
     lines.append("; against ".join(map(_of_contender, (winner, *others[:1]))))
     latencies = result.costing.latencies
@@ -44,15 +44,15 @@ def race_lines(result: BudgetPlan) -> tuple[str, ...]:
 def _of_contender(contender: Contender) -> str:
     measured = contender.measured
     if measured is None:
-        return f"{contender.name}: predicted loss {contender.loss:.4g}, not measured"
+        return f"{contender.name}: predicted to lose {contender.loss:.4g}, not converted to be measured"
     if measured.drop is None:
         return (
             f"{contender.name}: measured relative error of the outputs {measured.divergence:.4g} on held-out "
-            f"images (predicted loss {contender.loss:.4g})"
+            f"images (predicted to lose {contender.loss:.4g})"
         )
     return (
-        f"{contender.name}: measured divergence {measured.divergence:.4g}, drop {measured.drop:.2f} points "
-        f"on {_images(contender)} (predicted loss {contender.loss:.4g})"
+        f"{contender.name}: measured class probabilities off by {measured.divergence:.4g} nats, accuracy down "
+        f"by {measured.drop:.2f} points on {_images(contender)} (predicted to lose {contender.loss:.4g})"
     )
 
 

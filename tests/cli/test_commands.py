@@ -487,7 +487,7 @@ def test_a_budget_is_planned_saved_and_converted(run: Run, tmp_path: Path, cache
     )  # fmt: skip
     assert outcome.code == 0
     assert "planned for macs=60%: macs" in outcome.out
-    assert "measured divergence" in outcome.out
+    assert "measured class probabilities off by" in outcome.out
     assert "← asked budget" in outcome.out
     assert list(cache.glob("sensitivity-*.json"))
     saved = json.loads(path.read_text())

@@ -376,3 +376,25 @@ def test_wrong_types_get_a_sentence(
 def test_a_wrong_type_is_a_type_error_as_well() -> None:
     assert issubclass(WrongTypeError, TypeError)
     assert issubclass(WrongTypeError, SpecError)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"budget": 3}, "budget is a int: expected a text like"),
+        ({"groups": 2.5}, "groups is a float: expected a number, or numbers by name"),
+        ({"groups": {"*": 2.5}}, r"the number of groups of '\*' is a float"),
+        ({"search": 3}, "search is a int: expected groupify.SearchOptions"),
+        ({"memory": 2.5}, "memory is a float: expected bytes"),
+    ],
+)
+def test_arguments_of_another_type_get_a_sentence(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(WrongTypeError, match=says):
+        groupify.compress(nn.Conv2d(8, 16, 3), torch.randn(4, 8, 8, 8), **given)
+
+
+@pytest.mark.parametrize("name", ["rules", "options", "budget", "images"])
+def test_so_do_those_of_a_search(name: str) -> None:
+    given: dict[str, Any] = {"budget": "macs=50%", "images": torch.randn(4, 8, 8, 8), name: 3}
+    with pytest.raises(WrongTypeError, match=f"{name} is a int: expected"):
+        groupify.plan_for_budget(nn.Conv2d(8, 16, 3), (8, 8, 8), **given)
