@@ -15,7 +15,15 @@ def asked_lines(report: Report) -> Iterator[str]:
     """Yield a line for each limit of the budget: ``asked drop=0.5: lost 0.31 ± 0.22 points …``."""
     if report.budget is not None:
         for limit in Budget.parse(report.budget).limits:
-            yield f"asked {limit.text}: {_got(limit, report)}"
+            yield f"asked {_said(limit)}: {_got(limit, report)}"
+
+
+def _said(limit: Limit) -> str:
+    """The limit as people say it: a latency as how many times less."""
+    if limit.quantity != LATENCY or not limit.relative:
+        return limit.text
+    base = ":float32" if limit.of_float32 else ""
+    return f"{limit.quantity}={1 / limit.value:.4g}x{base}"
 
 
 def _got(limit: Limit, report: Report) -> str:

@@ -51,8 +51,8 @@ def _of_contender(contender: Contender) -> str:
             f"images (predicted to lose {contender.loss:.4g})"
         )
     return (
-        f"{contender.name}: measured class probabilities off by {measured.divergence:.4g} nats, accuracy down "
-        f"by {measured.drop:.2f} points on {_images(contender)} (predicted to lose {contender.loss:.4g})"
+        f"{contender.name}: measured class probabilities off by {measured.divergence:.4g} nats, accuracy "
+        f"down by {measured.drop:.2f} points on {_images(contender)} (predicted to lose {contender.loss:.4g})"
     )
 
 

@@ -48,7 +48,8 @@ def milliseconds(value: float | None) -> str:
 
 def points(value: float, digits: int = 2) -> str:
     """``-1.153`` → ``−1.15``."""
-    return f"{value:+.{digits}f}".replace("-", "−")
+    rounded = round(value, digits) + 0.0  # no minus in front of nothing
+    return f"{rounded:+.{digits}f}".replace("-", "−")
 
 
 def plural(number: int, word: str) -> str:

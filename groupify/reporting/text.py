@@ -63,7 +63,8 @@ def markdown(runs: Sequence[Run]) -> str:
         title = title if len(runs) == 1 else f"{html.escape(run.name)}: {title}"
         table = site_table(sites).markdown()
         parts.append(f"<details><summary>{title}</summary>\n\n{table}\n\n</details>")
-    parts += [f"<sub>{escape(line)}</sub>" for line in _machines(runs)]
+    said = [(f"{run.name}: " if len(runs) > 1 else "") + line for run in runs for line in _said(run.report)]
+    parts += [f"<sub>{escape(line)}</sub>" for line in (*said, *_machines(runs))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -157,7 +158,7 @@ def export_lines(result: ExportResult) -> Iterator[str]:
     paths = (f"{path} ({Path(path).stat().st_size} bytes)" for path in result.files.values())
     yield (
         f"wrote {', '.join(paths)}, opset {result.exported.opset}; "
-        f"ONNX Runtime against PyTorch: largest difference {result.parity.max_abs_diff:.1e}"
+        f"ONNX Runtime against PyTorch: largest difference {result.parity.max_abs_diff:.1e}{_sizes(result)}"
     )
     if result.int8 is not None:
         yield int8_line(result.int8)
@@ -168,6 +169,12 @@ def export_lines(result: ExportResult) -> Iterator[str]:
             f"({100 * agreement.max_rel_diff:.2g}% of the output) to float32"
         )
     yield from (f"note: {note}" for note in result.notes)
+
+
+def _sizes(result: ExportResult) -> str:
+    """At which sizes a file of any size was checked."""
+    shapes = ["×".join(map(str, shape)) for shape in result.parity.shapes]
+    return f", at {' and '.join(shapes)}" if len(shapes) > 1 else ""
 
 
 def print_bench(result: BenchResult, console: Console) -> None:

@@ -436,6 +436,7 @@ def test_files_of_any_size(run: Run, tmp_path: Path) -> None:
     converted = run("convert", *net, "-g", 2, "--precision", "both", "-o", "any", "--dynamic-size")
     half = run("export", *net, "--precision", "float16", "-o", "half.onnx", "--dynamic-size")
     assert (converted.code, half.code) == (0, 0), converted.err + half.err
+    assert ", at 3×8×8 and 3×9×11" in half.out
     for file in ("any/model.onnx", "any/model.int8.onnx", "half.onnx"):
         dims = onnx.load(str(tmp_path / file)).graph.input[0].type.tensor_type.shape.dim
         assert [dim.dim_param or dim.dim_value for dim in dims] == ["batch", 3, "height", "width"]

@@ -45,12 +45,12 @@ def test_costs_and_latency() -> None:
     assert lines == [
         "asked macs=90%: got 81.5%, 128M of 157M",
         "asked params=20000: got 15.8k of 34.3k",
-        "asked latency=50%: got 2.13× (2.04–2.20) (1 thread, batch 1)",
+        "asked latency=2x: got 2.13× (2.04–2.20) (1 thread, batch 1)",
     ]
     assert _asked("latency=12ms", latency_ms=_timed(2.0, 1.9, 2.1)) == [
         "asked latency=12ms: got 5.00 ms (1 thread, batch 1)"
     ]
-    assert _asked("latency=2x", latency_ms=None) == ["asked latency=50%: not timed"]
+    assert _asked("latency=2x", latency_ms=None) == ["asked latency=2x: not timed"]
 
 
 def test_an_int8_plan_is_told_by_its_int8_file() -> None:
@@ -70,6 +70,7 @@ def test_what_was_asked_and_the_preprocessing_are_in_every_form() -> None:
     assert "asked macs=90%: got 81.5%" in text
     assert "shorter side to 256, then the middle 224×224, bicubic" in text
     assert "Asked macs=90%: got 81.5%" in page
+    assert "<sub>asked macs=90%: got 81.5%" in markdown([run])
     assert "shorter side to 256" in page
 
 

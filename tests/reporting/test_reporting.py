@@ -15,7 +15,7 @@ from groupify.models.specs import WeightsOrigin
 from groupify.onnx.parity import Parity
 from groupify.onnx.runtime import BlockedConvs
 from groupify.reporting.document import clean
-from groupify.reporting.formatting import count, ratio, shape, size
+from groupify.reporting.formatting import count, points, ratio, shape, size
 from groupify.reporting.results import AccuracyChange, LatencyChange, Report
 from groupify.reporting.sites import print_plan
 from groupify.reporting.tables import stdout_console
@@ -265,6 +265,10 @@ def test_count(number: float, text: str) -> None:
 )
 def test_size(number: float, text: str) -> None:
     assert size(number) == text
+
+
+def test_no_minus_in_front_of_nothing() -> None:
+    assert [points(value) for value in (-0.0, -0.001, 0.004, -0.75)] == ["+0.00", "+0.00", "+0.00", "−0.75"]
 
 
 def test_ratio_and_shape() -> None:
