@@ -89,6 +89,7 @@ class Compressed(Conversion):
                 accuracy=self.accuracy,
                 weights=self.source.weights,
                 notes=self.notes,
+                preprocessing=self.source.spec.preprocessing,
             )
         )
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from groupify.conversion.site_fit import SiteFit
+from groupify.models.preprocessing import Preprocessing
 from groupify.models.specs import WeightsOrigin
 from groupify.reporting.formatting import count, percent, ratio, size
 from groupify.reporting.results import AccuracyChange
@@ -31,6 +32,7 @@ class Outcome:
         accuracy: top-1 on the test part, as far as measured.
         weights: where the dense ones came from.
         notes: what the reader should know.
+        preprocessing: how images become inputs; None where nothing says it.
     """
 
     title: str
@@ -42,6 +44,7 @@ class Outcome:
     accuracy: AccuracyChange
     weights: WeightsOrigin
     notes: tuple[str, ...] = ()
+    preprocessing: Preprocessing | None = None
 
 
 def outcome_text(outcome: Outcome) -> str:
@@ -83,11 +86,22 @@ def _lines(outcome: Outcome) -> Iterator[str]:
     steps = (("dense", accuracy.dense), ("converted", accuracy.converted), ("fine-tuned", accuracy.recovered))
     shown = [f"{title} {percent(value)}" for title, value in steps if value is not None]
     if shown:
-        yield f"top-1 on {accuracy.images} test images: " + " → ".join(shown)
+        yield f"top-1 on {accuracy.images} test images: " + " → ".join(shown) + with_error(accuracy)
     yield f"weights: {outcome.weights.sentence}; {outcome.method}"
+    if outcome.preprocessing is not None:
+        yield f"preprocessing: {outcome.preprocessing}"
     if outcome.fits:
         yield _ERROR
     yield from (f"note: {note}" for note in outcome.notes)
+
+
+def with_error(accuracy: AccuracyChange) -> str:
+    """What was lost, image by image, and the error of that; an empty text where it is not known."""
+    changed = accuracy.changed
+    if changed is None:
+        return ""
+    lost = "lost" if changed.drop >= 0 else "gained"
+    return f", {lost} {abs(changed.drop):.2f} ± {changed.error:.2f} points"
 
 
 def _text(table: Table) -> str:

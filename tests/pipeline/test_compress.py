@@ -6,13 +6,13 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import onnx
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import groupify
 from groupify.data.calibration import calibration_inputs
@@ -398,3 +398,21 @@ def test_so_do_those_of_a_search(name: str) -> None:
     given: dict[str, Any] = {"budget": "macs=50%", "images": torch.randn(4, 8, 8, 8), name: 3}
     with pytest.raises(WrongTypeError, match=f"{name} is a int: expected"):
         groupify.plan_for_budget(nn.Conv2d(8, 16, 3), (8, 8, 8), **given)
+
+
+def test_what_was_lost_is_printed_with_its_error() -> None:
+    source = groupify.load_model("demo")
+    data = groupify.load_data("demo", source.spec)
+    assert data.test is not None
+    part = replace(data, test=Subset(cast(Any, data.test), range(60)))
+    result = groupify.compress(source, part, groups=16, calibration_images=64)
+    changed = result.accuracy.changed
+    assert changed is not None
+    assert changed.images == 60
+    assert result.accuracy.dense is not None
+    assert result.accuracy.converted is not None
+    lost = 100 * (result.accuracy.dense - result.accuracy.converted)
+    assert changed.drop == pytest.approx(lost)
+    assert f" {abs(changed.drop):.2f} ± {changed.error:.2f} points" in repr(result)
+    assert "preprocessing: the whole image to 28×28" in repr(result)
+    assert result.recipe.metrics == {key: getattr(result.accuracy, key) for key in result.recipe.metrics}
