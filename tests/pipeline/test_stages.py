@@ -142,7 +142,7 @@ def test_a_plan_that_nothing_comes_near_is_not_said_to_be_converted(
     monkeypatch.setattr(race, "_FAR_BEHIND", 1.0)
     found = groupify.compress(net, images, budget="macs=50%", rules=rules, progress=True)
     assert "none comes near the best, so none is converted" in capsys.readouterr().err
-    assert "not measured" in "".join(found.notes)
+    assert "not converted to be measured" in "".join(found.notes)
     monkeypatch.setattr(race, "_FAR_BEHIND", 1e9)
     groupify.compress(net, images, budget="macs=50%", rules=rules, progress=True)
     assert "converting the best plans, compared on 16 held-out" in capsys.readouterr().err
