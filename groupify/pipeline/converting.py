@@ -164,7 +164,10 @@ def on_cpu(result: Compressed) -> Compressed:
     """Return a result whose models are on the CPU, where they are written, exported and timed."""
     tuned = result.tuned
     if tuned is not None:
-        tuned = replace(tuned, model=cpu_copy(tuned.model), last_model=cpu_copy(tuned.last_model))
+        tuned = replace(
+            tuned, model=cpu_copy(tuned.model), last_model=cpu_copy(tuned.last_model),
+            given_model=cpu_copy(tuned.given_model),
+        )  # fmt: skip
     source = replace(result.source, model=cpu_copy(result.source.model))
     return replace(result, model=cpu_copy(result.model), source=source, tuned=tuned)
 

@@ -35,13 +35,14 @@ from groupify.pipeline.subject import Subject
 from groupify.pipeline.timing import Timed, latency_notes, time_against_dense, timing_seconds
 from groupify.reporting.html import report_page
 from groupify.reporting.read import REPORT_FILE, Run, earlier_runs
-from groupify.reporting.results import Report, UniformRun
+from groupify.reporting.results import ChosenStep, Report, UniformRun
 from groupify.stages import Stages
 from groupify.structures import FLOAT32, Change, FilePrecision
 from groupify.training.finetuning import FinetuneResult
 from groupify.training.state import Checkpointing
 
-LAST_FILE = "last.safetensors"
+# Beside the weights that were chosen: those before a training, and those of its last step.
+_OTHER_WEIGHTS = {"weights_before_training": "before.safetensors", "last_weights": "last.safetensors"}
 PAGE_FILE = "report.html"
 # Stages: exporting, timing.
 _WRITING = 2
@@ -203,9 +204,8 @@ def _write(output: _Output, result: Compressed, uniform: dict[Path, UniformRun])
 def _write_model(output: _Output, result: Compressed) -> Exported:
     """Write recipe, weights and ONNX file."""
     recipe = write_artefact(output.folder, result.model, result.recipe)
-    last = _other_last(result.tuned)
-    if last is not None:
-        _write_last(output.folder, last)
+    for role, model in _other_models(result.tuned).items():
+        _write_weights(output.folder / _OTHER_WEIGHTS[role], model)
     paths: dict[FilePrecision, Path] = {FLOAT32: output.aside / model_file(FLOAT32)}
     for precision in output.request.export.precisions:
         paths[precision] = output.folder / model_file(precision)
@@ -215,17 +215,20 @@ def _write_model(output: _Output, result: Compressed) -> Exported:
     )  # fmt: skip
 
 
-def _other_last(tuned: FinetuneResult | None) -> nn.Module | None:
-    """Return the model of the last step, where it was trained and its weights are others than the best."""
-    return None if tuned is None or tuned.best_step == tuned.steps else tuned.last_model
+def _other_models(tuned: FinetuneResult | None) -> dict[str, nn.Module]:
+    """Return the models of a training that were not chosen, by role."""
+    if tuned is None:
+        return {}
+    chosen = {"weights_before_training": tuned.best_step == 0, "last_weights": tuned.best_step == tuned.steps}
+    models = {"weights_before_training": tuned.given_model, "last_weights": tuned.last_model}
+    return {role: model for role, model in models.items() if not chosen[role]}
 
 
-def _write_last(folder: Path, last: nn.Module) -> None:
-    """Write the weights of the last step beside the best ones."""
+def _write_weights(path: Path, model: nn.Module) -> None:
     # Clones: safetensors refuses tensors that share memory, as tied weights do.
-    state = {name: value.clone().contiguous() for name, value in last.state_dict().items()}
+    state = {name: value.clone().contiguous() for name, value in model.state_dict().items()}
     # Not by save_file, whose files only their owner can read.
-    (folder / LAST_FILE).write_bytes(safetensors.torch.save(state, {"format": "pt"}))
+    path.write_bytes(safetensors.torch.save(state, {"format": "pt"}))
 
 
 def make_report(result: Compressed, exported: Exported, timed: Timed) -> Report:
@@ -249,6 +252,7 @@ def make_report(result: Compressed, exported: Exported, timed: Timed) -> Report:
         fits=result.fits,
         accuracy=result.accuracy,
         history=() if tuned is None else tuned.history,
+        chosen=None if tuned is None else ChosenStep(tuned.best_step, tuned.validation_images),
         onnx_bytes=Change(timed.dense_file.file_bytes, exported.file.file_bytes),
         parity=exported.parity,
         latency_ms=timed.latency,
@@ -275,9 +279,9 @@ def _notes(result: Compressed) -> tuple[str, ...]:
 def _files(output: _Output, result: Compressed, exported: Exported) -> dict[str, str]:
     """Return what is in the folder, by role, under the name that it will have."""
     files = {
-        "last_weights": None if _other_last(result.tuned) is None else LAST_FILE,
         "recipe": RECIPE_FILE,
         "weights": WEIGHTS_FILE,
+        **{role: _OTHER_WEIGHTS[role] for role in _other_models(result.tuned)},
         **{
             FILE_ROLES[precision]: path.name
             for precision, path in exported.paths.items()
@@ -286,7 +290,7 @@ def _files(output: _Output, result: Compressed, exported: Exported) -> dict[str,
         "report": REPORT_FILE,
         "page": PAGE_FILE,
     }
-    return {role: str(output.request.folder / name) for role, name in files.items() if name is not None}
+    return {role: str(output.request.folder / name) for role, name in files.items()}
 
 
 def _write_report(output: _Output, report: Report) -> None:

@@ -30,6 +30,7 @@ from groupify.reporting.formatting import (
 from groupify.reporting.read import Run
 from groupify.reporting.results import Report
 from groupify.reporting.summary import comparison_sentence, totals, verdict
+from groupify.reporting.trained import training_lines
 from groupify.reporting.variants import (
     DENSE,
     GROUPED,
@@ -87,6 +88,7 @@ def report_page(run: Run, others: Sequence[Run] = ()) -> str:
         title=f"{report.model} · {run.name}",
         verdict=verdict(report),
         asked=list(asked_lines(report)),
+        trained=list(training_lines(report)),
         tiles=_tiles(report),
         precisions=None if report.int8 is None else variants_table(report),
         plane=_plane([*_points_of(report), *_points_of_runs(others, "other")], _steps(report)),
@@ -239,13 +241,18 @@ def _dense_of_first(runs: Sequence[Run]) -> Iterator[Point]:
 
 
 def _curves(report: Report) -> list[tuple[str, str]]:
-    """Validation accuracy and training loss over the fine-tune, name and SVG; none without training."""
+    """Losses and accuracy over the fine-tune, name and SVG; none without training."""
     history = report.history
     if len(history) < 2:
         return []
     accuracies = [(row.epoch, 100 * row.validation_top1) for row in history]
     losses = [(row.epoch, row.loss) for row in history if row.loss is not None]
-    curves = (("Validation accuracy", "top-1, %", accuracies), ("Training loss", "loss", losses))
+    validated = [(row.epoch, row.validation_loss) for row in history]
+    curves = (
+        ("Validation loss", "loss", validated),
+        ("Validation accuracy", "top-1, %", accuracies),
+        ("Training loss", "loss", losses),
+    )
     return [(name, _curve(name, title, values)) for name, title, values in curves if values]
 
 

@@ -53,6 +53,19 @@ class AccuracyChange:
 
 
 @dataclass(frozen=True)
+class ChosenStep:
+    """Which weights of a fine-tune were chosen, by the loss on held-out images.
+
+    Attributes:
+        step: steps behind which they were validated; 0 = the weights before the training.
+        images: held-out images.
+    """
+
+    step: Count
+    images: Count
+
+
+@dataclass(frozen=True)
 class LatencyChange:
     """Median latency in ONNX Runtime.
 
@@ -167,6 +180,7 @@ class Report(Document):
         fits: how well each site was fitted.
         accuracy: top-1 on the test part.
         history: validation history of the fine-tune.
+        chosen: which weights of it the model has; None without training.
         onnx_bytes: size of the ONNX files; None where there are none.
         parity: ONNX Runtime against PyTorch.
         latency_ms: dense against grouped; None where not timed.
@@ -213,6 +227,7 @@ class Report(Document):
     fits: tuple[SiteFit, ...] = ()
     accuracy: AccuracyChange = field(default_factory=AccuracyChange)
     history: tuple[FinetuneRow, ...] = ()
+    chosen: ChosenStep | None = None
     onnx_bytes: Change[Count] | None = None
     parity: Parity | None = None
     latency_ms: LatencyChange | None = None

@@ -18,6 +18,7 @@ from groupify.reporting.results import ExportResult, Int8File, Report, UniformRu
 from groupify.reporting.sites import print_sites, site_table
 from groupify.reporting.summary import comparison_sentence, comparison_table, totals_table, verdict
 from groupify.reporting.tables import Table, escape, is_narrow, print_lines
+from groupify.reporting.trained import training_lines
 from groupify.reporting.variants import variants_table
 from groupify.structures import FLOAT32, INT8
 
@@ -95,6 +96,7 @@ def report_lines(report: Report) -> Iterator[str]:
     shown = [f"{title} {percent(value)}" for title, value in steps if value is not None]
     if shown:
         yield f"top-1 on {accuracy.images} test images: " + " → ".join(shown) + with_error(accuracy)
+    yield from training_lines(report)
     yield f"weights: {report.weights.sentence}; {report.calibration}"
     yield from _said(report)
     if report.parity is not None:

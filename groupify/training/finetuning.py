@@ -33,16 +33,18 @@ class FinetuneResult:
     Attributes:
         model: a new model with the best weights of all validations, in eval mode.
         last_model: the same with the weights of the last step.
+        given_model: the same with the weights as they were given.
         history: one row per validation, the first before any step.
-        best_step: the step of ``model``'s weights; 0 = nothing came near the given weights.
+        best_step: the step of ``model``'s weights; 0 = the given weights.
         steps: steps done.
         validation_images: number of held-out images.
         seconds: duration, validation included.
-        settings: as given.
+        settings: as given, with what followed from what the model had lost.
     """
 
     model: nn.Module
     last_model: nn.Module
+    given_model: nn.Module
     history: tuple[FinetuneRow, ...]
     best_step: int
     steps: int
@@ -58,7 +60,12 @@ class FinetuneResult:
     @property
     def best_validation_top1(self) -> float:
         """Accuracy of the returned weights on the held-out images, a fraction."""
-        return next(row.validation_top1 for row in self.history if row.step == self.best_step)
+        return self.best.validation_top1
+
+    @property
+    def best(self) -> FinetuneRow:
+        """The validation of the returned weights."""
+        return next(row for row in self.history if row.step == self.best_step)
 
 
 def finetune(
@@ -76,11 +83,10 @@ def finetune(
 ) -> FinetuneResult:
     """Train a converted model further: cross-entropy and distillation from the dense model.
 
-    Part of the training data is held out, and the best weights on it are returned; the given ones where
-    they are better than all others by more than one standard error, since the dense model was trained on
-    the held-out images, too. ``data.test`` is never read. The same call gives the same weights, bit for
-    bit on a CPU with the same number of threads, also when it was killed in between and resumed. Works on
-    the student's device.
+    Part of the training data is held out, and the weights with the least loss on it are returned; the given
+    ones unless the loss falls by more than its standard error. ``data.test`` is never read. The same call
+    gives the same weights, bit for bit on a CPU with the same number of threads, also when it was killed in
+    between and resumed. Works on the student's device.
 
     In a process group (``distributed``) each step's batch is divided among the processes, batch norms
     use the statistics of the whole batch, and every process returns the same result, which is that of
@@ -108,8 +114,8 @@ def finetune(
         ArtefactError: a state or log that cannot be read or written.
 
     Warns:
-        GroupifyWarning: the loss is no longer finite; training stopped. Or an augmentation is asked of data
-            that has none, or bfloat16 of a CPU that is slow in it.
+        GroupifyWarning: a gradient is not finite; training stopped before that step. Or an augmentation is
+            asked of data that has none, or bfloat16 of a CPU that is slow in it.
     """
     settings = settings or FinetuneSettings()
     start = time.perf_counter()
@@ -134,12 +140,13 @@ def finetune(
     return FinetuneResult(
         model=_with_state(student, training.history.best_state),
         last_model=_with_state(student, learner.evaluated.state_dict()),
+        given_model=_with_state(student, unwrapped(student).state_dict()),
         history=tuple(training.history.rows),
         best_step=training.history.best.step,
         steps=training.step,
         validation_images=training.validation.images,
         seconds=time.perf_counter() - start,
-        settings=settings,
+        settings=training.settings,
     )
 
 

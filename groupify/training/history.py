@@ -14,35 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from groupify.data.batches import UNLABELLED, Data, check_labels
-from groupify.data.calls import Inputs, iterate_calls
-from groupify.data.ranks import ALONE, Ranks
 from groupify.documents import Measured
 from groupify.errors import ArtefactError, SpecError
-from groupify.scores import class_scores
-from groupify.training.objective import as_input, autocast
 from groupify.training.settings import FinetuneSettings
-
-
-@dataclass(frozen=True)
-class Validation:
-    """How a model does on held-out images.
-
-    Attributes:
-        top1: share of the images whose top class is the label, or the teacher's top class.
-        loss: mean cross-entropy against the same.
-        images: number of images.
-        classes: number of the model's outputs.
-    """
-
-    top1: float
-    loss: Measured
-    images: int
-    classes: int
+from groupify.training.validation import Gain
 
 
 @dataclass(frozen=True)
@@ -58,6 +35,7 @@ class FinetuneRow:
         validation_top1: share of the held-out images whose top class is right, a fraction; with
             ``labels=False``, is the teacher's.
         validation_loss: cross-entropy on the held-out images, against the same.
+        gain: how much less that is than at step 0; None at step 0.
     """
 
     step: int
@@ -67,6 +45,7 @@ class FinetuneRow:
     images_per_second: float | None
     validation_top1: float
     validation_loss: Measured
+    gain: Gain | None = None
 
 
 class History:
@@ -83,19 +62,18 @@ class History:
         self.best = next(row for row in rows if row.step == best_step)
         self.best_state = best_state
 
-    def add(self, row: FinetuneRow, model: nn.Module, images: int) -> None:
-        """Note a validation on so many images; ``model``'s weights are kept if they are the best.
+    def add(self, row: FinetuneRow, model: nn.Module) -> None:
+        """Note a validation; ``model``'s weights are kept if they are the best.
 
-        The loss decides between equals. The given weights have an advantage: the dense model was trained on
-        the held-out images, and the fit may have seen some. They win only by more than one standard error of
-        their own accuracy.
+        The loss decides, since the accuracy is too coarse. The given weights stay unless it falls by more
+        than its standard error, image by image: the dense model was trained on the held-out images as a rule,
+        and the given weights are the nearer to it.
         """
         self.rows.append(row)
-        bar = self.best.validation_top1
         if self.best.step == 0:
-            better = row.validation_top1 >= bar - math.sqrt(bar * (1 - bar) / images)
+            better = row.gain is not None and row.gain.is_real
         else:
-            better = (row.validation_top1, -row.validation_loss) > (bar, -self.best.validation_loss)
+            better = row.validation_loss < self.best.validation_loss
         if better and math.isfinite(row.validation_loss):
             self.best = row
             self.best_state = copy.deepcopy(model.state_dict())
@@ -105,50 +83,6 @@ def validation_points(steps: int, steps_per_epoch: int, settings: FinetuneSettin
     """Return the steps behind which to validate: evenly spread, the last one among them."""
     count = min(steps, math.ceil(steps * settings.validations_per_epoch / steps_per_epoch))
     return {(index + 1) * steps // count for index in range(count)}
-
-
-@torch.no_grad()
-def validate(
-    model: nn.Module,
-    data: Data,
-    settings: FinetuneSettings,
-    teacher: nn.Module | None,
-    ranks: Ranks = ALONE,
-    inputs: Inputs | None = None,
-) -> Validation:
-    """Evaluate ``model`` on held-out images, divided among the ranks; it is left in eval mode.
-
-    Raises:
-        SpecError: images without labels while ``settings.labels`` is set.
-        DataError: bad images or labels.
-    """
-    model.eval()
-    correct = total = classes = 0
-    loss = 0.0
-    for call, labels in iterate_calls(data, settings.batch_size, inputs, share=(ranks.rank, ranks.world)):
-        fitting = as_input(call, model, settings)
-        with autocast(fitting.tensors[0].device, settings):
-            logits = class_scores(fitting.apply(model)).float()
-            classes = logits.shape[1]
-            if settings.labels:
-                targets = _checked(labels, classes).to(logits.device)
-            elif teacher is not None:
-                targets = class_scores(as_input(call, teacher).apply(teacher)).argmax(1).to(logits.device)
-        correct += int((logits.argmax(1) == targets).sum())
-        loss += float(F.cross_entropy(logits, targets, reduction="sum"))
-        total += len(labels)
-    device = next((parameter.device for parameter in model.parameters()), None)
-    all_correct, all_loss, all_images = ranks.sums(correct, loss, total, device=device)
-    if ranks.world > 1:  # a rank may have had no images
-        classes = int(ranks.gather(torch.tensor([classes], device=device)).max())
-    return Validation(all_correct / all_images, all_loss / all_images, int(all_images), classes)
-
-
-def _checked(labels: Tensor, classes: int) -> Tensor:
-    if bool((labels == UNLABELLED).any()):
-        raise SpecError("the training images have no labels: distil only, with labels 'none' (labels=False)")
-    check_labels(labels, classes)
-    return labels
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,9 @@ from groupify.training.settings import FinetuneSettings
 from groupify.training.shared_norm import synchronise_batch_norms
 from groupify.training.state import optimizer_tensors, set_optimizer_tensors, with_prefix, without_prefix
 
+_SCALE = "scale"  # of a group of parameters: what the learning rate is multiplied by
+_SMALLEST_SCALE = 1e-3
+
 
 class Learner:
     """A student in training.
@@ -71,8 +74,10 @@ class Learner:
         whole: int,
         learning_rate: float,
         tell: Callable[[Tensor, Tensor, int], None],
-    ) -> None:
+    ) -> bool:
         """Learn from a batch.
+
+        Returns False, and leaves the weights as they are, where a gradient is not finite.
 
         Args:
             number: of the step, from 1.
@@ -85,7 +90,7 @@ class Learner:
         if self.augment is not None:
             call = Call((self.augment(call.tensors[0], self.augmentation),))
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get(_SCALE, 1.0)
         self.wrapped.train()
         if self.settings.freeze_batch_norms:
             freeze_batch_norms(self.model)
@@ -97,9 +102,14 @@ class Learner:
             with self._synchronising(part == parts):
                 loss, correct = self._backward(some, targets, whole)
             tell(loss, correct, some.batch_size)
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        # Those of all ranks, so that all of them stop at the same step.
+        if not torch.nn.utils.get_total_norm(gradients).isfinite():
+            return False
         self.optimizer.step()
         if self.average is not None:
             self.average.update(self.model, number)
+        return True
 
     def _backward(self, call: Call, labels: Tensor, whole: int) -> tuple[Tensor, Tensor]:
         inputs = as_input(call, self.model, self.settings)
@@ -163,21 +173,29 @@ class AveragedWeights:
 def make_optimizer(model: nn.Module, settings: FinetuneSettings) -> torch.optim.Optimizer:
     """Return SGD or AdamW with weight decay on weights of two or more dimensions alone.
 
+    The groups of AdamW hold a tensor each, and what its learning rate is to be multiplied by, ``scale``.
+
     Raises:
         SpecError: no parameter requires gradients.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise SpecError("no parameter of the model requires gradients: there is nothing to train")
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    used = [group for group in groups if group["params"]]
-    rate, momentum = settings.peak_learning_rate, settings.momentum
+    momentum = settings.momentum
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(used, lr=rate, betas=(momentum, 0.999))
-    return torch.optim.SGD(used, lr=rate, momentum=momentum, nesterov=momentum > 0)
+        alone = [{**_group([parameter], settings), _SCALE: _scale(parameter)} for parameter in parameters]
+        return torch.optim.AdamW(alone, betas=(momentum, 0.999))
+    split = [[p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]]
+    groups = [_group(some, settings) for some in split if some]
+    return torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=momentum > 0)
+
+
+def _group(parameters: list[nn.Parameter], settings: FinetuneSettings) -> dict[str, Any]:
+    return {"params": parameters, "weight_decay": settings.weight_decay if parameters[0].dim() > 1 else 0.0}
+
+
+def _scale(parameter: Tensor) -> float:
+    return max(float(parameter.detach().float().square().mean().sqrt()), _SMALLEST_SCALE)
 
 
 def freeze_batch_norms(model: nn.Module) -> None:

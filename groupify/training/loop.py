@@ -32,8 +32,6 @@ from groupify.training.history import (
     History,
     LogSettings,
     TrainingLog,
-    Validation,
-    validate,
     validation_points,
 )
 from groupify.training.holdout import CallBatch, TrainingPart, checksum_of, order_seed
@@ -54,6 +52,7 @@ from groupify.training.state import (
     without_prefix,
     write_state,
 )
+from groupify.training.validation import Gain, Validation, divergence, gain_of, validate
 
 
 class _Running:
@@ -98,20 +97,21 @@ class Training:
         checkpointing: Checkpointing | None = None,
     ) -> None:
         self.learner = learner
-        self.settings, self.ranks = learner.settings, learner.ranks
+        self.ranks = learner.ranks
         self.part, self.held_out = part, held_out
         self.inputs = part.inputs
-        self.steps = max(1, round(self.settings.epochs * part.steps_per_epoch))
+        self.steps = max(1, round(learner.settings.epochs * part.steps_per_epoch))
         self.checkpointing = checkpointing
         self.identity = {} if checkpointing is None else self._identity(data)
         self.step = self.epoch = self.next_batch = self.checksum = 0
         self.since_row, self.since_line = _Running(learner.device), _Running(learner.device)
         self._states: tuple[list[Tensor], Mapping[str, Any]] | None = None
+        self.validation, self.first_losses = self._validate()
+        learner.settings = self.settings = learner.settings.resolved(self._lost())
         if checkpointing is not None and checkpointing.resume and checkpointing.file.exists():
             self._restore(checkpointing)
         else:
-            self.validation = self._validate()
-            first = self._row(None, None, None)
+            first = self._row(None, None, None, None)
             self.history = History([first], 0, copy.deepcopy(learner.evaluated.state_dict()))
 
     def run(self, log: LogSettings | None, *, progress: bool) -> None:
@@ -123,12 +123,14 @@ class Training:
         with closing(TrainingLog(log, self.step)) as journal, self._bar(progress) as bar:
             while self.step < self.steps:
                 rate = learning_rate_at(self.step, self.steps, self.settings)
-                self._train_step(batches, rate)
+                if not self._train_step(batches, rate):
+                    self._end_early(journal, rate)
+                    return
                 bar.update()
                 if self.step % interval == 0 or self.step == self.steps:
                     self._log_line(journal, bar, rate)
-                if self.step in points and not self._validation_point(journal, rate):
-                    return
+                if self.step in points:
+                    self._validation_point(journal, rate)
                 self._save_if_due()
 
     def _bar(self, progress: bool) -> tqdm[Any]:
@@ -137,16 +139,19 @@ class Training:
 
     # one step ----------------------------------------------------------------------------------
 
-    def _train_step(self, batches: Iterator[tuple[CallBatch, int]], rate: float) -> None:
+    def _train_step(self, batches: Iterator[tuple[CallBatch, int]], rate: float) -> bool:
+        """Learn from the next batch; False = that would make weights that are not finite."""
         start = time.perf_counter()
         (call, labels), whole = next(batches)
         if self.settings.labels:
             check_labels(labels, self.validation.classes)
-        self.learner.step(self.step + 1, call, labels, whole, rate, self._add)
+        if not self.learner.step(self.step + 1, call, labels, whole, rate, self._add):
+            return False
         seconds = time.perf_counter() - start
         self.since_row.seconds += seconds
         self.since_line.seconds += seconds
         self.step += 1
+        return True
 
     def _add(self, loss: Tensor, correct: Tensor, images: int) -> None:
         for running in (self.since_row, self.since_line):
@@ -197,28 +202,32 @@ class Training:
 
     # validation and logs -----------------------------------------------------------------------
 
-    def _validation_point(self, journal: TrainingLog, rate: float) -> bool:
-        """Validate and note it; False = the loss is no longer finite."""
+    def _end_early(self, journal: TrainingLog, rate: float) -> None:
+        """Keep what there is when a step cannot be taken: the weights before it are validated, too."""
+        if self.ranks.first:
+            warnings.warn(
+                f"a gradient is not finite at step {self.step + 1}: training stopped before it, and the best "
+                f"weights so far are kept; try a learning rate below {self.settings.learning_rate:g}",
+                GroupifyWarning,
+                stacklevel=4,
+            )
+        if self.history.rows[-1].step < self.step:
+            self._validation_point(journal, rate)
+
+    def _validation_point(self, journal: TrainingLog, rate: float) -> None:
+        """Validate and note it."""
         loss, _, speed = self.since_row.means(self.ranks)
-        if not math.isfinite(loss):
-            if self.ranks.first:
-                warnings.warn(
-                    f"the training loss is {loss} at step {self.step}: training stopped, the best weights so "
-                    f"far are kept; try a learning rate below {self.settings.peak_learning_rate:g}",
-                    GroupifyWarning,
-                    stacklevel=4,
-                )
-            return False
-        self.validation = self._validate()
-        row = self._row(loss, rate, speed)
-        self.history.add(row, self.learner.evaluated, self.validation.images)
+        self.validation, losses = self._validate()
+        gain = gain_of(self.first_losses, losses, self.ranks)
+        row = self._row(loss if math.isfinite(loss) else None, rate, speed, gain)
+        self.history.add(row, self.learner.evaluated)
         self.since_row = _Running(self.learner.device)
         values: dict[str, float | None] = {
             "validation_top1": row.validation_top1,
             "validation_loss": row.validation_loss,
+            "validation_gain": gain.mean,
         }
         journal.write(row.step, row.epoch, values)
-        return True
 
     def _log_line(self, journal: TrainingLog, bar: tqdm[Any], rate: float) -> None:
         loss, accuracy, speed = self.since_line.means(self.ranks)
@@ -236,13 +245,24 @@ class Training:
             refresh=False,
         )
 
-    def _validate(self) -> Validation:
+    def _validate(self) -> tuple[Validation, Tensor]:
         learner = self.learner
         return validate(
-            learner.evaluated, self.held_out, self.settings, learner.teacher, self.ranks, self.inputs
+            learner.evaluated, self.held_out, learner.settings, learner.teacher, self.ranks, self.inputs
         )
 
-    def _row(self, loss: float | None, rate: float | None, speed: float | None) -> FinetuneRow:
+    def _lost(self) -> float | None:
+        """What the student has lost against its teacher, as far as the settings mind."""
+        learner = self.learner
+        if learner.teacher is None or learner.settings.is_resolved:
+            return None
+        return divergence(
+            learner.evaluated, learner.teacher, self.held_out, learner.settings, self.ranks, self.inputs
+        )
+
+    def _row(
+        self, loss: float | None, rate: float | None, speed: float | None, gain: Gain | None
+    ) -> FinetuneRow:
         return FinetuneRow(
             step=self.step,
             epoch=self.step / self.part.steps_per_epoch,
@@ -251,6 +271,7 @@ class Training:
             images_per_second=speed,
             validation_top1=self.validation.top1,
             validation_loss=self.validation.loss,
+            gain=gain,
         )
 
     # state -------------------------------------------------------------------------------------
@@ -258,7 +279,7 @@ class Training:
     def _identity(self, data: str) -> dict[str, Any]:
         """What must be the same for a state to belong to this run."""
         return {
-            "settings": _json_values(dataclasses.asdict(self.settings)),
+            "settings": _json_values(dataclasses.asdict(self.learner.settings)),
             "data": data,
             "number_of_steps": self.steps,
             "steps_per_epoch": self.part.steps_per_epoch,

@@ -13,11 +13,15 @@ AMP_DTYPES = (None, "bfloat16")
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("cosine", "one-cycle")
 DISTILLATIONS = ("logits", "attention", "none")
-# Peak learning rate and, for each schedule, the share of the steps in which it is reached.
-_LEARNING_RATES = {"sgd": 0.02, "adamw": 1e-3}
+# For each schedule, the share of the steps in which the peak learning rate is reached.
 _WARMUP_FRACTIONS = {"cosine": 0.1, "one-cycle": 0.3}
 # The first learning rate of a one-cycle schedule, as a share of the peak.
 _ONE_CYCLE_START = 1 / 25
+_SGD_RATE = 0.02
+# Of AdamW: relative to the weights, and times the square root of what was lost, nats.
+_RELATIVE_RATE = 0.003
+_RATE_OF_LOST, _HIGHEST_RATE, _LOWEST_RATE = 0.03, 0.01, 0.001
+_MUCH_LOST = 0.3  # nats: the statistics of the batch norms are not to be trusted then
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,11 @@ class FinetuneSettings:
         batch_size: images per step, those of all processes and accumulated parts together.
         accumulate: in how many parts a batch goes through the model; the gradients are summed, so that
             a large batch fits in memory. Batch norms see the parts.
-        optimizer: "sgd", with Nesterov's momentum, or "adamw" (Loshchilov and Hutter, 2019).
-        learning_rate: peak learning rate; None = 0.02 for SGD, 0.001 for AdamW.
+        optimizer: "adamw" (Loshchilov and Hutter, 2019), or "sgd" with Nesterov's momentum.
+        learning_rate: peak learning rate. Of AdamW it is relative to the root mean square of each tensor of
+            weights as given, at least 0.001 (Shazeer and Stern, "Adafactor", 2018): factors that stand one
+            behind the other train as one, however their sizes are divided. None: 0.02 for SGD; for AdamW as
+            much as was lost asks for, 0.001 to 0.01; see ``resolved``.
         schedule: "cosine": linear warm-up, then a half cosine to zero. "one-cycle": from a 25th of the
             peak up and down to zero, both along a half cosine (Smith and Topin, 2019).
         weight_decay: for weights of two or more dimensions; none for biases and norms.
@@ -49,7 +56,8 @@ class FinetuneSettings:
         validations_per_epoch: how often the held-out images are evaluated; at the end as well.
         augment: whether to use the data set's augmentation; it pays in long runs only, since it moves the
             batch norm statistics away from those of plain images.
-        freeze_batch_norms: batch norms keep their statistics and normalise with them in training too.
+        freeze_batch_norms: batch norms keep their statistics and normalise with them in training too. None:
+            with AdamW, unless so much was lost that the statistics are not to be trusted.
         labels: False = distil only, and choose the weights by agreement with the teacher.
         amp: "bfloat16" = mixed precision; None = the model's own.
         channels_last: train in the channels-last memory format, which some processors prefer.
@@ -63,7 +71,7 @@ class FinetuneSettings:
     epochs: float = 1.0
     batch_size: int = 64
     accumulate: int = 1
-    optimizer: str = "sgd"
+    optimizer: str = "adamw"
     learning_rate: float | None = None
     schedule: str = "cosine"
     weight_decay: float = 1e-4
@@ -78,7 +86,7 @@ class FinetuneSettings:
     validation_fraction: float = 0.1
     validations_per_epoch: int = 4
     augment: bool = False
-    freeze_batch_norms: bool = False
+    freeze_batch_norms: bool | None = None
     labels: bool = True
     amp: str | None = None
     channels_last: bool = False
@@ -121,13 +129,32 @@ class FinetuneSettings:
                 )
 
     @property
-    def peak_learning_rate(self) -> float:
-        """The highest learning rate, also where none was given."""
-        return _LEARNING_RATES[self.optimizer] if self.learning_rate is None else self.learning_rate
+    def is_resolved(self) -> bool:
+        """Whether nothing depends on what was lost."""
+        return self.learning_rate is not None and self.freeze_batch_norms is not None
+
+    def resolved(self, lost: float | None) -> FinetuneSettings:
+        """Return the settings with all that depends on what a conversion has lost.
+
+        Args:
+            lost: KL divergence of the student's class probabilities from the teacher's, nats, mean over the
+                images; None = not known.
+        """
+        adamw = self.optimizer == "adamw"
+        rate, frozen = self.learning_rate, self.freeze_batch_norms
+        if rate is None:
+            rate = _SGD_RATE if not adamw else _RELATIVE_RATE if lost is None else _rate_for(lost)
+        if frozen is None:
+            frozen = adamw and lost is not None and lost < _MUCH_LOST
+        return dataclasses.replace(self, learning_rate=rate, freeze_batch_norms=frozen)
 
     def as_recipe(self) -> dict[str, Any]:
         """Return what a recipe keeps of it, as JSON values."""
-        return {**dataclasses.asdict(self), "learning_rate": self.peak_learning_rate}
+        return dataclasses.asdict(self)
+
+
+def _rate_for(lost: float) -> float:
+    return min(max(_RATE_OF_LOST * math.sqrt(max(lost, 0.0)), _LOWEST_RATE), _HIGHEST_RATE)
 
 
 def learning_rate_at(step: int, steps: int, settings: FinetuneSettings) -> float:
@@ -136,7 +163,8 @@ def learning_rate_at(step: int, steps: int, settings: FinetuneSettings) -> float
     "cosine" is the schedule of Loshchilov and Hutter (2017) without restarts, behind a linear warm-up;
     "one-cycle" that of Smith and Topin (2019), with cosine slopes and without the cycle of the momentum.
     """
-    peak, fraction = settings.peak_learning_rate, settings.warmup_fraction
+    peak, fraction = settings.resolved(None).learning_rate, settings.warmup_fraction
+    assert peak is not None
     warmup = math.ceil((_WARMUP_FRACTIONS[settings.schedule] if fraction is None else fraction) * steps)
     if step >= warmup:
         return peak * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from groupify.documents import Amount, Count, Document
 from groupify.errors import ArtefactError, SpecError
 from groupify.files import read_tensors
-from groupify.training.history import FinetuneRow, Validation
+from groupify.training.history import FinetuneRow
+from groupify.training.validation import Validation
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class TrainingState(Document):
     plain_texts: ClassVar[bool] = False
 
     format: Literal["groupify-training-state"] = field(default="groupify-training-state", kw_only=True)
-    schema_version: Literal[2] = field(default=2, kw_only=True)
+    schema_version: Literal[3] = field(default=3, kw_only=True)
     run: Mapping[str, Any]
     step: Count
     epoch: Count

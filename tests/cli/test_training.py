@@ -43,10 +43,6 @@ def test_each_option_reaches_its_setting(run: Run, tmp_path: Path) -> None:
     assert recipe["recovery"] == expected.as_recipe()
 
 
-def test_a_recipe_holds_the_learning_rate_that_was_used() -> None:
-    assert FinetuneSettings().as_recipe()["learning_rate"] == FinetuneSettings().peak_learning_rate
-
-
 @pytest.mark.parametrize("option", ["--save-every=5", "--resume", "--log-file=a", "--tensorboard=a"])
 def test_training_options_without_training(run: Run, option: str) -> None:
     refused = run(*CONVERT, option)
@@ -150,18 +146,29 @@ def test_an_interrupted_command_without_a_state_left_nothing(run: Run, tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["interrupt"]
 
 
-def test_the_last_weights_are_written_where_they_are_others(run: Run, tmp_path: Path) -> None:
-    options = ("--data", "tests.cli_nets:data", "--calibrate", 64, "--epochs", 2, "--learning-rate", 0.5)
-    report = json.loads(run(*CONVERT, *options, "-o", "out", "--json").out)
-    best = max(report["history"], key=lambda row: (row["validation_top1"], -row["validation_loss"]))
-    assert best["step"] < report["history"][-1]["step"]
-    assert report["files"]["last_weights"] == "out/last.safetensors"
+@pytest.mark.parametrize(("rate", "chosen"), [(1e-3, True), (5.0, False)], ids=["helps", "hurts"])
+def test_the_weights_that_were_not_chosen_are_kept(
+    run: Run, tmp_path: Path, rate: float, chosen: bool
+) -> None:
+    options = ("--data", "tests.cli_nets:data", "--calibrate", 64, "--epochs", 2, "--learning-rate", rate)
+    outcome = run(*CONVERT, *options, "-o", "out", "--json")
+    report = json.loads(outcome.out)
+    best = min(report["history"], key=lambda row: row["validation_loss"])
+    assert report["chosen"]["step"] == best["step"]
+    assert (best["step"] > 0) is chosen
+    others = {"weights_before_training": "before", "last_weights": "last"}
+    kept = {role for role in others if role in report["files"]}
+    assert kept == {"weights_before_training"} if chosen else {"last_weights"}
     assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
-    best_weights, last = (
-        load_file(tmp_path / "out" / name) for name in ("model.safetensors", "last.safetensors")
-    )
-    assert best_weights.keys() == last.keys()
-    assert any(not value.equal(last[key]) for key, value in best_weights.items())
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    for role in kept:
+        assert report["files"][role] == f"out/{others[role]}.safetensors"
+        other = load_file(tmp_path / "out" / f"{others[role]}.safetensors")
+        assert other.keys() == weights.keys()
+        assert any(not value.equal(weights[key]) for key, value in other.items())
+    said = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert ("training: the weights of step" in said) is chosen
+    assert ("training: not taken" in said) is not chosen
 
 
 def test_settings_without_options_are_the_defaults() -> None:

@@ -16,7 +16,7 @@ from groupify.training.settings import FinetuneSettings
 
 CLASSES = 4
 SETTINGS = FinetuneSettings(
-    epochs=3, batch_size=16, learning_rate=0.05, augment=False, validation_fraction=0.2
+    epochs=3, batch_size=16, optimizer="sgd", learning_rate=0.05, augment=False, validation_fraction=0.2
 )
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import warnings
 from typing import Any
 
@@ -14,9 +15,10 @@ from groupify.data.batches import UNLABELLED, iterate_batches
 from groupify.errors import DataError, GroupifyWarning, SpecError
 from groupify.training import loop
 from groupify.training.finetuning import finetune
-from groupify.training.history import Validation
 from groupify.training.holdout import hold_out
-from groupify.training.learner import make_optimizer
+from groupify.training.learner import Learner, make_optimizer
+from groupify.training.settings import FinetuneSettings
+from groupify.training.validation import Validation, divergence
 from tests.training.nets import (
     CLASSES,
     SETTINGS,
@@ -96,25 +98,107 @@ def test_a_fine_tune_that_hurts_returns_the_given_weights(dense: nn.Module, data
     assert min(row.validation_top1 for row in result.history) < result.initial_validation_top1
 
 
-def test_the_given_weights_do_not_win_by_less_than_a_standard_error(
-    dense: nn.Module, data: TensorDataset, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("gains", "kept"),
+    [([0.1] * 100, True), ([0.5, -0.3] * 50, True), ([1.2, -1.0] * 50, False), ([-0.1] * 100, False)],
+    ids=["less on all images", "more than its error", "within its error", "more on all images"],
+)
+def test_trained_weights_win_by_more_than_a_standard_error_of_the_loss(
+    dense: nn.Module, data: TensorDataset, monkeypatch: pytest.MonkeyPatch, gains: list[float], kept: bool
 ) -> None:
-    # 90% of 100 images have a standard error of 3%.
-    for after, kept in ((0.88, True), (0.86, False)):
-        found = iter([Validation(0.9, 1.0, 100, CLASSES)] + [Validation(after, 1.0, 100, CLASSES)] * 99)
-        monkeypatch.setattr(loop, "validate", lambda *_, found=found: next(found))
-        result = finetune(dense, splits(data), settings=SETTINGS)
-        assert (result.best_step > 0) is kept
+    before, after = torch.full((100,), 2.0), 2.0 - torch.tensor(gains)
+    found = iter([before] + [after] * 99)
+
+    def validate(*_: object) -> tuple[Validation, Tensor]:
+        losses = next(found)
+        return Validation(0.9, float(losses.mean()), 100, CLASSES), losses
+
+    monkeypatch.setattr(loop, "validate", validate)
+    result = finetune(dense, splits(data), settings=SETTINGS)
+    assert (result.best_step > 0) is kept
+    gain = result.history[-1].gain
+    assert gain is not None
+    assert gain.mean == pytest.approx(sum(gains) / 100)
+    # The standard error of a mean, by hand: the deviation of +a and -b, over the root of 99.
+    assert gain.error == pytest.approx((max(gains) - min(gains)) / 2 / 99**0.5, rel=1e-6, abs=1e-9)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(dense: nn.Module, data: TensorDataset) -> None:
     settings = dataclasses.replace(SETTINGS, learning_rate=1e30)
-    with pytest.warns(GroupifyWarning, match="training loss is nan") as caught:
+    with pytest.warns(GroupifyWarning, match="a gradient is not finite at step") as caught:
         result = finetune(dense, splits(data), settings=settings)
     assert len(caught) == 1
     assert result.best_step == 0
     assert result.steps < 30
     assert_equal_states(state_of(result.model), state_of(dense))
+
+
+def test_the_weights_before_a_step_that_cannot_be_taken_are_kept(
+    dense: nn.Module, student: nn.Module, data: TensorDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = dataclasses.replace(SETTINGS, epochs=1, validations_per_epoch=1)
+    backward, count = Learner._backward, iter(range(100))
+
+    def spoilt(self: Learner, *batch: Any) -> Any:
+        found = backward(self, *batch)
+        if next(count) == 6:
+            next(iter(self.model.parameters())).grad[0] = torch.inf  # type: ignore[index]
+        return found
+
+    monkeypatch.setattr(Learner, "_backward", spoilt)
+    with pytest.warns(GroupifyWarning, match="not finite at step 7: training stopped before it"):
+        result = finetune(student, splits(data), teacher=dense, settings=settings)
+    assert [row.step for row in result.history] == [0, 6]
+    assert (result.steps, result.best_step) == (6, 6)
+    assert all(value.isfinite().all() for value in result.last_model.state_dict().values())
+
+
+def test_what_was_lost_by_hand() -> None:
+    class Constant(nn.Module):
+        def __init__(self, *chances: float) -> None:
+            super().__init__()
+            self.scores = nn.Parameter(torch.tensor(chances).log())
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.scores.expand(len(images), -1)
+
+    data = TensorDataset(torch.rand(5, 3, 2, 2), torch.zeros(5, dtype=torch.int64))
+    student, teacher = Constant(0.25, 0.75), Constant(0.5, 0.5)
+    expected = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    assert divergence(student, teacher, data, SETTINGS) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_defaults_follow_what_was_lost(dense: nn.Module, student: nn.Module, data: TensorDataset) -> None:
+    rates = [FinetuneSettings().resolved(lost).learning_rate for lost in (0.0, 0.01, 0.04, 5.0)]
+    assert rates == pytest.approx([0.001, 0.003, 0.006, 0.01])
+    frozen = [FinetuneSettings().resolved(lost).freeze_batch_norms for lost in (0.01, 1.0, None)]
+    assert frozen == [True, False, False]
+    sgd = FinetuneSettings(optimizer="sgd").resolved(0.01)
+    assert (sgd.learning_rate, sgd.freeze_batch_norms) == (0.02, False)
+    given = FinetuneSettings(learning_rate=0.5, freeze_batch_norms=False)
+    assert given.resolved(0.01) == given
+    for model, lost_little in ((dense, True), (student, False)):
+        result = finetune(model, splits(data), teacher=dense, settings=FinetuneSettings(batch_size=16))
+        assert result.settings.freeze_batch_norms is lost_little
+        assert result.settings.is_resolved
+        assert result.settings.as_recipe()["learning_rate"] == result.settings.learning_rate
+
+
+def test_the_defaults_improve_a_model_that_lost_a_little_and_recover_one_that_lost_all(
+    dense: nn.Module, student: nn.Module, data: TensorDataset
+) -> None:
+    near = copy.deepcopy(dense)
+    with torch.no_grad():
+        for parameter in near.parameters():
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+            parameter.add_(0.2 * parameter.square().mean().sqrt() * noise)
+    settings = FinetuneSettings(epochs=3, batch_size=16, validation_fraction=0.2)
+    for model in (near, student):
+        result = finetune(model, splits(data), teacher=dense, settings=settings)
+        assert result.best_step > 0
+        assert result.best.gain is not None
+        assert result.best.gain.is_real
+        assert result.best.validation_loss < result.history[0].validation_loss
 
 
 def test_the_history_tells_each_validation(dense: nn.Module, student: nn.Module, data: TensorDataset) -> None:
@@ -130,7 +214,7 @@ def test_the_history_tells_each_validation(dense: nn.Module, student: nn.Module,
     assert second.learning_rate == pytest.approx(0.025)
     assert second.images_per_second is not None
     assert second.images_per_second > 0
-    best = max(result.history, key=lambda row: (row.validation_top1, -row.validation_loss))
+    best = min(result.history, key=lambda row: row.validation_loss)
     assert result.best_step == best.step
 
 

@@ -72,11 +72,37 @@ def test_a_truncated_model_recovers_each_way(
     assert_equal_states(state_of(result.last_model), state_of(again.last_model))
 
 
-def test_adamw_has_its_own_learning_rate_and_betas() -> None:
-    optimizer = make_optimizer(make_net(), dataclasses.replace(SHORT, optimizer="adamw", learning_rate=None))
+def test_adamw_has_rates_relative_to_the_weights() -> None:
+    net = make_net()
+    optimizer = make_optimizer(net, dataclasses.replace(SHORT, optimizer="adamw"))
     assert isinstance(optimizer, torch.optim.AdamW)
-    assert {group["lr"] for group in optimizer.param_groups} == {1e-3}
     assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.999)}
+    scales = {id(group["params"][0]): group["scale"] for group in optimizer.param_groups}
+    for parameter in net.parameters():
+        size = float(parameter.detach().pow(2).mean()) ** 0.5
+        assert scales[id(parameter)] == pytest.approx(max(size, 1e-3))
+
+
+def test_factors_train_alike_however_their_sizes_are_divided(data: TensorDataset) -> None:
+    def factored(size: float) -> nn.Module:
+        net = no_norm_net()
+        assert isinstance(net, nn.Sequential)
+        first = nn.Conv2d(3, 5, 1, bias=False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            nn.init.normal_(first.weight)
+        second = nn.Conv2d(5, 8, 3)
+        second.load_state_dict({"weight": torch.ones(8, 5, 3, 3) * torch.arange(8.0).view(-1, 1, 1, 1) / 100,
+                                "bias": torch.zeros(8)})  # fmt: skip
+        with torch.no_grad():
+            first.weight *= size
+            second.weight /= size
+        return nn.Sequential(first, second, *net[1:])
+
+    settings = dataclasses.replace(SHORT, optimizer="adamw", learning_rate=0.01)
+    rows = [finetune(factored(size), splits(data), settings=settings).history[-1] for size in (1.0, 8.0)]
+    assert rows[1].validation_loss == pytest.approx(rows[0].validation_loss, rel=1e-4)
+    assert rows[0].validation_loss != rows[0].loss
 
 
 @pytest.mark.parametrize("accumulate", [2, 3, 8, 100])
