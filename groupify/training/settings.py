@@ -20,7 +20,7 @@ _ONE_CYCLE_START = 1 / 25
 _SGD_RATE = 0.02
 # Of AdamW: relative to the weights, and times the square root of what was lost, nats.
 _RELATIVE_RATE = 0.003
-_RATE_OF_LOST, _HIGHEST_RATE, _LOWEST_RATE = 0.03, 0.01, 0.001
+_RATE_OF_LOST, _HIGHEST_RATE, _LOWEST_RATE = 0.02, 0.01, 0.0005
 _MUCH_LOST = 0.3  # nats: the statistics of the batch norms are not to be trusted then
 
 
@@ -37,7 +37,7 @@ class FinetuneSettings:
         learning_rate: peak learning rate. Of AdamW it is relative to the root mean square of each tensor of
             weights as given, at least 0.001 (Shazeer and Stern, "Adafactor", 2018): factors that stand one
             behind the other train as one, however their sizes are divided. None: 0.02 for SGD; for AdamW as
-            much as was lost asks for, 0.001 to 0.01; see ``resolved``.
+            much as was lost asks for, 0.0005 to 0.01; see ``resolved``.
         schedule: "cosine": linear warm-up, then a half cosine to zero. "one-cycle": from a 25th of the
             peak up and down to zero, both along a half cosine (Smith and Topin, 2019).
         weight_decay: for weights of two or more dimensions; none for biases and norms.

@@ -170,7 +170,7 @@ def test_what_was_lost_by_hand() -> None:
 
 def test_the_defaults_follow_what_was_lost(dense: nn.Module, student: nn.Module, data: TensorDataset) -> None:
     rates = [FinetuneSettings().resolved(lost).learning_rate for lost in (0.0, 0.01, 0.04, 5.0)]
-    assert rates == pytest.approx([0.001, 0.003, 0.006, 0.01])
+    assert rates == pytest.approx([0.0005, 0.002, 0.004, 0.01])
     frozen = [FinetuneSettings().resolved(lost).freeze_batch_norms for lost in (0.01, 1.0, None)]
     assert frozen == [True, False, False]
     sgd = FinetuneSettings(optimizer="sgd").resolved(0.01)
