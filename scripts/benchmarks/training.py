@@ -33,7 +33,7 @@ from scripts.benchmarks.methods import Method, Setting, make, rules_for
 from scripts.train_dense import hold_out
 
 FAST = FinetuneSettings(amp=None if bfloat16_is_slow() else "bfloat16", channels_last=True)
-RATES = "0.005,0.02,0.05"
+RATES = "0.001,0.003,0.01"  # relative to the weights, as AdamW has them
 CHOOSING_EPOCHS = 0.1  # a whole epoch with each rate would be three times the work
 
 

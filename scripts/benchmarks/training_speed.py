@@ -31,19 +31,20 @@ from scripts.benchmarks.tables import ROOT
 from scripts.benchmarks.training import FAST
 
 STEPS, QUICK_STEPS = 12, 2
+NORMS = {"frozen": True, "of the whole batch": False}
 
 
 def main() -> None:
     """Parse and measure; torchrun starts this again as a worker."""
     parser = Parser(__doc__, "recovery", "2 steps")
     parser.add_net(MODEL)
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=list(NORMS), help=argparse.SUPPRESS)
     arguments = parser.parse()
     torch.set_num_threads(1)
     net = Net.load(arguments, 1)
     steps = QUICK_STEPS if arguments.quick else STEPS
     if arguments.worker:
-        work(net, steps)
+        work(net, steps, NORMS[arguments.worker])
         return
     speed = {"threads": 1, "steps": steps, **step_speeds(net, steps), **process_speeds(arguments)}
     results = Results(Row, KEYS, arguments.json)
@@ -98,31 +99,46 @@ def training_step(model: nn.Module, settings: FinetuneSettings, images: Tensor) 
 
 
 def process_speeds(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Images per second of the fine-tune with one and with two processes, one thread each."""
-    rates: dict[str, float] = {}
-    for processes in (1, 2):
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-            "-m", "scripts.benchmarks.training_speed", "--worker", "--checkpoint", str(arguments.checkpoint),
-            "--data", arguments.data, "--model", arguments.model, *(["--quick"] if arguments.quick else []),
-        ]  # fmt: skip
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True
-        )
-        rates[str(processes)] = float(done.stdout.strip().splitlines()[-1])
-        print(f"{processes} processes: {rates[str(processes)]:.0f} images per second", flush=True)
-    return {"finetune_images_per_second": rates, "two_processes_ratio": rates["2"] / rates["1"]}
+    """Images per second of the fine-tune: one and two processes with a thread each, and one with two.
+
+    By what the batch norms do: where little was lost they keep their statistics, which is the default then;
+    otherwise the processes normalise by the whole batch, and talk to each other twice for each norm.
+    """
+    return {"fine_tune": {norms: _process_speeds(arguments, norms) for norms in NORMS}}
 
 
-def work(net: Net, steps: int) -> None:
+def _process_speeds(arguments: argparse.Namespace, norms: str) -> dict[str, float]:
+    rates = {
+        name: _images_per_second(arguments, norms, processes, threads)
+        for name, processes, threads in (("1", 1, 1), ("2", 2, 1), ("1, 2 threads", 1, 2))
+    }
+    print(f"norms {norms}, images per second by processes: {rates}", flush=True)
+    return {**rates, "two_processes_ratio": rates["2"] / rates["1"]}
+
+
+def _images_per_second(arguments: argparse.Namespace, norms: str, processes: int, threads: int) -> float:
+    of_net = ["--checkpoint", str(arguments.checkpoint), "--data", arguments.data, "--model", arguments.model]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+        "-m", "scripts.benchmarks.training_speed", "--worker", norms, *of_net,
+        *(["--quick"] if arguments.quick else []),
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+def work(net: Net, steps: int, frozen: bool) -> None:
     """One of the processes whose images per second are measured; the teacher works as well."""
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     setting, train = net.settings[0], net.data.train
     assert train is not None
     held_out = [(setting.images[:100], torch.zeros(100, dtype=torch.int64))]
     epochs = 2 * steps * FAST.batch_size / len(train)  # type: ignore[arg-type]
     # A validation in the middle: what is before it warms up.
-    settings = replace(FAST, epochs=epochs, validations_per_epoch=max(2, round(2 / epochs)))
+    settings = replace(
+        FAST, epochs=epochs, freeze_batch_norms=frozen, validations_per_epoch=max(2, round(2 / epochs))
+    )
     with process_group() as ranks, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         result = finetune(
