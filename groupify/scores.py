@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,14 @@ from groupify.data.batches import UNLABELLED, Data, check_labels, is_map_style
 from groupify.data.calls import Inputs, iterate_calls, model_inputs
 from groupify.data.ranks import ALONE, Ranks
 from groupify.devices import double
-from groupify.errors import DataError
+from groupify.errors import DataError, SpecError
 from groupify.graph.call import Call
 from groupify.graph.forward import evaluating, output_tensors, run_once
 from groupify.paired import CONFIDENCE, Answers, Paired, images_for
+from groupify.tasks import AUTO, CLASSES, class_scores, task_of
 
-_OUTPUT_NAMES = ("logits", "out")
+Metric: TypeAlias = Callable[[nn.Module], float]
+"""A model, in eval mode, → how well it does; higher is better."""
 
 
 @dataclass(frozen=True)
@@ -107,48 +109,26 @@ def evaluate(
     return Accuracy(correct / images_seen, images_seen, Answers(torch.cat(right), torch.cat(known)))
 
 
-def class_scores(output: Any) -> Tensor:
-    """Return the class scores among a model's outputs, shape (N, classes).
+def metric_name(metric: Metric) -> str:
+    """Return what a metric is called."""
+    return str(getattr(metric, "__name__", type(metric).__name__))
 
-    Args:
-        output: a tensor, or a dict or tuple with the entry ``logits`` or ``out``, or with them in front.
+
+def measure_metric(metric: Metric, model: nn.Module) -> float:
+    """Return what a user's metric says of a model, which is in eval mode meanwhile, without gradients.
 
     Raises:
-        DataError: outputs of another form, such as those of a detector or a segmentation.
+        SpecError: it gives no finite number, or fails.
     """
-    if isinstance(output, Mapping):
-        named = [output[name] for name in _OUTPUT_NAMES if name in output]
-    else:
-        named = [getattr(output, name) for name in _OUTPUT_NAMES if hasattr(output, name)]
-    if named:
-        output = named[0]
-    elif isinstance(output, (tuple, list)) and output:
-        output = output[0]
-    dims = output.dim() if isinstance(output, Tensor) else 0
-    if dims == 2 and output.shape[1] > 1:
-        return cast(Tensor, output)
-    found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"type {type(output).__name__}"
-    raise DataError(f"the model's output has {found}, expected class scores of shape (N, classes)")
-
-
-def has_classes(output: Any) -> bool:
-    """Whether a model's outputs count as class scores, (N, K) with K > 1, where :func:`class_scores` looks.
-
-    Such models are judged by their class probabilities, all others by the relative error of all outputs.
-    """
+    name = metric_name(metric)
     try:
-        class_scores(output)
-    except DataError:
-        return False
-    return True
-
-
-def describe_outputs(output: Any) -> str:
-    """Return what the planner takes a model's outputs for, with their shapes, the batch as N."""
-    if has_classes(output):
-        return f"class scores (N, {class_scores(output).shape[1]})"
-    shapes = [", ".join(map(str, ("N", *values.shape[1:]))) for values in output_tensors(output)]
-    return "no class scores: " + ", ".join(f"({shape})" for shape in shapes)
+        with evaluating(model), torch.no_grad():
+            value = float(metric(model))
+    except Exception as error:  # any Python code may run here
+        raise SpecError(f"the metric {name!r} fails: {type(error).__name__}: {error}") from error
+    if not math.isfinite(value):
+        raise SpecError(f"the metric {name!r} is {value}: expected a finite number, higher for better models")
+    return value
 
 
 class OutputErrors:
@@ -210,13 +190,21 @@ class Judgement:
         divergence: KL divergence of the converted model's class probabilities from the dense model's,
             nats, mean over the images; without class scores the relative error of the outputs.
         drop: percentage points of accuracy lost; without labels the share of images whose class is
-            another one, which is never less. None without class scores.
+            another one, which is never less. With a metric, how much less that is, in its units. None
+            without class scores and metric.
         changed: the images that were lost and gained; None where the drop was not counted on images.
+        metric: name of the metric that the drop is in units of; None = percentage points.
     """
 
     divergence: float
     drop: float | None
     changed: Paired | None = None
+    metric: str | None = None
+
+    @property
+    def unit(self) -> str:
+        """What the drop is counted in."""
+        return "points" if self.metric is None else f"of {self.metric}"
 
     def loses_at_most(self, confidence: float = CONFIDENCE) -> float:
         """Return what the drop on other images does not exceed, at a one-sided confidence.
@@ -237,9 +225,12 @@ class Judge:
         labels: class numbers, shape (N,); None = unlabelled.
         inputs: a batch of images → what the model is called with; None = the images.
         batch_size: images per step.
+        task: what the model is taken for, see :func:`groupify.tasks.task_of`.
+        metric: tells the drop in the place of the accuracy.
 
     Raises:
         DataError: the model has no outputs that can be compared.
+        SpecError: the outputs are not what the task says, or the metric gives no number.
     """
 
     def __init__(
@@ -250,12 +241,16 @@ class Judge:
         *,
         inputs: Inputs | None = None,
         batch_size: int = 64,
+        task: str = AUTO,
+        metric: Metric | None = None,
     ) -> None:
         self._images = images
         self._inputs = inputs
         self._batch_size = batch_size
         self._dense = list(self._run(dense))
-        self.classes = all(has_classes(output) for output in self._dense)
+        self.classes = all(task_of(output, task) == CLASSES for output in self._dense)
+        self._metric = metric
+        self._dense_metric = None if metric is None else measure_metric(metric, dense)
         self._labels = labels.cpu() if self.classes and labels is not None else None
 
     @property
@@ -268,11 +263,18 @@ class Judge:
 
     def images_for(self, drop: float, confidence: float = CONFIDENCE) -> int | None:
         """Return how many images it takes to tell a drop; None where these are enough."""
-        needed = images_for(drop, confidence) if self.classes else 0
+        needed = images_for(drop, confidence) if self.classes and self._metric is None else 0
         return needed if needed > len(self) else None
 
     def judge(self, model: nn.Module) -> Judgement:
         """Measure one converted model."""
+        found = self._compare(model)
+        if self._metric is None or self._dense_metric is None:
+            return found
+        drop = self._dense_metric - measure_metric(self._metric, model)
+        return Judgement(found.divergence, drop, metric=metric_name(self._metric))
+
+    def _compare(self, model: nn.Module) -> Judgement:
         if not self.classes:
             errors = OutputErrors()
             for dense, found in zip(self._dense, self._run(model), strict=True):

@@ -21,6 +21,7 @@ ORDER = """
 errors stages machine memory devices kept files strict_json documents structures
 graph
 models data
+tasks
 stats paired scores
 decomposition
 conversion

@@ -271,6 +271,12 @@ plan_options = together(
           "weighted by the Fisher information of class scores; outputs: times what replacing the conv alone "
           "does to the outputs; auto: errors for class scores, else outputs; exact: all choices converted "
           "(slow)."),
+    _plan("--task", default="auto", show_default=True, type=click.Choice(["auto", "classes", "outputs"]),
+          help="What the model is judged by where structures are chosen: the softmax of its class scores, or "
+          "the relative error of its outputs. auto: by their form."),
+    _plan("--metric", metavar="MODULE:FUNCTION",
+          help="A function of a model that returns how well it does, higher is better; drop= in a budget is "
+          "then in its units."),
     _plan("--no-verify", is_flag=True,
           help="Neither convert a chosen plan to compare it with uniform, nor time it as a whole."),
     _plan("--plan", "plan_file", type=_PATH, help="Take the plan from this file."),

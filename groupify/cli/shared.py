@@ -108,6 +108,7 @@ def model_label(name: str, arguments: Mapping[str, Any]) -> str:
 def plan_request(options: dict[str, Any]) -> PlanRequest:
     """Return how the convs are to be replaced."""
     from groupify.files import cache_folder
+    from groupify.models.sources import import_attribute
     from groupify.pipeline.requests import PlanRequest, families
     from groupify.planning.group_counts import GroupCounts
     from groupify.planning.rules import Rules
@@ -134,6 +135,8 @@ def plan_request(options: dict[str, Any]) -> PlanRequest:
         seed=options["seed"],
         progress=not options["quiet"],
         memory=options["memory"],
+        task=options["task"],
+        metric=None if options["metric"] is None else import_attribute(options["metric"], "metric"),
     )
     return PlanRequest(
         None if options["groups"] is None else GroupCounts.of(options["groups"]),

@@ -26,9 +26,10 @@ from groupify.pipeline.exporting import FILE_ROLES, export_and_check, paths_of
 from groupify.pipeline.requests import ExportOptions
 from groupify.recipe import Recipe
 from groupify.reporting.outcome import Outcome, outcome_text
-from groupify.reporting.results import AccuracyChange, ExportResult
-from groupify.scores import ModelCost, evaluate, measure_cost
+from groupify.reporting.results import AccuracyChange, ExportResult, MetricChange
+from groupify.scores import Metric, ModelCost, evaluate, measure_cost, measure_metric
 from groupify.structures import FLOAT32, FilePrecision, Plan
+from groupify.tasks import AUTO, OUTPUTS
 from groupify.training.finetuning import FinetuneResult, finetune
 from groupify.training.history import LogSettings
 from groupify.training.settings import FinetuneSettings
@@ -60,6 +61,9 @@ class Compressed(Conversion):
         found_by: how the weights were found, as a recipe keeps it.
         accuracy: top-1 on the test part, as far as there is one.
         answers: which test images the dense model has right; None = not measured.
+        task: what the model was taken for, see ``groupify.tasks``.
+        metric: a model → how well it does; None = none.
+        measured_by_metric: what that says of the models; None = none was given.
         budget: what was asked for, as ``Budget.parse`` takes it; None = nothing.
         tuned: the last fine-tune; None = none.
         seed: of everything random.
@@ -73,6 +77,9 @@ class Compressed(Conversion):
     found_by: Mapping[str, Any] | None = None
     accuracy: AccuracyChange = field(default_factory=AccuracyChange)
     answers: Answers | None = None
+    task: str = AUTO
+    metric: Metric | None = None
+    measured_by_metric: MetricChange | None = None
     budget: str | None = None
     tuned: FinetuneResult | None = None
     seed: int = 0
@@ -87,6 +94,7 @@ class Compressed(Conversion):
                 fits=self.fits,
                 method=self.method,
                 accuracy=self.accuracy,
+                metric=self.measured_by_metric,
                 weights=self.source.weights,
                 notes=self.notes,
                 preprocessing=self.source.spec.preprocessing,
@@ -211,11 +219,16 @@ class Compressed(Conversion):
         )  # fmt: skip
         ranks = current_ranks() if distributed else ALONE
         accuracy = self._accuracy(tuned.model, splits, ranks, progress)
-        return dataclasses.replace(self, model=tuned.model, tuned=tuned, accuracy=accuracy)
+        by_metric = self.measured_by_metric
+        if self.metric is not None and by_metric is not None:
+            by_metric = dataclasses.replace(by_metric, recovered=measure_metric(self.metric, tuned.model))
+        return dataclasses.replace(
+            self, model=tuned.model, tuned=tuned, accuracy=accuracy, measured_by_metric=by_metric
+        )
 
     def _accuracy(self, model: nn.Module, splits: DataSplits, ranks: Ranks, progress: bool) -> AccuracyChange:
         """The accuracy after a training, beside those before it if they are of the same images."""
-        if not splits.labelled or splits.test is None:
+        if not splits.labelled or splits.test is None or self.task == OUTPUTS:
             return AccuracyChange()
         found = evaluate(model, splits.test, inputs=self.inputs, progress=progress, ranks=ranks)
         same = self.data is not None and self.data.test is splits.test

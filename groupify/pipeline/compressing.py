@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from groupify.conversion.conversion import Calibration
 from groupify.data.batches import Data
 from groupify.data.splits import DataSplits
-from groupify.errors import SpecError, expect_type
+from groupify.errors import SpecError, WrongTypeError, expect_type
 from groupify.files import cache_folder
 from groupify.memory import parse_bytes
 from groupify.models.specs import Source
@@ -23,8 +23,10 @@ from groupify.planning.budget import Budget
 from groupify.planning.group_counts import GroupCounts
 from groupify.planning.rules import Rules
 from groupify.planning.search import SearchOptions
+from groupify.scores import Metric
 from groupify.stages import Stages
 from groupify.structures import Precision
+from groupify.tasks import AUTO
 
 
 def compress(
@@ -35,6 +37,8 @@ def compress(
     budget: Budget | str | None = None,
     precision: Precision | None = None,
     structure: str | None = None,
+    task: str = AUTO,
+    metric: Metric | None = None,
     rules: Rules = Rules(),
     search: SearchOptions | None = None,
     example_inputs: Any = None,
@@ -58,6 +62,10 @@ def compress(
             ``rules``.
         structure: the family of structures to choose from, ``"grouped"``, ``"grouped-pointwise"``,
             ``"block-term"`` or ``"auto"``, all of them; None = as in ``rules``.
+        task: what the model is judged by where structures are chosen: ``"classes"``, the softmax of its class
+            scores, ``"outputs"``, their relative error, or ``"auto"``, by the form of the outputs.
+        metric: a model → how well it does, higher is better, like PSNR or mIoU on images that are not among
+            those to fit on. A ``drop`` in the budget is in its units; the result has it before and after.
         rules: which convs may be converted, and into what.
         search: how plans are searched; None = as on the command line, where measured latencies are kept in
             the cache folder.
@@ -90,15 +98,32 @@ def compress(
     limit = parse_bytes(memory) if isinstance(memory, str) else memory
     if search is None:
         search = SearchOptions(cache=cache_folder(), seed=seed, progress=progress, memory=limit)
+    search = _judged(search, task, metric)
     request = PlanRequest(
         None if groups is None else GroupCounts.of(groups),
         _ruled(rules, precision, structure),
         budget=Budget.parse(budget) if isinstance(budget, str) else budget,
         search=search,
     )
-    subject = make_subject(model, images, example_inputs, count=calibration_images, seed=seed, memory=limit)
+    subject = make_subject(
+        model, images, example_inputs, count=calibration_images, seed=seed, memory=limit,
+        metric=search.metric, task=search.task,
+    )  # fmt: skip
     stages = Stages(compression_stages(subject, request), show=progress)
     return run_compression(subject, request, stages=stages)
+
+
+def _judged(search: SearchOptions, task: str, metric: Metric | None) -> SearchOptions:
+    """Return the options with what is said beside them.
+
+    Raises:
+        WrongTypeError: the metric is no function.
+    """
+    if metric is not None and not callable(metric):
+        raise WrongTypeError(
+            f"metric is a {type(metric).__name__}: expected a function of a model that returns a number"
+        )
+    return replace(search, task=search.task if task == AUTO else task, metric=metric or search.metric)
 
 
 def _ruled(rules: Rules, precision: Precision | None, structure: str | None) -> Rules:

@@ -25,10 +25,11 @@ from groupify.pipeline.subject import Subject
 from groupify.planning.durations import Pace
 from groupify.planning.plan_file import PlanFile
 from groupify.reporting.budget import race_lines
-from groupify.reporting.results import AccuracyChange, UniformRun
-from groupify.scores import evaluate, measure_cost
+from groupify.reporting.results import AccuracyChange, MetricChange, UniformRun
+from groupify.scores import evaluate, measure_cost, measure_metric, metric_name
 from groupify.stages import SILENT, Stages
 from groupify.structures import Plan
+from groupify.tasks import AUTO, OUTPUTS
 from groupify.training.state import Checkpointing
 
 
@@ -73,12 +74,12 @@ def _conversion(subject: Subject, planned: Planned, ranks: Ranks, stages: Stages
 
 def compression_stages(subject: Subject, request: PlanRequest) -> int:
     """Return the number of stages of :func:`run_compression`."""
-    return planning_stages(request, subject) + 1 + has_test_labels(subject.data)
+    return planning_stages(request, subject) + 1 + has_test_labels(subject.data, subject.task)
 
 
-def has_test_labels(data: DataSplits | None) -> bool:
-    """Whether an accuracy can be measured."""
-    return data is not None and data.labelled and data.test is not None
+def has_test_labels(data: DataSplits | None, task: str = AUTO) -> bool:
+    """Whether an accuracy can be measured, and means something."""
+    return data is not None and data.labelled and data.test is not None and task != OUTPUTS
 
 
 def _images(subject: Subject) -> int:
@@ -111,13 +112,19 @@ def result_of(conversion: Conversion, subject: Subject, plan: Plan) -> Compresse
         inputs=subject.inputs,
         found_by=conversion.summary(),
         seed=subject.seed,
+        metric=subject.metric,
+        task=subject.task,
     )
 
 
 def measured(result: Compressed, ranks: Ranks, stages: Stages) -> Compressed:
-    """Add the accuracy of both models, where there are labels for that."""
+    """Add the accuracy of both models, where there are labels for that, and what the user's metric says."""
     data, source = result.data, result.source
-    if not has_test_labels(data):
+    if result.metric is not None:
+        dense, own = (measure_metric(result.metric, model) for model in (source.model, result.model))
+        change = MetricChange(metric_name(result.metric), dense, own)
+        result = replace(result, measured_by_metric=change)
+    if not has_test_labels(data, result.task):
         return result
     assert data is not None
     assert data.test is not None

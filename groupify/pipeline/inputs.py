@@ -18,7 +18,8 @@ from groupify.graph.call import example_input
 from groupify.graph.forward import run_once
 from groupify.models.preprocessing import PreprocessingOptions, unknown
 from groupify.models.specs import Source
-from groupify.scores import Accuracy, class_scores
+from groupify.scores import Accuracy
+from groupify.tasks import class_scores
 
 # Fewer images say too little about chance.
 _FEWEST_IMAGES = 30

@@ -90,7 +90,7 @@ def _subject(request: ConversionRequest) -> Subject:
     tell_preprocessing(source, data)
     return Subject(
         source, source.spec.input_shape, data, None, request.calibration_images, request.reconstruct_steps,
-        request.seed, request.plan.search.memory,
+        request.seed, request.plan.search.memory, request.plan.search.metric, request.plan.search.task,
     )  # fmt: skip
 
 
@@ -251,6 +251,7 @@ def make_report(result: Compressed, exported: Exported, timed: Timed) -> Report:
         calibration=result.method,
         fits=result.fits,
         accuracy=result.accuracy,
+        metric=result.measured_by_metric,
         history=() if tuned is None else tuned.history,
         chosen=None if tuned is None else ChosenStep(tuned.best_step, tuned.validation_images),
         onnx_bytes=Change(timed.dense_file.file_bytes, exported.file.file_bytes),

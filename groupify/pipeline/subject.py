@@ -21,6 +21,8 @@ from groupify.models.specs import ModelSpec, Source, WeightsOrigin
 from groupify.models.wrappers import unwrapped
 from groupify.pipeline.inputs import check_shapes, classified
 from groupify.planning.search import Images
+from groupify.scores import Metric
+from groupify.tasks import AUTO
 
 _IMAGES = "images as a tensor, a data set, an iterable of batches, a Calibration, or what load_data returns"
 _HELD_OUT = 500
@@ -42,6 +44,8 @@ class Subject:
         reconstruct_steps: of block reconstruction after the fit.
         seed: of everything random.
         memory: bytes of activations that wait in memory; None = half of what is free.
+        metric: a model → how well it does, higher is better; None = none.
+        task: what the model is taken for, see ``groupify.tasks``.
     """
 
     source: Source
@@ -52,6 +56,8 @@ class Subject:
     reconstruct_steps: int = 0
     seed: int = 0
     memory: int | None = None
+    metric: Metric | None = None
+    task: str = AUTO
 
     @property
     def inputs(self) -> Inputs | None:
@@ -94,6 +100,8 @@ def make_subject(
     count: int = 1000,
     seed: int = 0,
     memory: int | None = None,
+    metric: Metric | None = None,
+    task: str = AUTO,
 ) -> Subject:
     """Put together what a call of the API is about.
 
@@ -101,7 +109,7 @@ def make_subject(
         model: the dense model, in memory or as ``load_model`` returns it.
         images: what to fit on; None = nothing.
         example_inputs: what the model is called with; None = with images like those given.
-        count, seed, memory: see :class:`Subject`.
+        count, seed, memory, metric, task: see :class:`Subject`.
 
     Raises:
         WrongTypeError: something of another type.
@@ -125,7 +133,7 @@ def make_subject(
         model = _preprocessed_as(model, data)
         if data.test is not None:
             data = classified(model, data)
-    return Subject(model, example, data, given, count, seed=seed, memory=memory)
+    return Subject(model, example, data, given, count, seed=seed, memory=memory, metric=metric, task=task)
 
 
 def source_of(model: nn.Module | Source, input_shape: tuple[int, ...]) -> Source:

@@ -88,6 +88,7 @@ class BudgetPlan:
         costing: choices, sensitivities and costs that it was made from.
         method: one line on how the losses were predicted.
         labelled: whether the measured drop is one of accuracy, and not of agreement.
+        task: one line on what the model was taken for.
     """
 
     plan: Plan
@@ -97,6 +98,7 @@ class BudgetPlan:
     costing: Costing
     method: str
     labelled: bool
+    task: str = ""
 
     @property
     def winner(self) -> Contender:
@@ -276,7 +278,8 @@ class Race:
     def _lost(self, contender: Contender) -> str:
         bound = f", at most {contender.at_most:.2f} with {100 * CONFIDENCE:.0f}% confidence"
         counted = contender.measured is not None and contender.measured.changed is not None
-        return f"{contender.drop:.2f} points on {self.judge}{bound if counted else ''}"
+        unit = "points" if contender.measured is None else contender.measured.unit
+        return f"{contender.drop:.2f} {unit} on {self.judge}{bound if counted else ''}"
 
     @staticmethod
     def _or_more_images(contender: Contender, drop: float) -> str:

@@ -32,7 +32,6 @@ from groupify.planning.like_groups import DEFAULT_GROUPS, budget_like_groups, ke
 from groupify.planning.race import BudgetPlan, Race
 from groupify.planning.rules import Rules
 from groupify.planning.sensitivity import (
-    AUTO,
     ERRORS,
     EXACT,
     FISHER,
@@ -44,9 +43,10 @@ from groupify.planning.sensitivity import (
 )
 from groupify.planning.sites import limits
 from groupify.planning.worth_timing import worth_timing
-from groupify.scores import Judge, Judgement, describe_outputs, has_classes, measure_cost
+from groupify.scores import Judge, Judgement, Metric, measure_cost
 from groupify.stages import SILENT, Stages
 from groupify.structures import INT8, Choices, Plan, SiteRecipe
+from groupify.tasks import AUTO, CLASSES, describe_outputs, describe_task, task_of
 
 SENSITIVITIES = (AUTO, ERRORS, FISHER, OUTPUTS, EXACT)
 BOTH = "groups and a budget: both say how much smaller the model is to be; give one of the two"
@@ -99,6 +99,10 @@ class SearchOptions:
         cache: folder for what took long to measure; None = keep nothing.
         seed: seed of everything random.
         progress: show bars on stderr.
+        task: what the model is taken for: ``"classes"``, judged by class probabilities, ``"outputs"``, judged
+            by their relative error, or ``"auto"``, by the form of the outputs; see ``groupify.tasks``.
+        metric: a model → how well it does, higher is better, measured on other images than those to fit on. A
+            limit on the drop is then in its units, and holds as measured, since its error is not known.
         memory: bytes of moments, and of activations that wait while plans are converted, in memory; None = 2
             GiB of the former, and half of what is free of the latter.
         stages: says what is being done; those of the run that this search is a part of.
@@ -111,6 +115,8 @@ class SearchOptions:
     cache: Path | None = None
     seed: int = 0
     progress: bool = False
+    task: str = AUTO
+    metric: Metric | None = None
     memory: int | None = None
     stages: Stages = field(default=SILENT, repr=False, compare=False)
 
@@ -201,10 +207,11 @@ def plan_for_budget(
     needs_latency = options.table is not None or _limits_latency(budget)
     call = as_call(example, model)
     outputs = run_once(model, call)
-    if budget.drop is not None and not has_classes(outputs):
+    task = task_of(outputs, options.task)
+    if budget.drop is not None and task != CLASSES and options.metric is None:
         raise SpecError(
             f"{budget} limits the drop of accuracy, but the model's outputs are {describe_outputs(outputs)}; "
-            "limit the macs, params, bytes or latency instead"
+            "give a metric, --metric module:function, or limit the macs, params, bytes or latency instead"
         )
     captured = capture(model, call)
     costing = make_costing(model, example, images, rules, options, latency=needs_latency, captured=captured)
@@ -215,10 +222,8 @@ def plan_for_budget(
     found = Race(finder, judge, progress=options.progress).run()
     names = [site.name for site in found.plan.converted]
     shown = limits(model, names, call, captured)
-    notes = shown.notes
-    if not has_classes(outputs):
-        notes += (f"planned by the relative error of the outputs: {describe_outputs(outputs)}",)
-    return replace(found, plan=replace(found.plan, notes=notes, captured=shown.captured))
+    plan = replace(found.plan, notes=shown.notes, captured=shown.captured)
+    return replace(found, plan=plan, task=describe_task(outputs, task))
 
 
 def make_costing(
@@ -338,6 +343,7 @@ def _sensitivity(
     }
     if options.sensitivity == EXACT:
         return exact_sensitivity(model, choices, images.fit, images.held_out, **how)
+    how["task"] = options.task
     if options.memory is not None:
         how["memory"] = options.memory
     return measure_sensitivity(model, choices, images.fit, of=options.sensitivity, captured=captured, **how)
@@ -377,7 +383,10 @@ class HeldOut:
     ) -> None:
         self._model, self.images, self._options = model, images, options
         self._convert = convert_plan or self._fit
-        self._judge = Judge(model, images.held_out, images.labels, inputs=images.inputs)
+        self._judge = Judge(
+            model, images.held_out, images.labels, inputs=images.inputs, task=options.task,
+            metric=options.metric,
+        )  # fmt: skip
         self._known: dict[tuple[SiteRecipe, ...], Judgement] = {}
 
     @property

@@ -43,10 +43,11 @@ from groupify.machine import chunks
 from groupify.planning.layer_error import LayerMoments
 from groupify.planning.output_sensitivity import IMAGES, graph_of, output_scales, output_sensitivities
 from groupify.planning.structure_losses import SiteLosses
-from groupify.scores import Judge, describe_outputs, has_classes
+from groupify.scores import Judge
 from groupify.stats.fisher import SiteStatistics, observe_sites
 from groupify.stats.flow import data_score
 from groupify.structures import Candidate, Choices
+from groupify.tasks import CLASSES, describe_outputs, has_classes, task_of
 
 _MEMORY = 2**31
 _TINY = 1e-30
@@ -89,6 +90,7 @@ def measure_sensitivity(
     progress: bool = False,
     memory: int = _MEMORY,
     captured: Captured | None = None,
+    task: str = AUTO,
 ) -> Sensitivity:
     """Measure the loss of every candidate from one pass over unlabelled images.
 
@@ -103,16 +105,17 @@ def measure_sensitivity(
         images: shape (N, C, H, W), preprocessed as for inference.
         of: ``"errors"``: relative errors of the convs, hardly weighted; ``"fisher"``: weighted by the Fisher
             information of class scores; ``"outputs"``: times the measured sensitivity of all outputs;
-            ``"auto"``: errors where the outputs are class scores, see :func:`groupify.scores.has_classes`,
-            else outputs.
+            ``"auto"``: errors where the task is classes, else outputs.
         inputs: a batch of images → what the model is called with; None = the images.
         seed: seed of the sampled positions and directions.
         cache: folder to keep the numbers in; None = nowhere.
         progress: show a bar on stderr.
         memory: bytes of moments held at the same time.
         captured: what capturing the graph of the model found, with two examples; None = capture it.
+        task: what the model is taken for, see :func:`groupify.tasks.task_of`.
 
     Raises:
+        SpecError: the outputs are not what the task says.
         DataError: no images, or Fisher information is asked for where there are no class scores.
         ConversionError: activations are NaN or infinite.
 
@@ -123,8 +126,8 @@ def measure_sensitivity(
         raise DataError("no images to measure the sensitivity on; expected at least one")
     convs = choices.open_sites
     dense = copy_of(model).float().eval().requires_grad_(False)
-    work = _Measurement(dense, choices, images.float(), inputs, seed, progress, of, captured)
-    store = _store(cache, f"{_key(model, images, inputs, seed)}-{work.of}")
+    work = _Measurement(dense, choices, images.float(), inputs, seed, progress, of, captured, task)
+    store = _store(cache, f"{_key(model, images, inputs, seed)}-{work.measured}")
     missing = [options for options in convs if any(c.key not in store.numbers for c in options[1:])]
     with torch.random.fork_rng(devices=[]):
         for chunk in chunks(missing, lambda options: _moment_bytes(dense, options), memory):
@@ -252,6 +255,7 @@ class _Measurement:
 
     Attributes:
         of: how losses are measured; no longer "auto".
+        measured: what the numbers are kept under.
         method: one line on that.
     """
 
@@ -265,6 +269,7 @@ class _Measurement:
         progress: bool,
         of: str,
         captured: Captured | None,
+        task: str,
     ) -> None:
         self._dense = dense
         self._known = captured
@@ -277,13 +282,15 @@ class _Measurement:
         self._orders: Orders | None = None
         self._trials: dict[str, Tensor] = {}
         outputs = run_once(dense, self._call(images[:1]))
-        self._classes = has_classes(outputs)
+        self._classes = task_of(outputs, task) == CLASSES
         if of == FISHER and not self._classes:
             raise DataError(
                 f"Fisher information is that of class scores (N, K), and the model's outputs are "
                 f"{describe_outputs(outputs)}: take the sensitivity {OUTPUTS!r}"
             )
         self.of = of if of != AUTO else ERRORS if self._classes else OUTPUTS
+        # As it was called before there were tasks, unless the task is another one than the outputs say.
+        self.measured = self.of if self._classes == has_classes(outputs) else f"{self.of}-of-outputs"
         self.method = {
             ERRORS: "relative errors of the fitted convs, damped by Fisher information",
             FISHER: "fitted error weighted by Fisher information",

@@ -38,13 +38,18 @@ def race_lines(result: BudgetPlan) -> tuple[str, ...]:
         )
     if winner.uniform:
         lines.append("no plan beat uniform groups, so the uniform plan is taken")
-    return tuple(lines)
+    return (*lines, result.task) if result.task else tuple(lines)
 
 
 def _of_contender(contender: Contender) -> str:
     measured = contender.measured
     if measured is None:
         return f"{contender.name}: predicted to lose {contender.loss:.4g}, not converted to be measured"
+    if measured.metric is not None:
+        return (
+            f"{contender.name}: {measured.drop:.4g} less {measured.unit} than the dense model "
+            f"(predicted to lose {contender.loss:.4g})"
+        )
     if measured.drop is None:
         return (
             f"{contender.name}: measured relative error of the outputs {measured.divergence:.4g} on held-out "

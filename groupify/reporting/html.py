@@ -27,6 +27,7 @@ from groupify.reporting.formatting import (
     ratio_within,
     size,
 )
+from groupify.reporting.outcome import metric_lines
 from groupify.reporting.read import Run
 from groupify.reporting.results import Report
 from groupify.reporting.summary import comparison_sentence, totals, verdict
@@ -88,7 +89,7 @@ def report_page(run: Run, others: Sequence[Run] = ()) -> str:
         title=f"{report.model} · {run.name}",
         verdict=verdict(report),
         asked=list(asked_lines(report)),
-        trained=list(training_lines(report)),
+        trained=[*metric_lines(report.metric), *training_lines(report)],
         tiles=_tiles(report),
         precisions=None if report.int8 is None else variants_table(report),
         plane=_plane([*_points_of(report), *_points_of_runs(others, "other")], _steps(report)),

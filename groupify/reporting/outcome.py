@@ -10,7 +10,7 @@ from groupify.conversion.site_fit import SiteFit
 from groupify.models.preprocessing import Preprocessing
 from groupify.models.specs import WeightsOrigin
 from groupify.reporting.formatting import count, percent, ratio, size
-from groupify.reporting.results import AccuracyChange
+from groupify.reporting.results import AccuracyChange, MetricChange
 from groupify.reporting.sites import site_cells
 from groupify.reporting.tables import Table, plain_console
 from groupify.scores import ModelCost
@@ -30,6 +30,7 @@ class Outcome:
         fits: how well each conv was fitted.
         method: one line on how the weights were found.
         accuracy: top-1 on the test part, as far as measured.
+        metric: the user's own measure; None = none.
         weights: where the dense ones came from.
         notes: what the reader should know.
         preprocessing: how images become inputs; None where nothing says it.
@@ -45,6 +46,7 @@ class Outcome:
     weights: WeightsOrigin
     notes: tuple[str, ...] = ()
     preprocessing: Preprocessing | None = None
+    metric: MetricChange | None = None
 
 
 def outcome_text(outcome: Outcome) -> str:
@@ -87,12 +89,21 @@ def _lines(outcome: Outcome) -> Iterator[str]:
     shown = [f"{title} {percent(value)}" for title, value in steps if value is not None]
     if shown:
         yield f"top-1 on {accuracy.images} test images: " + " → ".join(shown) + with_error(accuracy)
+    yield from metric_lines(outcome.metric)
     yield f"weights: {outcome.weights.sentence}; {outcome.method}"
     if outcome.preprocessing is not None:
         yield f"preprocessing: {outcome.preprocessing}"
     if outcome.fits:
         yield _ERROR
     yield from (f"note: {note}" for note in outcome.notes)
+
+
+def metric_lines(metric: MetricChange | None) -> Iterator[str]:
+    """Say what the user's metric is of each model: ``metric psnr: dense 31.2 → converted 30.9``."""
+    if metric is not None:
+        steps = (("dense", metric.dense), ("converted", metric.converted), ("fine-tuned", metric.recovered))
+        shown = [f"{title} {value:.4g}" for title, value in steps if value is not None]
+        yield f"metric {metric.name} (higher is better): " + " → ".join(shown)
 
 
 def with_error(accuracy: AccuracyChange) -> str:

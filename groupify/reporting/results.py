@@ -53,6 +53,26 @@ class AccuracyChange:
 
 
 @dataclass(frozen=True)
+class MetricChange:
+    """What the user's metric says of each model; higher is better.
+
+    Attributes:
+        name: of the function.
+        dense, converted, recovered: of the dense model, after the conversion and after a training.
+    """
+
+    name: str
+    dense: float
+    converted: float
+    recovered: float | None = None
+
+    @property
+    def drop(self) -> float:
+        """How much the last model loses."""
+        return self.dense - (self.converted if self.recovered is None else self.recovered)
+
+
+@dataclass(frozen=True)
 class ChosenStep:
     """Which weights of a fine-tune were chosen, by the loss on held-out images.
 
@@ -179,6 +199,7 @@ class Report(Document):
         calibration: one line on how the grouped weights were found.
         fits: how well each site was fitted.
         accuracy: top-1 on the test part.
+        metric: the user's own measure; None = none.
         history: validation history of the fine-tune.
         chosen: which weights of it the model has; None without training.
         onnx_bytes: size of the ONNX files; None where there are none.
@@ -226,6 +247,7 @@ class Report(Document):
     calibration: str
     fits: tuple[SiteFit, ...] = ()
     accuracy: AccuracyChange = field(default_factory=AccuracyChange)
+    metric: MetricChange | None = None
     history: tuple[FinetuneRow, ...] = ()
     chosen: ChosenStep | None = None
     onnx_bytes: Change[Count] | None = None

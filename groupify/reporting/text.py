@@ -12,7 +12,7 @@ from groupify.measure.folder import DENSE, GROUPED, BenchResult, BenchRow
 from groupify.measure.onnx_files import FilesBench
 from groupify.reporting.asked import asked_lines
 from groupify.reporting.formatting import milliseconds, percent, ratio, size
-from groupify.reporting.outcome import with_error
+from groupify.reporting.outcome import metric_lines, with_error
 from groupify.reporting.read import Run
 from groupify.reporting.results import ExportResult, Int8File, Report, UniformRun
 from groupify.reporting.sites import print_sites, site_table
@@ -96,6 +96,7 @@ def report_lines(report: Report) -> Iterator[str]:
     shown = [f"{title} {percent(value)}" for title, value in steps if value is not None]
     if shown:
         yield f"top-1 on {accuracy.images} test images: " + " → ".join(shown) + with_error(accuracy)
+    yield from metric_lines(report.metric)
     yield from training_lines(report)
     yield f"weights: {report.weights.sentence}; {report.calibration}"
     yield from _said(report)

@@ -23,9 +23,9 @@ from groupify.devices import double, with_float64
 from groupify.errors import ConversionError, DataError
 from groupify.graph.call import Call
 from groupify.graph.plain_layers import CONVS, Conv
-from groupify.scores import class_scores
 from groupify.stats.moments import InputMoments
 from groupify.stats.positions import input_patches, sample_positions
+from groupify.tasks import class_scores
 
 
 @dataclass

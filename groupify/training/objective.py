@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from groupify.errors import SpecError
 from groupify.graph.call import Call
 from groupify.graph.forward import evaluating
-from groupify.scores import class_scores
+from groupify.tasks import class_scores
 from groupify.training.settings import FinetuneSettings
 
 

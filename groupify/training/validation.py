@@ -14,7 +14,7 @@ from groupify.data.calls import Inputs, iterate_calls
 from groupify.data.ranks import ALONE, Ranks
 from groupify.documents import Measured
 from groupify.errors import SpecError
-from groupify.scores import class_scores
+from groupify.tasks import class_scores
 from groupify.training.objective import as_input, autocast
 from groupify.training.settings import FinetuneSettings
 

@@ -20,8 +20,9 @@ from groupify.planning.rules import Rules
 from groupify.planning.search import HeldOut, Images, SearchOptions, plan_for_budget
 from groupify.planning.uniform import plan
 from groupify.reporting.budget import race_lines
-from groupify.scores import describe_outputs, has_classes, measure_cost
+from groupify.scores import measure_cost
 from groupify.structures import Plan
+from groupify.tasks import describe_outputs, has_classes
 from tests.conftest import Run
 
 SHAPE = (3, 16, 16)
@@ -125,7 +126,7 @@ def test_the_winner_is_the_one_whose_outputs_are_nearest(monkeypatch: pytest.Mon
     own = error(made(Segmenter), converted(made(Segmenter), found.plan)) / 2  # of two outputs
     assert errors[0] == pytest.approx(own, rel=0.5)
     assert any("measured relative error of the outputs" in line for line in race_lines(found))
-    assert any("no class scores: (N, 5, 16, 16), (N, 1, 16, 16)" in note for note in found.plan.notes)
+    assert "no class scores: (N, 5, 16, 16), (N, 1, 16, 16), judged by their relative error" in found.task
 
 
 def test_losses_add_up_to_what_is_measured() -> None:
