@@ -12,7 +12,7 @@ from groupify.graph.forward import output_tensors
 
 AUTO, CLASSES, OUTPUTS = "auto", "classes", "outputs"
 TASKS = (AUTO, CLASSES, OUTPUTS)
-_OUTPUT_NAMES = ("logits", "out")
+SCORE_NAMES = ("logits", "out")  # of class scores among several outputs
 
 
 def class_scores(output: Any) -> Tensor:
@@ -25,9 +25,9 @@ def class_scores(output: Any) -> Tensor:
         DataError: outputs of another form, such as those of a detector or a segmentation.
     """
     if isinstance(output, Mapping):
-        named = [output[name] for name in _OUTPUT_NAMES if name in output]
+        named = [output[name] for name in SCORE_NAMES if name in output]
     else:
-        named = [getattr(output, name) for name in _OUTPUT_NAMES if hasattr(output, name)]
+        named = [getattr(output, name) for name in SCORE_NAMES if hasattr(output, name)]
     if named:
         output = named[0]
     elif isinstance(output, (tuple, list)) and output:

@@ -69,7 +69,7 @@ def test_a_plan_on_a_console_of_windows(
 ) -> None:
     stdout = console("cp1252")
     monkeypatch.setattr(sys, "stdout", stdout)
-    groups = ("--groups", 4, "--min-group-width", 1)
+    groups = ("--groups", 4, "--min-group-width", 1, "--cpu", "avx512")
     outcome = run("plan", "tests.cli_nets:net", "--input-size", "3,8,8", *groups, *options)
     assert outcome.code == 0
     assert ("\\u2192" if options else "->") in shown(stdout)

@@ -19,6 +19,7 @@ from groupify.errors import GroupifyError
 from groupify.graph.call import Call
 from groupify.onnx.inputs import feed
 from groupify.onnx.providers import CPU, check_started, execution_providers
+from groupify.tasks import SCORE_NAMES
 
 Array = npt.NDArray[np.float32]
 
@@ -121,7 +122,10 @@ def run_feed(session: Any, name: Path | str, values: Mapping[str, npt.NDArray[An
 
 
 class OnnxModule(nn.Module):
-    """An ONNX file that is called like the module: its inputs in, the first output out, on the CPU.
+    """An ONNX file that is called like the module: its inputs in, its outputs out, on the CPU.
+
+    One output is a tensor. Several are a tuple, or a dict by name if one of the names is that of class scores
+    (``logits``, ``out``), which need not come first.
 
     It lets everything that measures a model, accuracy first of all, measure the file. A file of fixed batch
     size is run as often as the images need, the last batch filled up with the first images.
@@ -135,9 +139,12 @@ class OnnxModule(nn.Module):
         # An input without a batch dimension has a fixed size in any file.
         self._batch = sizes[0] if sizes and all(isinstance(size, int) for size in sizes) else None
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the file on a batch."""
-        return torch.from_numpy(next(iter(self.outputs(Call(args, kwargs)).values())))
+        found = {name: torch.from_numpy(value) for name, value in self.outputs(Call(args, kwargs)).items()}
+        if len(found) == 1:
+            return next(iter(found.values()))
+        return found if any(name in SCORE_NAMES for name in found) else tuple(found.values())
 
     def outputs(self, inputs: Call | Tensor) -> dict[str, Array]:
         """Run the file on a batch and return all outputs by name.

@@ -12,11 +12,14 @@ import onnx
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from groupify.onnx.exporting import export_onnx
 from groupify.onnx.outputs import named_outputs
 from groupify.onnx.parity import check_parity
 from groupify.onnx.runtime import OnnxModule
+from groupify.scores import Judge, evaluate
+from groupify.tasks import class_scores
 from tests.cases.nets import lively, noise, refusal
 
 SHAPE = (3, 6, 6)
@@ -79,6 +82,21 @@ def test_outputs_of_every_kind_are_right(static_batch: int | None, tmp_path: Pat
     results = OnnxModule(exported.path).outputs(images)
     for actual, value in zip(results.values(), wanted.values(), strict=True):
         torch.testing.assert_close(torch.from_numpy(actual), value.detach())
+
+
+def test_class_scores_behind_other_outputs_are_those_that_are_measured(tmp_path: Path) -> None:
+    net = lively(Ending(lambda net, x, y: {"features": x.flatten(1), "logits": y.mean((2, 3))}))
+    images = noise(9, SHAPE)
+    file = OnnxModule(export_onnx(net, tmp_path / "net.onnx", input_shape=SHAPE).path)
+    labels = class_scores(net(images)).argmax(1)
+    assert evaluate(file, TensorDataset(images, labels)).top1 == 1.0
+    assert Judge(net, images).judge(file).divergence < 1e-6
+
+
+def test_all_outputs_of_a_file_are_judged(tmp_path: Path) -> None:
+    net = lively(Ending(lambda net, x, y: (y, x * 2)))
+    file = OnnxModule(export_onnx(net, tmp_path / "net.onnx", input_shape=SHAPE).path)
+    assert Judge(net, noise(6, SHAPE)).judge(file).divergence < 1e-6
 
 
 @pytest.mark.parametrize(
