@@ -84,9 +84,10 @@ def finetune(
     """Train a converted model further: cross-entropy and distillation from the dense model.
 
     Part of the training data is held out, and the weights with the least loss on it are returned; the given
-    ones unless the loss falls by more than its standard error. ``data.test`` is never read. The same call
-    gives the same weights, bit for bit on a CPU with the same number of threads, also when it was killed in
-    between and resumed. Works on the student's device.
+    ones unless the loss falls by more than its standard error. The loss is that of augmented views where the
+    data have an augmentation, since the teacher was trained on the images. ``data.test`` is never read. The
+    same call gives the same weights, bit for bit on a CPU with the same number of threads, also when it was
+    killed in between and resumed. Works on the student's device.
 
     In a process group (``distributed``) each step's batch is divided among the processes, batch norms
     use the statistics of the whole batch, and every process returns the same result, which is that of
@@ -135,7 +136,8 @@ def finetune(
             augment=data.augment if settings.augment else None,
             ranks=ranks,
         )
-        training = Training(learner, part, held_out, data=data.spec, checkpointing=checkpointing)
+        views = data.augment if validation is None and inputs is None else None
+        training = Training(learner, part, held_out, data=data.spec, checkpointing=checkpointing, views=views)
         training.run(log, progress=progress and ranks.first)
     return FinetuneResult(
         model=_with_state(student, training.history.best_state),

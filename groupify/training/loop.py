@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from groupify.data.batches import Data, check_labels, is_map_style
 from groupify.data.ranks import Ranks
+from groupify.data.splits import Augment
 from groupify.devices import with_float64
 from groupify.errors import DataError, GroupifyWarning
 from groupify.training.history import (
@@ -43,6 +44,7 @@ from groupify.training.state import (
     check_same_run,
     hash_of,
     library_states,
+    own_random_states,
     read_state,
     seed_all,
     set_library_states,
@@ -85,6 +87,7 @@ class Training:
         held_out: what the best weights are chosen on.
         data: name of the data, which a state has to be of.
         checkpointing: when to store the state, and whether to go on from it.
+        views: the augmentation of held-out images that the teacher may have seen; None = none.
     """
 
     def __init__(
@@ -95,8 +98,9 @@ class Training:
         *,
         data: str,
         checkpointing: Checkpointing | None = None,
+        views: Augment | None = None,
     ) -> None:
-        self.learner = learner
+        self.learner, self.views = learner, views
         self.ranks = learner.ranks
         self.part, self.held_out = part, held_out
         self.inputs = part.inputs
@@ -247,9 +251,13 @@ class Training:
 
     def _validate(self) -> tuple[Validation, Tensor]:
         learner = self.learner
-        return validate(
-            learner.evaluated, self.held_out, learner.settings, learner.teacher, self.ranks, self.inputs
-        )
+        # An augmentation may draw from the global generators: views are alike, and the training unmoved.
+        with own_random_states(learner.device, []):
+            seed_all(learner.settings.seed)
+            return validate(
+                learner.evaluated, self.held_out, learner.settings, learner.teacher, self.ranks, self.inputs,
+                self.views,
+            )  # fmt: skip
 
     def _lost(self) -> float | None:
         """What the student has lost against its teacher, as far as the settings mind."""

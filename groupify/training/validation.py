@@ -12,13 +12,16 @@ from torch.nn import functional as F
 from groupify.data.batches import UNLABELLED, Data, check_labels
 from groupify.data.calls import Inputs, iterate_calls
 from groupify.data.ranks import ALONE, Ranks
+from groupify.data.splits import Augment
 from groupify.documents import Measured
 from groupify.errors import SpecError
+from groupify.graph.call import Call
 from groupify.tasks import class_scores
 from groupify.training.objective import as_input, autocast
 from groupify.training.settings import FinetuneSettings
 
 _IMAGES_FOR_DIVERGENCE = 1000
+_VIEWS = 4
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,12 @@ def validate(
     teacher: nn.Module | None,
     ranks: Ranks = ALONE,
     inputs: Inputs | None = None,
+    augment: Augment | None = None,
 ) -> tuple[Validation, Tensor]:
     """Evaluate ``model`` on held-out images, divided among the ranks; it is left in eval mode.
+
+    With an augmentation the loss is that of several augmented views of each image, the same ones in each
+    validation: images that the teacher, or the fit, has seen favour weights near to the teacher.
 
     Returns:
         What all ranks found, and the loss of each of this rank's images, shape (n,).
@@ -93,6 +100,7 @@ def validate(
     model.eval()
     correct = classes = 0
     losses: list[Tensor] = []
+    generator = torch.Generator().manual_seed(settings.seed + ranks.rank)
     for call, labels in iterate_calls(data, settings.batch_size, inputs, share=(ranks.rank, ranks.world)):
         fitting = as_input(call, model, settings)
         with autocast(fitting.tensors[0].device, settings):
@@ -102,8 +110,15 @@ def validate(
                 targets = _checked(labels, classes).to(logits.device)
             elif teacher is not None:
                 targets = class_scores(as_input(call, teacher).apply(teacher)).argmax(1).to(logits.device)
+            scores = [logits]
+            if augment is not None:
+                views = [Call((augment(call.tensors[0], generator),)) for _ in range(_VIEWS)]
+                scores = [
+                    class_scores(as_input(view, model, settings).apply(model)).float() for view in views
+                ]
         correct += int((logits.argmax(1) == targets).sum())
-        losses.append(F.cross_entropy(logits, targets, reduction="none"))
+        of_views = [F.cross_entropy(one, targets, reduction="none") for one in scores]
+        losses.append(torch.stack(of_views).mean(0))
     device = next((parameter.device for parameter in model.parameters()), None)
     every = torch.cat(losses) if losses else torch.zeros(0, device=device)
     all_correct, all_loss, all_images = ranks.sums(correct, float(every.sum()), len(every), device=device)

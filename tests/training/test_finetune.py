@@ -153,6 +153,28 @@ def test_the_weights_before_a_step_that_cannot_be_taken_are_kept(
     assert all(value.isfinite().all() for value in result.last_model.state_dict().values())
 
 
+def test_held_out_images_are_augmented_unless_they_are_the_callers_own(
+    dense: nn.Module, student: nn.Module, data: TensorDataset
+) -> None:
+    seen: list[Tensor] = []
+
+    def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+        seen.append(images)
+        return images + torch.rand(1, generator=generator)
+
+    settings = dataclasses.replace(SETTINGS, epochs=1, validations_per_epoch=1)
+    given = splits(data, augment=augment)
+    own = finetune(student, given, teacher=dense, settings=settings)
+    assert sum(map(len, seen)) == 2 * 4 * own.validation_images  # two validations, four views of each image
+    assert finetune(student, given, teacher=dense, settings=settings).history[1].gain == own.history[1].gain
+    plain = finetune(student, splits(data), teacher=dense, settings=settings)
+    assert plain.history[0].validation_top1 == own.history[0].validation_top1
+    assert plain.history[0].validation_loss != own.history[0].validation_loss
+    seen.clear()
+    finetune(student, given, teacher=dense, settings=settings, validation=data)
+    assert not seen
+
+
 def test_what_was_lost_by_hand() -> None:
     class Constant(nn.Module):
         def __init__(self, *chances: float) -> None:
