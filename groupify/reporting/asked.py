@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from groupify.planning.budget import BYTES, DROP, LATENCY, MACS, PARAMS, Budget, Limit
-from groupify.reporting.formatting import count, milliseconds, plural, ratio_within, size
+from groupify.reporting.formatting import count, lost, milliseconds, plural, ratio_within, size
 from groupify.reporting.results import Range, Report
 from groupify.reporting.variants import GROUPED, variants
 from groupify.structures import INT8
@@ -46,8 +46,7 @@ def _drop(report: Report) -> str:
     accuracy = report.accuracy
     changed = accuracy.changed if int8 is None else int8.changed
     if changed is not None:
-        lost = "lost" if changed.drop >= 0 else "gained"
-        return f"{lost} {abs(changed.drop):.2f} ± {changed.error:.2f} points on {changed.images} test images"
+        return f"{lost(changed)} on {changed.images} test images"
     after = accuracy.converted if accuracy.recovered is None else accuracy.recovered
     top1 = after if int8 is None else int8.top1
     if accuracy.dense is None or top1 is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from groupify.paired import Paired
 from groupify.structures import Change, SitePlan
 
 # What is said of the speed where the machine was busy and nothing says within what bounds it lies.
@@ -50,6 +51,12 @@ def points(value: float, digits: int = 2) -> str:
     """``-1.153`` → ``−1.15``."""
     rounded = round(value, digits) + 0.0  # no minus in front of nothing
     return f"{rounded:+.{digits}f}".replace("-", "−")
+
+
+def lost(changed: Paired) -> str:
+    """The drop of accuracy between two models and its error: ``lost 0.31 ± 0.22 points``."""
+    verb = "lost" if changed.drop >= 0 else "gained"
+    return f"{verb} {abs(changed.drop):.2f} ± {changed.error:.2f} points"
 
 
 def plural(number: int, word: str) -> str:

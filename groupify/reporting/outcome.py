@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from groupify.conversion.site_fit import SiteFit
 from groupify.models.preprocessing import Preprocessing
 from groupify.models.specs import WeightsOrigin
-from groupify.reporting.formatting import count, percent, ratio, size
+from groupify.reporting.formatting import count, lost, percent, ratio, size
 from groupify.reporting.results import AccuracyChange, MetricChange
 from groupify.reporting.sites import site_cells
 from groupify.reporting.tables import Table, plain_console
@@ -108,11 +108,7 @@ def metric_lines(metric: MetricChange | None) -> Iterator[str]:
 
 def with_error(accuracy: AccuracyChange) -> str:
     """What was lost, image by image, and the error of that; an empty text where it is not known."""
-    changed = accuracy.changed
-    if changed is None:
-        return ""
-    lost = "lost" if changed.drop >= 0 else "gained"
-    return f", {lost} {abs(changed.drop):.2f} ± {changed.error:.2f} points"
+    return "" if accuracy.changed is None else f", {lost(accuracy.changed)}"
 
 
 def _text(table: Table) -> str:
