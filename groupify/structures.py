@@ -86,11 +86,11 @@ class Structure:
     expand: int | None = None
 
     def __post_init__(self) -> None:
-        for what, channels in (("reduce", self.reduce), ("groups", self.groups), ("expand", self.expand)):
+        if self.groups < 1:
+            raise PlanError(f"groups is {self.groups}; expected 1 or more")
+        for what, channels in (("reduce", self.reduce), ("expand", self.expand)):
             if channels is not None and channels < 1:
-                raise PlanError(
-                    f"{what} is {channels}; expected 1 or more" + ", or None" * (what != "groups")
-                )
+                raise PlanError(f"{what} is {channels}; expected 1 or more, or None")
             if channels is not None and channels % self.groups:
                 raise PlanError(
                     f"{what} is {channels}, which {self.groups} groups do not divide; "

@@ -50,6 +50,8 @@ def test_each_structure_has_one_spelling(
     [
         ((0, 1, None), "reduce is 0; expected 1 or more, or None"),
         ((None, 0, None), "groups is 0; expected 1 or more$"),
+        ((32, 0, 64), "groups is 0; expected 1 or more$"),
+        ((32, -4, None), "groups is -4; expected 1 or more$"),
         ((None, 1, -2), "expand is -2; expected 1 or more"),
         ((9, 2, None), "reduce is 9, which 2 groups do not divide; take a multiple of 2"),
         ((8, 4, 10), "expand is 10, which 4 groups do not divide"),
