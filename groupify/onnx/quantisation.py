@@ -21,6 +21,7 @@ from groupify.onnx.quantised_graph import keep_linear_outputs, protect_float_lay
 from groupify.onnx.quantiser import FloatNode, Quantiser, grouped_transposed
 from groupify.onnx.ranges import Feed, Range, best_ranges
 from groupify.onnx.runtime import open_session
+from groupify.onnx.space_to_depth import unfold_images
 from groupify.scores import OutputErrors
 
 __all__ = ["FloatNode", "QuantizedModel", "judging_images", "quantize_onnx"]
@@ -119,10 +120,14 @@ class _Quantisation:
                 "deploy the float file"
             )
         self._reduced = not int8_dot_products()
+        self._plain = self._path
+        if unfold_images(self._model):
+            self._plain = folder / "unfolded.onnx"
+            save(self._model, self._plain)
 
     def untuned(self, target: Path) -> QuantizedModel:
         """Write a file with the ranges of the first images."""
-        quantised, left = self._quantise(self._path, {})
+        quantised, left = self._quantise(self._plain, {})
         draft = self._folder / "plain.onnx"
         _write(quantised, draft)
         os.replace(draft, target)
