@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from groupify.measure.benchmarks import benchmark_onnx as benchmark
     from groupify.models.preprocessing import PreprocessingOptions
     from groupify.models.sources import load_model
-    from groupify.onnx.int8_export import export_int8
+    from groupify.onnx.int8.exporting import export_int8
     from groupify.pipeline.compressed import Compressed
     from groupify.pipeline.compressing import compress
     from groupify.pipeline.verbs import convert, export, finetune, save
@@ -68,7 +68,7 @@ _HOMES = {
     "data.batches": ("calibration_images",),
     "data.splits": ("load_data",),
     "measure.benchmarks": ("benchmark_onnx",),
-    "onnx.int8_export": ("export_int8",),
+    "onnx.int8.exporting": ("export_int8",),
     "scores": ("evaluate",),
     "planning.uniform": ("plan",),
     "planning.plan_file": ("PlanFile",),

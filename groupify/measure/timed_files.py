@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from groupify.onnx.exporting import export_onnx
-from groupify.onnx.quantisation import quantize_onnx
+from groupify.onnx.int8.quantisation import quantize_onnx
 from groupify.structures import INT8, Precision
 
 

@@ -16,7 +16,7 @@ import torch
 from onnx import helper
 
 from groupify.onnx.exposed import readers_of, weights_of
-from groupify.onnx.ranges import Feed
+from groupify.onnx.int8.ranges import Feed
 from groupify.onnx.runtime import open_session
 
 Values = list[npt.NDArray[Any]]  # of one tensor, batch by batch

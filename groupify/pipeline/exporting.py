@@ -18,9 +18,9 @@ from groupify.models.specs import ModelSpec
 from groupify.onnx.comparison import Agreement, compare_files
 from groupify.onnx.exporting import ExportedModel, export_onnx
 from groupify.onnx.half_precision import halve_onnx
-from groupify.onnx.int8_export import run_at_other_sizes
+from groupify.onnx.int8.exporting import run_at_other_sizes
+from groupify.onnx.int8.quantisation import quantize_onnx
 from groupify.onnx.parity import Parity, check_parity
-from groupify.onnx.quantisation import quantize_onnx
 from groupify.onnx.runtime import OnnxModule
 from groupify.paired import Answers
 from groupify.pipeline.requests import ExportOptions

@@ -21,7 +21,7 @@ from groupify.measure.latency_table import LatencyTable, cached_table, count_mis
 from groupify.measure.plan_timer import PlanTimer
 from groupify.models.wrappers import unwrapped
 from groupify.onnx.exporting import export_onnx
-from groupify.onnx.quantisation import quantize_onnx
+from groupify.onnx.int8.quantisation import quantize_onnx
 from groupify.onnx.runtime import OnnxModule
 from groupify.planning.budget import LATENCY, Budget
 from groupify.planning.candidates import candidates

@@ -17,8 +17,8 @@ from groupify.models.preprocessing import Preprocessing
 from groupify.models.specs import WeightsOrigin
 from groupify.onnx.comparison import Agreement
 from groupify.onnx.exporting import ExportedModel
+from groupify.onnx.int8.quantisation import FloatNode
 from groupify.onnx.parity import Parity
-from groupify.onnx.quantisation import FloatNode
 from groupify.paired import Paired
 from groupify.structures import FLOAT32, Change, Precision, SitePlan
 from groupify.training.history import FinetuneRow

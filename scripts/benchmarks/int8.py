@@ -36,7 +36,7 @@ from groupify.measure.memory import peak_memory
 from groupify.models.sources import load_model
 from groupify.models.specs import Source
 from groupify.onnx.exporting import export_onnx
-from groupify.onnx.quantisation import quantize_onnx
+from groupify.onnx.int8.quantisation import quantize_onnx
 from groupify.onnx.runtime import OnnxModule
 from groupify.planning.rules import Rules
 from groupify.planning.search import Images, SearchOptions, plan_for_budget

@@ -17,8 +17,8 @@ from groupify.data.splits import DataSplits
 from groupify.errors import ConversionError, DataError, GroupifyError, SpecError
 from groupify.graph.call import Call
 from groupify.models.specs import ModelSpec, WeightsOrigin
+from groupify.onnx.int8.quantisation import quantize_onnx
 from groupify.onnx.parity import check_parity
-from groupify.onnx.quantisation import quantize_onnx
 from groupify.onnx.runtime import OnnxModule
 from groupify.planning.search import Images
 from tests.cases.nets import EXACT, grouped_already, noise

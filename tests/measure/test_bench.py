@@ -23,7 +23,7 @@ from groupify.measure.folder import (
 )
 from groupify.models.specs import ModelSpec, WeightsOrigin
 from groupify.onnx.exporting import export_onnx
-from groupify.onnx.quantisation import quantize_onnx
+from groupify.onnx.int8.quantisation import quantize_onnx
 from groupify.recipe import RECIPE_HASH
 from groupify.reporting.text import print_bench
 from tests.cli_nets import net

@@ -15,8 +15,8 @@ import groupify
 from groupify.errors import GroupifyError, SpecError
 from groupify.measure.onnx_files import bench_files
 from groupify.onnx.exporting import export_onnx
+from groupify.onnx.int8.quantisation import quantize_onnx
 from groupify.onnx.providers import PROVIDERS, available_providers, check_started
-from groupify.onnx.quantisation import quantize_onnx
 from tests.conftest import Run
 
 SHAPE = (3, 8, 8)

@@ -11,11 +11,11 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from groupify.onnx.bias_correction import correct_biases
-from groupify.onnx.equalisation import equalise, find_pairs
 from groupify.onnx.exporting import export_onnx
-from groupify.onnx.quantisation import quantize_onnx
-from groupify.onnx.ranges import Feed, Histogram, best_ranges
+from groupify.onnx.int8.bias_correction import correct_biases
+from groupify.onnx.int8.equalisation import equalise, find_pairs
+from groupify.onnx.int8.quantisation import quantize_onnx
+from groupify.onnx.int8.ranges import Feed, Histogram, best_ranges
 from groupify.onnx.runtime import OnnxModule, open_session
 from groupify.onnx.stepwise import StepwiseRun
 from tests.onnx.fake_quantised import fake_quantised

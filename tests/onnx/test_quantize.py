@@ -14,7 +14,7 @@ from torch import nn
 from groupify.errors import ArtefactError, ConversionError, DataError, GroupifyError
 from groupify.onnx.comparison import compare_files
 from groupify.onnx.exporting import export_onnx
-from groupify.onnx.quantisation import quantize_onnx
+from groupify.onnx.int8.quantisation import quantize_onnx
 from groupify.onnx.runtime import OnnxModule
 from tests.onnx.nets import INPUT_SHAPE, randomise
 

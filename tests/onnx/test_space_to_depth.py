@@ -13,9 +13,9 @@ from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
 from groupify.onnx.exporting import export_onnx
-from groupify.onnx.quantisation import quantize_onnx
+from groupify.onnx.int8.quantisation import quantize_onnx
+from groupify.onnx.int8.space_to_depth import unfold_images
 from groupify.onnx.runtime import OnnxModule, open_session
-from groupify.onnx.space_to_depth import unfold_images
 
 
 def conv_model(conv: nn.Conv2d, size: tuple[int | str, int | str], *, times: int = 1) -> onnx.ModelProto:

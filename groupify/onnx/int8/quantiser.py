@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnxruntime import quantization
 
-from groupify.onnx.ranges import Feed, Range
+from groupify.onnx.int8.ranges import Feed, Range
 
 
 @dataclass(frozen=True)

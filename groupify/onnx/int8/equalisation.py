@@ -16,7 +16,7 @@ import onnx
 from onnx import numpy_helper
 
 from groupify.onnx.exposed import exposing, has_branches, readers_of, weights_of
-from groupify.onnx.ranges import Feed
+from groupify.onnx.int8.ranges import Feed
 
 _HOMOGENEOUS = frozenset(
     ("AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Identity", "LeakyRelu", "MaxPool", "Relu")

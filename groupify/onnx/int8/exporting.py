@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from groupify.errors import DataError
 from groupify.onnx.comparison import Agreement, compare_files
 from groupify.onnx.exporting import export_onnx
+from groupify.onnx.int8.quantisation import QuantizedModel, judging_images, quantize_onnx
 from groupify.onnx.parity import Parity, check_parity
-from groupify.onnx.quantisation import QuantizedModel, judging_images, quantize_onnx
 
 if TYPE_CHECKING:
     from groupify.models.preprocessing import Preprocessing

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from groupify.errors import ArtefactError, ConversionError, DataError
 from groupify.machine import int8_dot_products
-from groupify.onnx.bias_correction import correct_biases
-from groupify.onnx.equalisation import equalise
 from groupify.onnx.exposed import save
-from groupify.onnx.quantised_graph import keep_linear_outputs, protect_float_layers
-from groupify.onnx.quantiser import FloatNode, Quantiser, grouped_transposed
-from groupify.onnx.ranges import Feed, Range, best_ranges
+from groupify.onnx.int8.bias_correction import correct_biases
+from groupify.onnx.int8.equalisation import equalise
+from groupify.onnx.int8.quantised_graph import keep_linear_outputs, protect_float_layers
+from groupify.onnx.int8.quantiser import FloatNode, Quantiser, grouped_transposed
+from groupify.onnx.int8.ranges import Feed, Range, best_ranges
+from groupify.onnx.int8.space_to_depth import unfold_images
 from groupify.onnx.runtime import open_session
-from groupify.onnx.space_to_depth import unfold_images
 from groupify.scores import OutputErrors
 
 __all__ = ["FloatNode", "QuantizedModel", "judging_images", "quantize_onnx"]

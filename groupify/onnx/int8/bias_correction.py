@@ -18,7 +18,7 @@ import onnx
 from onnx import numpy_helper
 
 from groupify.onnx.exposed import exposing, has_branches, readers_of, weights_of
-from groupify.onnx.ranges import Feed
+from groupify.onnx.int8.ranges import Feed
 from groupify.onnx.stepwise import StepwiseRun
 
 Mean = npt.NDArray[np.float64]  # of each channel, shape (C,)
