@@ -62,7 +62,7 @@ class Comparison:
 
     @property
     def top1_agreement(self) -> float | None:
-        """Share of equal argmaxes over dimension 1, a fraction; None without one."""
+        """Share of equal argmaxes of outputs (N, K), a fraction; None without such an output."""
         return self.agreeing / self.decided if self.decided else None
 
 
@@ -114,9 +114,9 @@ def _compare(reference: Array, output: Array) -> Comparison:
     difference = float(np.max(differences(reference, output), initial=0.0))
     largest = _largest(reference)
     agreeing = decided = 0
-    if reference.dtype.kind == "f" and reference.ndim >= 2 and reference.shape[1] > 1:
+    if reference.dtype.kind == "f" and reference.ndim == 2 and reference.shape[1] > 1:
         agreeing = int(np.sum(reference.argmax(1) == output.argmax(1)))
-        decided = reference.size // reference.shape[1]
+        decided = len(reference)
     ratio = difference / largest if largest > 0 else difference
     return Comparison(difference, ratio, difference / scale_of(reference), agreeing, decided)
 
@@ -128,7 +128,7 @@ class Agreement:
     Attributes:
         max_abs_diff: the largest difference of any output value.
         max_rel_diff: the same, of the largest absolute value of the same output in its batch.
-        top1_agreement: share of equal argmaxes over dimension 1, a fraction; None without one.
+        top1_agreement: share of equal argmaxes of outputs (N, K), a fraction; None without such an output.
         images: how many were tried.
     """
 

@@ -46,7 +46,7 @@ class Parity:
     Attributes:
         max_abs_diff: the largest difference of any output value.
         max_rel_diff: the same, of the largest absolute value of the same output.
-        top1_agreement: share of equal argmaxes over dimension 1, a fraction; None without one.
+        top1_agreement: share of equal argmaxes of outputs (N, K), a fraction; None without such an output.
         batch_sizes: that were tried.
         real_images: how many of the inputs were not random.
         shapes: of one input, that were tried; one of them where the size is fixed.

@@ -11,6 +11,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from groupify.errors import GroupifyError, ParityError
+from groupify.onnx.comparison import compare_outputs
 from groupify.onnx.exporting import export_onnx
 from groupify.onnx.parity import check_parity
 from tests.onnx.nets import INPUT_SHAPE, TwoHeads, randomise
@@ -36,6 +37,13 @@ def test_a_good_file_passes(net: nn.Module, exported: Path) -> None:
     assert parity.batch_sizes == (1, 3)
     assert parity.real_images == 4
     assert exported.exists()
+
+
+@pytest.mark.parametrize(("shape", "decided"), [((4, 3), True), ((4, 1), False), ((4, 3, 5, 5), False)])
+def test_only_class_scores_have_a_top_class(shape: tuple[int, ...], decided: bool) -> None:
+    values = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    found = compare_outputs({"out": values}, {"out": values}).top1_agreement
+    assert found == (1.0 if decided else None)
 
 
 def test_several_outputs_are_compared(tmp_path: Path) -> None:
