@@ -89,6 +89,22 @@ def test_own_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "limit", "sizes", "metric"),
+    [("segmentation", 2.0, "32×32 and", "miou"), ("super_resolution", 0.5, "16×16 and", "psnr")],
+)
+def test_tasks_without_classes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, limit: float, sizes: str, metric: str
+) -> None:
+    measured = example(name).main(tmp_path)
+    assert measured["dense"] - limit <= measured["converted"] < measured["dense"]
+    assert measured["tuned"] > measured["converted"]
+    out = capsys.readouterr().out
+    assert f"metric {metric} (higher is better): dense " in out
+    assert f"{name}.onnx, checked at {sizes}" in out
+
+
+@pytest.mark.slow
 def test_plain_training_loop(capsys: pytest.CaptureFixture[str]) -> None:
     splits = part_of_the_demo()
     accuracies = example("plain_training_loop").main(
