@@ -17,6 +17,7 @@ from pydantic import AfterValidator, Field
 from groupify.documents import Document, OneOf, Text
 from groupify.models.specs import CheckedSpec, WeightsOrigin
 from groupify.structures import FLOAT32, Precision, SiteRecipe
+from groupify.tasks import AUTO, TASKS
 
 # Key of the recipe's ``sha256`` in the metadata of an ONNX file.
 RECIPE_HASH = "groupify.recipe_sha256"
@@ -77,6 +78,8 @@ class Recipe(Document):
         metrics: what was measured; JSON values.
         cpu: the processor that the plan was made for, one of ``groupify.machine.CPUS``; None = not known.
         precision: what the plan was made for: what the model computes in where it is deployed.
+        task: what the model was taken for, one of ``groupify.tasks.TASKS``.
+        budget: what was asked for, as ``Budget.parse`` takes it; None = nothing.
         versions: package name → version, at the time of the conversion.
         memory_format: how the weights lie in memory, one of ``MEMORY_FORMATS``; kernels round
             differently for each. Filled in when the recipe is saved.
@@ -102,6 +105,8 @@ class Recipe(Document):
     metrics: Mapping[str, Any] = field(default_factory=dict)
     cpu: Text | None = None
     precision: Precision = FLOAT32
+    task: Annotated[str, OneOf(*TASKS)] = AUTO
+    budget: Text | None = None
     versions: Mapping[str, str] = field(default_factory=current_versions)
     memory_format: Annotated[str, OneOf(*MEMORY_FORMATS)] = "contiguous"
     hooked: Annotated[tuple[Text, ...], Field(max_length=MAX_SITES)] = ()

@@ -117,7 +117,7 @@ def test_images_that_are_not_finite_and_empty_data() -> None:
 def test_labels_are_not_used_for_a_model_that_is_no_classifier() -> None:
     source = load_model("tests.cli_nets:segmenter", input_shape=(3, 8, 8))
     with pytest.warns(
-        GroupifyWarning, match=r"labels of tests.cli_nets:data are not used, .*segmenter gives no logits"
+        GroupifyWarning, match=r"segmenter gives no logits .*; the labels of tests.cli_nets:data are not used"
     ):
         _, data = with_data(source, "tests.cli_nets:data", PreprocessingOptions(), seed=0)
     assert data is not None

@@ -239,6 +239,15 @@ model_options = together(
     preprocessing_options,
 )  # fmt: skip
 
+_TASKS = click.Choice(["auto", "classes", "outputs"])
+_TASK_HELP = (
+    "What the model is judged by: the softmax of its class scores, or the relative error of its outputs. "
+    "auto: by their form."
+)
+_METRIC_HELP = (
+    "A function of a model that returns how well it does, higher is better; drop= in a budget is then in its "
+    "units."
+)
 _CPU_HELP = "Processor that will run the model: avx2, avx512, arm64, any, or auto: this one."
 plan_options = together(
     _plan("--groups", "-g", metavar="N",
@@ -271,12 +280,8 @@ plan_options = together(
           "weighted by the Fisher information of class scores; outputs: times what replacing the conv alone "
           "does to the outputs; auto: errors for class scores, else outputs; exact: all choices converted "
           "(slow)."),
-    _plan("--task", default="auto", show_default=True, type=click.Choice(["auto", "classes", "outputs"]),
-          help="What the model is judged by where structures are chosen: the softmax of its class scores, or "
-          "the relative error of its outputs. auto: by their form."),
-    _plan("--metric", metavar="MODULE:FUNCTION",
-          help="A function of a model that returns how well it does, higher is better; drop= in a budget is "
-          "then in its units."),
+    _plan("--task", default="auto", show_default=True, type=_TASKS, help=_TASK_HELP),
+    _plan("--metric", metavar="MODULE:FUNCTION", help=_METRIC_HELP),
     _plan("--no-verify", is_flag=True,
           help="Neither convert a chosen plan to compare it with uniform, nor time it as a whole."),
     _plan("--plan", "plan_file", type=_PATH, help="Take the plan from this file."),
@@ -310,6 +315,12 @@ def data_option(what: str, *, required: bool = False) -> Decorator[Any]:
     return section("Data")("--data", required=required, metavar="SPEC", help=what)
 
 
+folder_task_options = together(
+    section("Data")("--task", type=_TASKS, help=f"{_TASK_HELP} Default: what the folder's recipe says."),
+    section("Data")("--metric", metavar="MODULE:FUNCTION", help=_METRIC_HELP),
+)
+
+
 def training_options(epochs: float) -> Decorator[Any]:
     """Return the options of a fine-tune; ``epochs`` is the default of the first."""
     return together(
@@ -324,10 +335,13 @@ def training_options(epochs: float) -> Decorator[Any]:
                   help="Share of the steps in which the learning rate rises, 0 to 1."),
         _training("--weight-decay", type=float, help="Of the weights; norms and biases have none."),
         _training("--labels", type=click.Choice(["auto", "none"]), default="auto", show_default=True,
-                  help="none: learn from the dense model alone."),
+                  help="none: learn from the dense model alone, as auto does where there are none of use."),
+        _training("--loss", metavar="MODULE:FUNCTION",
+                  help="A function of outputs and labels, of any shape, that returns a tensor, a number "
+                  "or one for each image; lower is better. In the place of the cross-entropy."),
         _training("--distill", type=click.Choice(["logits", "attention", "none"]),
-                  help="What to learn from the dense model; attention: the logits and where layers look."),
-        _training("--distillation-weight", type=float, help="Share of the logits' loss, 0 to 1."),
+                  help="What to learn from the dense model; attention: the outputs and where layers look."),
+        _training("--distillation-weight", type=float, help="Share of the dense model's, 0 to 1."),
         _training("--temperature", type=float, help="Of the distillation."),
         _training("--label-smoothing", type=float, help="Of the cross-entropy, 0 to 1."),
         _training("--ema", "ema_decay", type=float, metavar="DECAY", help="Average the weights, like 0.99."),

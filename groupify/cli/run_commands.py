@@ -14,6 +14,7 @@ from groupify.cli.options import (
     data_option,
     device_option,
     fit_options,
+    folder_task_options,
     model_options,
     output_options,
     plan_options,
@@ -29,6 +30,7 @@ from groupify.cli.shared import (
     is_trusted,
     model_label,
     model_request,
+    named_function,
     output_request,
     plan_request,
     preprocessing_request,
@@ -92,6 +94,7 @@ def convert(model: str, **options: Any) -> None:
 @trust_option
 @preprocessing_options
 @data_option("A data set with a training part.", required=True)
+@folder_task_options
 @training_options(epochs=1)
 @output_options(None, " Default: as FOLDER's files.")
 @device_option
@@ -123,6 +126,8 @@ def finetune(folder: Path, **options: Any) -> None:
         device=options["device"],
         preprocessing=preprocessing_request(options),
         seed=options["seed"],
+        task=options["task"],
+        metric=named_function(options["metric"], "metric"),
     )
     _run(lambda progress: run_finetune(request, progress=progress), training, output, options)
 

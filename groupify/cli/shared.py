@@ -105,10 +105,16 @@ def model_label(name: str, arguments: Mapping[str, Any]) -> str:
     return str(words[-1]) if words else name.rpartition(":")[2].rpartition(".")[2]
 
 
+def named_function(name: str | None, kind: str) -> Any:
+    """Return the function of the user's own that an option names; None where it names none."""
+    from groupify.models.sources import import_attribute
+
+    return None if name is None else import_attribute(name, kind)
+
+
 def plan_request(options: dict[str, Any]) -> PlanRequest:
     """Return how the convs are to be replaced."""
     from groupify.files import cache_folder
-    from groupify.models.sources import import_attribute
     from groupify.pipeline.requests import PlanRequest, families
     from groupify.planning.group_counts import GroupCounts
     from groupify.planning.rules import Rules
@@ -136,7 +142,7 @@ def plan_request(options: dict[str, Any]) -> PlanRequest:
         progress=not options["quiet"],
         memory=options["memory"],
         task=options["task"],
-        metric=None if options["metric"] is None else import_attribute(options["metric"], "metric"),
+        metric=named_function(options["metric"], "metric"),
     )
     return PlanRequest(
         None if options["groups"] is None else GroupCounts.of(options["groups"]),
@@ -209,14 +215,14 @@ def training_request(options: dict[str, Any]) -> TrainingRequest | None:
     from groupify.training.settings import FinetuneSettings
 
     if not options["epochs"]:
-        for name in ("save_every", "resume", "log_file", "tensorboard"):
+        for name in ("save_every", "resume", "log_file", "tensorboard", "loss"):
             if options[name]:
                 option = name.replace("_", "-")
                 raise SpecError(f"--{option} is about training, and there is none; give --epochs N")
         return None
     # The options bear the names of the settings; what is not given keeps the setting's default.
     given = {field.name: options.get(field.name) for field in dataclasses.fields(FinetuneSettings)}
-    given["labels"] = options["labels"] != "none"
+    given["labels"] = False if options["labels"] == "none" else None
     given["amp"] = "bfloat16" if options["amp"] == "bf16" else None
     settings = FinetuneSettings(**{name: value for name, value in given.items() if value is not None})
     log = None
@@ -227,6 +233,7 @@ def training_request(options: dict[str, Any]) -> TrainingRequest | None:
         save_every=options["save_every"],
         resume=options["resume"],
         log=log,
+        loss=named_function(options["loss"], "loss"),
     )
 
 

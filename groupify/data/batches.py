@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
 
-from groupify.data.items import UNLABELLED, Batch, as_batch, collate
+from groupify.data.items import UNLABELLED, Batch, Labelled, as_batch, collate
 from groupify.errors import DataError
 
 __all__ = [
@@ -54,7 +54,7 @@ def iterate_batches(
     limit: int | None = None,
     first_batch: int = 0,
     share: tuple[int, int] = (0, 1),
-    labelled: bool = True,
+    labelled: Labelled = True,
 ) -> Iterator[Batch]:
     """Iterate over ``(images, labels)``: float32 (n, C, H, W) and int64 (n,).
 
@@ -66,7 +66,8 @@ def iterate_batches(
         first_batch: leave out so many batches; those of a map-style data set are not even read.
         share: (r, n): of each batch only every n-th image from the r-th on, for the r-th of n processes;
             a batch without such an image is left out. What a map-style data set has besides is not read.
-        labelled: whether labels are wanted; without, they may be anything, and come as ``UNLABELLED``.
+        labelled: whether labels are wanted; without, they may be anything, and come as ``UNLABELLED``; with
+            ``"any"``, those of any form, (n, …).
 
     Raises:
         DataError: no images, NaN or infinite images, images that are not floating-point tensors, or
@@ -169,7 +170,7 @@ def _map_style_batches(
     limit: int | None,
     first_batch: int,
     share: tuple[int, int],
-    labelled: bool,
+    labelled: Labelled,
 ) -> Iterator[Batch]:
     total = len(cast(Any, data))
     if shuffle_seed is None:
@@ -191,7 +192,7 @@ def _shared(batches: Iterable[Batch], share: tuple[int, int]) -> Iterator[Batch]
             yield images[rank::world], labels[rank::world]
 
 
-def _gather(data: Dataset[Any], indices: Tensor, labelled: bool) -> Batch:
+def _gather(data: Dataset[Any], indices: Tensor, labelled: Labelled) -> Batch:
     if isinstance(data, Subset):
         return _gather(data.dataset, torch.as_tensor(data.indices)[indices], labelled)
     if isinstance(data, BatchDataset):
@@ -201,7 +202,7 @@ def _gather(data: Dataset[Any], indices: Tensor, labelled: bool) -> Batch:
     return collate([data[index] for index in indices.tolist()], labelled=labelled)
 
 
-def _sample_stream(data: Iterable[Any], batch_size: int, labelled: bool) -> Iterator[Batch]:
+def _sample_stream(data: Iterable[Any], batch_size: int, labelled: Labelled) -> Iterator[Batch]:
     samples: list[Any] = []
     for sample in iterate_items(data):
         samples.append(sample)

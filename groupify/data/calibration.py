@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from groupify.data.batches import Data, iterate_batches
-from groupify.data.items import as_batch
+from groupify.data.items import Labelled, as_batch
 from groupify.errors import DataError
 
 _BATCH_SIZE = 64
@@ -47,21 +47,23 @@ def calibration_inputs(data: Tensor | Data) -> Tensor:
     return store.whole()
 
 
-def read_once(batches: Iterable[Any]) -> TensorDataset:
+def read_once(batches: Iterable[Any], labelled: Labelled = True) -> TensorDataset:
     """Return a data set of what can be read only once, such as a generator; it is kept as for calibration.
 
-    Labels that are no class numbers count as none.
+    Labels that are no class numbers count as none, unless ``labelled`` is ``"any"``; those stay in memory.
 
     Raises:
-        DataError: as :func:`calibration_inputs`.
+        DataError: as :func:`calibration_inputs`, or there are no labels where they may be ``"any"``.
     """
     store, labels = _Store(), []
     for item in batches:
         images, none = as_batch(item, labelled=False)
         store.add(images)
         try:
-            labels.append(as_batch(item, labelled=True)[1])
+            labels.append(as_batch(item, labelled=labelled)[1].clone())
         except DataError:
+            if labelled == "any":
+                raise
             labels.append(none)
     if not labels:
         raise DataError("the data set is empty: expected at least one batch")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset, default_collate
 
 from groupify.data.batches import BatchDataset, Data, is_map_style, iterate_batches, iterate_items
-from groupify.data.items import as_batch, labels_of
+from groupify.data.items import Labelled, as_batch, labels_of
 from groupify.errors import DataError, GroupifyError
 from groupify.graph.call import Call
 
@@ -60,7 +60,7 @@ def iterate_calls(
     limit: int | None = None,
     first_batch: int = 0,
     share: tuple[int, int] = (0, 1),
-    labelled: bool = True,
+    labelled: Labelled = True,
 ) -> Iterator[tuple[Call, Tensor]]:
     """Iterate over what a model is called with, and the labels, int64 (n,).
 

@@ -17,6 +17,7 @@ from groupify.data.calibration import read_once
 from groupify.data.calls import Inputs, iterate_calls
 from groupify.data.files import find_fashion_mnist, read_cifar10, read_fashion_mnist
 from groupify.data.images import CropAndFlip, FlipAndShift, ImageArrays, read_image_folder, size_in_common
+from groupify.data.items import Labelled
 from groupify.errors import DataError, GroupifyError, GroupifyWarning, SpecError, WrongTypeError, near_names
 from groupify.models import demo
 from groupify.models.preprocessing import Preprocessing, PreprocessingOptions, unknown
@@ -114,13 +115,16 @@ def load_data(
     return splits
 
 
-def as_splits(data: DataSplits | Data | Tensor, inputs: Inputs | None = None) -> DataSplits:
+def as_splits(
+    data: DataSplits | Data | Tensor, inputs: Inputs | None = None, *, labelled: Labelled = True
+) -> DataSplits:
     """Return data of the caller's own as splits: all of it is the training part.
 
     Args:
         data: splits, which come back as they are; a tensor of inputs, a data set, a ``DataLoader`` or another
             iterable of batches. What can be read only once is read at once and kept.
         inputs: a batch → what the model is called with, for models that take more than images.
+        labelled: what labels to keep of what can be read only once.
 
     Raises:
         WrongTypeError: it is nothing of the kind.
@@ -135,7 +139,7 @@ def as_splits(data: DataSplits | Data | Tensor, inputs: Inputs | None = None) ->
     elif isinstance(data, str | bytes | Mapping | nn.Module) or not _is_readable(data):
         raise WrongTypeError(f"data is a {kind}: expected {_PARTS}, or what load_data returns")
     elif isinstance(data, Iterator):
-        part = read_once(data)
+        part = read_once(data, labelled)
     if hasattr(part, "__len__") and len(part) == 0:
         raise DataError(f"the data ({kind}) is empty: expected at least one image")
     return DataSplits("the given images", part, None, None, None, labelled=_has_labels(part, inputs))

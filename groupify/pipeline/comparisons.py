@@ -10,6 +10,7 @@ from groupify.pipeline.requests import ConversionRequest
 from groupify.pipeline.subject import Subject
 from groupify.planning.uniform import plan
 from groupify.structures import Plan
+from groupify.tasks import OUTPUTS
 
 
 def check_comparable(request: ConversionRequest, subject: Subject) -> None:
@@ -21,6 +22,8 @@ def check_comparable(request: ConversionRequest, subject: Subject) -> None:
     start, data, source = "--uniform compares accuracies", subject.data, subject.source
     if data is None:
         raise SpecError(f"{start}: give --data with labels and a test part")
+    if subject.task == OUTPUTS:
+        raise SpecError(f"{start}, and the task is {OUTPUTS!r}: leave it out")
     if class_count(source) is None:
         raise SpecError(
             f"{start}, and {source.spec.name} gives no logits of shape (N, classes): leave it out"

@@ -22,16 +22,17 @@ from groupify.errors import SpecError, expect_type
 from groupify.graph.call import Call, Example, as_call
 from groupify.models.specs import Source
 from groupify.paired import Answers
-from groupify.pipeline.exporting import FILE_ROLES, export_and_check, paths_of
+from groupify.pipeline.exporting import export_and_check, export_result, paths_of
 from groupify.pipeline.requests import ExportOptions
 from groupify.recipe import Recipe
 from groupify.reporting.outcome import Outcome, outcome_text
 from groupify.reporting.results import AccuracyChange, ExportResult, MetricChange
 from groupify.scores import Metric, ModelCost, evaluate, measure_cost, measure_metric
 from groupify.structures import FLOAT32, FilePrecision, Plan
-from groupify.tasks import AUTO, OUTPUTS
+from groupify.tasks import AUTO
 from groupify.training.finetuning import FinetuneResult, finetune
 from groupify.training.history import LogSettings
+from groupify.training.own_loss import Loss
 from groupify.training.settings import FinetuneSettings
 from groupify.training.state import Checkpointing
 
@@ -117,8 +118,10 @@ class Compressed(Conversion):
             sites=self.sites,
             cpu=self.plan.cpu,
             precision=self.plan.precision,
+            task=self.task,
+            budget=self.budget,
             calibration=self.found_by,
-            recovery=None if self.tuned is None else self.tuned.settings.as_recipe(),
+            recovery=None if self.tuned is None else self.tuned.recovery,
             metrics={key: value for key, value in accuracy.items() if value is not None},
         )
 
@@ -174,10 +177,9 @@ class Compressed(Conversion):
         with tempfile.TemporaryDirectory(prefix="groupify-") as aside:
             exported = export_and_check(
                 self.model, self.source.spec, {FLOAT32: Path(aside, file.name), **wanted}, options, self.data,
-                example=self.example, seed=self.seed, progress=progress,
+                example=self.example, task=self.task, seed=self.seed, progress=progress,
             )  # fmt: skip
-        files = {FILE_ROLES[precision]: str(written) for precision, written in wanted.items()}
-        return ExportResult(exported.file, exported.parity, files, exported.int8, exported.float16)
+        return export_result(exported, wanted)
 
     def finetune(
         self,
@@ -185,6 +187,7 @@ class Compressed(Conversion):
         *,
         teacher: nn.Module | None = None,
         settings: FinetuneSettings | None = None,
+        loss: Loss | None = None,
         validation: Data | None = None,
         inputs: Inputs | None = None,
         checkpointing: Checkpointing | None = None,
@@ -194,13 +197,16 @@ class Compressed(Conversion):
     ) -> Compressed:
         """Train further, with the dense model as the teacher; return a new result.
 
-        It is planned for the same precision. The accuracy on a test part is measured again.
+        It is planned for the same precision. The accuracy on a test part is measured again, and the metric.
 
         Args:
             data: what ``load_data`` returns, or training data: a data set, a loader, or another iterable of
-                batches. Without labels, the model learns from the dense one alone.
+                batches. Without class numbers for class scores, or labels and a loss for them, the model
+                learns from the dense one alone: its class probabilities, or all of its outputs.
             teacher: the dense model; None = the one that this was made from.
             settings: how to train; None = the defaults.
+            loss: (outputs, labels) → a number, or one for each image, shape (n,), lower is better; as for
+                ``groupify.finetune``.
             inputs: a batch → what the model is called with; None = as for the fit.
             validation, checkpointing, log, distributed, progress: as for ``groupify.finetune``.
 
@@ -209,28 +215,37 @@ class Compressed(Conversion):
             GroupifyError: as ``groupify.finetune``.
         """
         inputs = self.inputs if inputs is None else inputs
-        splits = as_splits(data, inputs)
+        splits = as_splits(data, inputs, labelled=True if loss is None else "any")
         if settings is None:
-            settings = FinetuneSettings(labels=splits.labelled, seed=self.seed)
+            settings = FinetuneSettings(seed=self.seed)
         tuned = finetune(
             self.model, splits, teacher=self.source.model if teacher is None else teacher, settings=settings,
-            validation=validation, inputs=inputs, checkpointing=checkpointing, log=log,
-            distributed=distributed, progress=progress,
+            loss=loss, task=self.task, validation=validation, inputs=inputs, checkpointing=checkpointing,
+            log=log, distributed=distributed, progress=progress,
         )  # fmt: skip
         ranks = current_ranks() if distributed else ALONE
-        accuracy = self._accuracy(tuned.model, splits, ranks, progress)
-        by_metric = self.measured_by_metric
-        if self.metric is not None and by_metric is not None:
-            by_metric = dataclasses.replace(by_metric, recovered=measure_metric(self.metric, tuned.model))
+        accuracy = self._accuracy(tuned, splits, ranks, progress)
         return dataclasses.replace(
-            self, model=tuned.model, tuned=tuned, accuracy=accuracy, measured_by_metric=by_metric
+            self, model=tuned.model, tuned=tuned, accuracy=accuracy, measured_by_metric=self._by_metric(tuned)
         )
 
-    def _accuracy(self, model: nn.Module, splits: DataSplits, ranks: Ranks, progress: bool) -> AccuracyChange:
+    def _by_metric(self, tuned: FinetuneResult) -> MetricChange | None:
+        """What the metric says after a training; unknown where a folder knows its name alone."""
+        known = self.measured_by_metric
+        if known is None:
+            return None
+        if self.metric is not None:
+            return dataclasses.replace(known, recovered=measure_metric(self.metric, tuned.model))
+        return dataclasses.replace(known, recovered=known.converted if tuned.best_step == 0 else None)
+
+    def _accuracy(
+        self, tuned: FinetuneResult, splits: DataSplits, ranks: Ranks, progress: bool
+    ) -> AccuracyChange:
         """The accuracy after a training, beside those before it if they are of the same images."""
-        if not splits.labelled or splits.test is None or self.task == OUTPUTS:
+        has_classes = tuned.initial_validation_top1 is not None
+        if not splits.labelled or splits.test is None or not has_classes:
             return AccuracyChange()
-        found = evaluate(model, splits.test, inputs=self.inputs, progress=progress, ranks=ranks)
+        found = evaluate(tuned.model, splits.test, inputs=self.inputs, progress=progress, ranks=ranks)
         same = self.data is not None and self.data.test is splits.test
         if not same:
             return AccuracyChange(recovered=found.top1, images=found.images)

@@ -157,14 +157,20 @@ def train(
     if request is None or result.data is None:
         return result
     stages.begin(f"fine-tuning, epochs: {request.settings.epochs:g}", _training_time(result, request, ranks))
-    return result.finetune(
+    tuned = result.finetune(
         result.data,
         settings=request.settings,
+        loss=request.loss,
         checkpointing=checkpointing,
         log=request.log,
         distributed=ranks.world > 1,
         progress=stages.show,
     )
+    metric = tuned.measured_by_metric
+    if metric is None or metric.recovered is not None:
+        return tuned
+    note = f"{metric.name} was not measured after the training: give --metric package.module:{metric.name}"
+    return replace(tuned, notes=(*tuned.notes, note))
 
 
 def on_cpu(result: Compressed) -> Compressed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ from groupify.onnx.runtime import OnnxModule
 from groupify.paired import Answers
 from groupify.pipeline.requests import ExportOptions
 from groupify.recipe import RECIPE_HASH
-from groupify.reporting.results import Int8File
+from groupify.reporting.results import ExportResult, Int8File
 from groupify.scores import evaluate
 from groupify.structures import FLOAT16, FLOAT32, INT8, FilePrecision
+from groupify.tasks import AUTO, OUTPUTS
 
 # Each is run through the float file with all its activations kept, so more would take memory and time.
 _CALIBRATION_IMAGES = 256
@@ -70,6 +71,7 @@ def export_and_check(
     example: Example | None = None,
     recipe_sha256: str | None = None,
     answers: Answers | None = None,
+    task: str = AUTO,
     seed: int = 0,
     progress: bool = False,
 ) -> Exported:
@@ -84,6 +86,7 @@ def export_and_check(
         example: how the model is called; None = with one image of the spec's input shape.
         recipe_sha256: the hash of the recipe that belongs to the model, for the file's metadata.
         answers: of the dense model on the test part, to compare those of the int8 file with.
+        task: what the model is taken for, see ``groupify.tasks``.
         seed: of the check's inputs and the choice of images.
         progress: show bars on stderr.
 
@@ -112,12 +115,30 @@ def export_and_check(
     int8 = None
     if INT8 in paths and data is not None:
         int8 = write_int8(
-            exported.path, paths[INT8], data, answers=answers, threads=options.threads, seed=seed,
+            exported.path, paths[INT8], data, answers=answers, task=task, threads=options.threads, seed=seed,
             progress=progress,
         )  # fmt: skip
         _run_at_other_sizes(exported.path, paths[INT8], data, parity)
     float16 = _write_float16(exported.path, paths[FLOAT16], shape, data) if FLOAT16 in paths else None
     return Exported(exported, parity, paths, int8, float16)
+
+
+def export_result(
+    exported: Exported, wanted: Mapping[FilePrecision, Path], notes: tuple[str, ...] = ()
+) -> ExportResult:
+    """Return what an export tells of the files that were asked for.
+
+    Args:
+        exported: those and the float file, which may have been made on the way alone.
+        wanted: the files asked for, by precision.
+        notes: what the reader should know.
+    """
+    file = exported.file
+    if FLOAT32 not in wanted:
+        path = next(iter(wanted.values()))
+        file = replace(file, path=path, file_bytes=path.stat().st_size)
+    files = {FILE_ROLES[precision]: str(path) for precision, path in wanted.items()}
+    return ExportResult(file, exported.parity, files, exported.int8, exported.float16, notes)
 
 
 def _run_at_other_sizes(float32: Path, int8: Path, data: DataSplits, parity: Parity) -> None:
@@ -154,8 +175,8 @@ def _parity_images(data: DataSplits | None) -> Tensor | None:
 
 
 def write_int8(
-    path: Path, target: Path, data: DataSplits, *, answers: Answers | None = None, threads: int, seed: int,
-    progress: bool,
+    path: Path, target: Path, data: DataSplits, *, answers: Answers | None = None, task: str = AUTO,
+    threads: int, seed: int, progress: bool,
 ) -> Int8File:  # fmt: skip
     """Write the int8 variant of a float ONNX file and measure all but its latency.
 
@@ -167,8 +188,10 @@ def write_int8(
     # Images that did not set the ranges, where there are such.
     fresh = images if test is None else calibration_images(test, _COMPARED_IMAGES, seed=seed)
     agreement = compare_files(path, quantized.path, images=fresh, threads=threads)
+    if task == OUTPUTS:  # the largest entry of an embedding means nothing
+        agreement = replace(agreement, top1_agreement=None)
     top1 = changed = None
-    if data.labelled and test is not None:
+    if data.labelled and test is not None and task != OUTPUTS:
         found = evaluate(OnnxModule(quantized.path, threads=threads), test, progress=progress)
         top1 = found.top1
         if answers is not None and found.answers is not None:

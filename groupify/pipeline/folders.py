@@ -7,7 +7,7 @@ from pathlib import Path
 
 from groupify.artefact import load, read_recipe
 from groupify.devices import find_device
-from groupify.errors import SpecError
+from groupify.errors import ArtefactError, SpecError
 from groupify.machine import find_cpu
 from groupify.models.sources import load_model
 from groupify.models.specs import Source
@@ -16,6 +16,8 @@ from groupify.pipeline.inputs import from_recipe, tell_preprocessing, with_data
 from groupify.pipeline.requests import FinetuneRequest
 from groupify.planning.sites import describe
 from groupify.recipe import Recipe
+from groupify.reporting.read import REPORT_FILE
+from groupify.reporting.results import MetricChange, Report
 from groupify.structures import FLOAT32, PRECISIONS, FilePrecision, Precision
 
 
@@ -28,9 +30,10 @@ def open_folder(request: FinetuneRequest) -> Compressed:
     device = find_device(request.device)
     model = load(request.folder, trust=request.trust).to(device)
     recipe = read_recipe(request.folder)
+    task = recipe.task if request.task is None else request.task
     source = dense_source(recipe, request.checkpoint, beside=request.folder, trust=request.trust)
     source, data = with_data(
-        from_recipe(source.on(device)), request.data, request.preprocessing, seed=request.seed
+        from_recipe(source.on(device)), request.data, request.preprocessing, seed=request.seed, task=task
     )
     tell_preprocessing(source, data)
     shape = source.spec.input_shape
@@ -44,7 +47,23 @@ def open_folder(request: FinetuneRequest) -> Compressed:
         data=data,
         found_by=recipe.calibration,
         seed=request.seed,
+        task=task,
+        budget=recipe.budget,
+        metric=request.metric,
+        measured_by_metric=_metric_of(request.folder),
     )  # fmt: skip
+
+
+def _metric_of(folder: Path) -> MetricChange | None:
+    """Return what a folder's report says of a user's metric, as before another training."""
+    try:
+        known = Report.read(folder / REPORT_FILE).metric
+    except ArtefactError:  # none, or one of another version
+        return None
+    if known is None:
+        return None
+    converted = known.converted if known.recovered is None else known.recovered
+    return replace(known, converted=converted, recovered=None)
 
 
 def precisions_of(folder: Path) -> tuple[Precision, ...]:

@@ -19,7 +19,7 @@ from groupify.graph.forward import run_once
 from groupify.models.preprocessing import PreprocessingOptions, unknown
 from groupify.models.specs import Source
 from groupify.scores import Accuracy
-from groupify.tasks import class_scores
+from groupify.tasks import AUTO, OUTPUTS, class_scores
 
 # Fewer images say too little about chance.
 _FEWEST_IMAGES = 30
@@ -40,7 +40,7 @@ def from_file(source: Source) -> Source:
 
 
 def with_data(
-    source: Source, data: str | None, options: PreprocessingOptions, *, seed: int
+    source: Source, data: str | None, options: PreprocessingOptions, *, seed: int, task: str = AUTO
 ) -> tuple[Source, DataSplits | None]:
     """Load a data set for a model; settle the input's shape and preprocessing.
 
@@ -49,6 +49,7 @@ def with_data(
         data: data spec; None = none.
         options: what the user says about the preprocessing.
         seed: of the data.
+        task: what the model is taken for, see ``groupify.tasks``.
 
     Returns:
         The model with a spec that says what is fed to it, and the data.
@@ -72,7 +73,7 @@ def with_data(
     elif data is not None:
         splits = load_data(data, source.spec, preprocessing=said, seed=seed)
     source = _with_preprocessing(source, splits, said, asked=options.given)
-    return source, None if splits is None else classified(source, splits)
+    return source, None if splits is None else classified(source, splits, task)
 
 
 def _shape_of(data: str | None, splits: DataSplits | None, source: Source) -> tuple[int, ...]:
@@ -158,8 +159,10 @@ def tell_preprocessing(source: Source, splits: DataSplits | None) -> None:
 _UNLABELLED = "the test images have no labels that are class numbers"
 
 
-def classified(source: Source, splits: DataSplits) -> DataSplits:
-    """Return the data, checked against the model's classes."""
+def classified(source: Source, splits: DataSplits, task: str = AUTO) -> DataSplits:
+    """Return the data, checked against the model's classes; without labels where it is taken to have none."""
+    if task == OUTPUTS:
+        return replace(splits, labelled=False)
     classes = class_count(source)
     if classes is not None:
         check_classes(splits, classes)
@@ -170,10 +173,9 @@ def classified(source: Source, splits: DataSplits) -> DataSplits:
         problem = f"{source.spec.name} gives no logits of shape (N, classes)"
     if problem is None:
         return splits
-    unused = "" if problem == _UNLABELLED else f"the labels of {splits.spec} are not used, and "
-    of_which = f" ({splits.spec})" if problem == _UNLABELLED else ""
+    unused = f"; the labels of {splits.spec} are not used, but by a loss of your own"
     warnings.warn(
-        f"{unused}no accuracy is measured: {problem}{of_which}",
+        f"no accuracy is measured: {problem}{f' ({splits.spec})' if problem == _UNLABELLED else unused}",
         GroupifyWarning,
         stacklevel=3,
     )

@@ -147,7 +147,7 @@ def run_plan(
         model = replace(model, weights="none")
     source = model.load(seed)
     used = data if request.is_searched or not source.input_known else None
-    source, splits = with_data(source, used, model.preprocessing, seed=seed)
+    source, splits = with_data(source, used, model.preprocessing, seed=seed, task=request.search.task)
     if splits is not None:
         tell_preprocessing(source, splits)
     subject = Subject(source, source.spec.input_shape, splits, count=calibration_images, seed=seed)

@@ -17,6 +17,7 @@ from groupify.planning.group_counts import GroupCounts
 from groupify.planning.like_groups import DEFAULT_GROUPS, macs_of
 from groupify.planning.rules import Rules
 from groupify.planning.search import BOTH, SearchOptions
+from groupify.scores import Metric
 from groupify.structures import (
     FAMILIES,
     FILE_PRECISIONS,
@@ -27,6 +28,7 @@ from groupify.structures import (
     check_precision,
 )
 from groupify.training.history import LogSettings
+from groupify.training.own_loss import Loss
 from groupify.training.settings import FinetuneSettings
 from groupify.training.state import Checkpointing
 
@@ -236,12 +238,14 @@ class TrainingRequest:
         save_every: steps between two writes of the training's state; None = no state, unless ``resume``.
         resume: go on from the state, if there is one.
         log: where to log; None = nowhere.
+        loss: for labels of any form; None = the cross-entropy of class numbers.
     """
 
     settings: FinetuneSettings
     save_every: int | None = None
     resume: bool = False
     log: LogSettings | None = None
+    loss: Loss | None = None
 
     @property
     def keeps_state(self) -> bool:
@@ -317,6 +321,8 @@ class FinetuneRequest:
         preprocessing: what is said about it, in place of what the recipe says.
         device: where it is trained, see ``find_device``.
         seed: seed of everything random.
+        task: what the model is taken for; None = as the recipe says.
+        metric: a model → how well it does; None = none.
     """
 
     folder: Path
@@ -328,3 +334,5 @@ class FinetuneRequest:
     preprocessing: PreprocessingOptions = PreprocessingOptions()
     device: str = "cpu"
     seed: int = 0
+    task: str | None = None
+    metric: Metric | None = None

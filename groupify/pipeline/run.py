@@ -85,8 +85,9 @@ def run_conversion(request: ConversionRequest, *, progress: bool = False) -> Rep
 
 def _subject(request: ConversionRequest) -> Subject:
     source, data = with_data(
-        request.model.load(request.seed), request.data, request.model.preprocessing, seed=request.seed
-    )
+        request.model.load(request.seed), request.data, request.model.preprocessing, seed=request.seed,
+        task=request.plan.search.task,
+    )  # fmt: skip
     tell_preprocessing(source, data)
     return Subject(
         source, source.spec.input_shape, data, None, request.calibration_images, request.reconstruct_steps,
@@ -122,7 +123,7 @@ def run_finetune(request: FinetuneRequest, *, progress: bool = False) -> Report 
     checkpointing = request.training.checkpointing(output)
     with process_group() as ranks, _writing(output, ranks) as folder, _aside() as aside:
         opened = open_folder(request)
-        count = has_test_labels(opened.data) + 1 + _WRITING
+        count = has_test_labels(opened.data, opened.task) + 1 + _WRITING
         stages = Stages(count, show=progress and ranks.first)
         result = measured(opened, ranks, stages)
         result = train(result, request.training, checkpointing, ranks, stages)
@@ -211,7 +212,8 @@ def _write_model(output: _Output, result: Compressed) -> Exported:
         paths[precision] = output.folder / model_file(precision)
     return export_and_check(
         result.model, result.source.spec, paths, output.request.export, result.data,
-        recipe_sha256=recipe.sha256, answers=result.answers, seed=result.seed, progress=output.stages.show,
+        recipe_sha256=recipe.sha256, answers=result.answers, task=result.task, seed=result.seed,
+        progress=output.stages.show,
     )  # fmt: skip
 
 

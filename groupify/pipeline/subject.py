@@ -132,7 +132,7 @@ def make_subject(
     if data is not None and not isinstance(example, Call):
         model = _preprocessed_as(model, data)
         if data.test is not None:
-            data = classified(model, data)
+            data = classified(model, data, task)
     return Subject(model, example, data, given, count, seed=seed, memory=memory, metric=metric, task=task)
 
 

@@ -17,33 +17,37 @@ from groupify.measure.latency_table import LatencyTable
 from groupify.models.sources import build_model
 from groupify.models.specs import Source
 from groupify.onnx.python_file import write_python_file
-from groupify.pipeline.exporting import FILE_ROLES, export_and_check, paths_of
+from groupify.pipeline.exporting import export_and_check, export_result, paths_of
 from groupify.pipeline.inputs import from_file, from_recipe, tell_preprocessing, warn_near_chance, with_data
 from groupify.pipeline.onnx_source import is_onnx_file, onnx_source
 from groupify.pipeline.planning import make_table
 from groupify.pipeline.requests import ExportOptions, ModelRequest
 from groupify.pipeline.timing import int8_notes, time_int8
+from groupify.recipe import Recipe
 from groupify.reporting.results import ExportResult
 from groupify.scores import Accuracy, evaluate
 from groupify.structures import FLOAT32, Precision
+from groupify.tasks import AUTO as TASK_BY_FORM
+from groupify.tasks import OUTPUTS
 
 
 def open_target(
     target: ModelRequest, data: str | None, seed: int
-) -> tuple[Source, DataSplits | None, str | None]:
+) -> tuple[Source, DataSplits | None, Recipe | None]:
     """Load an output folder or a dense model, and data for it.
 
     Returns:
-        The model, the data, and the hash of its recipe; None where it has none.
+        The model, the data, and its recipe; None where it has none.
 
     Raises:
         GroupifyError: it is neither, or the data cannot be had or do not fit.
     """
-    source, recipe_sha256 = _load_target(target, seed)
-    return *with_data(source, data, target.preprocessing, seed=seed), recipe_sha256
+    source, recipe = _load_target(target, seed)
+    task = TASK_BY_FORM if recipe is None else recipe.task
+    return *with_data(source, data, target.preprocessing, seed=seed, task=task), recipe
 
 
-def _load_target(target: ModelRequest, seed: int) -> tuple[Source, str | None]:
+def _load_target(target: ModelRequest, seed: int) -> tuple[Source, Recipe | None]:
     if is_onnx_file(target.name):
         raise SpecError(f"{target.name!r} is an ONNX file already: give an output folder, or a dense model")
     device = find_device(target.device)
@@ -51,7 +55,7 @@ def _load_target(target: ModelRequest, seed: int) -> tuple[Source, str | None]:
         target.check_for_folder()
         recipe = read_recipe(target.name)
         source = Source(load(target.name, trust=target.trust), recipe.model, recipe.weights)
-        return from_recipe(source.on(device)), recipe.sha256
+        return from_recipe(source.on(device)), recipe
     if os.sep in target.name or "/" in target.name:  # both separate on Windows
         raise ArtefactError(
             f"no folder {target.name!r}; expected an output folder of 'groupify convert', or a model"
@@ -77,7 +81,11 @@ def run_evaluation(target: ModelRequest, data: str, *, seed: int = 0, progress: 
         source = from_file(onnx_source(target.name, target.input_shape))
         source, splits = with_data(source, data, target.preprocessing, seed=seed)
     else:
-        source, splits, _ = open_target(target, data, seed)
+        source, splits, recipe = open_target(target, data, seed)
+        if recipe is not None and recipe.task == OUTPUTS:
+            raise SpecError(
+                f"{target.name} was converted as --task {OUTPUTS}: its outputs are no class scores"
+            )
     tell_preprocessing(source, splits)
     if splits is None or not splits.labelled or splits.test is None:
         raise DataError(f"data {data!r} has no labelled test part to measure accuracy on")
@@ -114,18 +122,16 @@ def run_export(
     options.check(data)
     wanted = paths_of(path, options)
     check_paths(*wanted.values(), force=force)
-    source, splits, recipe_sha256 = open_target(target, data, seed)
+    source, splits, recipe = open_target(target, data, seed)
     tell_preprocessing(source, splits)
     with tempfile.TemporaryDirectory(prefix="groupify-") as aside:
         exported = export_and_check(
             source.model, source.spec, {FLOAT32: Path(aside, path.name), **wanted}, options, splits,
-            recipe_sha256=recipe_sha256, seed=seed, progress=progress,
+            recipe_sha256=None if recipe is None else recipe.sha256,
+            task=TASK_BY_FORM if recipe is None else recipe.task, seed=seed, progress=progress,
         )  # fmt: skip
         exported = time_int8(exported, source.spec, options, progress=progress)
-    files = {FILE_ROLES[precision]: str(file) for precision, file in wanted.items()}
-    return ExportResult(
-        exported.file, exported.parity, files, exported.int8, exported.float16, int8_notes(exported.int8)
-    )
+    return export_result(exported, wanted, int8_notes(exported.int8))
 
 
 def export_python(folder: str, path: Path, *, force: bool = False, trust: bool = False) -> Path:

@@ -86,8 +86,8 @@ def time_against_dense(
     if exported.int8 is not None and result.data is not None:
         files |= {DENSE_INT8: aside / "dense.int8.onnx", GROUPED_INT8: exported.paths[INT8]}
         dense_int8 = write_int8(
-            dense_file.path, files[DENSE_INT8], result.data, threads=options.threads, seed=result.seed,
-            progress=progress,
+            dense_file.path, files[DENSE_INT8], result.data, task=result.task, threads=options.threads,
+            seed=result.seed, progress=progress,
         )  # fmt: skip
     rows = _time(files, shape, options, seconds=QUICK_SECONDS * len(files) / 2, progress=progress)
     return Timed(

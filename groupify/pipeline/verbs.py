@@ -27,9 +27,11 @@ from groupify.planning.race import BudgetPlan
 from groupify.recipe import Recipe
 from groupify.reporting.results import ExportResult
 from groupify.structures import FilePrecision, Plan
+from groupify.tasks import AUTO
 from groupify.training.finetuning import FinetuneResult
 from groupify.training.finetuning import finetune as finetune_model
 from groupify.training.history import LogSettings
+from groupify.training.own_loss import Loss
 from groupify.training.settings import FinetuneSettings
 from groupify.training.state import Checkpointing
 
@@ -96,6 +98,8 @@ def finetune(
     *,
     teacher: nn.Module | None = None,
     settings: FinetuneSettings | None = None,
+    loss: Loss | None = None,
+    task: str = AUTO,
     validation: Data | None = None,
     inputs: Inputs | None = None,
     checkpointing: Checkpointing | None = None,
@@ -112,6 +116,8 @@ def finetune(
     *,
     teacher: nn.Module | None = None,
     settings: FinetuneSettings | None = None,
+    loss: Loss | None = None,
+    task: str = AUTO,
     validation: Data | None = None,
     inputs: Inputs | None = None,
     checkpointing: Checkpointing | None = None,
@@ -127,6 +133,8 @@ def finetune(
     *,
     teacher: nn.Module | None = None,
     settings: FinetuneSettings | None = None,
+    loss: Loss | None = None,
+    task: str = AUTO,
     validation: Data | None = None,
     inputs: Inputs | None = None,
     checkpointing: Checkpointing | None = None,
@@ -134,7 +142,12 @@ def finetune(
     distributed: bool = False,
     progress: bool = False,
 ) -> Compressed | FinetuneResult:
-    """Train a converted model further: cross-entropy and distillation from the dense model.
+    """Train a converted model further: a loss by labels, and distillation from the dense model.
+
+    For class scores that is cross-entropy, and what is distilled their softmax. For any other outputs it is
+    your ``loss``, with labels of any shape, and what is distilled the outputs themselves, by their relative
+    error, each output by itself; without a loss, nothing else. ``settings.distillation_weight`` divides
+    the two.
 
     Part of the training data is held out, and the best weights on it are returned; the given ones where
     they are better than all others by more than one standard error, since the dense model was trained on
@@ -151,8 +164,14 @@ def finetune(
             model alone; left untouched.
         data: what ``load_data`` returns, or training data alone: a data set, a loader, or another iterable of
             batches, labelled or not.
-        teacher: the dense model; None = that of the result, or, for a model alone, cross-entropy only.
-        settings: None = the defaults; without labels, distillation only.
+        teacher: the dense model; None = that of the result, or, for a model alone, labels only.
+        settings: None = the defaults.
+        loss: (outputs, labels) → how wrong they are, lower is better: a number, the mean over the images, or
+            one for each image, shape (n,). It takes the place of the cross-entropy, and chooses the weights:
+            a number is asked for of each held-out image by itself. ``labels`` is a tensor (n, …) of what the
+            data has for labels.
+        task: of a model alone, ``"classes"``, ``"outputs"`` or ``"auto"``, by the form of the outputs; a
+            result knows it.
         validation: held-out images of the caller's; None = a part of the training data.
         inputs: for a model that takes more than images, a batch, as the data gives it, → positional and
             keyword arguments. Labels are then the last entry of a batch, or under ``labels`` in a dict. None:
@@ -165,8 +184,8 @@ def finetune(
 
     Raises:
         WrongTypeError: a student or data of another type.
-        SpecError: neither labels nor a teacher, labels asked of data that has none, or a state of
-            another run.
+        SpecError: neither labels nor a teacher, labels asked of data that has none or for outputs without a
+            loss, a loss that fails or gives something else, or a state of another run.
         DataError: no training data, too little of it, or bad images or labels; or data that is not what
             the interrupted run read.
         ArtefactError: a state or log that cannot be read or written.
@@ -179,6 +198,7 @@ def finetune(
     if settings is not None:
         expect_type(settings, FinetuneSettings, "settings", "groupify.FinetuneSettings(...)")
     options: dict[str, Any] = {
+        "loss": loss,
         "validation": validation,
         "checkpointing": checkpointing,
         "log": log,
@@ -186,11 +206,13 @@ def finetune(
         "progress": progress,
     }
     if isinstance(student, Compressed):
+        if task not in (AUTO, student.task):
+            raise SpecError(f"task is {task!r}, and the result was made for {student.task!r}: leave it out")
         return student.finetune(data, teacher=teacher, settings=settings, inputs=inputs, **options)
-    splits = as_splits(data, inputs)
-    if settings is None and teacher is not None:
-        settings = FinetuneSettings(labels=splits.labelled)
-    return finetune_model(student, splits, teacher=teacher, settings=settings, inputs=inputs, **options)
+    splits = as_splits(data, inputs, labelled=True if loss is None else "any")
+    return finetune_model(
+        student, splits, teacher=teacher, settings=settings, task=task, inputs=inputs, **options
+    )
 
 
 @overload

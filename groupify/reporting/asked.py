@@ -40,6 +40,8 @@ def _got(limit: Limit, report: Report) -> str:
 
 
 def _drop(report: Report) -> str:
+    if report.metric is not None and report.chosen is not None and report.metric.recovered is None:
+        return f"not measured by {report.metric.name} after the training"
     if report.metric is not None:
         return f"lost {report.metric.drop:.4g} by {report.metric.name}, of unknown error"
     int8 = report.int8 if report.precision == INT8 else None

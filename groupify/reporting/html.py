@@ -246,7 +246,8 @@ def _curves(report: Report) -> list[tuple[str, str]]:
     history = report.history
     if len(history) < 2:
         return []
-    accuracies = [(row.epoch, 100 * row.validation_top1) for row in history]
+    top1 = [(row.epoch, row.validation_top1) for row in history]
+    accuracies = [(epoch, 100 * value) for epoch, value in top1 if value is not None]
     losses = [(row.epoch, row.loss) for row in history if row.loss is not None]
     validated = [(row.epoch, row.validation_loss) for row in history]
     curves = (

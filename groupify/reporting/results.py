@@ -164,7 +164,7 @@ class ExportResult:
     """A checked ONNX file.
 
     Attributes:
-        exported: the file.
+        exported: the file; of several, the float one.
         parity: ONNX Runtime against PyTorch.
         files: what was written, by role.
         int8: the quantised variant, timed against the float file; None where none was asked for.

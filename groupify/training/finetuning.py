@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +17,20 @@ from groupify.data.ranks import ALONE, current_ranks
 from groupify.data.splits import DataSplits
 from groupify.errors import DataError, GroupifyWarning, SpecError
 from groupify.graph.copying import copy_of
+from groupify.graph.forward import run_once
 from groupify.machine import bfloat16_is_slow
 from groupify.models.wrappers import unwrapped
+from groupify.tasks import AUTO, OUTPUTS
+from groupify.training.goal import make_goal
 from groupify.training.history import FinetuneRow, LogSettings
 from groupify.training.holdout import generators_of, hold_out
 from groupify.training.learner import Learner
 from groupify.training.loop import Training
+from groupify.training.objective import as_input
+from groupify.training.own_loss import Loss
 from groupify.training.settings import FinetuneSettings
 from groupify.training.state import Checkpointing, own_random_states, seed_all
+from groupify.training.validation import variances_of
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,8 @@ class FinetuneResult:
         steps: steps done.
         validation_images: number of held-out images.
         seconds: duration, validation included.
-        settings: as given, with what followed from what the model had lost.
+        settings: as given, with what followed from the data and from what the model had lost.
+        loss: name of the user's loss; None = none was given.
     """
 
     model: nn.Module
@@ -51,16 +59,23 @@ class FinetuneResult:
     validation_images: int
     seconds: float
     settings: FinetuneSettings
+    loss: str | None = None
 
     @property
-    def initial_validation_top1(self) -> float:
-        """Accuracy of the given weights on the held-out images, a fraction."""
+    def initial_validation_top1(self) -> float | None:
+        """Accuracy of the given weights on the held-out images, a fraction; None without classes."""
         return self.history[0].validation_top1
 
     @property
-    def best_validation_top1(self) -> float:
-        """Accuracy of the returned weights on the held-out images, a fraction."""
+    def best_validation_top1(self) -> float | None:
+        """Accuracy of the returned weights on the held-out images, a fraction; None without classes."""
         return self.best.validation_top1
+
+    @property
+    def recovery(self) -> dict[str, Any]:
+        """What a recipe keeps of it, as JSON values."""
+        own = {} if self.loss is None else {"loss": self.loss}
+        return {**self.settings.as_recipe(), **own}
 
     @property
     def best(self) -> FinetuneRow:
@@ -74,6 +89,8 @@ def finetune(
     *,
     teacher: nn.Module | None = None,
     settings: FinetuneSettings | None = None,
+    loss: Loss | None = None,
+    task: str = AUTO,
     validation: Data | None = None,
     inputs: Inputs | None = None,
     checkpointing: Checkpointing | None = None,
@@ -81,7 +98,10 @@ def finetune(
     distributed: bool = False,
     progress: bool = False,
 ) -> FinetuneResult:
-    """Train a converted model further: cross-entropy and distillation from the dense model.
+    """Train a converted model further: a loss by labels, and distillation from the dense model.
+
+    For class scores the loss is cross-entropy, and what is distilled their softmax; for other outputs the
+    loss is the caller's, and what is distilled all outputs, by their relative error.
 
     Part of the training data is held out, and the weights with the least loss on it are returned; the given
     ones unless the loss falls by more than its standard error. The loss is that of augmented views where the
@@ -94,10 +114,12 @@ def finetune(
     one process but for rounding. Augmentation and dropout draw other numbers, though.
 
     Args:
-        student: the converted classifier; it is left untouched.
+        student: the converted model; it is left untouched.
         data: the training data, in ``data.train``, and its augmentation.
-        teacher: the dense model; None = cross-entropy only.
+        teacher: the dense model; None = labels only.
         settings: None = the defaults.
+        loss: a loss for labels of any form, see ``Loss``; None = the cross-entropy of class numbers.
+        task: what the outputs are taken for, see ``groupify.tasks``.
         validation: held-out images of the caller's; None = a part of ``data.train``.
         inputs: for a model that takes more than images, a batch, as the data gives it, → positional and
             keyword arguments. Labels are then the last entry of a batch, or under ``labels`` in a dict.
@@ -108,8 +130,8 @@ def finetune(
         progress: show a progress bar on stderr.
 
     Raises:
-        SpecError: neither labels nor a teacher, labels asked of data that has none, or a state of
-            another run.
+        SpecError: neither labels nor a teacher, labels asked of data that has none or for outputs without a
+            loss, a loss that fails or is no number, or a state of another run.
         DataError: no training data, too little of it, or bad images or labels; or data that is not what
             the interrupted run read.
         ArtefactError: a state or log that cannot be read or written.
@@ -120,23 +142,37 @@ def finetune(
     """
     settings = settings or FinetuneSettings()
     start = time.perf_counter()
-    train = _checked(data, teacher, settings, inputs)
+    train = _training_part(data, settings, inputs)
     device = next((parameter.device for parameter in student.parameters()), torch.device("cpu"))
     _warn(data, settings, device)
     ranks = current_ranks() if distributed else ALONE
     # Dropout and the caller's loaders draw from the global generators, or from one of their own.
     with own_random_states(device, generators_of(train)):
+        goal = make_goal(
+            _outputs_of(student, train, inputs),
+            data,
+            settings,
+            task=task,
+            loss=loss,
+            taught=teacher is not None,
+        )
+        settings = replace(settings, labels=goal.labels)
         seed_all(settings.seed)
-        part, held_out = hold_out(train, validation, settings, inputs)
+        part, held_out = hold_out(train, validation, settings, inputs, goal.reads)
+        teacher = None if teacher is None else copy_of(unwrapped(teacher)).eval()
+        if goal.task == OUTPUTS and teacher is not None:
+            goal = replace(goal, variances=variances_of(teacher, held_out, settings, ranks, inputs))
         learner = Learner(
             copy_of(unwrapped(student)),
-            None if teacher is None else copy_of(unwrapped(teacher)).eval(),
+            teacher,
             settings,
-            example=next(iterate_calls(held_out, 2, inputs))[0].head(2),
+            example=next(iterate_calls(held_out, 2, inputs, labelled=False))[0].head(2),
             augment=data.augment if settings.augment else None,
             ranks=ranks,
+            goal=goal,
         )
-        views = data.augment if validation is None and inputs is None else None
+        plain = validation is not None or inputs is not None or goal.task == OUTPUTS or loss is not None
+        views = None if plain else data.augment
         training = Training(learner, part, held_out, data=data.spec, checkpointing=checkpointing, views=views)
         training.run(log, progress=progress and ranks.first)
     return FinetuneResult(
@@ -149,25 +185,26 @@ def finetune(
         validation_images=training.validation.images,
         seconds=time.perf_counter() - start,
         settings=training.settings,
+        loss=goal.loss_name,
     )
 
 
-def _checked(
-    data: DataSplits, teacher: nn.Module | None, settings: FinetuneSettings, inputs: Inputs | None
-) -> Data:
-    """Return the training data, if there is something to learn from it."""
+def _training_part(data: DataSplits, settings: FinetuneSettings, inputs: Inputs | None) -> Data:
+    """Return the training data, if it can be trained on."""
     if data.train is None:
         raise DataError(f"data {data.spec!r} has no training part: fine-tuning needs one")
-    if settings.labels and not data.labelled:
-        raise SpecError(f"data {data.spec!r} has no labels: distil only (labels=False)")
-    if not settings.labels and (teacher is None or settings.distill == "none"):
-        raise SpecError("neither labels nor a teacher: fine-tuning needs one of them")
     if inputs is not None and settings.augment and data.augment is not None:
         raise SpecError(
             "the augmentation is of images alone and the model takes more (inputs): set augment=False and "
             "let the data set augment"
         )
     return data.train
+
+
+def _outputs_of(model: nn.Module, data: Data, inputs: Inputs | None) -> Any:
+    """Return what a model gives for one or two examples of its data."""
+    call, _ = next(iterate_calls(data, 2, inputs, limit=2, labelled=False))
+    return run_once(model, as_input(call, model))
 
 
 def _warn(data: DataSplits, settings: FinetuneSettings, device: torch.device) -> None:

@@ -33,8 +33,9 @@ class FinetuneRow:
         learning_rate: of the last step; None at step 0.
         images_per_second: training speed since the row before, validation not counted; None at step 0.
         validation_top1: share of the held-out images whose top class is right, a fraction; with
-            ``labels=False``, is the teacher's.
-        validation_loss: cross-entropy on the held-out images, against the same.
+            ``labels=False``, is the teacher's. None without classes.
+        validation_loss: cross-entropy on the held-out images, against the same; or the user's loss; or the
+            relative error of the outputs against the teacher's.
         gain: how much less that is than at step 0; None at step 0.
     """
 
@@ -43,7 +44,7 @@ class FinetuneRow:
     loss: Measured | None
     learning_rate: float | None
     images_per_second: float | None
-    validation_top1: float
+    validation_top1: float | None
     validation_loss: Measured
     gain: Gain | None = None
 

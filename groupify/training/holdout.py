@@ -15,13 +15,14 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 
 from groupify.data.batches import Data, is_map_style, iterate_batches, split_validation
 from groupify.data.calls import Inputs, iterate_calls
+from groupify.data.items import Labelled
 from groupify.data.ranks import ALONE, Ranks
 from groupify.errors import DataError
 from groupify.graph.call import Call
 from groupify.training.settings import FinetuneSettings
 
 CallBatch: TypeAlias = tuple[Call, Tensor]
-"""What the model is called with, and the labels (n,)."""
+"""What the model is called with, and the labels, (n,) or of any form (n, …)."""
 
 # A stream's held-out images stay in memory.
 _MAX_STREAM_IMAGES = 2_048
@@ -36,12 +37,14 @@ class TrainingPart:
         steps_per_epoch: batches of one pass.
         skipped: the images at the start of a stream that are held out, shape (K, C, H, W).
         inputs: a batch of the data → what the model is called with; None = its images.
+        labelled: how its labels are read.
     """
 
     data: Data
     steps_per_epoch: int
     skipped: Tensor | None = None
     inputs: Inputs | None = None
+    labelled: Labelled = True
 
     def batches(
         self,
@@ -86,8 +89,9 @@ class TrainingPart:
         size, total, seed = settings.batch_size, len(cast(Any, self.data)), order_seed(settings, epoch)
         share = (ranks.rank, ranks.world)
         batches = iterate_calls(
-            self.data, size, self.inputs, shuffle_seed=seed, first_batch=first, share=share
-        )
+            self.data, size, self.inputs, shuffle_seed=seed, first_batch=first, share=share,
+            labelled=self.labelled,
+        )  # fmt: skip
         for number, batch in enumerate(batches, start=first):
             yield batch, min(size, total - number * size)
 
@@ -96,7 +100,7 @@ class TrainingPart:
     ) -> tuple[Iterator[CallBatch], int]:
         """Return the batches behind the ``first`` ones, and the checksum of those."""
         _start_pass(self.data, settings, epoch)
-        batches = iterate_calls(self.data, settings.batch_size, self.inputs)
+        batches = iterate_calls(self.data, settings.batch_size, self.inputs, labelled=self.labelled)
         if self.skipped is not None:
             batches = _skip(batches, self.skipped)
         checksum, left_out = 0, 0
@@ -109,7 +113,8 @@ class TrainingPart:
 
 def checksum_of(labels: Tensor, before: int = 0) -> int:
     """Return the checksum of labels behind those whose checksum is ``before``."""
-    return zlib.crc32(labels.contiguous().numpy().tobytes(), before)
+    # As bytes, since NumPy does not have all types.
+    return zlib.crc32(labels.contiguous().view(torch.uint8).numpy().tobytes(), before)
 
 
 def order_seed(settings: FinetuneSettings, epoch: int) -> int:
@@ -133,7 +138,11 @@ def generators_of(data: Data) -> list[torch.Generator]:
 
 
 def hold_out(
-    data: Data, validation: Data | None, settings: FinetuneSettings, inputs: Inputs | None = None
+    data: Data,
+    validation: Data | None,
+    settings: FinetuneSettings,
+    inputs: Inputs | None = None,
+    labelled: Labelled = True,
 ) -> tuple[TrainingPart, Data]:
     """Split training data into the part that is trained on and the held-out part.
 
@@ -146,28 +155,31 @@ def hold_out(
         validation: held-out data of the caller's; ``data`` is then trained on as a whole.
         settings: seed, fraction, batch size and, for data of unknown length, images per epoch.
         inputs: a batch of the data → what the model is called with; None = its images.
+        labelled: how labels are read.
 
     Raises:
         DataError: too little data, data of unknown length, or data that cannot be split.
     """
     if validation is not None:
         images = _images_per_epoch(data, settings, inputs)
-        return TrainingPart(data, _steps(data, images, settings, inputs), inputs=inputs), validation
+        steps = _steps(data, images, settings, inputs)
+        return TrainingPart(data, steps, inputs=inputs, labelled=labelled), validation
     fraction, seed = settings.validation_fraction, settings.seed
     if is_map_style(data):
         train, held_out = split_validation(data, fraction, seed)
         steps = math.ceil(len(cast(Any, train)) / settings.batch_size)
-        return TrainingPart(train, steps, inputs=inputs), held_out
+        return TrainingPart(train, steps, inputs=inputs, labelled=labelled), held_out
     if isinstance(data, DataLoader) and _can_be_rebuilt(data):
         train, held_out = split_validation(data.dataset, fraction, seed)
         shuffled = isinstance(data.sampler, RandomSampler)
         loader = _rebuilt(data, train, seed, shuffle=shuffled)
-        return TrainingPart(loader, len(loader), inputs=inputs), _rebuilt(data, held_out, seed)
-    return _hold_out_first(data, settings, inputs)
+        part = TrainingPart(loader, len(loader), inputs=inputs, labelled=labelled)
+        return part, _rebuilt(data, held_out, seed)
+    return _hold_out_first(data, settings, inputs, labelled)
 
 
 def _hold_out_first(
-    data: Data, settings: FinetuneSettings, inputs: Inputs | None
+    data: Data, settings: FinetuneSettings, inputs: Inputs | None, labelled: Labelled
 ) -> tuple[TrainingPart, Data]:
     """Hold out the first images of a stream."""
     if inputs is not None:
@@ -177,14 +189,15 @@ def _hold_out_first(
         )
     images = _images_per_epoch(data, settings, None)
     wanted = min(max(1, round(settings.validation_fraction * images)), _MAX_STREAM_IMAGES)
-    batches = list(iterate_batches(data, settings.batch_size, limit=wanted))
+    batches = list(iterate_batches(data, settings.batch_size, limit=wanted, labelled=labelled))
     first = torch.cat([images for images, _ in batches])
     if len(first) < wanted:
         raise DataError(
             f"the training data ends after {len(first)} images, where {wanted} of {images} are to be held "
             "out: say how many it has, images_per_epoch=N or --images-per-epoch N"
         )
-    return TrainingPart(data, _steps(data, images - len(first), settings, None), first), batches
+    steps = _steps(data, images - len(first), settings, None)
+    return TrainingPart(data, steps, first, labelled=labelled), batches
 
 
 def _steps(data: Data, images: int, settings: FinetuneSettings, inputs: Inputs | None) -> int:
@@ -192,7 +205,7 @@ def _steps(data: Data, images: int, settings: FinetuneSettings, inputs: Inputs |
     size = settings.batch_size
     if not is_map_style(data):
         # A loader has its own batch size.
-        size = len(next(iterate_calls(data, size, inputs))[1])
+        size = len(next(iterate_calls(data, size, inputs, labelled=False))[1])
     return max(1, math.ceil(images / size))
 
 
@@ -203,7 +216,8 @@ def _images_per_epoch(data: Data, settings: FinetuneSettings, inputs: Inputs | N
         if data.batch_size is not None and hasattr(data.dataset, "__len__"):
             return len(data) * data.batch_size
     elif isinstance(data, list | tuple):
-        return sum(len(labels) for _, labels in iterate_calls(data, settings.batch_size, inputs))
+        calls = iterate_calls(data, settings.batch_size, inputs, labelled=False)
+        return sum(len(labels) for _, labels in calls)
     elif is_map_style(data) or (isinstance(data, Dataset) and hasattr(data, "__len__")):
         return len(cast(Any, data))
     raise DataError(

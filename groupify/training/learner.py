@@ -18,6 +18,7 @@ from groupify.data.ranks import Ranks
 from groupify.data.splits import Augment
 from groupify.errors import SpecError
 from groupify.graph.call import Call
+from groupify.training.goal import Goal
 from groupify.training.objective import Objective, as_input
 from groupify.training.settings import FinetuneSettings
 from groupify.training.shared_norm import synchronise_batch_norms
@@ -37,6 +38,7 @@ class Learner:
         example: a call with two examples or more.
         augment: the augmentation; None = none.
         ranks: the processes that share each batch.
+        goal: what the student is to get better at.
     """
 
     def __init__(
@@ -47,8 +49,9 @@ class Learner:
         example: Call,
         augment: Augment | None,
         ranks: Ranks,
+        goal: Goal = Goal(),
     ) -> None:
-        self.settings, self.ranks = settings, ranks
+        self.settings, self.ranks, self.goal = settings, ranks, goal
         self.augment = augment
         self.augmentation = torch.Generator().manual_seed(settings.seed + ranks.rank)
         self.model = _in_format(model, settings)
@@ -56,7 +59,7 @@ class Learner:
         self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         self.optimizer = make_optimizer(self.model, settings)
         self.average = AveragedWeights(self.model, settings.ema_decay) if settings.ema_decay > 0 else None
-        self.objective = Objective(self.model, self.teacher, settings, example)
+        self.objective = Objective(self.model, self.teacher, settings, example, goal)
         self.wrapped = self.model
         if ranks.world > 1:
             self.wrapped = wrapped(self.model, as_input(example, self.model, settings), ranks)
@@ -82,7 +85,7 @@ class Learner:
         Args:
             number: of the step, from 1.
             call: what the model is called with, this rank's part.
-            labels: shape (N,).
+            labels: shape (N, …).
             whole: images of the whole batch, of all ranks.
             learning_rate: of this step.
             tell: is told the mean loss, the number of right answers and of images of each part.
@@ -113,7 +116,7 @@ class Learner:
 
     def _backward(self, call: Call, labels: Tensor, whole: int) -> tuple[Tensor, Tensor]:
         inputs = as_input(call, self.model, self.settings)
-        wanted = labels.to(inputs.tensors[0].device) if self.settings.labels else None
+        wanted = labels.to(inputs.tensors[0].device) if self.goal.labels else None
         loss, correct = self.objective(self.wrapped, inputs, wanted)
         if not loss.requires_grad:
             raise SpecError(

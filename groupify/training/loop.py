@@ -27,7 +27,8 @@ from groupify.data.batches import Data, check_labels, is_map_style
 from groupify.data.ranks import Ranks
 from groupify.data.splits import Augment
 from groupify.devices import with_float64
-from groupify.errors import DataError, GroupifyWarning
+from groupify.errors import DataError, GroupifyWarning, SpecError
+from groupify.training.goal import Goal
 from groupify.training.history import (
     FinetuneRow,
     History,
@@ -54,7 +55,7 @@ from groupify.training.state import (
     without_prefix,
     write_state,
 )
-from groupify.training.validation import Gain, Validation, divergence, gain_of, validate
+from groupify.training.validation import Gain, Validation, distance, gain_of, validate
 
 
 class _Running:
@@ -111,6 +112,7 @@ class Training:
         self.since_row, self.since_line = _Running(learner.device), _Running(learner.device)
         self._states: tuple[list[Tensor], Mapping[str, Any]] | None = None
         self.validation, self.first_losses = self._validate()
+        _refuse_if_not_finite(self.first_losses, learner.goal)
         learner.settings = self.settings = learner.settings.resolved(self._lost())
         if checkpointing is not None and checkpointing.resume and checkpointing.file.exists():
             self._restore(checkpointing)
@@ -147,7 +149,7 @@ class Training:
         """Learn from the next batch; False = that would make weights that are not finite."""
         start = time.perf_counter()
         (call, labels), whole = next(batches)
-        if self.settings.labels:
+        if self.learner.goal.labels and self.learner.goal.loss is None:
             check_labels(labels, self.validation.classes)
         if not self.learner.step(self.step + 1, call, labels, whole, rate, self._add):
             return False
@@ -236,16 +238,18 @@ class Training:
     def _log_line(self, journal: TrainingLog, bar: tqdm[Any], rate: float) -> None:
         loss, accuracy, speed = self.since_line.means(self.ranks)
         self.since_line = _Running(self.learner.device)
+        top1 = self.validation.top1
         values: dict[str, float | None] = {
             "loss": loss,
-            "accuracy": accuracy,
+            "accuracy": None if top1 is None else accuracy,
             "learning_rate": rate,
             "images_per_second": speed,
         }
         journal.write(self.step, self.step / self.part.steps_per_epoch, values)
+        right = "" if top1 is None else f"accuracy {accuracy:.1%}, "
+        validated = f"loss {self.validation.loss:.3g}" if top1 is None else f"{top1:.2%}"
         bar.set_postfix_str(
-            f"loss {loss:.3f}, accuracy {accuracy:.1%}, {speed:.0f} images/s, rate {rate:.2g}, "
-            f"validation {self.validation.top1:.2%}",
+            f"loss {loss:.3f}, {right}{speed:.0f} images/s, rate {rate:.2g}, validation {validated}",
             refresh=False,
         )
 
@@ -256,7 +260,7 @@ class Training:
             seed_all(learner.settings.seed)
             return validate(
                 learner.evaluated, self.held_out, learner.settings, learner.teacher, self.ranks, self.inputs,
-                self.views,
+                self.views, learner.goal,
             )  # fmt: skip
 
     def _lost(self) -> float | None:
@@ -264,9 +268,10 @@ class Training:
         learner = self.learner
         if learner.teacher is None or learner.settings.is_resolved:
             return None
-        return divergence(
-            learner.evaluated, learner.teacher, self.held_out, learner.settings, self.ranks, self.inputs
-        )
+        return distance(
+            learner.evaluated, learner.teacher, self.held_out, learner.settings, self.ranks, self.inputs,
+            learner.goal,
+        )  # fmt: skip
 
     def _row(
         self, loss: float | None, rate: float | None, speed: float | None, gain: Gain | None
@@ -288,6 +293,8 @@ class Training:
         """What must be the same for a state to belong to this run."""
         return {
             "settings": _json_values(dataclasses.asdict(self.learner.settings)),
+            "task": self.learner.goal.task,
+            "loss": self.learner.goal.loss_name,
             "data": data,
             "number_of_steps": self.steps,
             "steps_per_epoch": self.part.steps_per_epoch,
@@ -342,6 +349,17 @@ class Training:
             running.seconds = state.seconds[index]
         states = without_prefix("random", tensors)
         self._states = [states[str(index)][rank].cpu() for index in range(len(states))], state.libraries
+
+
+def _refuse_if_not_finite(losses: Tensor, goal: Goal) -> None:
+    """Refuse a loss of the user's by which images cannot be compared, before any work."""
+    bad = int((~losses.isfinite()).sum())
+    if bad and goal.loss is not None:
+        raise SpecError(
+            f"the loss {goal.loss_name!r} is not finite for {bad} of {len(losses)} held-out images, each by "
+            "itself, so that weights cannot be compared by it: return one for each image, shape (n,), with 0 "
+            "where there is nothing to compare"
+        )
 
 
 def _json_values(value: Any) -> Any:

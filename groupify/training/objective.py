@@ -1,4 +1,4 @@
-"""What a student learns from: labels, its teacher's logits, and where its teacher's layers respond."""
+"""What a student learns from: labels, its teacher's outputs, and where its teacher's layers respond."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from groupify.errors import SpecError
 from groupify.graph.call import Call
 from groupify.graph.forward import evaluating
-from groupify.tasks import class_scores
+from groupify.tasks import CLASSES, class_scores
+from groupify.training.goal import Goal
+from groupify.training.output_errors import float_outputs, relative_errors
 from groupify.training.settings import FinetuneSettings
 
 
@@ -23,14 +26,20 @@ class Objective:
     Args:
         model: the student, unwrapped.
         teacher: in eval mode; None = cross-entropy only.
-        settings: the loss and the precision.
+        settings: the weights of the losses and the precision.
         example: a call of the model, to find the layers whose attention is compared.
+        goal: what the outputs are, and the loss by labels.
     """
 
     def __init__(
-        self, model: nn.Module, teacher: nn.Module | None, settings: FinetuneSettings, example: Call
+        self,
+        model: nn.Module,
+        teacher: nn.Module | None,
+        settings: FinetuneSettings,
+        example: Call,
+        goal: Goal = Goal(),
     ) -> None:
-        self.settings = settings
+        self.settings, self.goal = settings, goal
         self.student = model
         self.teacher = None if settings.distill == "none" else teacher
         self.layers: tuple[str, ...] = ()
@@ -43,7 +52,7 @@ class Objective:
         Args:
             model: in train mode, also wrapped for data parallelism.
             call: what it is called with, on its device.
-            labels: shape (N,); None = distil only.
+            labels: shape (N, …), on its device; None = distil only.
         """
         device = call.tensors[0].device
         with (
@@ -51,29 +60,32 @@ class Objective:
             features(self.teacher, self.layers) as theirs,
             features(self.student, self.layers) as ours,
         ):
-            teacher_logits = self._teacher_logits(call, labels)
-            logits = class_scores(call.apply(model))
-            loss = recovery_loss(logits, labels, teacher_logits, self.settings)
+            taught = self._of_teacher(call, labels)
+            outputs = call.apply(model)
+            loss = recovery_loss(outputs, labels, taught, self.settings, self.goal)
             if self.layers:
                 attention = attention_loss(
                     [ours[name] for name in self.layers],
                     [_usable_in_training(theirs[name].to(device)) for name in self.layers],
                 )
                 loss = loss + self.settings.attention_weight * attention
-        if labels is None:
-            assert teacher_logits is not None
-            labels = teacher_logits.argmax(1)
-        return loss, (logits.detach().argmax(1) == labels).sum()
+            right = self._right(outputs, labels, taught)
+        return loss, torch.zeros((), device=device) if right is None else right.sum()
 
-    def _teacher_logits(self, call: Call, labels: Tensor | None) -> Tensor | None:
-        """None where nothing of the loss needs them."""
+    def _right(self, outputs: Any, labels: Tensor | None, theirs: Any) -> Tensor | None:
+        if self.goal.task != CLASSES:
+            return None
+        return self.goal.right(outputs, theirs.argmax(1) if labels is None else labels)
+
+    def _of_teacher(self, call: Call, labels: Tensor | None) -> Any:
+        """Return what of the teacher's outputs is compared; None where nothing of the loss needs it."""
         needed = labels is None or self.settings.distillation_weight > 0 or self.layers
         if self.teacher is None or not needed:
             return None
+        device = call.tensors[0].device
         with torch.no_grad():
-            logits = class_scores(as_input(call, self.teacher).apply(self.teacher))
-            logits = logits.to(call.tensors[0].device)
-        return _usable_in_training(logits)
+            found = self.goal.compared(as_input(call, self.teacher).apply(self.teacher))
+            return pytree.tree_map_only(Tensor, lambda x: _usable_in_training(x.to(device)), found)
 
 
 def _usable_in_training(values: Tensor) -> Tensor:
@@ -120,26 +132,32 @@ def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tens
 
 
 def recovery_loss(
-    logits: Tensor, labels: Tensor | None, teacher_logits: Tensor | None, settings: FinetuneSettings
+    outputs: Any, labels: Tensor | None, theirs: Any, settings: FinetuneSettings, goal: Goal = Goal()
 ) -> Tensor:
-    """Return the weighted sum of cross-entropy and distillation; whichever is absent has no weight.
+    """Return the weighted sum of the loss by labels and distillation; whichever is absent has no weight.
 
     Args:
-        logits: the student's, shape (N, classes).
-        labels: class numbers, shape (N,); None = distil only.
-        teacher_logits: shape (N, classes); None = cross-entropy only.
+        outputs: the student's.
+        labels: shape (N, …); None = distil only.
+        theirs: what of the teacher's outputs is compared; None = labels only.
         settings: weights, temperature and label smoothing.
+        goal: what the outputs are, and the loss by labels.
     """
     weight = 1.0 if labels is None else settings.distillation_weight
-    if teacher_logits is None:
+    if theirs is None:
         weight = 0.0
-    loss = torch.zeros((), device=logits.device)
-    if teacher_logits is not None and weight > 0:
-        loss = loss + weight * distillation_loss(logits, teacher_logits, settings.temperature)
+    losses: list[Tensor] = []
+    if weight > 0:
+        losses.append(weight * _distilled(outputs, theirs, settings, goal))
     if labels is not None and weight < 1:
-        entropy = F.cross_entropy(logits.float(), labels, label_smoothing=settings.label_smoothing)
-        loss = loss + (1 - weight) * entropy
-    return loss
+        losses.append((1 - weight) * goal.supervised(outputs, labels, settings.label_smoothing))
+    return sum(losses[1:], losses[0])
+
+
+def _distilled(outputs: Any, theirs: Any, settings: FinetuneSettings, goal: Goal) -> Tensor:
+    if goal.task == CLASSES:
+        return distillation_loss(class_scores(outputs), theirs, settings.temperature)
+    return relative_errors(float_outputs(outputs), theirs, goal.variances).mean()
 
 
 def attention_layers(teacher: nn.Module, student: nn.Module, example: Call | Tensor) -> tuple[str, ...]:

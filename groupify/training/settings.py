@@ -18,10 +18,11 @@ _WARMUP_FRACTIONS = {"cosine": 0.1, "one-cycle": 0.3}
 # The first learning rate of a one-cycle schedule, as a share of the peak.
 _ONE_CYCLE_START = 1 / 25
 _SGD_RATE = 0.02
-# Of AdamW: relative to the weights, and times the square root of what was lost, nats.
+# Of AdamW: relative to the weights, and times the square root of what was lost.
 _RELATIVE_RATE = 0.003
 _RATE_OF_LOST, _HIGHEST_RATE, _LOWEST_RATE = 0.02, 0.01, 0.0005
-_MUCH_LOST = 0.3  # nats: the statistics of the batch norms are not to be trusted then
+# Nats, or relative error of the outputs: the statistics of the batch norms are not to be trusted then.
+_MUCH_LOST = 0.3
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class FinetuneSettings:
             batch norm statistics away from those of plain images.
         freeze_batch_norms: batch norms keep their statistics and normalise with them in training too. None:
             with AdamW, unless so much was lost that the statistics are not to be trusted.
-        labels: False = distil only, and choose the weights by agreement with the teacher.
+        labels: False = distil only, and choose the weights by agreement with the teacher. None: True where
+            there are labels that something learns from: class numbers, or any with a loss for them.
         amp: "bfloat16" = mixed precision; None = the model's own.
         channels_last: train in the channels-last memory format, which some processors prefer.
         images_per_epoch: for data of unknown length: how many images make an epoch.
@@ -87,7 +89,7 @@ class FinetuneSettings:
     validations_per_epoch: int = 4
     augment: bool = False
     freeze_batch_norms: bool | None = None
-    labels: bool = True
+    labels: bool | None = None
     amp: str | None = None
     channels_last: bool = False
     images_per_epoch: int | None = None
@@ -138,7 +140,7 @@ class FinetuneSettings:
 
         Args:
             lost: KL divergence of the student's class probabilities from the teacher's, nats, mean over the
-                images; None = not known.
+                images; without classes the relative error of the outputs; None = not known.
         """
         adamw = self.optimizer == "adamw"
         rate, frozen = self.learning_rate, self.freeze_batch_norms

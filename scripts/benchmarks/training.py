@@ -161,7 +161,7 @@ class Trainer:
             with self.results.changing() as document:
                 document.setdefault("learning_rates", {}).setdefault(name, {}).update(losses)
             print(
-                f"{name}, learning rate {rate:g}: twin {100 * last.validation_top1:.2f}%, "
+                f"{name}, learning rate {rate:g}: twin {100 * (last.validation_top1 or 0.0):.2f}%, "
                 f"cross-entropy {last.validation_loss:.4f}",
                 flush=True,
             )

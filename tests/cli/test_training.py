@@ -38,7 +38,7 @@ def test_each_option_reaches_its_setting(run: Run, tmp_path: Path) -> None:
         epochs=0.5, batch_size=32, accumulate=2, optimizer="adamw", learning_rate=0.002, schedule="one-cycle",
         weight_decay=0.01, distill="attention", distillation_weight=0.5, temperature=2.0, label_smoothing=0.1,
         ema_decay=0.9, warmup_fraction=0.2, augment=True, freeze_batch_norms=True, channels_last=True,
-        amp="bfloat16",
+        amp="bfloat16", labels=True,
     )  # fmt: skip
     assert recipe["recovery"] == expected.as_recipe()
 

@@ -140,7 +140,12 @@ def test_budget_structure_and_precision(net: nn.Module, images: Tensor, tmp_path
     exported = found.export(tmp_path / "m.onnx")
     assert exported.int8 is not None
     assert exported.files == {"onnx_int8": str(tmp_path / "m.onnx")}
-    assert "QuantizeLinear" in {node.op_type for node in onnx.load(str(tmp_path / "m.onnx")).graph.node}
+    file = onnx.load(str(tmp_path / "m.onnx"))
+    assert "QuantizeLinear" in {node.op_type for node in file.graph.node}
+    # The float file was made on the way and is gone.
+    assert exported.exported.path == exported.path == tmp_path / "m.onnx"
+    assert exported.exported.file_bytes == exported.path.stat().st_size
+    assert exported.exported.opset in {entry.version for entry in file.opset_import if not entry.domain}
     kept = groupify.finetune(found, splits())
     assert kept.plan.precision == "int8"
     assert kept.export(tmp_path / "again.onnx").int8 is not None

@@ -42,6 +42,8 @@ FINETUNES: dict[str, tuple[str, FinetuneSettings]] = {
         ),
     ),
     "no labels": ("batches", dataclasses.replace(TRAINING, labels=False, freeze_batch_norms=True)),
+    "outputs": ("map-style", dataclasses.replace(TRAINING, labels=False)),
+    "own loss": ("stream with a length", TRAINING),
 }  # fmt: skip
 
 
@@ -49,6 +51,10 @@ def seeded_net(seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make_net()
+
+
+def squared(scores: Tensor, labels: Tensor) -> Tensor:
+    return (scores - nn.functional.one_hot(labels, scores.shape[1])).square().mean()
 
 
 def run_finetune(name: str, *, distributed: bool) -> FinetuneResult:
@@ -60,11 +66,22 @@ def run_finetune(name: str, *, distributed: bool) -> FinetuneResult:
     student = restructure(dense, [SiteRecipe("3", Structure(groups=4))])
     images, labels = make_data()
     train = TensorDataset(images, labels) if kind == "map-style" else SOURCES[kind](images, labels)
-    return finetune(student, splits(train), teacher=dense, settings=settings, distributed=distributed)
+    task, loss = ("outputs" if name == "outputs" else "auto"), (squared if name == "own loss" else None)
+    return finetune(
+        student,
+        splits(train),
+        teacher=dense,
+        settings=settings,
+        loss=loss,
+        task=task,
+        distributed=distributed,
+    )
 
 
 def rows_of(result: FinetuneResult) -> list[list[float]]:
-    return [[row.step, row.loss or 0.0, row.validation_top1, row.validation_loss] for row in result.history]
+    return [
+        [row.step, row.loss or 0.0, row.validation_top1 or 0.0, row.validation_loss] for row in result.history
+    ]
 
 
 def work(folder: Path) -> None:
