@@ -31,6 +31,7 @@ _LOOKS = {  # fill, edge and size of a mark
     "other": ("other", "other", 10),
     "small": ("accent", "accent", 5),
 }
+_MARKERS = {"": "o", "below": "v", "above": "^", "right": ">"}
 _LINES = {"trace": ("pale", 1.5, (0, (4, 4))), "curve": ("accent", 2.0, "solid")}
 
 
@@ -43,6 +44,7 @@ class Point:
     look: str  # "dense" | "converted" | "recovered" | "uniform" | "other" | "small"
     title: str
     label: str = ""
+    edge: str = ""  # "below" | "above" | "right": which way it really lies, off the scale
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,17 @@ def chart(
         labels = place_labels([point.label for point in points], places)
         # The first ones, drawn last, hide the others and not the reverse.
         for number in reversed(range(len(points))):
-            _draw_mark(axes, f"mark-{number}", points[number].look, places[number], labels[number])
+            _draw_mark(axes, f"mark-{number}", points[number], places[number], labels[number])
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return _for_a_page(drawn.getvalue(), name, points, places, labels)
+
+
+def round_ticks(low: float, high: float) -> list[float]:
+    """Return up to five round numbers, at equal distances, from below ``low`` to above ``high``."""
+    from matplotlib.ticker import MaxNLocator
+
+    return [float(tick) for tick in MaxNLocator(3, steps=[1, 2, 5, 10], min_n_ticks=1).tick_values(low, high)]
 
 
 def _limits(values: Sequence[float], *, from_zero: bool = False) -> tuple[float, float]:
@@ -127,20 +136,20 @@ def _draw_line(axes: Axes, look: str, line: Sequence[Point]) -> None:
     axes.plot(x, y, color=_COLOURS[colour], linewidth=width, linestyle=dashes, clip_on=False)
 
 
-def _draw_mark(axes: Axes, name: str, look: str, place: tuple[float, float], label: Label | None) -> None:
+def _draw_mark(axes: Axes, name: str, point: Point, place: tuple[float, float], label: Label | None) -> None:
     """One mark as a group of that name, with what reacts to the mouse around it, and its label."""
     from matplotlib.lines import Line2D
 
-    fill, edge, size = _LOOKS[look]
+    fill, edge, size = _LOOKS[point.look]
     axes.add_artist(
         Line2D(
             [place[0]], [HEIGHT - place[1]], transform=None, clip_on=False, gid=name, linestyle="none",
-            marker="o", markersize=size, markerfacecolor=_COLOURS[fill], markeredgecolor=_COLOURS[edge],
-            markeredgewidth=2.5 if fill != edge else 0,
+            marker=_MARKERS[point.edge], markersize=size, markerfacecolor=_COLOURS[fill],
+            markeredgecolor=_COLOURS[edge], markeredgewidth=2.5 if fill != edge else 0,
         )
     )  # fmt: skip
     if label is not None:
-        colour = "soft" if look in ("uniform", "other") else "ink"
+        colour = "soft" if point.look in ("uniform", "other") else "ink"
         # A stand-in as well: matplotlib would take "$" for mathematics, and miss the letters of many scripts.
         _write(axes, label.x, label.y, f"label-{name}", colour, label.align)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from groupify.reporting.formatting import (
     size,
 )
 from groupify.reporting.outcome import metric_lines
+from groupify.reporting.plane import accuracy_steps, comparison_plane, report_plane
 from groupify.reporting.read import Run
 from groupify.reporting.results import Report
 from groupify.reporting.summary import comparison_sentence, totals, verdict
@@ -42,9 +43,8 @@ from groupify.reporting.variants import (
     variants,
     variants_table,
 )
-from groupify.structures import FLOAT32, PRECISIONS, Change, SitePlan
+from groupify.structures import Change, SitePlan
 
-_LABELLED = 8  # more names in one chart would hide each other; hovering shows them
 _BLUE = (37, 99, 235)  # stands out on white and on black
 
 
@@ -92,9 +92,9 @@ def report_page(run: Run, others: Sequence[Run] = ()) -> str:
         trained=[*metric_lines(report.metric), *training_lines(report)],
         tiles=_tiles(report),
         precisions=None if report.int8 is None else variants_table(report),
-        plane=_plane([*_points_of(report), *_points_of_runs(others, "other")], _steps(report)),
+        plane=report_plane(report, others),
         curves=_curves(report),
-        accuracies=_accuracies(report),
+        steps=accuracy_steps(report),
         sites=sites,
         timed=any(row.latency is not None for row in sites),
         fitted=any(row.error is not None for row in sites),
@@ -110,7 +110,7 @@ def comparison_page(runs: Sequence[Run]) -> str:
         verdict=comparison_sentence(runs),
         rows=_run_rows(runs),
         runs=len(runs),
-        plane=_plane([*_points_of_runs(runs, "recovered"), *_dense_of_first(runs)]),
+        plane=comparison_plane(runs),
         machines=sorted({_machine(run.report) for run in runs}),
     )  # fmt: skip
 
@@ -152,93 +152,7 @@ def _from_to(form: Callable[[Any], str], dense: float | None, grouped: float | N
     return f"{form(dense)} → {form(grouped)}"
 
 
-def _measured(report: Report) -> list[tuple[str, float]]:
-    """The accuracies of the dense, the converted and the trained model, as far as there are such."""
-    accuracy = report.accuracy
-    steps = (("dense", accuracy.dense), ("converted", accuracy.converted), ("recovered", accuracy.recovered))
-    return [(title, value) for title, value in steps if value is not None]
-
-
-def _accuracies(report: Report) -> list[tuple[str, str, float]]:
-    """Title, value and place on a scale of 0 to 100 of each measured accuracy."""
-    found = _measured(report)
-    values = [value for _, value in found] or [0.0]
-    span = max(max(values) - min(values), 0.005)
-    return [
-        (title, percent(value), round(8 + 84 * (value - min(values)) / span, 1)) for title, value in found
-    ]
-
-
-# Accuracy against latency -------------------------------------------------------------------------
-
-
-def _plane(marks: Sequence[Point], line: Sequence[Point] = ()) -> tuple[str, str] | None:
-    """Accuracy against latency, name and SVG; None where nothing has both."""
-    if not marks:
-        return None
-    name = "Accuracy against latency"
-    lines = [("trace", line)]
-    return name, chart(name, marks, x_title="latency, ms", y_title="top-1, %", from_zero=True, lines=lines)
-
-
-def _mark(look: str, name: str, time: float, top1: float, label: str) -> Point:
-    return Point(time, 100 * top1, look, f"{name}: {milliseconds(time)}, {percent(top1)}", label)
-
-
-def _steps(report: Report) -> list[Point]:
-    """From the dense model to the converted and the trained one."""
-    if report.latency_ms is None:
-        return []
-    times, accuracy = report.latency_ms, report.accuracy
-    trained = accuracy.recovered != accuracy.converted
-    return [
-        _mark(look, look, times.dense if look == "dense" else times.grouped, top1, look)
-        for look, top1 in _measured(report)
-        if trained or look != "recovered"
-    ]
-
-
-def _points_of(report: Report) -> Iterator[Point]:
-    """The run itself, both models in int8, and other numbers of groups."""
-    if report.latency_ms is None:
-        return
-    yield from _steps(report)
-    for look, name, int8 in (("recovered", "int8", report.int8), ("dense", "dense int8", report.dense_int8)):
-        if int8 is not None and int8.milliseconds and int8.top1 is not None:
-            yield _mark(look, name, int8.milliseconds, int8.top1, name)
-    for uniform in report.uniform:
-        if uniform.milliseconds is not None:
-            name = f"uniform g={uniform.groups}"
-            yield _mark("uniform", f"{name}, untrained", uniform.milliseconds, uniform.top1, name)
-
-
-def _points_of_runs(runs: Sequence[Run], look: str) -> list[Point]:
-    measured = [
-        (
-            f"{run.name}, {one.precision}" if run.report.int8 is not None else run.name,
-            one.milliseconds,
-            one.top1,
-        )
-        for run in runs
-        for one in variants(run.report)
-        if one.model == GROUPED and one.milliseconds is not None and one.top1 is not None
-    ]
-    named = len(measured) <= _LABELLED
-    return [_mark(look, name, time, top1, name if named else "") for name, time, top1 in measured]
-
-
-def _dense_of_first(runs: Sequence[Run]) -> Iterator[Point]:
-    """The dense model in each precision, of the first run that has measured it all there."""
-    for precision in PRECISIONS:
-        for run in runs:
-            found = {one.model: one for one in variants(run.report) if one.precision == precision}
-            dense, grouped = found.get(DENSE), found.get(GROUPED)
-            if dense is None or grouped is None or grouped.milliseconds is None or grouped.top1 is None:
-                continue
-            if dense.milliseconds is not None and dense.top1 is not None:
-                name = DENSE if precision == FLOAT32 else dense.name
-                yield _mark(DENSE, name, dense.milliseconds, dense.top1, name)
-            break
+# Training ----------------------------------------------------------------------------------------
 
 
 def _curves(report: Report) -> list[tuple[str, str]]:
