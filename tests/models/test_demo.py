@@ -151,8 +151,44 @@ def test_training_is_deterministic_and_learns(
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
 
+@pytest.mark.slow
+def test_training_leaves_out_what_the_demo_embeds(
+    small_fashion_mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, labels = read_fashion_mnist(demo.DATA_FOLDER, "train")
+    embedded, _ = read_fashion_mnist(small_fashion_mnist, "train")
+    new = 255 - embedded[:300]  # none of these is embedded
+    write_idx(
+        small_fashion_mnist / "train-images-idx3-ubyte.gz", torch.cat([embedded, new, images[:5]]).squeeze(1)
+    )
+    write_idx(small_fashion_mnist / "train-labels-idx1-ubyte.gz", labels[: len(embedded) + 305])
+    output = tmp_path / "demo.safetensors"
+    arguments = ["--data", f"fashion-mnist:{small_fashion_mnist}", "--without-demo-images", "--model", "demo"]
+    arguments += ["--epochs", "2", "--small-epochs", "1"]
+    monkeypatch.setattr(sys, "argv", ["train_dense.py", *arguments, "--output", str(output)])
+    script("train_dense").main()
+    with safe_open(output, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["training_images"] == "300"
+    assert metadata["without_demo_images"] == "True"
+    assert metadata["small_epochs"] == "1"
+
+
+def test_left_out_images_are_found_by_their_bytes() -> None:
+    pixels = torch.arange(6, dtype=torch.uint8).reshape(6, 1, 1, 1)
+    whole = ImageArrays(pixels, torch.arange(6), demo.PREPROCESSING)
+    left = script("train_dense").without(whole, pixels[[4, 0]])
+    assert left.labels.tolist() == [1, 2, 3, 5]
+    assert left.images.flatten().tolist() == [1, 2, 3, 5]
+
+
+def test_the_demo_net_has_not_seen_the_embedded_images() -> None:
+    with safe_open(demo.MODEL_FILE, "pt") as file:
+        assert file.metadata()["without_demo_images"] == "True"
+
+
 def test_training_refuses_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for arguments in (["--data", "synthetic"], ["--epochs", "0"]):
+    for arguments in (["--data", "synthetic"], ["--epochs", "0"], ["--epochs", "2", "--small-epochs", "2"]):
         monkeypatch.setattr(
             sys, "argv", ["train_dense.py", *arguments, "--output", str(tmp_path / "x.safetensors")]
         )
