@@ -15,10 +15,6 @@ change the least look best. In the first epochs the images are small, which take
 Top-1 accuracy on the test images, in float32 and after rounding to half precision, is printed and
 stored in the file's metadata. The same seed, versions and number of threads give the same weights.
 
-    python -m scripts.train_dense --model demo --epochs 8 --hold-out --output twin.safetensors
-
-leaves a tenth of the training images out: those that the benchmarks choose learning rates on.
-
     python -m scripts.train_dense --model resnet26 --epochs 8 --output resnet26.safetensors
 
 trains the bottleneck ResNet of the benchmarks. After each epoch the state of the training is kept beside the
@@ -63,7 +59,6 @@ MODELS = {
     "vgg11_bn": fashion_vgg11_bn,
 }
 BATCH_SIZE = 128
-HOLD_OUT_SEED = 77
 SMALL_SIDE = 20  # pixels of an image in the first epochs, where these are to be small
 
 
@@ -76,9 +71,6 @@ def main() -> None:
     parser.add_argument("--data", default="fashion-mnist", help="data spec (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=12, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument(
-        "--hold-out", action="store_true", help="leave out a tenth of the images, always the same ones"
-    )
     parser.add_argument(
         "--without-demo-images", action="store_true", help="leave out the images that the demo embeds"
     )
@@ -102,8 +94,6 @@ def main() -> None:
 
     if arguments.without_demo_images:
         images = without(images, read_fashion_mnist(DATA_FOLDER, "train")[0])
-    if arguments.hold_out:
-        images, _ = hold_out(images)
 
     setting = {name: value for name, value in vars(arguments).items() if name != "output"}
     kept = Kept(arguments.output.with_name(arguments.output.name + ".training"), setting)
@@ -123,7 +113,6 @@ def main() -> None:
         "data": arguments.data,
         "epochs": str(arguments.epochs),
         "small_epochs": str(arguments.small_epochs),
-        "held_out": str(arguments.hold_out),
         "without_demo_images": str(arguments.without_demo_images),
         "training_images": str(len(images)),
         "seed": str(arguments.seed),
@@ -143,16 +132,6 @@ def without(images: ImageArrays, left_out: Tensor) -> ImageArrays:
     known = {image.numpy().tobytes() for image in left_out}
     others = torch.tensor([image.numpy().tobytes() not in known for image in images.images])
     return ImageArrays(images.images[others], images.labels[others], images.preprocessing)
-
-
-def hold_out(images: ImageArrays) -> tuple[ImageArrays, ImageArrays]:
-    """Return nine tenths of the images to train on, and the tenth that is held out."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(HOLD_OUT_SEED))
-    kept, left_out = (
-        ImageArrays(images.images[part], images.labels[part], images.preprocessing)
-        for part in order.tensor_split([len(images) - len(images) // 10])
-    )
-    return kept, left_out
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Accuracy of methods at equal MACs, with and without training: what three of the experiments are.
+"""Accuracy of methods at the MACs of uniform groups, with and without training: what two experiments are.
 
 A row is one method at the MACs of one number of groups after one amount of training. It is measured seed by
 seed, so that a run that is stopped loses one seed at most.
@@ -21,7 +21,7 @@ from groupify.data.splits import DataSplits, load_data
 from groupify.models.sources import load_model
 from groupify.scores import evaluate, measure_cost
 from scripts.benchmarks.harness import Latencies, Results, Timing, describe_latency, matches
-from scripts.benchmarks.methods import Method, Setting, densified, make, rules_for
+from scripts.benchmarks.methods import Method, Setting, make, rules_for
 from scripts.benchmarks.training import FAST, Trainer
 
 MODEL = "groupify.models.demo:fashion_resnet18"
@@ -93,33 +93,18 @@ class Contestant:
     Attributes:
         make: gives the net before the training.
         seeded: whether the seed matters where nothing is trained.
-        labels: False = it only distils.
-        tuned_as: the contestant that it has the learning rate of, if it is trained from the same net.
-        gradual: start with 2 groups and double them as the training goes on, with an equal share of the
-            training for each step.
     """
 
     make: Method
     seeded: bool = True
-    labels: bool = True
-    tuned_as: str | None = None
-    gradual: bool = False
 
     def run(
         self, trainer: Trainer | None, setting: Setting, groups: int, epochs: float, rate: float | None
     ) -> nn.Module:
         """Make the net and train it; without training it may be one that other rows start from as well."""
-        steps = [groups]
-        while self.gradual and epochs and steps[0] > 2:
-            steps.insert(0, steps[0] // 2)
-        for count in steps:
-            model = _made(self.make, setting, count)
-            if trainer is not None and rate is not None:
-                share = epochs / len(steps)
-                model = trainer.train(model, share, rate, setting.seed, labels=self.labels).model
-            if self.gradual:
-                sites = [site.name for site in setting.plan(count).converted]
-                setting = replace(setting, dense=densified(model, sites))
+        model = _made(self.make, setting, groups)
+        if trainer is not None and rate is not None:
+            model = trainer.train(model, epochs, rate, setting.seed).model
         return model
 
 
@@ -276,10 +261,9 @@ class Contest:
 
     def _rate(self, name: str, groups: int) -> float:
         assert self.trainer is not None
-        contestant = self.contestants[name]
-        tuned, at = contestant.tuned_as or name, self.rate_groups or groups
-        key = tuned if self.rate_groups else f"{tuned} g={at}"
-        return self.trainer.learning_rate(key, contestant.make, at)
+        method, at = self.contestants[name].make, self.rate_groups or groups
+        key = name if self.rate_groups else f"{name} g={at}"
+        return self.trainer.learning_rate(key, lambda twin: make(method, twin, at))
 
     def _time(self, name: str, groups: int, timing: Timing) -> None:
         """Time the untrained net, and put that into all of its rows that have no latency."""

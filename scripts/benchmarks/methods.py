@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -189,11 +189,10 @@ def norm_refresh(setting: Setting, groups: int) -> nn.Module:
     return refreshed(restructure(apply_orders(setting.dense, channels, orders), sites), setting.images)
 
 
-def from_random(setting: Setting, groups: int) -> nn.Module:
-    """The grouped architecture with random weights."""
-    model = truncation(setting, groups)
+def randomised(model: nn.Module, seed: int) -> nn.Module:
+    """Give a model random weights, in place."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(setting.seed)
+        torch.manual_seed(seed)
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -205,20 +204,6 @@ def from_random(setting: Setting, groups: int) -> nn.Module:
 def refreshed(model: nn.Module, images: Tensor) -> nn.Module:
     """Give a model fresh batch-norm statistics, in place."""
     refresh_batch_norms(model, images.split(250))
-    return model
-
-
-def densified(model: nn.Module, names: Sequence[str]) -> nn.Module:
-    """Return a copy whose grouped convs are dense ones with block-diagonal weights: it computes the same."""
-    model = copy.deepcopy(model)
-    for name in names:
-        conv = model.get_submodule(name)
-        assert isinstance(conv, nn.Conv2d)
-        weight = conv.weight.new_zeros(conv.out_channels, conv.in_channels, *conv.kernel_size)
-        rows, columns = conv.out_channels // conv.groups, conv.in_channels // conv.groups
-        for group, block in enumerate(conv.weight.detach().split(rows)):
-            weight[group * rows : (group + 1) * rows, group * columns : (group + 1) * columns] = block
-        conv.weight, conv.groups = nn.Parameter(weight), 1
     return model
 
 
@@ -245,40 +230,42 @@ def low_rank(structure: str) -> Method:
     return method
 
 
-def torch_pruning(
-    setting: Setting, groups: int, importance: Any = None, *, isomorphic: bool = False
-) -> nn.Module:
-    """Torch-Pruning: widths rounded to 16, at the grouped net's MACs, fresh batch norms.
+def pruned(setting: Setting, macs: int, importance: Any = None, *, isomorphic: bool = False) -> nn.Module:
+    """Torch-Pruning: widths rounded to 16, as near as these come to some MACs, fresh batch norms.
 
     Args:
         setting: the dense net, with gradients where the importance reads them.
-        groups: of the net whose MACs to meet.
+        macs: to meet.
         importance: None = group L2 norm.
         isomorphic: rank the channels of all alike layers together, rather than each layer alone.
     """
     import torch_pruning as tp
 
-    wanted = setting.grouped_macs(groups)
     low, high, best = 0.0, 0.98, None
     for _ in range(12):
         ratio = (low + high) / 2
         model = copy.deepcopy(setting.dense)
         classifier = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
-        for own, dense in zip(model.parameters(), setting.dense.parameters(), strict=True):
-            own.grad = dense.grad  # deepcopy leaves them behind
+        for parameter, dense in zip(model.parameters(), setting.dense.parameters(), strict=True):
+            parameter.grad = dense.grad  # deepcopy leaves them behind
         pruner = tp.pruner.BasePruner(
             model, setting.images[:1], importance=importance or tp.importance.GroupMagnitudeImportance(p=2),
             pruning_ratio=ratio, ignored_layers=[classifier], round_to=16, global_pruning=isomorphic,
             isomorphic=isomorphic,
         )  # fmt: skip
         pruner.step()
-        macs = setting.macs(model)
-        if best is None or abs(macs - wanted) < abs(best[0] - wanted):
-            best = (macs, model)
-        low, high = (ratio, high) if macs > wanted else (low, ratio)
+        own = setting.macs(model)
+        if best is None or abs(own - macs) < abs(best[0] - macs):
+            best = (own, model)
+        low, high = (ratio, high) if own > macs else (low, ratio)
     assert best is not None
     best[1].zero_grad()
     return refreshed(best[1], setting.images)
+
+
+def torch_pruning(setting: Setting, groups: int) -> nn.Module:
+    """Torch-Pruning at the grouped net's MACs."""
+    return pruned(setting, setting.grouped_macs(groups))
 
 
 def torch_pruning_taylor(setting: Setting, groups: int) -> nn.Module:
@@ -293,9 +280,10 @@ def torch_pruning_taylor(setting: Setting, groups: int) -> nn.Module:
         logits = graded(images)
         loss = F.cross_entropy(logits, logits.detach().argmax(1), reduction="sum")
         loss.div(len(setting.images)).backward()
-    return torch_pruning(
-        replace(setting, dense=graded), groups, tp.importance.GroupTaylorImportance(), isomorphic=True
-    )
+    return pruned(
+        replace(setting, dense=graded), setting.grouped_macs(groups), tp.importance.GroupTaylorImportance(),
+        isomorphic=True,
+    )  # fmt: skip
 
 
 groupify_default = default()

@@ -1,6 +1,6 @@
 """groupify against its peers: the same dense net, images, MACs and training; accuracy, size and latency.
 
-    python -m scripts.benchmarks.peers --checkpoint FILE --twin FILE [--epochs 0,0.1,1] [--quick]
+    python -m scripts.benchmarks.peers --checkpoint FILE [--epochs 0,0.1,1] [--quick]
     python -m scripts.benchmarks.peers --model groupify.models.demo:fashion_vgg11_bn \\
         --checkpoint vgg11.safetensors --json benchmarks/peers_vgg11.json
 
@@ -8,19 +8,15 @@ The setting is that of accuracy.py, with groups no narrower than this CPU's kern
 the same 1,000 unlabelled images and is brought as near as it can be to the MACs of the net with 2, 4 or 8
 groups (about 1.9×, 3.7× and 6.9× fewer). Training is ``groupify.finetune`` with distillation, for all alike
 but for the learning rate, which is the best of --learning-rates for each at the MACs of 4 groups (see
-training.py). Rows and rates that recovery.py has measured already, with the same training, are taken from its
-file; another --model takes the rates of benchmarks/peers.json. Each file is timed in ONNX Runtime side by
-side with the dense one.
+training.py); another --model takes the rates of benchmarks/peers.json. Each file is timed in ONNX Runtime side
+by side with the dense one.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
-from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +36,9 @@ from scripts.benchmarks.contest import (
 )
 from scripts.benchmarks.harness import Parser, Results, Timing
 from scripts.benchmarks.methods import PEERS
-from scripts.benchmarks.tables import BENCHMARKS
 from scripts.benchmarks.training import Trainer, add_training
 
-RECOVERY = BENCHMARKS / "recovery.json"
 RATE_GROUPS = 4  # whose MACs the learning rates are chosen at
-# name here: (name of the rows, name of the learning rates) in recovery.py
-IN_RECOVERY = {
-    "groupify": ("groupify", "groupify"),
-    "groupify, grouped-pointwise": ("groupify, grouped-pointwise", "groupify"),
-    "groupify, planned": ("groupify, planned", "groupify"),  # no rows, the same rates
-    "Torch-Pruning, L2 norm": ("Torch-Pruning, equal MACs", "Torch-Pruning, equal MACs"),
-}
 
 
 def main() -> None:
@@ -63,12 +50,6 @@ def main() -> None:
     parser.add_numbers("--epochs", "0,0.1,1", "of training", float)
     parser.add_argument("--seeds", type=int, default=1)
     add_timing(parser)
-    parser.add_argument(
-        "--recovery",
-        type=Path,
-        default=RECOVERY,
-        help="rows to take over (default: benchmarks/recovery.json)",
-    )
     arguments = parser.parse()
     if arguments.model != MODEL and arguments.json == parser.kept:
         parser.error("another --model needs a --json of its own")
@@ -78,8 +59,6 @@ def main() -> None:
     results = Results(Row, KEYS, arguments.json, shared, order_of(PEERS), again=arguments.again)
     if arguments.model != MODEL:
         take_rates(results, json.loads(parser.kept.read_text("utf-8")))
-    elif arguments.recovery.exists() and not arguments.quick:
-        take_over(results, json.loads(arguments.recovery.read_text("utf-8")), arguments.epochs)
     trainer = Trainer.load(arguments, net.dense, net.data, results, net.images)
     contestants = {name: Contestant(method) for name, method in PEERS.items()}
     with ExitStack() as stack:
@@ -101,34 +80,6 @@ def add_timing(parser: Parser) -> None:
 def folder(given: Path | None, stack: ExitStack) -> Path:
     """Return the folder for files, a temporary one where none is given."""
     return given or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="groupify-")))
-
-
-def take_over(results: Results[Row], recovery: dict[str, Any], epochs: Sequence[float]) -> None:
-    """Put in what the benchmark of the recovery has measured, where it is more than is there.
-
-    Exits if its setting was another one; in which precision it trained may differ, and is said in the rows.
-    """
-    for name, value in results.setting.items():
-        theirs = recovery[name]
-        if name == "training":
-            value, theirs = (
-                {k: v for k, v in one.items() if k in theirs and k != "amp"} for one in (value, theirs)
-            )
-        if value != theirs:
-            sys.exit(f"the rows of the recovery have {name} {theirs!r}, here it is {value!r}")
-    with results.changing() as document:
-        rates = document.setdefault("learning_rates", {})
-        for name, (_, tuned) in IN_RECOVERY.items():
-            rates.setdefault(name, recovery["learning_rates"][f"{tuned} g={RATE_GROUPS}"])
-    known, names = results.rows, {theirs: name for name, (theirs, _) in IN_RECOVERY.items()}
-    for row in (Row(**values) for values in recovery["rows"]):
-        mine = known.get((names.get(row.method), row.groups, row.epochs))
-        if row.method not in names or row.epochs not in epochs or (mine and mine.seeds >= row.seeds):
-            continue
-        taken = replace(
-            row, method=names[row.method], amp=recovery["training"]["amp"] if row.epochs else None
-        )
-        results.put(taken.timed(mine.latency) if mine and mine.latency else taken)
 
 
 def take_rates(results: Results[Row], others: dict[str, Any]) -> None:

@@ -254,17 +254,33 @@ def peers_latency(document: Document) -> Table:
 
 
 def recovery(document: Document) -> Table:
-    """A line per method and number of groups, a column per training."""
+    """A line per size and method: a column per training, means over the seeds, and the least that it brought."""
     trainings = trainings_of(document["rows"])
-    rows: Table = [("top-1", "MACs", *(f"{count:g} epochs" for count in trainings))]
-    for (groups, method), after in by_training(document["rows"]):
-        cells = []
-        for row in after:
-            spread = "" if not row or len(row["accuracy"]) < 2 else f" ± {row['accuracy_spread'] / 2:.2f}"
-            cells.append("–" if row is None else f"{row['accuracy_mean']:.2f}{spread}%")
-        ratio = next(row["macs_ratio"] for row in after if row)
-        rows.append((f"{method}, g={groups}", saved(ratio), *cells))
-    return rows
+    titles = (f"{count:g} epochs (drop)" for count in trainings)
+    lines: Table = [("MACs wanted", "method", "MACs", *titles, "seeds", "least gain over its start")]
+    for (size, method), same in grouped_by(document["rows"], "size", "method").items():
+        after = {count: rows for (count,), rows in grouped_by(same, "epochs").items()}
+        starts = {row["seed"]: row["top1"] for row in after.get(0.0, [])}
+        gains = [row["top1"] - starts[row["seed"]] for row in same if row["epochs"] and row["seed"] in starts]
+        lines.append(
+            (
+                saved(size, 1),
+                method,
+                saved(statistics.fmean(row["macs_ratio"] for row in same)),
+                *(_after_training(after.get(count, [])) for count in trainings),
+                str(len({row["seed"] for row in same})),
+                f"{min(gains):+.2f}" if gains else "–",
+            )
+        )
+    return lines
+
+
+def _after_training(rows: list[Document]) -> str:
+    if not rows:
+        return "–"
+    tops = [row["top1"] for row in rows]
+    spread = f" ± {(max(tops) - min(tops)) / 2:.2f}" if len(tops) > 1 else ""
+    return f"{percent(statistics.fmean(tops))}{spread} ({statistics.fmean(row['drop'] for row in rows):.2f})"
 
 
 def planner(document: Document) -> Table:
@@ -507,11 +523,11 @@ TABLES: dict[str, tuple[str, Callable[[Document], Table]]] = {  # name: (command
     "conversion": ("conversion", conversion),
     "latency": ("latency", latency),
     "narrow_groups": ("narrow_groups", narrow_groups),
-    "peers": ("peers --checkpoint FILE --twin FILE", peers),
+    "peers": ("peers --checkpoint FILE", peers),
     "peers_vgg11": (f"peers {_VGG} --json benchmarks/peers_vgg11.json", peers),
     "peers_shuffle": (f"peers --checkpoint FILE {_SHUFFLE} --json benchmarks/peers_shuffle.json", peers),
     "peers_latency": ("peers_latency --checkpoint FILE [--model MODEL]", peers_latency),
-    "recovery": ("recovery --checkpoint FILE --twin FILE", recovery),
+    "recovery": ("recovery --checkpoint FILE", recovery),
     "planner": ("planner --checkpoint FILE", planner),
     "rivals": ("rivals --checkpoint FILE [--model MODEL]", rivals),
     "craft": ("craft --photographs FOLDER", craft),

@@ -2,19 +2,19 @@
 
 The dense nets of the benchmarks were trained on all training images, so none of these can tell which learning
 rate is best: what changes the weights little does well on images that they know by heart. Each method's rate
-is therefore chosen on a smaller net, the twin, which ``scripts/train_dense.py --model demo --epochs 8
---hold-out`` trains without a tenth of the images.
+is therefore chosen on a smaller net, the twin: the demo's, which was trained without the images that the
+demo embeds. Those are held out.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,18 +22,21 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from groupify.data.batches import Data, calibration_images
+from groupify.data.files import read_fashion_mnist
 from groupify.data.images import ImageArrays
 from groupify.data.splits import DataSplits
 from groupify.machine import bfloat16_is_slow
+from groupify.models.demo import DATA_FOLDER
 from groupify.models.sources import load_model
 from groupify.training.finetuning import FinetuneResult, finetune
 from groupify.training.settings import FinetuneSettings
+from groupify.training.state import Checkpointing
 from scripts.benchmarks.harness import Parser, Results
-from scripts.benchmarks.methods import Method, Setting, make, rules_for
-from scripts.train_dense import hold_out
+from scripts.benchmarks.methods import Setting, rules_for
+from scripts.train_dense import without
 
 FAST = FinetuneSettings(amp=None if bfloat16_is_slow() else "bfloat16", channels_last=True)
-RATES = "0.001,0.003,0.01"  # relative to the weights, as AdamW has them
+RATES = "0.001,0.003,0.01,0.03"  # relative to the weights, as AdamW has them
 CHOOSING_EPOCHS = 0.1  # a whole epoch with each rate would be three times the work
 
 
@@ -76,12 +79,14 @@ class Twin:
     held_out: Data
 
     @classmethod
-    def load(cls, checkpoint: Path, data: DataSplits, images: int) -> Twin:
-        """Load the twin's weights, and divide the benchmark's training images as its training did."""
-        dense = load_model("groupify.models.demo:demo_model", checkpoint=checkpoint).model
-        if not isinstance(data.train, ImageArrays):
-            sys.exit(f"{data.spec}: the twin needs images that lie in memory whole, such as fashion-mnist")
-        kept, held_out = hold_out(data.train)
+    def load(cls, data: DataSplits, images: int) -> Twin:
+        """Load the demo's net, and divide the benchmark's training images as its training did."""
+        dense = load_model("demo").model
+        if not data.spec.startswith("fashion-mnist") or not isinstance(data.train, ImageArrays):
+            sys.exit(f"--data {data.spec}: learning rates are chosen on fashion-mnist[:ROOT] alone")
+        embedded, labels = read_fashion_mnist(DATA_FOLDER, "train")
+        kept = without(data.train, embedded)
+        held_out = ImageArrays(embedded, labels, data.train.preprocessing)
         setting = Setting(dense, calibration_images(kept, images, seed=0), 0, rules_for(dense))
         return cls(setting, RememberingTeacher(dense), replace(data, train=kept), held_out)
 
@@ -95,21 +100,21 @@ class Trainer:
         data: what all train on; part of it is held out.
         results: where the learning rates are kept, under ``learning_rates``: the twin's cross-entropies.
         rates: to choose from.
-        twin: None where there is one rate only, or the results hold the losses of all.
+        twin: makes the net to choose on; it is called where a loss is missing only.
     """
 
     teacher: RememberingTeacher
     data: DataSplits
     results: Results[Any]
     rates: tuple[float, ...]
-    twin: Twin | None = None
+    twin: Callable[[], Twin]
 
     @classmethod
     def load(
         cls, arguments: argparse.Namespace, dense: nn.Module, data: DataSplits, results: Results[Any],
         images: int,
     ) -> Trainer:  # fmt: skip
-        """Make a trainer as the options of ``add_training`` say; ``--quick`` has 2,000 images to train on.
+        """Make a trainer as the options of ``add_training`` say; ``--quick`` has 2,000 images to train on, two rates.
 
         Args:
             arguments: the options.
@@ -118,23 +123,26 @@ class Trainer:
             results: where the learning rates are kept.
             images: calibration images for the twin.
         """
-        twin = None if arguments.twin is None else Twin.load(arguments.twin, data, images)
-        rates = tuple(arguments.learning_rates)
-        if arguments.quick:
-            assert data.train is not None
-            data = replace(data, train=Subset(data.train, range(2000)))  # type: ignore[arg-type]
-            rates = rates if twin else rates[:1]
-        return cls(RememberingTeacher(dense), data, results, rates, twin)
+        quick = arguments.quick
+        rates = tuple(arguments.learning_rates)[: 2 if quick else None]
+
+        @functools.cache
+        def twin() -> Twin:
+            whole = Twin.load(data, images)
+            return replace(whole, data=few(whole.data), held_out=_first(whole.held_out)) if quick else whole
+
+        return cls(RememberingTeacher(dense), few(data) if quick else data, results, rates, twin)
 
     def train(
-        self, model: nn.Module, epochs: float, rate: float, seed: int, *, labels: bool = True
-    ) -> FinetuneResult:
-        """Train a model with one learning rate."""
-        settings = replace(FAST, epochs=epochs, learning_rate=rate, labels=labels, seed=seed)
-        return _finetune(model, self.data, self.teacher, settings)
+        self, model: nn.Module, epochs: float, rate: float | None, seed: int,
+        checkpointing: Checkpointing | None = None,
+    ) -> FinetuneResult:  # fmt: skip
+        """Train a model with one learning rate; None = that which follows from what was lost."""
+        settings = replace(FAST, epochs=epochs, learning_rate=rate, seed=seed)
+        return _finetune(model, self.data, self.teacher, settings, checkpointing=checkpointing)
 
-    def learning_rate(self, name: str, method: Method, groups: int) -> float:
-        """Return the rate that does best for a method after a tenth of an epoch.
+    def learning_rate(self, name: str, make: Callable[[Setting], nn.Module]) -> float:
+        """Return the rate that does best for a method, ``make``, after a tenth of an epoch.
 
         It is measured once for each ``name``, by the cross-entropy of the twin's held-out images.
         """
@@ -142,13 +150,9 @@ class Trainer:
             return self.rates[0]
         known: dict[str, float] = self.results.read().get("learning_rates", {}).get(name, {})
         missing = [rate for rate in self.rates if f"{rate:g}" not in known]
-        if missing and self.twin is None:
-            sys.exit(
-                f"choosing among the learning rates {self.rates} needs a net to do it on: give --twin FILE"
-            )
-        if missing and self.twin is not None:
-            model = make(method, self.twin.setting, groups)
-            known = {**known, **self._losses(name, model, self.twin, missing)}
+        if missing:
+            twin = self.twin()
+            known = {**known, **self._losses(name, make(twin.setting), twin, missing)}
         return min(self.rates, key=lambda rate: known[f"{rate:g}"])
 
     def _losses(self, name: str, model: nn.Module, twin: Twin, rates: Sequence[float]) -> dict[str, float]:
@@ -170,7 +174,6 @@ class Trainer:
 
 def add_training(parser: Parser) -> None:
     """Add the options of the training."""
-    parser.add_argument("--twin", type=Path, help="weights of the net to choose learning rates on")
     parser.add_numbers("--learning-rates", RATES, "to choose from for each method", float)
 
 
@@ -180,7 +183,20 @@ def _finetune(
     teacher: RememberingTeacher,
     settings: FinetuneSettings,
     validation: Data | None = None,
+    checkpointing: Checkpointing | None = None,
 ) -> FinetuneResult:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return finetune(model, data, teacher=teacher, settings=settings, validation=validation, progress=True)
+        return finetune(
+            model, data, teacher=teacher, settings=settings, validation=validation,
+            checkpointing=checkpointing, progress=True,
+        )  # fmt: skip
+
+
+def few(data: DataSplits) -> DataSplits:
+    """Return data of 2,000 training images."""
+    return replace(data, train=_first(data.train))
+
+
+def _first(images: Any) -> Data:
+    return Subset(images, range(2000))

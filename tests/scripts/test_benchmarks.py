@@ -5,7 +5,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from groupify.data.splits import load_data
 from groupify.errors import ConversionError
 from groupify.models import demo
 from groupify.models.demo import fashion_resnet18
-from groupify.models.preprocessing import Preprocessing
+from groupify.models.sources import load_model
 from groupify.models.specs import ModelSpec
 from groupify.planning.rules import Rules
 from groupify.planning.uniform import plan
@@ -31,13 +30,13 @@ from scripts.benchmarks import efficiency, harness, int8, peers_latency, tables
 from scripts.benchmarks.contest import KEYS, Contest, Contestant, Net, Row, order_of
 from scripts.benchmarks.harness import Parser, Results, Timing
 from scripts.benchmarks.low_rank import STRUCTURES, Size, choose_ranks, factorise
-from scripts.benchmarks.methods import PEERS, Setting, densified, rules_for, truncation
-from scripts.benchmarks.peers import IN_RECOVERY, take_over, take_rates
+from scripts.benchmarks.methods import PEERS, Setting, randomised, rules_for, truncation
+from scripts.benchmarks.peers import take_rates
 from scripts.benchmarks.rivals import pack
 from scripts.benchmarks.spatial import in_columns, lay_out_columns, merge_columns
 from scripts.benchmarks.tables import BENCHMARKS
 from scripts.benchmarks.training import RememberingTeacher, Trainer, Twin
-from scripts.train_dense import Kept, hold_out, train
+from scripts.train_dense import Kept, train
 from tests import cli_nets
 
 SHAPE = (8, 10, 9)
@@ -250,7 +249,8 @@ def contest(
     settings = [Setting(model, torch.randn(8, 3, 8, 8), seed) for seed in range(seeds)]
     teacher = RememberingTeacher(model)
     assert splits.test is not None
-    trainer = Trainer(teacher, splits, results, rates, Twin(settings[0], teacher, splits, splits.test))
+    twin = Twin(settings[0], teacher, splits, splits.test)
+    trainer = Trainer(teacher, splits, results, rates, lambda: twin)
     return Contest(Net(settings, splits), results, contestants, trainer, rate_groups=4)
 
 
@@ -324,34 +324,6 @@ def test_a_quick_run_leaves_the_kept_rows_alone(
     assert parser.chosen(["one", "two", "three"], "t*|x") == ["two", "three"]
 
 
-RECOVERY_ROW = {
-    "method": "Torch-Pruning, equal MACs", "groups": 4, "epochs": 1.0, "accuracy": {"0": 93.0, "1": 93.2},
-    "accuracy_mean": 93.1, "accuracy_spread": 0.2, "drop_mean": 0.4, "learning_rate": 0.005,
-    "macs_ratio": 3.8, "params_ratio": 3.7, "seconds": 60.0,
-}  # fmt: skip
-
-
-def test_what_the_benchmark_of_the_recovery_measured_is_taken_over(tmp_path: Path) -> None:
-    setting = {"dense_accuracy": 93.5, "training": {"batch_size": 64, "labels": True}}
-    results = result_file(tmp_path / "peers.json", **setting)
-    results.put(replace(ROW, method="Torch-Pruning, L2 norm", epochs=1.0).timed(LATENCY))
-    rates = {f"{name} g=4": {"0.005": 0.3} for name in ("groupify", "Torch-Pruning, equal MACs")}
-    other = {**RECOVERY_ROW, "method": "truncation"}
-    recovery = {
-        "dense_accuracy": 93.5,
-        "training": {"batch_size": 64, "amp": "bfloat16"},
-        "learning_rates": rates,
-        "rows": [RECOVERY_ROW, {**RECOVERY_ROW, "epochs": 0.0}, other],
-    }
-    take_over(results, recovery, [1])
-    (row,) = results.rows.values()
-    assert (row.method, row.accuracy_mean, row.seeds) == ("Torch-Pruning, L2 norm", 93.1, 2)
-    assert (row.amp, row.latency, row.speed_up) == ("bfloat16", LATENCY, 2.0)
-    assert set(results.read()["learning_rates"]) == set(IN_RECOVERY)
-    with pytest.raises(SystemExit, match="have dense_accuracy 90"):
-        take_over(results, {**recovery, "dense_accuracy": 90}, [1])
-
-
 def test_files_are_made_once_and_timed_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
@@ -401,68 +373,28 @@ def test_training_gives_a_row_of_its_own(tmp_path: Path) -> None:
     assert rates[f"{rows['truncation', 4, 0.5].learning_rate:g}"] == min(rates.values())
 
 
-def test_twin_leaves_out_the_same_tenth_as_its_training() -> None:
-    images = torch.arange(40, dtype=torch.uint8).reshape(40, 1, 1, 1)
-    whole = ImageArrays(
-        images, torch.arange(40), Preprocessing((1, 1), None, "none", (0.5,) * 3, (0.25,) * 3, "bilinear")
-    )
-    kept, left_out = hold_out(whole)
-    assert (len(kept), len(left_out)) == (36, 4)
-    assert sorted([*kept.labels.tolist(), *left_out.labels.tolist()]) == list(range(40))
-    for part in (kept, left_out):
-        for index, label in enumerate(part.labels.tolist()):
-            assert torch.equal(part[index][0], whole[label][0])
-    assert torch.equal(hold_out(whole)[1].labels, left_out.labels)
-
-
 def test_learning_rates_of_another_net_are_taken_over(tmp_path: Path) -> None:
     losses = {"0.01": 0.3, "0.1": 0.2}
     results = result_file(tmp_path / "vgg.json")
     take_rates(results, {"learning_rates": {"truncation": losses}})
     trainer = contest(results, {}, 0.01, 0.1).trainer
     assert trainer is not None
-    assert replace(trainer, twin=None).learning_rate("truncation", same, 4) == 0.1
+    assert replace(trainer, twin=refused).learning_rate("truncation", refused) == 0.1
 
 
-def test_learning_rates_are_not_chosen_without_a_twin(tmp_path: Path) -> None:
-    trainer = contest(result_file(tmp_path / "peers.json"), {}, 0.01, 0.1).trainer
-    assert trainer is not None
-    with pytest.raises(SystemExit, match="give --twin FILE"):
-        replace(trainer, twin=None).learning_rate("truncation g=4", same, 4)
+def test_learning_rates_are_chosen_on_fashion_mnist_alone() -> None:
+    with pytest.raises(SystemExit, match="--data demo: learning rates are chosen on fashion-mnist"):
+        Twin.load(load_data("demo", load_model("demo").spec), 10)
 
 
-@pytest.mark.parametrize(("gradual", "steps"), [(True, [2, 4, 8]), (False, [8])])
-def test_gradual_conversion_doubles_the_groups(gradual: bool, steps: list[int]) -> None:
-    torch.manual_seed(0)
-    model = fashion_resnet18().eval()
-    setting, made = Setting(model, torch.randn(2, 3, 28, 28), 0), []
+def test_random_weights_are_those_of_the_seed() -> None:
+    def drawn(seed: int) -> nn.Module:
+        return randomised(TwoConvs(), seed)
 
-    def make(setting: Setting, groups: int) -> nn.Module:
-        made.append(groups)
-        return truncation(setting, groups)
-
-    class Untrained:
-        def train(self, model: nn.Module, *_: Any, **__: Any) -> Any:
-            return SimpleNamespace(model=model)
-
-    trainer: Any = Untrained()
-    found = Contestant(make, gradual=gradual).run(trainer, setting, 8, 1.0, 0.1)
-    assert made == steps
-    for one, other in zip(
-        found.parameters(), truncation(setting, 8).parameters(), strict=True
-    ):  # nested blocks
-        torch.testing.assert_close(one, other)
-
-
-def test_densified_net_computes_the_same() -> None:
-    torch.manual_seed(0)
-    setting = Setting(fashion_resnet18().eval(), torch.randn(2, 3, 28, 28), 0)
-    grouped = truncation(setting, 4).eval()
-    sites = [site.name for site in setting.plan(4).converted]
-    dense = densified(grouped, sites)
-    assert all(dense.get_submodule(name).groups == 1 for name in sites)
-    with torch.no_grad():
-        torch.testing.assert_close(dense(setting.images), grouped(setting.images))
+    first, same, other = drawn(1), drawn(1), drawn(2)
+    for name in ("first.weight", "second.weight", "head.weight"):
+        assert torch.equal(first.get_parameter(name), same.get_parameter(name))
+        assert not torch.equal(first.get_parameter(name), other.get_parameter(name))
 
 
 def few_images() -> ImageArrays:

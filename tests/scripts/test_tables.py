@@ -66,14 +66,18 @@ def test_tables_come_from_the_result_files(tmp_path: Path, monkeypatch: pytest.M
 
 def test_table_of_the_recovery() -> None:
     row = {
-        "method": "groupify", "groups": 4, "epochs": 0.0, "accuracy": {"0": 92.0}, "accuracy_mean": 92.0,
-        "accuracy_spread": 0.0, "macs_ratio": 3.7,
+        "method": "groupify", "size": 6.9, "epochs": 0.0, "seed": 0, "top1": 93.0, "drop": 0.5,
+        "macs_ratio": 6.95,
     }  # fmt: skip
-    trained = {**row, "epochs": 1.0, "accuracy": {"0": 93.0, "1": 93.5}, "accuracy_spread": 0.5}
-    assert tables.recovery({"rows": [row, {**trained, "accuracy_mean": 93.25}]}) == [
-        ("top-1", "MACs", "0 epochs", "1 epochs"),
-        ("groupify, g=4", "÷3.70", "92.00%", "93.25 ± 0.25%"),
-    ]
+    trained = {**row, "epochs": 1.0, "top1": 93.2, "drop": 0.3}
+    second = {**trained, "seed": 1, "top1": 93.1, "drop": 0.4}
+    rows = [row, {**row, "seed": 1}, trained, second, {**row, "method": "Tucker-2"}]
+    assert tables.recovery({"rows": rows}) == [
+        ("MACs wanted", "method", "MACs", "0 epochs (drop)", "1 epochs (drop)", "seeds",
+         "least gain over its start"),
+        ("÷6.9", "groupify", "÷6.95", "93.00% ± 0.00 (0.50)", "93.15% ± 0.05 (0.35)", "2", "+0.10"),
+        ("÷6.9", "Tucker-2", "÷6.95", "93.00% (0.50)", "–", "1", "–"),
+    ]  # fmt: skip
 
 
 def test_table_of_the_planner() -> None:
