@@ -28,6 +28,7 @@ from groupify.planning.candidates import candidates
 from groupify.planning.costing import Costing, Finder
 from groupify.planning.durations import Pace
 from groupify.planning.group_counts import GroupCounts
+from groupify.planning.judgements import Judgements
 from groupify.planning.like_groups import DEFAULT_GROUPS, budget_like_groups, keep_ungrouped
 from groupify.planning.race import BudgetPlan, Race
 from groupify.planning.rules import Rules
@@ -45,7 +46,7 @@ from groupify.planning.sites import limits
 from groupify.planning.worth_timing import worth_timing
 from groupify.scores import Judge, Judgement, Metric, measure_cost
 from groupify.stages import SILENT, Stages
-from groupify.structures import INT8, Choices, Plan, SiteRecipe
+from groupify.structures import INT8, Choices, Plan
 from groupify.tasks import AUTO, CLASSES, describe_outputs, describe_task, task_of
 
 SENSITIVITIES = (AUTO, ERRORS, FISHER, OUTPUTS, EXACT)
@@ -96,7 +97,7 @@ class SearchOptions:
             is given.
         table: latencies measured on the device; None = measure them here, where the budget needs them.
         threads: intra-op threads of that measurement.
-        cache: folder for what took long to measure; None = keep nothing.
+        cache: folder for what took long to measure, so that an interrupted search goes on; None = keep nothing.
         seed: seed of everything random.
         progress: show bars on stderr.
         task: what the model is taken for: ``"classes"``, judged by class probabilities, ``"outputs"``, judged
@@ -178,7 +179,8 @@ def plan_for_budget(
             processor.
         options: how to look for the plan.
         convert_plan: what converts the plans that are compared, for callers that want the models too; None =
-            ``convert`` with the images to fit on.
+            ``convert`` with the images to fit on. Where the options have a cache, it is to do the same: a plan
+            that was measured before is not converted again.
 
     Raises:
         PlanError: the budget cannot be held; says by how much. Or ``groups`` divide no conv.
@@ -367,10 +369,12 @@ def _warm_costing(model: nn.Module, costing: Costing, options: SearchOptions) ->
 class HeldOut:
     """Converts plans and measures them on held-out images, each plan once; one for int8 as its int8 file.
 
+    With a cache in the options and without a metric, what was measured is kept there.
+
     Args:
         model: the dense model; left untouched.
         images: to fit on, and to measure on.
-        options: seed and progress of the conversion.
+        options: seed and progress of the conversion, the task, the metric and the cache.
         convert_plan: what converts a plan; None = ``convert`` with the images to fit on.
     """
 
@@ -387,7 +391,17 @@ class HeldOut:
             model, images.held_out, images.labels, inputs=images.inputs, task=options.task,
             metric=options.metric,
         )  # fmt: skip
-        self._known: dict[tuple[SiteRecipe, ...], Judgement] = {}
+        # A function of the caller's has no fingerprint that a file could be known by.
+        keep = None if options.metric is not None else options.cache
+        self._known = Judgements() if keep is None else self._kept(keep)
+
+    def _kept(self, folder: Path) -> Judgements:
+        images, options = self.images, self._options
+        labels = () if images.labels is None else (images.labels,)
+        setting = (str(options.seed), options.task, str(options.memory))
+        return Judgements.of(
+            folder, self._model, (images.fit, images.held_out, *labels), images.inputs, *setting
+        )
 
     @property
     def labelled(self) -> bool:
@@ -400,12 +414,15 @@ class HeldOut:
 
     def __call__(self, plan: Plan) -> Judgement:
         """Return how far a plan is from the dense float32 model, in the precision that it is for."""
-        if plan.recipes not in self._known:
-            model = self._convert(plan)
-            if plan.precision == INT8:
-                model = self._in_int8(model)
-            self._known[plan.recipes] = self._judge.judge(model)
-        return self._known[plan.recipes]
+        known = self._known.get(plan)
+        if known is not None:
+            return known
+        model = self._convert(plan)
+        if plan.precision == INT8:
+            model = self._in_int8(model)
+        found = self._judge.judge(model)
+        self._known.put(plan, found)
+        return found
 
     def _in_int8(self, model: nn.Module) -> nn.Module:
         """Return a model as ONNX Runtime runs it in int8, its ranges from the images to fit on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import warnings
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from groupify.data.batches import Data
 from groupify.data.calls import Inputs, iterate_calls
-from groupify.data.ranks import ALONE, current_ranks
+from groupify.data.ranks import ALONE, Ranks, current_ranks
 from groupify.data.splits import DataSplits
 from groupify.errors import DataError, GroupifyWarning, SpecError
 from groupify.graph.copying import copy_of
@@ -28,6 +29,7 @@ from groupify.training.learner import Learner
 from groupify.training.loop import Training
 from groupify.training.objective import as_input
 from groupify.training.own_loss import Loss
+from groupify.training.processes import LEAST_STEPS, Speeds, measure_speeds
 from groupify.training.settings import FinetuneSettings
 from groupify.training.state import Checkpointing, own_random_states, seed_all
 from groupify.training.validation import variances_of
@@ -111,7 +113,8 @@ def finetune(
 
     In a process group (``distributed``) each step's batch is divided among the processes, batch norms
     use the statistics of the whole batch, and every process returns the same result, which is that of
-    one process but for rounding. Augmentation and dropout draw other numbers, though.
+    one process but for rounding. Augmentation and dropout draw other numbers, though. On CPUs a few steps are
+    timed before a training of 100 steps or more, with all processes and with one.
 
     Args:
         student: the converted model; it is left untouched.
@@ -138,7 +141,8 @@ def finetune(
 
     Warns:
         GroupifyWarning: a gradient is not finite; training stopped before that step. Or an augmentation is
-            asked of data that has none, or bfloat16 of a CPU that is slow in it.
+            asked of data that has none, or bfloat16 of a CPU that is slow in it. Or several processes are
+            slower than one with all cores of its machine.
     """
     settings = settings or FinetuneSettings()
     start = time.perf_counter()
@@ -159,21 +163,26 @@ def finetune(
         settings = replace(settings, labels=goal.labels)
         seed_all(settings.seed)
         part, held_out = hold_out(train, validation, settings, inputs, goal.reads)
-        teacher = None if teacher is None else copy_of(unwrapped(teacher)).eval()
         if goal.task == OUTPUTS and teacher is not None:
-            goal = replace(goal, variances=variances_of(teacher, held_out, settings, ranks, inputs))
-        learner = Learner(
-            copy_of(unwrapped(student)),
-            teacher,
-            settings,
-            example=next(iterate_calls(held_out, 2, inputs, labelled=False))[0].head(2),
-            augment=data.augment if settings.augment else None,
-            ranks=ranks,
-            goal=goal,
-        )
+            theirs = copy_of(unwrapped(teacher)).eval()
+            goal = replace(goal, variances=variances_of(theirs, held_out, settings, ranks, inputs))
+        example = next(iterate_calls(held_out, 2, inputs, labelled=False))[0].head(2)
+
+        def make_learner(ranks: Ranks, settings: FinetuneSettings) -> Learner:
+            return Learner(
+                copy_of(unwrapped(student)), None if teacher is None else copy_of(unwrapped(teacher)).eval(),
+                settings, example, data.augment if settings.augment else None, ranks, goal,
+            )  # fmt: skip
+
+        learner = make_learner(ranks, settings)
         plain = validation is not None or inputs is not None or goal.task == OUTPUTS or loss is not None
         views = None if plain else data.augment
         training = Training(learner, part, held_out, data=data.spec, checkpointing=checkpointing, views=views)
+        if ranks.world > 1 and device.type == "cpu" and training.steps >= LEAST_STEPS:
+            with own_random_states(device, []):
+                batch = next(iterate_calls(held_out, settings.batch_size, inputs, labelled=goal.reads))
+                make = functools.partial(make_learner, settings=training.settings)
+                _warn_of_processes(measure_speeds(make, *batch, ranks), ranks)
         training.run(log, progress=progress and ranks.first)
     return FinetuneResult(
         model=_with_state(student, training.history.best_state),
@@ -222,6 +231,12 @@ def _warn(data: DataSplits, settings: FinetuneSettings, device: torch.device) ->
             GroupifyWarning,
             stacklevel=3,
         )
+
+
+def _warn_of_processes(speeds: Speeds, ranks: Ranks) -> None:
+    """Warn the caller of ``finetune`` of processes that are slower than one."""
+    if ranks.first and not speeds.pays:
+        warnings.warn(f"{speeds}: train without torchrun, which is faster", GroupifyWarning, stacklevel=3)
 
 
 def _with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:

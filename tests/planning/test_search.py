@@ -41,7 +41,7 @@ from groupify.planning.sensitivity import (
 from groupify.planning.uniform import plan
 from groupify.reporting.budget import plot_frontier
 from groupify.scores import Judgement, measure_cost
-from groupify.structures import FLOAT32, INT8, Plan, Precision, Uniform
+from groupify.structures import FLOAT32, INT8, Plan, Precision, SiteRecipe, Uniform
 
 SHAPE = (3, 12, 12)
 
@@ -232,6 +232,45 @@ def test_the_plan_holds_its_budget_and_is_no_worse_than_uniform_groups() -> None
     assert first.loss <= uniform[0].loss
     macs = {s.name: s.macs.grouped for s in found.costing.choices.plan(first.chosen).sites}
     assert macs["second.3"] < macs["first.3"]  # the branch that the output hardly needs
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_an_interrupted_comparison_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labelled: bool
+) -> None:
+    labels = net()(images()).argmax(1) if labelled else None
+    given, options = Images.split(images(), labels), SearchOptions(cache=tmp_path)
+    converted: list[tuple[SiteRecipe, ...]] = []
+    fit = HeldOut._fit
+
+    def note(self: HeldOut, plan: Plan) -> nn.Module:
+        converted.append(plan.recipes)
+        return fit(self, plan)
+
+    monkeypatch.setattr(HeldOut, "_fit", note)
+    choices = candidates(net(), SHAPE, GROUPED)
+    plans = [choices.plan(chosen) for chosen in choices.uniform.values()]
+    found = [HeldOut(net(), given, options)(plan) for plan in plans]
+    assert converted == [plan.recipes for plan in plans]
+    assert (found[0].changed is not None) and found[0] != found[1]
+    assert [HeldOut(net(), given, options)(plan) for plan in plans] == found
+    assert len(converted) == len(plans)
+    # Other images, another seed or other weights: nothing is known of those.
+    other = net()
+    nn.init.normal_(other.get_parameter("first.0.weight"), std=0.1)
+    HeldOut(net(), Images.split(images(40)), options)(plans[0])
+    HeldOut(net(), given, replace(options, seed=1))(plans[0])
+    HeldOut(other, given, options)(plans[0])
+    HeldOut(net(), given, replace(options, metric=lambda _: 1.0))(plans[0])
+    assert len(converted) == len(plans) + 4
+
+
+def test_a_search_that_is_repeated_converts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = planned("macs=40%", cache=tmp_path)
+    monkeypatch.setattr(HeldOut, "_fit", lambda *_: pytest.fail("converted again"))
+    again = planned("macs=40%", cache=tmp_path)
+    assert [one.measured for one in again.contenders] == [one.measured for one in first.contenders]
+    assert again.plan.recipes == first.plan.recipes
 
 
 def test_uniform_wins_where_the_plan_is_measured_to_be_worse() -> None:

@@ -6,11 +6,14 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -23,8 +26,10 @@ from groupify.conversion.surgery import restructure
 from groupify.data.ranks import Ranks, process_group
 from groupify.scores import evaluate
 from groupify.structures import SiteRecipe, Structure
+from groupify.training import finetuning
 from groupify.training.finetuning import FinetuneResult, finetune
 from groupify.training.holdout import hold_out
+from groupify.training.processes import Speeds
 from groupify.training.settings import FinetuneSettings
 from groupify.training.shared_norm import SharedBatchNorm, synchronise_batch_norms
 from tests.conftest import ROOT
@@ -95,6 +100,7 @@ def work(folder: Path) -> None:
             result = run_finetune(name, distributed=True)
             states[f"finetune {name}"] = result.last_model.state_dict()
             measured[f"finetune {name}"] = rows_of(result)
+        measured["warnings"] = warnings_of_processes()
         data = TensorDataset(*make_data(33))
         accuracy = evaluate(seeded_net(0).eval(), data, batch_size=8, ranks=ranks)
         measured["evaluate"] = [[accuracy.top1, accuracy.images]]
@@ -106,6 +112,28 @@ def work(folder: Path) -> None:
             (folder / "measured").write_text(json.dumps(measured))
             for name, state in states.items():
                 save(state, folder / name)
+
+
+def warnings_of_processes() -> list[str]:
+    """What is said of two processes that are slower than one, and of others that are faster or done soon."""
+    said, threads, measure = [], torch.get_num_threads(), finetuning.measure_speeds
+    for share, least in ((0.0, 1), (1e6, 1), (0.0, 1000)):
+
+        def with_share(*given: Any, share: float = share) -> Speeds:
+            found = measure(*given)
+            assert min(found.together, found.alone) > 0
+            assert torch.get_num_threads() == threads
+            return dataclasses.replace(found, together=share * found.alone)
+
+        with (
+            mock.patch.object(finetuning, "measure_speeds", with_share),
+            mock.patch.object(finetuning, "LEAST_STEPS", least),
+            warnings.catch_warnings(record=True) as caught,
+        ):
+            warnings.simplefilter("always")
+            run_finetune("plain", distributed=True)
+        said += [str(one.message) for one in caught]
+    return said
 
 
 def save(state: dict[str, Tensor], file: Path) -> None:
@@ -169,6 +197,16 @@ def test_a_training_on_two_ranks_is_that_of_one(of_two: Path, name: str) -> None
     rows = rows_of(result)
     assert len(rows) > 2
     assert_alike(of_two, f"finetune {name}", result.last_model, rows, 2e-4)
+
+
+@pytest.mark.slow
+def test_processes_that_are_slower_than_one_are_told_before_the_work(of_two: Path) -> None:
+    (said,) = json.loads((of_two / "measured").read_text())["warnings"]
+    assert re.fullmatch(
+        r"2 processes train 0 images/s here, one process with \d+ threads? \d+: train without torchrun, which "
+        "is faster",
+        said,
+    )
 
 
 @pytest.mark.slow
