@@ -181,8 +181,9 @@ def finetune(
         if ranks.world > 1 and device.type == "cpu" and training.steps >= LEAST_STEPS:
             with own_random_states(device, []):
                 batch = next(iterate_calls(held_out, settings.batch_size, inputs, labelled=goal.reads))
-                make = functools.partial(make_learner, settings=training.settings)
-                _warn_of_processes(measure_speeds(make, *batch, ranks), ranks)
+                if len(batch[1]) >= 2 * ranks.world:  # batch norms want two images
+                    make = functools.partial(make_learner, settings=training.settings)
+                    _warn_of_processes(measure_speeds(make, *batch, ranks), ranks)
         training.run(log, progress=progress and ranks.first)
     return FinetuneResult(
         model=_with_state(student, training.history.best_state),
