@@ -8,9 +8,9 @@ AVX-512 that took 70 minutes, beside other work, and gave 93.86% top-1. The demo
     python -m scripts.train_dense --model demo --epochs 16 --small-epochs 9 --without-demo-images \
         --output groupify/models/demo.safetensors
 
-which leaves out the training images that the demo embeds: on images that a net knows by heart, the weights that
-change the least look best. In the first epochs the images are small, which takes half the time (Tan and Le,
-"EfficientNetV2", 2021, call it progressive learning).
+which leaves out the training images that the demo embeds: on images that a net knows by heart, the weights
+that change the least look best. In the first epochs the images are small, which takes half the time (Tan and
+Le, "EfficientNetV2", 2021, call it progressive learning).
 
 Top-1 accuracy on the test images, in float32 and after rounding to half precision, is printed and
 stored in the file's metadata. The same seed, versions and number of threads give the same weights.

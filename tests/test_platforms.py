@@ -147,11 +147,30 @@ def test_a_processor_under_windows(monkeypatch: pytest.MonkeyPatch, avx512: bool
     monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
     described = machine.describe_machine()
     assert (described.simd, described.cores) == (simd, os.cpu_count())
     assert described.cpu == "Intel64 Family 6 Model 143"
     assert machine.int8_dot_products() == avx512
     assert machine.bfloat16_is_slow() != avx512
+
+
+@pytest.mark.parametrize(
+    ("flags", "slow"),
+    [
+        ("avx2", True),
+        ("avx512f avx512bw avx512_vnni", True),
+        ("avx512f avx512_bf16", False),
+        ("amx_bf16", False),
+    ],
+)
+def test_bfloat16_is_slow_without_instructions_for_it(
+    monkeypatch: pytest.MonkeyPatch, flags: str, slow: bool
+) -> None:
+    other_machine(monkeypatch, "linux", "x86_64")
+    monkeypatch.setattr(machine, "_cpuinfo", lambda *_: flags)
+    assert machine.bfloat16_is_slow() is slow
 
 
 @pytest.mark.parametrize(

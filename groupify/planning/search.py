@@ -97,7 +97,7 @@ class SearchOptions:
             is given.
         table: latencies measured on the device; None = measure them here, where the budget needs them.
         threads: intra-op threads of that measurement.
-        cache: folder for what took long to measure, so that an interrupted search goes on; None = keep nothing.
+        cache: folder for what took long to measure: an interrupted search goes on; None = keep nothing.
         seed: seed of everything random.
         progress: show bars on stderr.
         task: what the model is taken for: ``"classes"``, judged by class probabilities, ``"outputs"``, judged
@@ -179,8 +179,8 @@ def plan_for_budget(
             processor.
         options: how to look for the plan.
         convert_plan: what converts the plans that are compared, for callers that want the models too; None =
-            ``convert`` with the images to fit on. Where the options have a cache, it is to do the same: a plan
-            that was measured before is not converted again.
+            ``convert`` with the images to fit on. Where the options have a cache, it is to do the same: a
+            plan that was measured before is not converted again.
 
     Raises:
         PlanError: the budget cannot be held; says by how much. Or ``groups`` divide no conv.

@@ -8,8 +8,8 @@ The setting is that of accuracy.py, with groups no narrower than this CPU's kern
 the same 1,000 unlabelled images and is brought as near as it can be to the MACs of the net with 2, 4 or 8
 groups (about 1.9×, 3.7× and 6.9× fewer). Training is ``groupify.finetune`` with distillation, for all alike
 but for the learning rate, which is the best of --learning-rates for each at the MACs of 4 groups (see
-training.py); another --model takes the rates of benchmarks/peers.json. Each file is timed in ONNX Runtime side
-by side with the dense one.
+training.py); another --model takes the rates of benchmarks/peers.json. Each file is timed in ONNX Runtime
+side by side with the dense one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Accuracy after a little training, at equal MACs of the whole net: ResNet-18 on Fashion-MNIST and its rivals.
+"""Accuracy after a little training, at equal MACs of the whole net: ResNet-18 on Fashion-MNIST, and rivals.
 
     python -m scripts.benchmarks.recovery --checkpoint FILE [--only 'groupify ÷6.9*'] [--seeds N] [--quick]
 
@@ -6,11 +6,11 @@ Every method gets the same 1,000 unlabelled images to make its net from, the sam
 and 6,000 held out to choose between the net as made and as trained), the same number of steps, and the same
 distillation from the dense net. Its learning rate is the best of --learning-rates for it, chosen on a smaller
 net by images that neither that net nor its training has seen; see training.py. "groupify" takes the rate that
-follows from what was lost, as the product does, which looks at no other run. Accuracy is that of all 10,000 test
-images, in float32.
+follows from what was lost, as the product does, which looks at no other run. Accuracy is that of all 10,000
+test images, in float32.
 
-A row is one run, and is not measured again. A training that is stopped goes on where it stood when the same command
-is started again, from a state in --keep; several commands may share the rows by --only.
+A row is one run, and is not measured again. A training that is stopped goes on where it stood when the same
+command is started again, from a state in --keep; several commands may share the rows by --only.
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ def row_name(method: str, size: float, epochs: float, seed: int) -> str:
 
 def from_random(setting: Setting, macs: int) -> nn.Module:
     """The architecture of groupify's net with random weights."""
-    plan = chosen(setting, macs, tuple(FAMILIES))  # as groupify's own rows ask for it, so that it is found once
+    plan = chosen(
+        setting, macs, tuple(FAMILIES)
+    )  # as groupify's own rows ask for it, so that it is found once
     return randomised(restructure(setting.dense, plan.recipes), setting.seed)
 
 

@@ -254,7 +254,7 @@ def peers_latency(document: Document) -> Table:
 
 
 def recovery(document: Document) -> Table:
-    """A line per size and method: a column per training, means over the seeds, and the least that it brought."""
+    """A line per size and method: a column per training, means over the seeds; the least that it brought."""
     trainings = trainings_of(document["rows"])
     titles = (f"{count:g} epochs (drop)" for count in trainings)
     lines: Table = [("MACs wanted", "method", "MACs", *titles, "seeds", "least gain over its start")]

@@ -114,7 +114,7 @@ class Trainer:
         cls, arguments: argparse.Namespace, dense: nn.Module, data: DataSplits, results: Results[Any],
         images: int,
     ) -> Trainer:  # fmt: skip
-        """Make a trainer as the options of ``add_training`` say; ``--quick`` has 2,000 images to train on, two rates.
+        """Make a trainer as the options of ``add_training`` say; ``--quick`` has 2,000 images, two rates.
 
         Args:
             arguments: the options.

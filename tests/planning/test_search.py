@@ -252,7 +252,8 @@ def test_an_interrupted_comparison_goes_on(
     plans = [choices.plan(chosen) for chosen in choices.uniform.values()]
     found = [HeldOut(net(), given, options)(plan) for plan in plans]
     assert converted == [plan.recipes for plan in plans]
-    assert (found[0].changed is not None) and found[0] != found[1]
+    assert found[0].changed is not None
+    assert found[0] != found[1]
     assert [HeldOut(net(), given, options)(plan) for plan in plans] == found
     assert len(converted) == len(plans)
     # Other images, another seed or other weights: nothing is known of those.

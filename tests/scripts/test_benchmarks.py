@@ -17,7 +17,6 @@ from groupify.data.images import FlipAndShift, ImageArrays
 from groupify.data.splits import load_data
 from groupify.errors import ConversionError
 from groupify.models import demo
-from groupify.models.demo import fashion_resnet18
 from groupify.models.sources import load_model
 from groupify.models.specs import ModelSpec
 from groupify.planning.rules import Rules

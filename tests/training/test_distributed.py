@@ -203,8 +203,8 @@ def test_a_training_on_two_ranks_is_that_of_one(of_two: Path, name: str) -> None
 def test_processes_that_are_slower_than_one_are_told_before_the_work(of_two: Path) -> None:
     (said,) = json.loads((of_two / "measured").read_text())["warnings"]
     assert re.fullmatch(
-        r"2 processes train 0 images/s here, one process with \d+ threads? \d+: train without torchrun, which "
-        "is faster",
+        r"2 processes train 0 images/s here, one process with \d+ threads? \d+: train without torchrun, "
+        "which is faster",
         said,
     )
 
