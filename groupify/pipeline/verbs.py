@@ -149,9 +149,8 @@ def finetune(
     error, each output by itself; without a loss, nothing else. ``settings.distillation_weight`` divides
     the two.
 
-    Part of the training data is held out, and the best weights on it are returned; the given ones where
-    they are better than all others by more than one standard error, since the dense model was trained on
-    the held-out images, too. The test part is never trained on. The same call gives the same weights, bit for
+    Part of the training data is held out, and the weights with the least loss on it are returned; the given
+    ones unless it falls. The test part is never trained on. The same call gives the same weights, bit for
     bit on a CPU with the same number of threads, also when it was killed in between and resumed. Works on
     the student's device.
 

@@ -19,5 +19,5 @@ def training_lines(report: Report) -> Iterator[str]:
         yield f"training: the weights of step {chosen.step} lower {of} by {gain.mean:.4f} ± {gain.error:.4f}"
         return
     best = max(gains.values(), key=lambda gain: gain.mean, default=None)
-    by = "" if best is None else f"; at best by {best.mean:.4f} ± {best.error:.4f}"
-    yield f"training: not taken, since it did not lower {of} by more than its standard error{by}"
+    by = "" if best is None else f": at best it rose by {-best.mean:.4f} ± {best.error:.4f}"
+    yield f"training: not taken, since it did not lower {of}{by}"

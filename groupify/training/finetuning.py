@@ -106,8 +106,8 @@ def finetune(
     loss is the caller's, and what is distilled all outputs, by their relative error.
 
     Part of the training data is held out, and the weights with the least loss on it are returned; the given
-    ones unless the loss falls by more than its standard error. The loss is that of augmented views where the
-    data have an augmentation, since the teacher was trained on the images. ``data.test`` is never read. The
+    ones unless it falls. The loss is that of augmented views where the data have an augmentation, since the
+    teacher was trained on the images. ``data.test`` is never read. The
     same call gives the same weights, bit for bit on a CPU with the same number of threads, also when it was
     killed in between and resumed. Works on the student's device.
 

@@ -66,16 +66,12 @@ class History:
     def add(self, row: FinetuneRow, model: nn.Module) -> None:
         """Note a validation; ``model``'s weights are kept if they are the best.
 
-        The loss decides, since the accuracy is too coarse. The given weights stay unless it falls by more
-        than its standard error, image by image: the dense model was trained on the held-out images as a rule,
-        and the given weights are the nearer to it.
+        The least loss decides, since the accuracy is too coarse; the given weights, which come first, if it
+        is the same. No more is asked of the trained ones: what error the comparison has goes both ways, and
+        images that the dense model has seen favour the given weights, which are the nearer to it.
         """
         self.rows.append(row)
-        if self.best.step == 0:
-            better = row.gain is not None and row.gain.is_real
-        else:
-            better = row.validation_loss < self.best.validation_loss
-        if better and math.isfinite(row.validation_loss):
+        if row.validation_loss < self.best.validation_loss:  # never with NaN
             self.best = row
             self.best_state = copy.deepcopy(model.state_dict())
 

@@ -58,11 +58,6 @@ class Gain:
     mean: Measured
     error: Measured
 
-    @property
-    def is_real(self) -> bool:
-        """Whether it is more than its standard error."""
-        return self.mean > self.error
-
 
 def gain_of(first: Tensor, losses: Tensor, ranks: Ranks = ALONE) -> Gain:
     """Return how much less the losses of the same images are than before the training.

@@ -378,7 +378,11 @@ def test_learning_rates_of_another_net_are_taken_over(tmp_path: Path) -> None:
     take_rates(results, {"learning_rates": {"truncation": losses}})
     trainer = contest(results, {}, 0.01, 0.1).trainer
     assert trainer is not None
-    assert replace(trainer, twin=refused).learning_rate("truncation", refused) == 0.1
+
+    def no_twin() -> Twin:
+        raise AssertionError("measured again")
+
+    assert replace(trainer, twin=no_twin).learning_rate("truncation", refused) == 0.1
 
 
 def test_learning_rates_are_chosen_on_fashion_mnist_alone() -> None:

@@ -29,7 +29,7 @@ from groupify.structures import SiteRecipe, Structure
 from groupify.training import finetuning
 from groupify.training.finetuning import FinetuneResult, finetune
 from groupify.training.holdout import hold_out
-from groupify.training.processes import Speeds
+from groupify.training.processes import Speeds, measure_speeds
 from groupify.training.settings import FinetuneSettings
 from groupify.training.shared_norm import SharedBatchNorm, synchronise_batch_norms
 from tests.conftest import ROOT
@@ -116,7 +116,7 @@ def work(folder: Path) -> None:
 
 def warnings_of_processes() -> list[str]:
     """What is said of two processes that are slower than one, and of others that are faster or done soon."""
-    said, threads, measure = [], torch.get_num_threads(), finetuning.measure_speeds
+    said, threads, measure = [], torch.get_num_threads(), measure_speeds
     for share, least in ((0.0, 1), (1e6, 1), (0.0, 1000)):
 
         def with_share(*given: Any, share: float = share) -> Speeds:
