@@ -182,11 +182,6 @@ def test_left_out_images_are_found_by_their_bytes() -> None:
     assert left.images.flatten().tolist() == [1, 2, 3, 5]
 
 
-def test_the_demo_net_has_not_seen_the_embedded_images() -> None:
-    with safe_open(demo.MODEL_FILE, "pt") as file:
-        assert file.metadata()["without_demo_images"] == "True"
-
-
 def test_training_refuses_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for arguments in (["--data", "synthetic"], ["--epochs", "0"], ["--epochs", "2", "--small-epochs", "2"]):
         monkeypatch.setattr(
