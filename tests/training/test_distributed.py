@@ -24,6 +24,7 @@ from torch.utils.data import TensorDataset
 
 from groupify.conversion.surgery import restructure
 from groupify.data.ranks import Ranks, process_group
+from groupify.errors import GroupifyWarning
 from groupify.scores import evaluate
 from groupify.structures import SiteRecipe, Structure
 from groupify.training import finetuning
@@ -132,7 +133,7 @@ def warnings_of_processes() -> list[str]:
         ):
             warnings.simplefilter("always")
             run_finetune("plain", distributed=True)
-        said += [str(one.message) for one in caught]
+        said += [str(one.message) for one in caught if one.category is GroupifyWarning]
     return said
 
 
