@@ -246,7 +246,7 @@ def export(
 ) -> ExportResult | ExportedModel:
     """Export a model to ONNX, in evaluation mode, with its batch norms and channel shuffles folded.
 
-    The file has one input, ``input``, of shape (batch, *input_shape), float32, or one for each tensor of
+    The file has one input, ``input``, of shape ``(batch, *input_shape)``, float32, or one for each tensor of
     ``example_inputs``, under the names of the parameters of the model's forward (``batch.image`` for an entry
     of a dict); what is no tensor is part of the file. It has one output for each tensor that the model
     returns, however nested; dictionaries give their keys as names. Weights go to a second file only above

@@ -4,8 +4,8 @@
     python -m scripts.benchmarks.tables --check    # fail if one of them is not what the results say
     python -m scripts.benchmarks.tables peers      # print one
 
-The documentation's tables come into being when it is built: this module is a hook of mkdocs, which puts them
-where a page says ``<!-- table: NAME -->``. A result file that is not there yet is named in its table's place.
+The documentation's tables come into being when it is built: ``docs/conf.py`` has them put where a page says
+``<!-- table: NAME -->``. A result file that is not there yet is named in its table's place.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ def fill(text: str) -> str:
     )
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Fill in the tables of a page: what mkdocs calls.
+def fill_page(text: str) -> str:
+    """Return a page of the documentation with its tables.
 
     Raises:
         KeyError: a page asks for a table that nobody makes.
     """
-    return _IN_PAGE.sub(lambda found: table(found[1]), markdown)
+    return _IN_PAGE.sub(lambda found: table(found[1]), text)
 
 
 def table(name: str) -> str:

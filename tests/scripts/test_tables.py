@@ -59,9 +59,9 @@ def test_tables_come_from_the_result_files(tmp_path: Path, monkeypatch: pytest.M
         assert len({line.count("|") for line in rows}) == 1
         assert f"benchmarks/{name}.json" in lines[-1]
     monkeypatch.setattr(tables, "BENCHMARKS", tmp_path)
-    assert tables.on_page_markdown("a <!-- table: peers --> b").startswith("a *Not measured yet")
+    assert tables.fill_page("a <!-- table: peers --> b").startswith("a *Not measured yet")
     with pytest.raises(KeyError):
-        tables.on_page_markdown("<!-- table: nothing -->")
+        tables.fill_page("<!-- table: nothing -->")
 
 
 def test_table_of_the_recovery() -> None:
