@@ -237,10 +237,15 @@ class FlipAndShift:
 
     A shift by up to ``shift`` pixels each way equals padding by as many and cropping at random;
     the border is filled with the nearest pixel, so that no value comes in that was not there.
+
+    Args:
+        shift: in pixels.
+        flip: False for images that a mirror makes into something else, such as characters.
     """
 
-    def __init__(self, shift: int) -> None:
+    def __init__(self, shift: int, *, flip: bool = True) -> None:
         self.shift = shift
+        self.flip = flip
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Return an augmented copy of ``images`` (N, C, H, W), drawn with ``generator``."""
@@ -253,7 +258,8 @@ class FlipAndShift:
         rows = torch.arange(height, device=images.device) + draw(-self.shift, self.shift + 1)
         columns = torch.arange(width, device=images.device) + draw(-self.shift, self.shift + 1)
         rows, columns = rows.clamp_(0, height - 1), columns.clamp_(0, width - 1)
-        columns = torch.where(draw(0, 2).bool(), width - 1 - columns, columns)
+        if self.flip:
+            columns = torch.where(draw(0, 2).bool(), width - 1 - columns, columns)
         pixels = (rows[:, :, None] * width + columns[:, None, :]).reshape(count, 1, height * width)
         flat = images.reshape(count, -1, height * width)
         return flat.gather(2, pixels.expand_as(flat)).reshape(images.shape)
