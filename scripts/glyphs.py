@@ -47,21 +47,22 @@ def load() -> DataSplits:
     train = torch.from_numpy(found["train_images"])
     mean, std = float(train.float().mean() / 255), float(train.float().std() / 255)
     preprocessing = Preprocessing((SIDE, SIDE), None, "none", (mean,), (std,), "bilinear")
-    parts = [
-        ImageArrays(
+    parts = {
+        part: ImageArrays(
             torch.from_numpy(found[f"{part}_images"])[:, None],
             torch.from_numpy(found[f"{part}_labels"].astype(np.int64)),
             preprocessing,
         )
         for part in ("train", "test")
-    ]
+    }
     augment = FlipAndShift(SHIFT, flip=False)  # a kanji in the mirror is none
-    return DataSplits("glyphs", *parts, len(found["characters"]), augment, True, preprocessing)
+    classes = len(found["characters"])
+    return DataSplits("glyphs", parts["train"], parts["test"], classes, augment, True, preprocessing)
 
 
 def glyph_resnet18(classes: int = CLASSES) -> nn.Module:
     """Return torchvision's resnet18 for one grey channel of 32×32 pixels, with a stride-1 3×3 stem."""
-    model = resnet18(weights=None, num_classes=classes)
+    model: nn.Module = resnet18(weights=None, num_classes=classes)
     model.conv1 = nn.Conv2d(1, 64, kernel_size=3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     return model

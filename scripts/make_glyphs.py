@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from fontTools.ttLib import TTFont
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
@@ -74,6 +73,7 @@ ROWS_OF_LEVEL_1 = range(16, 48)  # of JIS X 0208
 SIZES = (15, 29)  # pixels an em
 SLOPE, NOISE = 0.3, 0.15  # of a background, in the range of the grey levels: at most
 CONTRAST = 0.2  # between ink and background: at least
+_NOWHERE = "\U0010ffff"  # no character, so no font has it
 _CHUNK = 4096
 
 Images = NDArray[np.uint8]
@@ -132,11 +132,13 @@ def in_all_fonts(characters: Sequence[str], fonts: Sequence[Path]) -> list[str]:
     """Return the characters that each font has a drawing of."""
     known = list(characters)
     for path in fonts:
-        with TTFont(path, fontNumber=0, lazy=True) as file:
-            mapped = file.getBestCmap()
         font = opened(path, SIZES[1])
-        # Some fonts map characters that they have not drawn yet to an empty glyph.
-        known = [one for one in known if ord(one) in mapped and font.getmask(one).getbbox() is not None]
+        # What a font lacks looks like this, or is empty.
+        missing = bytes(font.getmask(_NOWHERE))
+        drawings = {one: font.getmask(one) for one in known}
+        known = [
+            one for one, mask in drawings.items() if mask.getbbox() is not None and bytes(mask) != missing
+        ]
     return known
 
 

@@ -32,6 +32,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ from groupify.models.specs import ModelSpec
 from groupify.scores import evaluate
 from scripts.glyphs import glyph_resnet18
 
-MODELS = {
+MODELS: dict[str, Callable[[], nn.Module]] = {
     "demo": demo_model,
     "glyphs": glyph_resnet18,
     "resnet18": fashion_resnet18,

@@ -418,6 +418,33 @@ def best_structures(document: Document) -> Table:
     return [("top-1, KL to the dense net", *titles), *((name, *line) for name, line in cells.items())]
 
 
+def imagenet(document: Document) -> Table:
+    """A line per net, size and method, and one for each result that others published: all untrained."""
+    lines = [
+        {
+            "net": net,
+            "saved": 100 * (1 - 1 / _mean(rows, "macs_ratio")),
+            "method": method,
+            "drop": _mean(rows, "drop"),
+            "source": "measured here",
+        }
+        for (net, method, _), rows in grouped_by(document["rows"], "net", "method", "size").items()
+    ]
+    lines += document["published"]
+    lines.sort(key=lambda line: (line["net"], line["saved"]))
+    return [
+        ("net", "MACs saved", "method", "drop of top-1, points", "source"),
+        *(
+            (line["net"], f"{line['saved']:.0f}%", line["method"], f"{line['drop']:.2f}", line["source"])
+            for line in lines
+        ),
+    ]
+
+
+def _mean(rows: list[Document], name: str) -> float:
+    return statistics.fmean(row[name] for row in rows)
+
+
 def craft(document: Document) -> Table:
     """A line per method and size: what its score maps are off by."""
     lines: Table = [("MACs wanted", "method", "MACs", "parameters", "rms of the score maps", "F", "seconds")]
@@ -531,6 +558,7 @@ TABLES: dict[str, tuple[str, Callable[[Document], Table]]] = {  # name: (command
     "planner": ("planner --checkpoint FILE", planner),
     "rivals": ("rivals --checkpoint FILE [--model MODEL]", rivals),
     "craft": ("craft --photographs FOLDER", craft),
+    "imagenet": ("imagenet --images FOLDER", imagenet),
     "ranking": ("ranking --checkpoint FILE [--model MODEL]", ranking),
     "prediction": ("prediction [--precision int8]", prediction),
     "int8": ("int8 --checkpoint FILE", int8),
