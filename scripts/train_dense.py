@@ -19,7 +19,7 @@ stored in the file's metadata. The same seed, versions and number of threads giv
 
 trains the bottleneck ResNet of the benchmarks, and
 
-    python -m scripts.train_dense --model glyphs --data scripts.glyphs:load --epochs 5 --float32 \
+    python -m scripts.train_dense --model glyphs --data scripts.glyphs:load --epochs 5 \
         --output glyphs.safetensors
 
 one for 500 kanji. After each epoch the state of the training is kept beside the
@@ -86,9 +86,6 @@ def main() -> None:
         "--small-epochs", type=int, default=0, metavar="N",
         help=f"first epochs, on images of {SMALL_SIDE}×{SMALL_SIDE} pixels (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument(
-        "--float32", action="store_true", help="no bf16 autocast: faster where the CPU only emulates bf16"
-    )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.safetensors")
     arguments = parser.parse_args()
     if arguments.epochs < 1:
@@ -109,13 +106,11 @@ def main() -> None:
     if arguments.without_demo_images:
         images = without(images, read_fashion_mnist(DATA_FOLDER, "train")[0])
 
-    # Without switches that are off: one that this script got later makes no other training of it.
-    options = vars(arguments).items()
-    setting = {name: value for name, value in options if name != "output" and value is not False}
+    setting = {name: value for name, value in vars(arguments).items() if name != "output"}
     kept = Kept(arguments.output.with_name(arguments.output.name + ".training"), setting)
     minutes = train(
         model, images, splits.augment, epochs=arguments.epochs, small_epochs=arguments.small_epochs,
-        seed=arguments.seed, kept=kept, bfloat16=not (arguments.float32 or bfloat16_is_slow()),
+        seed=arguments.seed, kept=kept,
     )  # fmt: skip
     accuracy = evaluate(model, test)
 
@@ -205,7 +200,6 @@ def train(
     seed: int,
     small_epochs: int = 0,
     kept: Kept | None = None,
-    bfloat16: bool = False,
 ) -> float:
     """Train ``model`` in place with the recipe described above, and return the minutes that took.
 
@@ -217,7 +211,6 @@ def train(
         seed: of the order and the augmentation.
         small_epochs: how many of the first epochs have small images.
         kept: where the state is kept from epoch to epoch, and found by a training that was stopped.
-        bfloat16: whether to compute with autocast.
     """
     generator = torch.Generator().manual_seed(seed)
     steps = len(images) // BATCH_SIZE
@@ -238,7 +231,7 @@ def train(
             if epoch <= small_epochs:
                 inputs = F.interpolate(inputs, (SMALL_SIDE, SMALL_SIDE), mode="bilinear", antialias=True)
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-            loss_sum += _step(model, inputs, labels, optimizer, bfloat16=bfloat16)
+            loss_sum += _step(model, inputs, labels, optimizer)
             schedule.step()
         seconds += time.monotonic() - started
         if kept is not None:
@@ -247,10 +240,8 @@ def train(
     return seconds / 60
 
 
-def _step(
-    model: nn.Module, inputs: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer, *, bfloat16: bool
-) -> float:
-    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+def _step(model: nn.Module, inputs: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer) -> float:
+    with torch.autocast("cpu", torch.bfloat16, enabled=not bfloat16_is_slow()):
         loss = F.cross_entropy(model(inputs).float(), labels)
     optimizer.zero_grad()
     loss.backward()
