@@ -97,8 +97,10 @@ def test_tasks_without_classes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, limit: float, sizes: str, metric: str
 ) -> None:
     measured = example(name).main(tmp_path)
-    assert measured["dense"] - limit <= measured["converted"] < measured["dense"]
-    assert measured["tuned"] > measured["converted"]
+    assert measured["converted"] >= measured["dense"] - limit
+    assert (
+        measured["tuned"] > measured["converted"] - limit / 4
+    )  # the loss chooses the weights, not the metric
     out = capsys.readouterr().out
     assert f"metric {metric} (higher is better): dense " in out
     assert f"{name}.onnx, checked at {sizes}" in out
