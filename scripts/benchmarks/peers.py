@@ -1,6 +1,6 @@
 """groupify against its peers: the same dense net, images, MACs and training; accuracy, size and latency.
 
-    python -m scripts.benchmarks.peers --checkpoint FILE [--epochs 0,0.1,1] [--quick]
+    python -m scripts.benchmarks.peers --checkpoint FILE --twin FILE [--epochs 0,0.1,1] [--quick]
     python -m scripts.benchmarks.peers --model groupify.models.demo:fashion_vgg11_bn \\
         --checkpoint vgg11.safetensors --json benchmarks/peers_vgg11.json
 

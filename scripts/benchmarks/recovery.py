@@ -1,6 +1,6 @@
 """Accuracy after a little training, at equal MACs of the whole net: ResNet-18 on Fashion-MNIST, and rivals.
 
-    python -m scripts.benchmarks.recovery --checkpoint FILE [--only 'groupify ÷6.9*'] [--seeds N] [--quick]
+    python -m scripts.benchmarks.recovery --checkpoint FILE --twin FILE [--only 'groupify ÷*'] [--quick]
 
 Every method gets the same 1,000 unlabelled images to make its net from, the same images to train on (54,000,
 and 6,000 held out to choose between the net as made and as trained), the same number of steps, and the same

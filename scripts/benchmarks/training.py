@@ -2,8 +2,8 @@
 
 The dense nets of the benchmarks were trained on all training images, so none of these can tell which learning
 rate is best: what changes the weights little does well on images that they know by heart. Each method's rate
-is therefore chosen on a smaller net, the twin: the demo's, which was trained without the images that the
-demo embeds. Those are held out.
+is therefore chosen on a smaller net, the twin: one like the demo's, which ``scripts/train_dense.py --model
+demo --without-demo-images`` has trained without the images that the demo embeds. Those are held out.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
@@ -26,7 +28,7 @@ from groupify.data.files import read_fashion_mnist
 from groupify.data.images import ImageArrays
 from groupify.data.splits import DataSplits
 from groupify.machine import bfloat16_is_slow
-from groupify.models.demo import DATA_FOLDER
+from groupify.models.demo import DATA_FOLDER, MODEL_FILE
 from groupify.models.sources import load_model
 from groupify.training.finetuning import FinetuneResult, finetune
 from groupify.training.settings import FinetuneSettings
@@ -79,9 +81,20 @@ class Twin:
     held_out: Data
 
     @classmethod
-    def load(cls, data: DataSplits, images: int) -> Twin:
-        """Load the demo's net, and divide the benchmark's training images as its training did."""
-        dense = load_model("demo").model
+    def load(cls, checkpoint: Path, data: DataSplits, images: int) -> Twin:
+        """Load the twin's weights, and divide the benchmark's training images as its training did.
+
+        Exits if they were trained on the images that are to be held out.
+        """
+        with safe_open(checkpoint, "pt") as file:
+            metadata = file.metadata() or {}
+        if metadata.get("without_demo_images") != "True":
+            sys.exit(
+                f"{checkpoint.name} may have been trained on the images that learning rates are chosen by: "
+                "give a --twin of scripts.train_dense --model demo --without-demo-images, or one "
+                "--learning-rates"
+            )
+        dense = load_model("groupify.models.demo:demo_model", checkpoint=checkpoint).model
         if not data.spec.startswith("fashion-mnist") or not isinstance(data.train, ImageArrays):
             sys.exit(f"--data {data.spec}: learning rates are chosen on fashion-mnist[:ROOT] alone")
         embedded, labels = read_fashion_mnist(DATA_FOLDER, "train")
@@ -128,7 +141,7 @@ class Trainer:
 
         @functools.cache
         def twin() -> Twin:
-            whole = Twin.load(data, images)
+            whole = Twin.load(arguments.twin, data, images)
             return replace(whole, data=few(whole.data), held_out=_first(whole.held_out)) if quick else whole
 
         return cls(RememberingTeacher(dense), few(data) if quick else data, results, rates, twin)
@@ -174,6 +187,10 @@ class Trainer:
 
 def add_training(parser: Parser) -> None:
     """Add the options of the training."""
+    parser.add_argument(
+        "--twin", type=Path, default=MODEL_FILE, metavar="FILE", help="weights of the net to choose learning "
+        "rates on, that has not seen the demo's images (default: the demo's own)",
+    )  # fmt: skip
     parser.add_numbers("--learning-rates", RATES, "to choose from for each method", float)
 
 

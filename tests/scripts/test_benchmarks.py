@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from groupify.conversion.conversion import Calibration
@@ -385,9 +386,15 @@ def test_learning_rates_of_another_net_are_taken_over(tmp_path: Path) -> None:
     assert replace(trainer, twin=no_twin).learning_rate("truncation", refused) == 0.1
 
 
-def test_learning_rates_are_chosen_on_fashion_mnist_alone() -> None:
+def test_learning_rates_are_chosen_by_images_that_the_twin_has_not_seen(tmp_path: Path) -> None:
+    data, file = load_data("demo", load_model("demo").spec), tmp_path / "twin.safetensors"
+    state = {name: value.contiguous() for name, value in demo.demo_model().state_dict().items()}
+    save_file(state, file, {"model": "demo"})
+    with pytest.raises(SystemExit, match=r"twin.safetensors may have been trained on the images"):
+        Twin.load(file, data, 10)
+    save_file(state, file, {"without_demo_images": "True"})
     with pytest.raises(SystemExit, match="--data demo: learning rates are chosen on fashion-mnist"):
-        Twin.load(load_data("demo", load_model("demo").spec), 10)
+        Twin.load(file, data, 10)
 
 
 def test_random_weights_are_those_of_the_seed() -> None:
