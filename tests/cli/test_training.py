@@ -146,7 +146,7 @@ def test_an_interrupted_command_without_a_state_left_nothing(run: Run, tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["interrupt"]
 
 
-@pytest.mark.parametrize(("rate", "chosen"), [(0.03, True), (5.0, False)], ids=["helps", "hurts"])
+@pytest.mark.parametrize(("rate", "chosen"), [(0.03, True), (100.0, False)], ids=["helps", "hurts"])
 def test_the_weights_that_were_not_chosen_are_kept(
     run: Run, tmp_path: Path, rate: float, chosen: bool
 ) -> None:
