@@ -13,9 +13,10 @@ from groupify.conversion.held_out import HeldOutCheck, is_overfitted, weakest_go
 from groupify.conversion.layer_samples import Part
 from groupify.conversion.relaxed_fit import GroupedSamples
 from groupify.conversion.surgery import conv_shape
-from groupify.decomposition.decompose import EVALUATIONS, Decomposer
+from groupify.decomposition.decompose import EVALUATIONS, Decomposer, OutputMetric
 from groupify.decomposition.factors import Factors
 from groupify.decomposition.moments import Moments
+from groupify.devices import double
 from groupify.graph.plain_layers import Conv
 from groupify.stats.moments import GroupedFit, GroupedMoments
 from groupify.structures import Structure
@@ -28,6 +29,8 @@ _FOLLOWING_EVALUATIONS = 6
 # ÷6.9: KL .00848; .00873 with a quarter of them in 0.94 of the time, .00831 with all in 1.15 of it.
 _FOLLOWED, _FOLLOWED_PER_INPUT = 32768, 8
 _CHUNK = 2048
+# What the batch norm's scales add to the metric, so that no direction is free.
+_OF_SCALES, _OF_ALL = 0.1, 1e-4
 
 
 @dataclass(frozen=True)
@@ -53,26 +56,29 @@ def fit_factors(
     parts: list[Part],
     scale: Tensor | None,
     *,
+    metric: Tensor | None = None,
     relaxations: int,
     centred: bool,
 ) -> FactorFit:
     """Fit what replaces a conv to what it reads and should output.
 
-    Where a fit of the images that are not held out is more than twice as far off on the held-out ones,
-    stronger ridges that draw towards the conv's own weights are tried.
+    Fits of the images that are not held out are tried with ridges that draw towards the conv's own weights;
+    the weakest is taken whose error on the held-out ones is near the least.
 
     Args:
         conv: the dense conv.
         structure: what replaces it; more than one conv.
         parts: what it reads and should output; used up, since the inputs of a wide conv are large.
         scale: weight of each output's error, shape (O,), where the parts are; None = 1.
+        metric: what errors of the outputs cost the model, shape (O, O), see ``stats.output_metrics``; None =
+            what ``scale`` says.
         relaxations: how often the targets are relaxed where a ReLU behind is off.
         centred: whether there is a bias to take the means.
     """
     signs, device = parts[0].target.signs, parts[0].inputs.device
     inputs = conv.weight[0].numel()
     every = sum(len(part.inputs) for part in parts) // max(_FOLLOWED, _FOLLOWED_PER_INPUT * inputs)
-    fitting = _Fitting(conv, structure, scale, signs, relaxations, centred, max(1, every), device)
+    fitting = _Fitting(conv, structure, scale, metric, signs, relaxations, centred, max(1, every), device)
     held_out = [part for part in parts if part.held_out]
     seen = [part for part in parts if not part.held_out]
     parts.clear()
@@ -97,6 +103,7 @@ class _Fitting:
         conv: Conv,
         structure: Structure,
         scale: Tensor | None,
+        metric: Tensor | None,
         signs: Tensor | None,
         relaxations: int,
         centred: bool,
@@ -109,6 +116,8 @@ class _Fitting:
         self._scale = torch.ones(conv.out_channels, device=device) if scale is None else scale.abs()
         self._weight = weight.float() if signs is None else torch.einsum("o...,o->o...", weight, signs)
         self._relaxations = 0 if signs is None else relaxations
+        self._roots = None if metric is None else self._roots_of(metric.to(self._scale), signs)
+        self._energies = _Energies()
         self._moments = GroupedMoments(centred=centred)
         self._followed: list[GroupedSamples] = []
 
@@ -116,8 +125,27 @@ class _Fitting:
         """Add samples to fit."""
         for samples in map(self._grouped, parts):
             self._moments.update(samples.inputs, samples.outputs)
+            if self._roots is not None:
+                self._energies.add(torch.bmm(samples.outputs.transpose(0, 1), self._roots))
             if self._relaxations:
                 self._followed += samples.thinned(self._every).split(_CHUNK)
+
+    def _roots_of(self, metric: Tensor, signs: Tensor | None) -> Tensor | None:
+        """Cholesky factors of the metric of each group's outputs, mirrored as these are, shape (g, o, o)."""
+        if signs is not None:
+            metric = metric * signs[:, None] * signs
+        scales = self._scale.square()
+        metric = (1 - _OF_SCALES) * metric + torch.diag(_OF_SCALES * scales / scales.mean() + _OF_ALL)
+        outputs = len(metric) // self._shape.groups
+        blocks = [part[:, group * outputs :][:, :outputs] for group, part in enumerate(metric.split(outputs))]
+        roots, failed = torch.linalg.cholesky_ex(torch.stack(blocks))
+        return None if bool(failed.any()) else roots
+
+    def _decomposer(self, moments: Moments) -> Decomposer:
+        if self._roots is None:
+            return Decomposer(moments, self._shape, self._scale)
+        metric = OutputMetric(self._roots, self._energies.mean(centred=self._centred).to(self._roots))
+        return Decomposer(moments, self._shape, self._scale, metric)
 
     def _grouped(self, part: Part) -> GroupedSamples:
         target, groups = part.target.mirrored(), self._shape.groups
@@ -132,17 +160,16 @@ class _Fitting:
         """Return the check of a fit that has only begun, and the ridge that does well on held-out images."""
         judges, covariance = [self._grouped(part) for part in held_out], self._covariance()
         error, first = self._errors(judges, covariance, 0.0)
-        if not is_overfitted(error, first):
-            return HeldOutCheck(error, first, overfitted=False, ridge=0.0)
         strength, gain = weakest_good(0.0, first, lambda other: self._errors(judges, covariance, other)[1])
-        return HeldOutCheck(error, first, overfitted=True, ridge=strength, gain=gain)
+        return HeldOutCheck(error, first, is_overfitted(error, first), strength, gain)
 
     def _errors(
         self, judges: Sequence[GroupedSamples], covariance: Tensor, ridge: float
     ) -> tuple[float, float]:
         """Relative errors on the samples and on held-out ones."""
         moments = self._wanted(ridge, covariance)
-        factors = Decomposer(moments, self._shape, self._scale).fit(self._structure, _CHECKING_EVALUATIONS)
+        decomposer = self._decomposer(moments)
+        factors = decomposer.fit(self._structure, _CHECKING_EVALUATIONS)
         fit = self._map(factors)
         scale = self._scale.reshape(self._shape.groups, 1, -1)
         left = sum(
@@ -150,14 +177,17 @@ class _Fitting:
             for samples in judges
         )
         energy = float((self._moments.output_variance() * scale.squeeze(1).square()).sum())
-        return factors.error, left / max(sum(len(samples.inputs) for samples in judges) * energy, 1e-30)
+        return decomposer.error(factors, moments), left / max(
+            sum(len(samples.inputs) for samples in judges) * energy, 1e-30
+        )
 
     def result(self, ridge: float) -> tuple[Factors, Tensor, int]:
         """Fit all samples to the end; return factors, bias and number of positions."""
         covariance = self._covariance()
-        decomposer = Decomposer(self._wanted(ridge, covariance), self._shape, self._scale)
+        moments = self._wanted(ridge, covariance)
+        decomposer = self._decomposer(moments)
         factors = decomposer.fit(self._structure, EVALUATIONS)
-        found, error, moved = factors, factors.error, None
+        found, error, moved = factors, decomposer.error(factors, moments), None
         bias, least = self._map(factors).bias, math.inf
         for left in reversed(range(self._relaxations + 1)) if self._relaxations else ():
             fit = self._map(factors, moved)
@@ -216,6 +246,26 @@ class _Fitting:
         if self._centred:
             bias = outputs - torch.einsum("god,gd->go", weight.double(), inputs)
         return GroupedFit(weight, bias.float(), torch.zeros_like(bias))
+
+
+class _Energies:
+    """Sums of values and of their squares, for each group."""
+
+    def __init__(self) -> None:
+        self._sums: list[tuple[int, Tensor, Tensor]] = []
+
+    def add(self, values: Tensor) -> None:
+        """Add samples, shape (g, n, o)."""
+        values = double(values)
+        self._sums.append((values.shape[1], values.sum(1), values.square().sum((1, 2))))
+
+    def mean(self, *, centred: bool) -> Tensor:
+        """Mean squared length of a group's values, about their mean where that is taken off, shape (g,)."""
+        count = sum(count for count, _, _ in self._sums)
+        squares = sum((squares for _, _, squares in self._sums), torch.zeros(())) / count
+        if not centred:
+            return squares
+        return squares - (sum((total for _, total, _ in self._sums), torch.zeros(())) / count).square().sum(1)
 
 
 @dataclass(frozen=True)

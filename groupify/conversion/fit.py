@@ -76,6 +76,7 @@ def fit_student(
     options: FitOptions,
     *,
     clock: Clock,
+    metrics: Mapping[str, Tensor] | None = None,
     shelf: Shelf | None = None,
     progress: bool = False,
 ) -> dict[str, SiteFit]:
@@ -90,10 +91,11 @@ def fit_student(
         sums: site → node of the residual sum that it feeds.
         options: what to do.
         clock: takes the time of the parts.
+        metrics: what errors of the outputs of sites cost the model, by name, shapes (O, O).
         shelf: where activations wait; None = in memory.
         progress: show a bar on stderr.
     """
-    fitter = _Fitter(student, dense, batches, sites, samples, sums, options, clock, shelf)
+    fitter = _Fitter(student, dense, batches, sites, samples, sums, options, clock, metrics or {}, shelf)
     with torch.no_grad():
         nodes = list(student.graph.nodes)
         for node in tqdm(nodes, desc="fit", disable=None if progress else True, leave=False):
@@ -128,9 +130,11 @@ class _Fitter:
         sums: Mapping[str, fx.Node],
         options: FitOptions,
         clock: Clock,
+        metrics: Mapping[str, Tensor],
         shelf: Shelf | None,
     ) -> None:
         self._clock = clock
+        self._metrics = metrics
         self._student = student
         self._dense = dense
         self._sites = sites
@@ -191,7 +195,9 @@ class _Fitter:
                 refit_layer(module, parts, norm, self._options)
             else:
                 assert isinstance(dense_layer, CONVS)
-                self.fits[name] = fit_site(module, dense_layer, site, parts, norm, self._options)
+                self.fits[name] = fit_site(
+                    module, dense_layer, site, parts, norm, self._options, self._metrics.get(name)
+                )
         # Nobody needs them again, and those of a large model take gigabytes.
         for part in (samples.outputs, samples.sums, samples.patches, samples.patch_outputs):
             part.clear()

@@ -37,7 +37,7 @@ class HeldOutCheck:
     Attributes:
         in_sample: mean squared error ÷ variance of the target on the images that the fit saw.
         held_out: the same on the others.
-        overfitted: whether that is so much more that stronger ridges were tried.
+        overfitted: whether that is so much more that there are too few images.
         ridge: strength of the one that was kept, as a multiple of the mean input variance.
         gain: squared error on the held-out images with this one ÷ with the first, where a ReLU follows behind
             that.

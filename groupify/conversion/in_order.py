@@ -35,6 +35,7 @@ from groupify.graph.prepared import PreparedCalls, batch_sizes
 from groupify.kept import Shelf
 from groupify.memory import default_limit, parse_bytes, show_bytes
 from groupify.stats.flow import fitted_error, norm_score, sampled_score
+from groupify.stats.output_metrics import output_metrics
 from groupify.stats.samples import SampleBudget, Sampling, SiteSamples, observe_teacher
 from groupify.structures import SiteRecipe
 
@@ -199,16 +200,18 @@ def convert_in_order(
         channels = channels or channel_classes(graph, example)
         clock.lap("graph")
         found = _clustered(dense, channels, example, samples, sites, calibration, seed, clock)
+    metrics, problem = _metrics(found.student, batches, sites, calibration.fit, seed)
+    clock.lap("output metrics")
     student = restructure(found.student, list(sites.values()))
     worked_on = _in_fast_layout(student)
     totals = {str(conv.target): total for conv, total in sums.items()}
     fits = fit_student(
         graph.on(worked_on), found.student, batches, sites, samples, totals, calibration.fit,
-        clock=clock, shelf=shelf, progress=progress,
+        clock=clock, metrics=metrics, shelf=shelf, progress=progress,
     )  # fmt: skip
     clock.lap("fit")
     del samples
-    notes = found.notes
+    notes = (*found.notes, *problem)
     options = calibration.reconstruction
     if options.steps and _are_images_of_one_size(batches):
         reconstruct(
@@ -220,6 +223,27 @@ def convert_in_order(
         notes = (*notes, "several inputs, or of several sizes: no block reconstruction")
     take_values(student, worked_on)
     return replace(found, student=student, fits=tuple(fits.values()), notes=notes)
+
+
+def _metrics(
+    dense: nn.Module,
+    batches: Sequence[Call],
+    sites: Mapping[str, SiteRecipe],
+    options: FitOptions,
+    seed: int,
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """What errors of the outputs cost the model, where factors are fitted; or why that is not known."""
+    names = [name for name, site in sites.items() if not site.structure.is_one_conv]
+    if not options.metric or not names:
+        return {}, ()
+    try:
+        return output_metrics(dense, batches, names, task=options.task, seed=seed), ()
+    except RuntimeError as error:  # PyTorch's, from any operator
+        reason = " ".join(str(error).split())
+        note = (
+            f"the model cannot be differentiated ({reason}): outputs of a conv weigh as its batch norm says"
+        )
+        return {}, (note,)
 
 
 def _tell_memory(

@@ -18,6 +18,7 @@ from groupify.graph.permute import row_channels
 from groupify.graph.plain_layers import CONVS, Conv
 from groupify.stats.moments import GroupedFit, GroupedMoments
 from groupify.structures import SiteRecipe
+from groupify.tasks import AUTO
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,9 @@ class FitOptions:
             that they make good for the error upstream.
         refit_ridge: ridge strength of those; it draws towards their present weights.
         refit_max_inputs: dense layers with more inputs than this are left alone.
+        metric: whether factors are fitted to what the model's outputs mind; else to the scales of the batch
+            norm behind.
+        task: what the model is for, see ``groupify.tasks``; that decides what its outputs mind.
     """
 
     ridge: float = 0.01
@@ -68,6 +72,8 @@ class FitOptions:
     refit_dense: bool = True
     refit_ridge: float = 0.1
     refit_max_inputs: int = 4608
+    metric: bool = True
+    task: str = AUTO
 
 
 def fit_site(
@@ -77,6 +83,7 @@ def fit_site(
     parts: list[Part],
     norm: Norm | None,
     options: FitOptions,
+    metric: Tensor | None = None,
 ) -> SiteFit:
     """Fit the replacement of one conv in place.
 
@@ -87,6 +94,8 @@ def fit_site(
         parts: what the conv reads and should output; may be used up.
         norm: the batch norm behind it, into whose running mean the bias goes where the conv has none.
         options: what to do.
+        metric: what errors of its outputs cost the model, shape (O, O); None = what the norm's scales say.
+            Plain groups need none: each of their outputs is fitted by itself.
     """
     if site.structure.is_one_conv:
         assert isinstance(module, CONVS)
@@ -100,8 +109,9 @@ def fit_site(
         centred = norm is not None or last.bias is not None
         scale = None if norm is None else norm.affine()[0].to(parts[0].inputs.device)
         fitted = fit_factors(
-            dense_conv, site.structure, parts, scale, relaxations=options.relu_iterations, centred=centred
-        )
+            dense_conv, site.structure, parts, scale, metric=metric,
+            relaxations=options.relu_iterations, centred=centred,
+        )  # fmt: skip
         write_factors(module, fitted.factors)
         _set_bias(last, fitted.bias.to(last.weight.dtype), norm, torch.arange(len(fitted.bias)))
         error, samples, held_out = fitted.factors.error, fitted.samples, fitted.held_out

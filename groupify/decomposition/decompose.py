@@ -8,6 +8,7 @@ that of De Lathauwer (2008); Tucker-2 is its one group, a depthwise core (CP) it
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -53,6 +54,24 @@ def decompose(
     return Decomposer(moments, conv, scale).fit(structure, evaluations).balanced()
 
 
+@dataclass(frozen=True)
+class OutputMetric:
+    """What errors of a conv's outputs cost: a quadratic form ``eᵀ M e`` for each of its groups.
+
+    Attributes:
+        roots: Cholesky factors L of ``M = L Lᵀ``, shape (g, O/g, O/g), lower triangles.
+        energy: ``E[yᵀ M y]`` of the wanted outputs, shape (g,); no more than a scale is asked of it.
+    """
+
+    roots: Tensor
+    energy: Tensor
+
+    def back(self, group: int, maps: Tensor) -> Tensor:
+        """Return maps (O/g, …) to the outputs y from maps to Lᵀ y."""
+        flat: Tensor = torch.linalg.solve_triangular(self.roots[group].T, maps.flatten(1), upper=True)
+        return flat.reshape(maps.shape)
+
+
 class Decomposer:
     """One conv's problem, ready to be fitted by many structures: what they share is computed once.
 
@@ -60,9 +79,17 @@ class Decomposer:
         moments: as for :func:`decompose`.
         conv: as for :func:`decompose`.
         scale: as for :func:`decompose`.
+        metric: what errors cost, in the place of ``scale``, for structures whose last factor mixes all
+            outputs of a group; None = ``scale`` for these too.
     """
 
-    def __init__(self, moments: Moments, conv: ConvShape, scale: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        moments: Moments,
+        conv: ConvShape,
+        scale: Tensor | None = None,
+        metric: OutputMetric | None = None,
+    ) -> None:
         outputs = conv.out_channels // conv.groups
         expected = (conv.groups, conv.in_channels // conv.groups * conv.positions, outputs)
         if moments.cross.shape != expected:
@@ -74,49 +101,82 @@ class Decomposer:
         largest = weights.max().clamp(min=torch.finfo(weights.dtype).tiny)
         weights = weights.clamp(min=_LEAST_SCALE * largest)
         self.conv = conv
-        self._scale = weights
+        self._scale, self._metric = weights, metric
         self._energy = float((moments.energy * weights.square()).double().sum())
-        self._problems = [
-            Problem(
-                Inputs(covariance, conv.in_channels // conv.groups),
-                cross * weight,
-                energies * weight.square(),
-            )
-            for covariance, cross, energies, weight in zip(
-                moments.covariance, moments.cross, moments.energy, weights, strict=True
-            )
-        ]
+        inputs = [Inputs(covariance, conv.in_channels // conv.groups) for covariance in moments.covariance]
+        self._problems = [Problem(*part) for part in zip(inputs, *self._weighted(moments), strict=True)]
+        self._mixed = (
+            []
+            if metric is None
+            else [Problem(*part) for part in zip(inputs, *self._under_metric(moments), strict=True)]
+        )
+
+    def _weighted(self, moments: Moments) -> tuple[list[Tensor], list[Tensor]]:
+        """The outputs times their scales: ``E[x yᵀ]`` and energies of each group."""
+        pairs = zip(moments.cross, moments.energy, self._scale, strict=True)
+        weighted = [(cross * weight, energies * weight.square()) for cross, energies, weight in pairs]
+        return [cross for cross, _ in weighted], [energies for _, energies in weighted]
+
+    def _under_metric(self, moments: Moments) -> tuple[list[Tensor], list[Tensor]]:
+        """The same of the outputs in coordinates whose squared errors add up to what they cost."""
+        assert self._metric is not None
+        crosses = [cross @ root for cross, root in zip(moments.cross, self._metric.roots, strict=True)]
+        return crosses, list(self._metric.energy.unsqueeze(1))
 
     def with_outputs(self, moments: Moments) -> Decomposer:
         """Return the one of the same inputs with other outputs, whose fits start where these have ended."""
         other = copy.copy(self)
         other._energy = float((moments.energy * self._scale.square()).double().sum())
         other._problems = [
-            problem.with_outputs(cross * weight, energies * weight.square())
-            for problem, cross, energies, weight in zip(
-                self._problems, moments.cross, moments.energy, self._scale, strict=True
-            )
+            problem.with_outputs(*part)
+            for problem, *part in zip(self._problems, *self._weighted(moments), strict=True)
         ]
+        if self._mixed:
+            other._mixed = [
+                problem.with_outputs(*part)
+                for problem, *part in zip(self._mixed, *self._under_metric(moments), strict=True)
+            ]
         return other
 
     def fit(self, structure: Structure, evaluations: int = EVALUATIONS) -> Factors:
-        """Return the factors with the least error, as they come.
+        """Return the factors with the least error, as they come; that under the metric where it applies.
 
         Raises:
             PlanError: the structure does not suit the conv.
         """
-        part = self._fit(structure, evaluations)
+        structure.check(self.conv)
+        share = structure.share(self.conv.groups)
+        mixes = structure.expand is not None or structure.groups == self.conv.groups
+        energy = self._energy
+        if self._metric is not None and mixes:
+            fits = [problem.fit(share, evaluations) for problem in self._mixed]
+            part = joined([self._back(group, fit) for group, fit in enumerate(fits)])
+            energy = float(self._metric.energy.double().sum())
+        else:
+            fits = [problem.fit(share, evaluations) for problem in self._problems]
+            part = joined([_divided(fit, scale) for fit, scale in zip(fits, self._scale, strict=True)])
         kernel = self.conv.kernel_size
         ones = [1] * len(kernel)
-        core, expand = part.core.unflatten(2, kernel), part.expand
-        if expand is None:
-            core = core / self._scale.reshape(-1, 1, *ones)
-        else:
-            expand = (expand / self._scale.reshape(-1, 1)).unflatten(1, (-1, *ones))
         reduce = None if part.reduce is None else part.reduce.unflatten(1, (-1, *ones))
+        expand = None if part.expand is None else part.expand.unflatten(1, (-1, *ones))
+        core = part.core.unflatten(2, kernel)
         return Factors(
-            reduce, core, expand, structure.groups, self.conv.groups, self._relative(part.left[-1])
+            reduce, core, expand, structure.groups, self.conv.groups, _relative(part.left[-1], energy)
         )
+
+    def _back(self, group: int, part: Part) -> Part:
+        """Factors of the outputs from those of the outputs under the metric."""
+        assert self._metric is not None
+        if part.expand is None:
+            return replace(part, core=self._metric.back(group, part.core))
+        return replace(part, expand=self._metric.back(group, part.expand))
+
+    def error(self, factors: Factors, moments: Moments) -> float:
+        """Return the relative error of factors on the moments of a fit, each output weighted by its scale."""
+        maps = factors.weight().flatten(1).reshape(*moments.energy.shape, -1)  # (g, O/g, n)
+        answered = torch.bmm(maps, moments.covariance)
+        missed = moments.energy + (maps * (answered - 2 * moments.cross.transpose(1, 2))).sum(2)
+        return _relative(float((missed * self._scale.square()).double().sum()), self._energy)
 
     def estimate(self, structure: Structure, evaluations: int) -> float:
         """Return the error that a fit to the end is expected to leave, from the first few evaluations.
@@ -128,14 +188,17 @@ class Decomposer:
         share = structure.share(self.conv.groups)
         left = sums([problem.left(share, evaluations) for problem in self._problems])
         if len(left) < evaluations:  # it has settled before
-            return self._relative(left[-1])
+            return _relative(left[-1], self._energy)
         gained = left[evaluations // 2 - 1] - left[-1]
-        return self._relative(max(left[-1] - _STILL_TO_GAIN * gained, left[-1] / 2))
+        return _relative(max(left[-1] - _STILL_TO_GAIN * gained, left[-1] / 2), self._energy)
 
-    def _fit(self, structure: Structure, evaluations: int) -> Part:
-        structure.check(self.conv)
-        share = structure.share(self.conv.groups)
-        return joined([problem.fit(share, evaluations) for problem in self._problems])
 
-    def _relative(self, left: float) -> float:
-        return max(left, 0.0) / self._energy if self._energy > 0 else 0.0
+def _relative(left: float, energy: float) -> float:
+    return max(left, 0.0) / energy if energy > 0 else 0.0
+
+
+def _divided(part: Part, scale: Tensor) -> Part:
+    """Factors of the outputs from those of the outputs times their scales."""
+    if part.expand is None:
+        return replace(part, core=part.core / scale[:, None, None])
+    return replace(part, expand=part.expand / scale[:, None])

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from groupify.conversion.conversion import Calibration, Conversion, convert
+from groupify.conversion.site_fit import FitOptions
 from groupify.errors import ArtefactError, SpecError
 from groupify.machine import CPUS, blocked_width, describe_machine
 from groupify.measure.latency_table import LatencyTable, measure_table
@@ -99,7 +100,8 @@ class _Conversions:
         drawn = self._subject.calibration() if self._subject.given is None and same_way else None
         if drawn is None or not torch.equal(drawn.images, images.fit):
             return False
-        self._calibration = Calibration(images.fit, memory=self._options.memory)
+        fit = FitOptions(task=self._subject.task)
+        self._calibration = Calibration(images.fit, fit=fit, memory=self._options.memory)
         return True
 
     def __call__(self, plan: Plan) -> nn.Module:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from groupify.conversion.conversion import Calibration
 from groupify.conversion.reconstruct import ReconstructionOptions
+from groupify.conversion.site_fit import FitOptions
 from groupify.data.batches import UNLABELLED, Data, calibration_images, first_input, iterate_batches
 from groupify.data.calls import Inputs
 from groupify.data.splits import DataSplits, as_splits
@@ -81,7 +82,8 @@ class Subject:
             return self.given
         images = calibration_images(self.data.for_calibration, self.count, seed=self.seed)
         reconstruction = ReconstructionOptions(steps=self.reconstruct_steps)
-        return Calibration(images, reconstruction=reconstruction, memory=self.memory)
+        fit = FitOptions(task=self.task)
+        return Calibration(images, fit=fit, reconstruction=reconstruction, memory=self.memory)
 
     def planning_images(self, *, for_drop: bool) -> Images | None:
         """Return images to compare plans on; None = predict from the weights alone."""
@@ -124,8 +126,9 @@ def make_subject(
         )
     if isinstance(images, Mapping | nn.Module):
         raise WrongTypeError(f"images is a {type(images).__name__}: expected {_IMAGES}")
-    given = Calibration(images, memory=memory) if isinstance(images, Tensor) else images
-    given = given if isinstance(given, Calibration) else None
+    if isinstance(images, Tensor):
+        images = Calibration(images, fit=FitOptions(task=task), memory=memory)
+    given = images if isinstance(images, Calibration) else None
     data = data_of(images, given)
     example = _example(model, data, given, example_inputs)
     model = replace(model, spec=replace(model.spec, input_shape=shape_of(example)), input_known=True)

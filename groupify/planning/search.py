@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from groupify.conversion.conversion import Calibration, convert
+from groupify.conversion.site_fit import FitOptions
 from groupify.data.calls import Inputs
 from groupify.errors import PlanError, SpecError, expect_type
 from groupify.graph.call import Call, Example, as_call, one_example
@@ -438,5 +439,6 @@ class HeldOut:
 
     def _fit(self, plan: Plan) -> nn.Module:
         options = self._options
-        calibration = Calibration(self.images.fit, inputs=self.images.inputs, memory=options.memory)
+        fit = FitOptions(task=options.task)
+        calibration = Calibration(self.images.fit, inputs=self.images.inputs, fit=fit, memory=options.memory)
         return convert(self._model, plan, calibration, seed=options.seed, progress=options.progress).model

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from groupify.data.calls import Inputs, model_inputs
-from groupify.devices import double, with_float64
+from groupify.devices import with_float64
 from groupify.errors import ConversionError, DataError
 from groupify.graph.call import Call
 from groupify.graph.plain_layers import CONVS, Conv
 from groupify.stats.moments import InputMoments
+from groupify.stats.output_metrics import OutputGradients, leaf, score_directions
 from groupify.stats.positions import input_patches, sample_positions
 from groupify.tasks import class_scores
 
@@ -93,10 +94,6 @@ def observe_sites(
     }
 
 
-def _leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().requires_grad_()
-
-
 class _Pass:
     def __init__(
         self,
@@ -116,9 +113,13 @@ class _Pass:
         self._generator = torch.Generator().manual_seed(seed)
         self._backward = backward
         self.moments: dict[str, InputMoments] = {}
-        self.importance: dict[str, Tensor] = {}
         self.seen = 0
-        self._cut: str | None = None  # the first conv whose outputs get no gradient
+        self._gradients = OutputGradients()
+
+    @property
+    def importance(self) -> dict[str, Tensor]:
+        """Sums of g gᵀ by conv."""
+        return self._gradients.sums
 
     def run(self, batch: Call) -> None:
         """Add one batch."""
@@ -128,9 +129,10 @@ class _Pass:
         else:
             # A leaf that needs gradients makes all that depends on it have one; the weights need none.
             with torch.enable_grad():
-                scores = class_scores(batch.floats(_leaf).apply(self._model))
-                if self._cut is not None or not scores.requires_grad:
-                    where = "the model's outputs" if self._cut is None else f"layer {self._cut!r}"
+                scores = class_scores(batch.floats(leaf).apply(self._model))
+                cut = self._gradients.cut
+                if cut is not None or not scores.requires_grad:
+                    where = "the model's outputs" if cut is None else f"layer {cut!r}"
                     raise DataError(
                         f"no gradient comes to {where}: the model's forward runs without gradients, at least "
                         "in part"
@@ -143,10 +145,8 @@ class _Pass:
             assert isinstance(module, CONVS)
             source = inputs[0] if inputs else named["input"]
             self._add_inputs(name, module, source.detach(), output.shape)
-            if output.requires_grad:
-                output.register_hook(lambda gradient: self._add_gradient(name, gradient))
-            elif self._backward:
-                self._cut = self._cut or name
+            if self._backward:
+                self._gradients.watch(name, output)
 
         return watch
 
@@ -164,16 +164,3 @@ class _Pass:
         patches = patches.to(with_float64(patches.device))
         moments = self.moments.setdefault(name, InputMoments())
         moments.add(patches.reshape(len(patches), conv.groups, -1) if name in self._whole else patches)
-
-    def _add_gradient(self, name: str, gradient: Tensor) -> None:
-        flat = gradient.transpose(0, 1).flatten(1)  # (O, N·H·W)
-        product = double(flat @ flat.T)
-        self.importance[name] = self.importance[name] + product if name in self.importance else product
-
-
-def score_directions(scores: Tensor, generator: torch.Generator) -> Tensor:
-    """Return ``L ε`` for each image: random with covariance ``diag(p) − p pᵀ``, shaped like the scores."""
-    chances = scores.float().softmax(1)
-    signs = torch.randint(0, 2, scores.shape, generator=generator).to(chances) * 2 - 1
-    steps = chances.sqrt() * signs
-    return (steps - chances * steps.sum(1, keepdim=True)).to(scores.dtype)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import groupify
 from groupify.artefact import read_recipe
-from groupify.conversion import held_out
+from groupify.conversion import held_out, in_order
 from groupify.conversion.conversion import Calibration, Conversion, convert
 from groupify.conversion.reconstruct import ReconstructionOptions
 from groupify.conversion.site_fit import FitOptions
@@ -616,10 +616,59 @@ def test_a_step_of_training_lowers_the_loss_and_reaches_every_factor(
 def test_block_reconstruction_trains_factors_too() -> None:
     net, fresh = randomise(Residual()).eval(), images(64, seed=1)
     sites = {"conv1": Structure(8, 4, 8), "conv2": Structure(6), "conv3": Structure(None, 1, 6)}
-    steps = ReconstructionOptions(steps=200, batch_size=32)
-    plain = converted(net, sites, images(256), fit=PLAIN)
-    trained = converted(net, sites, images(256), fit=PLAIN, reconstruction=steps)
+    steps, fit = ReconstructionOptions(steps=200, batch_size=32), dataclasses.replace(PLAIN, metric=False)
+    plain = converted(net, sites, images(256), fit=fit)
+    trained = converted(net, sites, images(256), fit=fit, reconstruction=steps)
     ours, before = trained.model.state_dict(), plain.model.state_dict()
     for part in ("reduce", "core", "expand"):
         assert not torch.equal(ours[f"conv1.{part}.weight"], before[f"conv1.{part}.weight"]), part
     assert relative_error(trained.model, net, fresh) < relative_error(plain.model, net, fresh)
+
+
+def test_what_the_outputs_mind_is_fitted_better() -> None:
+    """The next layer hardly reads half of a conv's outputs."""
+    torch.manual_seed(0)
+    last = nn.Conv2d(16, 6, 1)
+    net = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), last).eval()
+    with torch.no_grad():
+        last.weight[:, 8:] *= 0.001
+    seen, others = images(300, (16, 8, 8))[:200], images(300, (16, 8, 8))[200:]
+    errors = []
+    for metric in (False, True):
+        fit = dataclasses.replace(PLAIN, metric=metric)
+        model = converted(net, {"0": Structure(8, 4, 8)}, seen, fit=fit).model
+        errors.append(relative_error(model, net, others))
+    assert errors[1] < 0.8 * errors[0]
+
+
+class NotDifferentiable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(16, 16, 3)
+        self.head = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value: Tensor = self.head(self.conv(x)).round()
+        return value
+
+
+def test_gradients_of_zero_leave_the_scales_to_decide() -> None:
+    torch.manual_seed(0)
+    net = NotDifferentiable().eval()
+    fits = [dataclasses.replace(PLAIN, metric=metric) for metric in (False, True)]
+    seen, sites = images(64, (16, 8, 8)), {"conv": Structure(8, 4, 8)}
+    one, other = (converted(net, sites, seen, fit=fit) for fit in fits)
+    for ours, wanted in zip(one.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(ours, wanted)
+
+
+def test_a_model_without_gradients_is_converted_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("derivative for aten::round_to_one is not implemented")
+
+    monkeypatch.setattr(in_order, "output_metrics", fail)
+    net = randomise(Chain()).eval()
+    conversion = converted(net, {"conv2": Structure(8, 4, 8)})
+    assert any(
+        "cannot be differentiated (derivative for aten::round_to_one" in note for note in conversion.notes
+    )

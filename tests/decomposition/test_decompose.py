@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from groupify.decomposition.decompose import Decomposer, decompose
+from groupify.decomposition.decompose import Decomposer, OutputMetric, decompose
+from groupify.decomposition.factors import Factors
 from groupify.decomposition.moments import Moments
 from groupify.errors import ConversionError, PlanError
 from groupify.structures import ConvShape, Structure
@@ -352,3 +353,50 @@ def test_a_fit_finds_nothing_in_directions_that_rounding_made_negative() -> None
     )
     missed = outputs - inputs @ found.weight().flatten(1).double().T
     assert found.error == pytest.approx(float(missed.square().sum() / outputs.square().sum()), rel=0.15)
+
+
+def cost(factors: Factors, weight: Tensor, moments: Moments, metric: Tensor) -> float:
+    """What the errors of factors cost under a metric (g, o, o)."""
+    groups, width = moments.cross.shape[0], moments.cross.shape[1]
+    missed = (factors.weight() - weight).flatten(1).reshape(groups, -1, width).double()
+    return float((metric * (missed @ moments.covariance.double() @ missed.transpose(1, 2))).sum())
+
+
+def random_metric(conv: ConvShape) -> Tensor:
+    """One that minds few directions of the outputs, for each group, shape (g, o, o)."""
+    outputs = conv.out_channels // conv.groups
+    mixed = random(conv.groups, outputs, 3, seed=9).double()
+    return mixed @ mixed.transpose(1, 2) + 0.01 * torch.eye(outputs, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("conv", "structure"), MEMBERS, ids=str)
+def test_under_a_metric_errors_cost_less(conv: ConvShape, structure: Structure) -> None:
+    moments, weight = problem(conv)
+    metric = random_metric(conv)
+    roots = torch.linalg.cholesky(metric).to(moments.cross)
+    energy = (metric.diagonal(dim1=1, dim2=2) * moments.energy).sum(1).to(moments.cross)
+    plain = Decomposer(moments, conv).fit(structure, 60)
+    decomposer = Decomposer(moments, conv, metric=OutputMetric(roots, energy))
+    fitted = decomposer.fit(structure, 60)
+    mixes = structure.expand is not None or structure.groups == conv.groups
+    before, after = (cost(factors, weight, moments, metric) for factors in (plain, fitted))
+    assert after <= before * (1.05 if mixes else 1 + 1e-6) + 1e-6
+    if mixes and structure.groups == conv.groups and plain.error > 0.01:
+        assert after < 0.9 * before
+    assert decomposer.error(fitted, moments) == pytest.approx(
+        left_over(fitted.weight(), weight, moments, torch.ones(conv.out_channels)), abs=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "structure", [Structure(8, 4, 8), Structure(None, 4, 8), Structure(6, 1, None)], ids=str
+)
+def test_a_metric_of_scales_alone_is_no_other_problem(structure: Structure) -> None:
+    moments, _ = problem(CONV)
+    scale = random(CONV.out_channels, seed=7).abs() + 0.1
+    energy = (moments.energy * scale.square()).sum(1).to(moments.cross)
+    metric = OutputMetric(torch.diag(scale).to(moments.cross)[None], energy)
+    one = Decomposer(moments, CONV, scale).fit(structure, 40)
+    other = Decomposer(moments, CONV, metric=metric).fit(structure, 40)
+    torch.testing.assert_close(one.weight(), other.weight(), atol=1e-4, rtol=1e-3)
+    assert other.error == pytest.approx(one.error, rel=1e-3)

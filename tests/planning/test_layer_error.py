@@ -5,9 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from groupify.planning.layer_error import LayerMoments
-from groupify.stats.fisher import observe_sites, score_directions
+from groupify.stats.fisher import observe_sites
 from groupify.stats.flow import fitted_error
 from groupify.stats.moments import principal_maps
+from groupify.stats.output_metrics import score_directions
 from groupify.stats.samples import SiteSamples
 from groupify.structures import SiteRecipe, Structure
 from groupify.tasks import class_scores
