@@ -23,7 +23,7 @@ from groupify.measure.conv_timing import TimedConv, time_convs
 from groupify.measure.profiling import Milliseconds, NetworkTime, mean_time, time_network
 from groupify.measure.timed_files import export_for_timing
 from groupify.stats.positions import padding_amounts
-from groupify.structures import FLOAT32, Candidate, Choices, Observed, Precision
+from groupify.structures import FLOAT32, INT8, Candidate, Choices, Observed, Precision
 
 Times = Annotated[Mapping[str, Milliseconds], Field(max_length=100_000)]
 
@@ -287,6 +287,10 @@ def _shapes(model: nn.Module, choices: Choices) -> list[list[TimedConv | None]]:
     return rows
 
 
+# How files of a precision are made, where that has changed: older times of them are void.
+_MADE: Mapping[str, tuple[str, ...]] = {INT8: ("images in blocks of pixels",)}
+
+
 def network_fingerprint(model: nn.Module, choices: Choices, precision: Precision) -> str:
     """A fingerprint of what decides the latency of a dense model: its convs, parameters and precision."""
     convs = [options[0].site for options in choices.sites]
@@ -295,4 +299,5 @@ def network_fingerprint(model: nn.Module, choices: Choices, precision: Precision
         for c in convs
     ]
     params = sum(parameter.numel() for parameter in model.parameters())
-    return fingerprint((repr(shapes), repr(choices.input_shape), str(params), precision))
+    made = _MADE.get(precision, ())
+    return fingerprint((repr(shapes), repr(choices.input_shape), str(params), precision, *made))

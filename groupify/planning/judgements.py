@@ -14,7 +14,7 @@ from groupify.paired import Paired
 from groupify.scores import Judgement
 from groupify.structures import Plan
 
-_VERSION = "1"  # of what is measured: another one makes the kept numbers void
+_VERSION = "2"  # of what is measured: another one makes the kept numbers void
 _DIVERGENCE, _COUNTS = "divergence", ("lost", "gained", "images")
 
 
