@@ -104,15 +104,20 @@ def is_overfitted(in_sample: float, held_out: float) -> bool:
 def weakest_good(ridge: float, first: float, error: Callable[[float], float]) -> tuple[float, float]:
     """Return the weakest ridge whose error is within a tenth of the least, and that error ÷ the first.
 
+    Stronger ones are tried until the error rises.
+
     Args:
         ridge: strength asked for, a multiple of the mean input variance.
         first: error on the held-out images with it.
         error: strength of a ridge → error on the held-out images.
     """
-    errors = {ridge: first}
+    errors, last = {ridge: first}, first
     for factor in _LADDER:
         strength = factor * max(ridge, _LEAST)
-        errors[strength] = error(strength)
+        before, last = last, error(strength)
+        errors[strength] = last
+        if last > before:
+            break
     enough = _NEAR * min(errors.values())
     best = min(strength for strength, found in errors.items() if found <= enough)
     return best, errors[best] / max(first, 1e-30)

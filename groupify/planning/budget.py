@@ -59,7 +59,8 @@ class Limit:
         """The limit as ``Budget.parse`` takes it."""
         if self.relative:
             base = f":{FLOAT32}" if self.of_float32 else ""
-            return f"{self.quantity}={100 * self.value:.10g}%{base}"
+            share, times = f"{100 * self.value:.10g}%", f"{1 / self.value:.10g}x"
+            return f"{self.quantity}={min(share, times, key=lambda text: max(len(text), 5))}{base}"
         unit = {BYTES: "B", LATENCY: "ms"}.get(self.quantity, "")
         digits = repr(self.value)
         if "e" in digits:

@@ -21,6 +21,7 @@ from groupify.structures import FLOAT32, INT8, Choices, Plan, Uniform
 
 _VALUE_SHARE = {FLOAT32: 1.0, INT8: 0.25}  # bytes of a value ÷ those that it has in float32
 _TIMINGS = 6
+_CONFIRMATIONS = 3  # how many plans may turn out too slow when they are timed again
 _CLOSEST = 1.002  # limits that are nearer than this give the same plans
 _WIDER = 1.02
 _SLACK = 0.03  # a plan that is faster than asked by more than this could lose less
@@ -183,12 +184,14 @@ class Finder:
         costing: predicted losses and costs.
         timer: measures the latency of a whole plan, milliseconds; None = the predicted one counts.
         warm: returns the costing for a model whose weights stay in the caches; None = there is none.
+        again: measures a latency a second time; None = the first one counts.
     """
 
     budget: Budget
     costing: Costing
     timer: Callable[[Plan], float] | None = None
     warm: Callable[[], Costing] | None = None
+    again: Callable[[Plan], float] | None = None
 
     def best(self, limits: Limits, power: float) -> Chosen:
         """Return the plan whose losses, to a power, add up to the least within limits.
@@ -196,12 +199,32 @@ class Finder:
         Raises:
             PlanError: there is none; says by how much.
         """
-        costing = self.costing
         if self.timer is None or LATENCY not in limits:
-            chosen = costing.best(limits, power=power)
+            chosen = self.costing.best(limits, power=power)
             if chosen is None:
-                raise costing.refuse(self.budget.costs)
+                raise self.costing.refuse(self.budget.costs)
             return chosen
+        for _ in range(_CONFIRMATIONS):
+            chosen = self._holding(limits, power)
+            if self._is_confirmed(chosen, limits):
+                return chosen
+        return self._holding(limits, power)
+
+    def _is_confirmed(self, chosen: Chosen, limits: Limits) -> bool:
+        """Whether the mean of two measured latencies is within its limit, which counts from now on.
+
+        Of many measured plans a search takes one whose measurement was lucky.
+        """
+        if self.again is None or chosen in self._confirmed:
+            return True
+        self._confirmed.add(chosen)
+        time = self.again(self.costing.choices.plan(chosen))
+        self._times[chosen] = (self._milliseconds(chosen) + time) / 2
+        return self.holds(chosen, limits)
+
+    def _holding(self, limits: Limits, power: float) -> Chosen:
+        """Return the plan that loses the least of those whose measured latencies are within the limit."""
+        costing = self.costing
         tried = self._timed(costing, limits, power)
         if self.warm is not None and any(
             time < _WARM * costing.costs(chosen)[LATENCY] for chosen, time in tried.items()
@@ -264,6 +287,11 @@ class Finder:
     def _times(self) -> dict[Chosen, float]:
         """The latencies that were measured so far."""
         return {}
+
+    @functools.cached_property
+    def _confirmed(self) -> set[Chosen]:
+        """The plans that were measured twice."""
+        return set()
 
     def _milliseconds(self, chosen: Chosen) -> float:
         assert self.timer is not None

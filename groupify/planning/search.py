@@ -324,7 +324,8 @@ def _finder(model: nn.Module, budget: Budget, costing: Costing, options: SearchO
         model, costing.choices, costing.latencies.dense_ms, threads=options.threads, cache=options.cache,
         progress=options.progress,
     )  # fmt: skip
-    return Finder(budget, costing, timer, functools.partial(_warm_costing, model, costing, options))
+    warm = functools.partial(_warm_costing, model, costing, options)
+    return Finder(budget, costing, timer, warm, timer.again)
 
 
 def _sensitivity(

@@ -24,6 +24,8 @@ from groupify.training.settings import FinetuneSettings
 CallBatch: TypeAlias = tuple[Call, Tensor]
 """What the model is called with, and the labels, (n,) or of any form (n, …)."""
 
+# More do not choose better, and each validation reads them several times.
+_MOST_IMAGES = 5_000
 # A stream's held-out images stay in memory.
 _MAX_STREAM_IMAGES = 2_048
 
@@ -146,8 +148,8 @@ def hold_out(
 ) -> tuple[TrainingPart, Data]:
     """Split training data into the part that is trained on and the held-out part.
 
-    A map-style data set, or a ``DataLoader`` of one, is split at random. Of any other stream the
-    first images are held out, which is sound only if every pass starts with the same images; this
+    A map-style data set, or a ``DataLoader`` of one, is split at random, at most 5,000 images from the rest.
+    Of any other stream the first images are held out, which is sound only if every pass starts with the same images; this
     is checked in every pass.
 
     Args:
@@ -164,18 +166,23 @@ def hold_out(
         images = _images_per_epoch(data, settings, inputs)
         steps = _steps(data, images, settings, inputs)
         return TrainingPart(data, steps, inputs=inputs, labelled=labelled), validation
-    fraction, seed = settings.validation_fraction, settings.seed
+    seed = settings.seed
     if is_map_style(data):
-        train, held_out = split_validation(data, fraction, seed)
+        train, held_out = split_validation(data, _fraction(data, settings), seed)
         steps = math.ceil(len(cast(Any, train)) / settings.batch_size)
         return TrainingPart(train, steps, inputs=inputs, labelled=labelled), held_out
     if isinstance(data, DataLoader) and _can_be_rebuilt(data):
-        train, held_out = split_validation(data.dataset, fraction, seed)
+        train, held_out = split_validation(data.dataset, _fraction(data.dataset, settings), seed)
         shuffled = isinstance(data.sampler, RandomSampler)
         loader = _rebuilt(data, train, seed, shuffle=shuffled)
         part = TrainingPart(loader, len(loader), inputs=inputs, labelled=labelled)
         return part, _rebuilt(data, held_out, seed)
     return _hold_out_first(data, settings, inputs, labelled)
+
+
+def _fraction(data: Any, settings: FinetuneSettings) -> float:
+    """Return which share of map-style data is held out."""
+    return min(settings.validation_fraction, _MOST_IMAGES / max(1, len(data)))
 
 
 def _hold_out_first(

@@ -53,7 +53,8 @@ class FinetuneSettings:
             0.3 for one-cycle.
         ema_decay: the weights that are validated and returned are an exponential moving average of the
             trained ones, with this decay for each step (less in the first steps); 0 = the trained ones.
-        validation_fraction: share of the training images that is held out to choose the best weights.
+        validation_fraction: share of the training images that is held out to choose the best weights; at
+            most 5,000 images, of a stream 2,048.
         validations_per_epoch: how often the held-out images are evaluated; at the end as well.
         augment: whether to use the data set's augmentation; it pays in long runs only, since it moves the
             batch norm statistics away from those of plain images.

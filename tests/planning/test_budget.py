@@ -30,6 +30,19 @@ def test_budgets_are_read(text: str, limit: Limit) -> None:
     assert Budget.parse(text).limits == (limit,)
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("latency=1.2x", "latency=1.2x"),
+        ("macs=3x", "macs=3x"),
+        ("macs=2.5x", "macs=40%"),
+        ("macs=42.4%", "macs=42.4%"),
+    ],
+)
+def test_a_budget_is_told_in_few_digits(text: str, says: str) -> None:
+    assert str(Budget.parse(text)) == says
+
+
 def test_several_limits_hold_together() -> None:
     budget = Budget.parse("macs=40%,latency=2x", "drop=0.5")
     assert [limit.quantity for limit in budget.limits] == ["macs", "latency", "drop"]

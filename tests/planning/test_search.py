@@ -407,6 +407,26 @@ def test_a_latency_limit_is_approached_from_both_sides() -> None:
     assert 0.5 * DENSE_MS < winner.costs["latency"] <= 0.6 * DENSE_MS
 
 
+def test_a_plan_whose_first_measurement_was_lucky_is_not_believed() -> None:
+    """Among many measured plans the one that is chosen is one that was measured too fast."""
+    costing, lucky = timed_costing(net()), []
+
+    def timer(given: Plan) -> float:
+        if not lucky:
+            lucky.append(given)
+        return predicted_ms(costing, given) * (1.0 if given in lucky else 1.1)
+
+    def again(given: Plan) -> float:
+        return 1.1 * predicted_ms(costing, given)
+
+    believed = Race(Finder(Budget.parse("latency=77%"), costing, timer)).run().winner
+    assert costing.choices.plan(believed.chosen) in lucky
+    lucky.clear()
+    winner = Race(Finder(Budget.parse("latency=77%"), costing, timer, again=again)).run().winner
+    assert winner.costs["latency"] == pytest.approx(1.1 * costing.costs(winner.chosen)["latency"])
+    assert winner.costs["latency"] <= 0.77 * 1.01 * DENSE_MS
+
+
 @pytest.mark.parametrize(("factor", "is_warm"), [(0.9, False), (0.7, True)])
 def test_convs_are_timed_warm_where_plans_are_much_faster_than_predicted(
     factor: float, is_warm: bool
@@ -454,6 +474,8 @@ def test_plans_are_timed_beside_the_dense_model_once(tmp_path: Path) -> None:
 
     again = PlanTimer(net(), choices, 4.0, cache=tmp_path, time_files=fail)
     assert again(grouped) == pytest.approx(milliseconds / 2)
+    with pytest.raises(AssertionError, match="timed again"):
+        again.again(grouped)
     with pytest.raises(AssertionError, match="timed again"):
         PlanTimer(net(), choices, 4.0, cache=tmp_path, threads=2, time_files=fail)(grouped)
 

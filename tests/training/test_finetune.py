@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from groupify.data.batches import UNLABELLED, iterate_batches
 from groupify.errors import DataError, GroupifyWarning, SpecError
@@ -263,6 +263,14 @@ def test_an_epoch_reads_each_training_image_once_and_no_held_out_one(data: Tenso
         together = torch.cat([images, validation]).flatten(1)
         assert torch.equal(distinct(together), distinct(data.tensors[0].flatten(1)))
         assert len(together) == len(data)
+
+
+def test_of_many_images_no_more_are_held_out_than_it_takes() -> None:
+    data = TensorDataset(torch.zeros(60_000, 1, 1, 1), torch.zeros(60_000, dtype=torch.int64))
+    for many in (data, DataLoader(data, batch_size=100)):
+        part, held_out = hold_out(many, None, SETTINGS)
+        assert sum(len(labels) for _, labels in iterate_batches(held_out, 1_000)) == 5_000
+        assert part.steps_per_epoch == math.ceil(55_000 / (SETTINGS.batch_size if many is data else 100))
 
 
 @pytest.mark.parametrize("kind", SOURCES)
