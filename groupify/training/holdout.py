@@ -149,8 +149,8 @@ def hold_out(
     """Split training data into the part that is trained on and the held-out part.
 
     A map-style data set, or a ``DataLoader`` of one, is split at random, at most 5,000 images from the rest.
-    Of any other stream the first images are held out, which is sound only if every pass starts with the same images; this
-    is checked in every pass.
+    Of any other stream the first images are held out, which is sound only if every pass starts with the same
+    images; this is checked in every pass.
 
     Args:
         data: the training data.
