@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -82,17 +82,21 @@ def fit_factors(
     held_out = [part for part in parts if part.held_out]
     seen = [part for part in parts if not part.held_out]
     parts.clear()
-    while seen:
-        fitting.add([seen.pop(0)])
+    fitting.add(_taken(seen))
     check = None
     if held_out:
         check = fitting.checked(held_out)
-        fitting.add(held_out)  # they have done their duty as judges
-        held_out.clear()
+        fitting.add(_taken(held_out))  # they have done their duty as judges
     factors, bias, count = fitting.result(0.0 if check is None else check.ridge)
     if signs is not None:
         factors, bias = factors.scaled(signs), bias * signs
     return FactorFit(factors, bias, count, check)
+
+
+def _taken(parts: list[Part]) -> Iterator[Part]:
+    """Hand out parts one by one, and keep none of them."""
+    while parts:
+        yield parts.pop(0)
 
 
 class _Fitting:
@@ -121,14 +125,26 @@ class _Fitting:
         self._moments = GroupedMoments(centred=centred)
         self._followed: list[GroupedSamples] = []
 
-    def add(self, parts: Sequence[Part]) -> None:
+    def add(self, parts: Iterable[Part]) -> None:
         """Add samples to fit."""
-        for samples in map(self._grouped, parts):
+        for samples in self._joined(map(self._grouped, parts)):
             self._moments.update(samples.inputs, samples.outputs)
             if self._roots is not None:
                 self._energies.add(torch.bmm(samples.outputs.transpose(0, 1), self._roots))
             if self._relaxations:
                 self._followed += samples.thinned(self._every).split(_CHUNK)
+
+    @staticmethod
+    def _joined(parts: Iterable[GroupedSamples]) -> Iterator[GroupedSamples]:
+        """Join samples until they are as many as their inputs: adding up moments takes as long for few."""
+        waiting: list[GroupedSamples] = []
+        for part in parts:
+            waiting.append(part)
+            if sum(len(one.inputs) for one in waiting) >= part.inputs.shape[2]:
+                yield GroupedSamples.joined(waiting)
+                waiting = []
+        if waiting:
+            yield GroupedSamples.joined(waiting)
 
     def _roots_of(self, metric: Tensor, signs: Tensor | None) -> Tensor | None:
         """Cholesky factors of the metric of each group's outputs, mirrored as these are, shape (g, o, o)."""

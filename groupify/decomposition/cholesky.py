@@ -33,11 +33,11 @@ def made_positive(covariance: Tensor) -> Tensor:
 
 def _positive(matrices: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """The matrices with the least ridge that gives them Cholesky factors, and these."""
-    size, tiny = matrices.shape[-1], torch.finfo(torch.float32).tiny
-    identity = torch.eye(size, dtype=matrices.dtype, device=matrices.device)
-    mean = matrices.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=0)
+    tiny = torch.finfo(torch.float32).tiny
+    mean = matrices.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp(min=0)
     while True:
-        ridged = matrices + (ridge * mean + tiny) * identity
+        ridged = matrices.clone()
+        ridged.diagonal(dim1=-2, dim2=-1).add_(ridge * mean + tiny)
         factor, failed = torch.linalg.cholesky_ex(ridged)
         if not bool(failed.any()):
             return ridged, factor

@@ -103,7 +103,10 @@ class Decomposer:
         self.conv = conv
         self._scale, self._metric = weights, metric
         self._energy = float((moments.energy * weights.square()).double().sum())
-        inputs = [Inputs(covariance, conv.in_channels // conv.groups) for covariance in moments.covariance]
+        inputs = [
+            Inputs(covariance, conv.in_channels // conv.groups, positive=moments.positive)
+            for covariance in moments.covariance
+        ]
         self._problems = [Problem(*part) for part in zip(inputs, *self._weighted(moments), strict=True)]
         self._mixed = (
             []

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from groupify.errors import ConversionError
+
+# What a ridge lifts all eigenvalues above what rounding leaves below zero.
+_POSITIVE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -22,11 +25,13 @@ class Moments:
         covariance: ``E[x xᵀ]``, shape (g, n, n).
         cross: ``E[x yᵀ]``, shape (g, n, O/g).
         energy: ``E[y²]``, shape (g, O/g).
+        positive: whether the covariance is known to be positive definite by far more than it is rounded.
     """
 
     covariance: Tensor
     cross: Tensor
     energy: Tensor
+    positive: bool = False
 
     def __post_init__(self) -> None:
         groups, inputs, outputs = self.cross.shape
@@ -35,7 +40,8 @@ class Moments:
                 f"moments of shapes {tuple(self.covariance.shape)}, {tuple(self.cross.shape)} and "
                 f"{tuple(self.energy.shape)} do not belong together; expected (g, n, n), (g, n, o) and (g, o)"
             )
-        if not all(bool(torch.isfinite(part).all()) for part in (self.covariance, self.cross, self.energy)):
+        # Of a sum, since a mask of all inputs with all inputs would take as long as a step of the fit.
+        if not all(math.isfinite(part.sum()) for part in (self.covariance, self.cross, self.energy)):
             raise ConversionError("moments are NaN or infinite; check the activations that they come from")
 
     @classmethod
@@ -62,10 +68,13 @@ class Moments:
         """
         groups, inputs, _ = self.covariance.shape
         maps = weight.detach().to(self.covariance).reshape(groups, -1, inputs).transpose(1, 2)
-        strength = ridge * self.covariance.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-        identity = torch.eye(inputs, dtype=maps.dtype, device=maps.device)
+        covariance = self.covariance.clone()
+        diagonal = covariance.diagonal(dim1=1, dim2=2)
+        strength = ridge * diagonal.mean(1)[:, None, None]
+        diagonal += strength[:, 0]
         return Moments(
-            self.covariance + strength * identity,
+            covariance,
             self.cross + strength * maps,
             self.energy + strength[:, 0] * maps.square().sum(1),
+            positive=ridge > _POSITIVE,
         )

@@ -42,10 +42,11 @@ class Inputs:
     Args:
         covariance: ``E[x xᵀ]``, shape (I·K, I·K).
         channels: I.
+        positive: whether the covariance is known to be positive definite, see ``Moments``.
     """
 
-    def __init__(self, covariance: Tensor, channels: int) -> None:
-        self.covariance, self.channels = covariance, channels
+    def __init__(self, covariance: Tensor, channels: int, *, positive: bool = False) -> None:
+        self.covariance, self.channels, self.positive = covariance, channels, positive
         self.positions = len(covariance) // channels
         self._by_group: dict[int, ByGroup] = {}
 
@@ -62,7 +63,7 @@ class Inputs:
 
     @cached_property
     def _positive(self) -> Tensor:
-        return made_positive(self.covariance)
+        return self.covariance if self.positive else made_positive(self.covariance)
 
 
 class Problem:
@@ -224,7 +225,9 @@ class Problem:
             return Problem(self._inputs, cross, energies)
         count = len(self._covariance) // structure.groups
         read = slice(group * count, (group + 1) * count)
-        own = Inputs(self._covariance[read, read], self._channels // structure.groups)
+        own = Inputs(
+            self._covariance[read, read], self._channels // structure.groups, positive=self._inputs.positive
+        )
         return Problem(own, cross[read], energies)
 
 

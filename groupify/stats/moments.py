@@ -54,9 +54,13 @@ class InputMoments:
     def input_covariance(self) -> Tensor:
         """Return ``Cov(u)`` of each group, shape (G, D, D); the second moment where not centred."""
         covariance = self._input_input / self.count
+        step, width = self._step, covariance.shape[2]
+        for start in range(0, width - step, step):
+            block = slice(start, start + step)
+            covariance[:, start + step :, block] = covariance[:, block, start + step :].transpose(1, 2)
         if self.centred:
             mean = self._input_sum / self.count
-            covariance -= mean.unsqueeze(2) * mean.unsqueeze(1)
+            covariance.sub_(mean.unsqueeze(2) * mean.unsqueeze(1))
         return covariance
 
     def _add_inputs(self, inputs: Tensor) -> Tensor:
@@ -73,14 +77,17 @@ class InputMoments:
         return inputs
 
     def _add_gram(self, inputs: Tensor) -> None:
-        """Add ``UᵀU``, which is symmetric: of wide inputs only the blocks above the diagonal are computed."""
-        width = inputs.shape[2]
-        step = max(_GRAM_BLOCK, -(-width // _GRAM_BLOCKS))
-        for start in range(0, width, step):
-            block = slice(start, start + step)
-            product = torch.bmm(inputs[:, :, block].transpose(1, 2), inputs[:, :, start:])
-            self._input_input[:, block, start:] += product
-            self._input_input[:, start + step :, block] += product[:, :, step:].transpose(1, 2)
+        """Add ``UᵀU``, which is symmetric: of wide inputs only the blocks on and above the diagonal."""
+        for start in range(0, inputs.shape[2], self._step):
+            block = slice(start, start + self._step)
+            self._input_input[:, block, start:] += torch.bmm(
+                inputs[:, :, block].transpose(1, 2), inputs[:, :, start:]
+            )
+
+    @property
+    def _step(self) -> int:
+        """Width of the blocks of ``UᵀU``."""
+        return max(_GRAM_BLOCK, -(-self._input_input.shape[2] // _GRAM_BLOCKS))
 
 
 class GroupedMoments(InputMoments):

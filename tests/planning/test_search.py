@@ -409,7 +409,8 @@ def test_a_latency_limit_is_approached_from_both_sides() -> None:
 
 def test_a_plan_whose_first_measurement_was_lucky_is_not_believed() -> None:
     """Among many measured plans the one that is chosen is one that was measured too fast."""
-    costing, lucky = timed_costing(net()), []
+    costing = timed_costing(net())
+    lucky: list[Plan] = []
 
     def timer(given: Plan) -> float:
         if not lucky:
