@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import itertools
 import logging
@@ -24,6 +25,7 @@ from groupify.onnx.attention import PlainAttention
 from groupify.onnx.graph_edits import ValueNames
 from groupify.onnx.inputs import input_places
 from groupify.onnx.outputs import named_outputs
+from groupify.onnx.torch_operators import operators_read_once
 
 # The highest opset whose Conv (11), AveragePool (11) and pooling all have a rule in ONNX Runtime's
 # NCHWc transformer: AveragePool-19 and Conv-22 have none in the versions groupify supports.
@@ -112,7 +114,9 @@ class _Flat(nn.Module):
         self.training = False
         self._call, self._places, self._names = call, places, names
 
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    # One argument: of several (*inputs) torch 2.9 forgets what it calls them where their sizes depend on
+    # each other, as batches do.
+    def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         given = dict(zip(self._places, inputs, strict=True))
         count = itertools.count()
         call = self._call.map(lambda _: given[next(count)])
@@ -183,10 +187,10 @@ def _export(
     batch = {} if static_batch is not None else {0: torch.export.Dim("batch")}
     sides = {axis: torch.export.Dim(name) for axis, name in sizes.items()}
     dynamic = (tuple({**batch, **sides} if has else {} for has in batched),) if batch or sides else None
-    with quiet_exporter(), PlainAttention():
+    with quiet_exporter(), PlainAttention(), operators_read_once():
         program = torch.onnx.export(
             _Flat(model, call, list(places.values()), names),
-            tuple(tensors),
+            (tuple(tensors),),
             dynamo=True,
             opset_version=opset,
             input_names=list(places),
@@ -377,6 +381,7 @@ def _missing(graph: ir.Graph, opset: int) -> list[str]:
     return sorted(name for name in names if _first_opset(name) > opset)
 
 
+@functools.cache
 def _first_opset(operator: str) -> int:
     versions = [
         schema.since_version

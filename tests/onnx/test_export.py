@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnxruntime
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from groupify.errors import ArtefactError, ConversionError
 from groupify.models.preprocessing import Preprocessing
+from groupify.onnx import torch_operators
 from groupify.onnx.exporting import export_onnx
 from groupify.onnx.parity import check_parity
 from groupify.onnx.tracing import OPSET
@@ -183,3 +185,28 @@ def test_attention_in_windows_is_exported(tmp_path: Path, masked: bool) -> None:
     model = WindowAttention(masked=masked).eval()
     file = export_onnx(model, tmp_path / "model.onnx", input_shape=(3, 8, 8))
     assert check_parity(model, file.path, input_shape=(3, 8, 8), batch_sizes=(1, 3)).max_rel_diff < 1e-4
+
+
+def test_pytorch_s_operators_are_read_once(
+    net: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry: Any = pytest.importorskip("torch.onnx._internal.exporter._registration").ONNXRegistry
+    read, versions = registry.from_torchlib, []
+
+    def counted(**how: Any) -> Any:
+        versions.append(how["opset_version"])
+        return read(**how)
+
+    monkeypatch.setattr(registry, "from_torchlib", staticmethod(counted))
+    monkeypatch.setattr(torch_operators, "_READ", {})
+    files = [
+        export_onnx(net, tmp_path / f"{number}.onnx", input_shape=INPUT_SHAPE).path.read_bytes()
+        for number in range(2)
+    ]
+    assert files[0] == files[1]
+    assert versions == [OPSET]
+    assert registry.from_torchlib is counted
+    # What one export adds or takes away is its own.
+    with torch_operators.operators_read_once():
+        registry.from_torchlib(opset_version=OPSET).functions.clear()
+        assert registry.from_torchlib(opset_version=OPSET).functions
