@@ -59,7 +59,6 @@ QUICK_RULES, QUICK_SIZE = Rules(include=("basenet.slice3.2?", "upconv1.conv.0"))
 REGION = 0.4  # of the first score map: where text is
 GROUPS = 4
 RANK_STEP = 16
-STEPS = 200  # of reconstruction, for each block
 
 
 @dataclass(frozen=True)
@@ -103,6 +102,7 @@ class Setting:
         cache: folder for the numbers that plans are made from.
         seed: of everything random.
         rules: what may be replaced.
+        steps: of reconstruction, for each block.
     """
 
     dense: nn.Module
@@ -110,6 +110,7 @@ class Setting:
     cache: Path | None = None
     seed: int = 0
     rules: Rules = Rules()
+    steps: int = 200
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -124,7 +125,7 @@ class Setting:
         return make_costing(self.dense, self.shape, images, self.rules, options, latency=False)
 
     def calibration(self, steps: int = 0) -> Calibration:
-        """The images to fit on, and how."""
+        """The images to fit on, and how many steps of reconstruction."""
         return Calibration(self.images.calibration, reconstruction=ReconstructionOptions(steps=steps))
 
     @functools.cached_property
@@ -158,7 +159,7 @@ def plain_groups(setting: Setting, _: float) -> nn.Module:
     return convert(setting.dense, chosen, setting.calibration(), seed=setting.seed).model
 
 
-def planned(keep: Callable[[Candidate], bool] = lambda _: True, steps: int = 0) -> Way:
+def planned(keep: Callable[[Candidate], bool] = lambda _: True, *, reconstructed: bool = False) -> Way:
     """Return a way that converts by a plan of the product, perhaps of some structures alone."""
 
     def way(setting: Setting, size: float) -> nn.Module:
@@ -181,7 +182,8 @@ def planned(keep: Callable[[Candidate], bool] = lambda _: True, steps: int = 0) 
         if found is None:
             raise ValueError(f"no plan has {size:g} times fewer MACs; ask for more")
         made = choices.plan([kept[at] for kept, at in zip(indices, found.chosen, strict=True)])
-        return convert(setting.dense, made, setting.calibration(steps), seed=setting.seed).model
+        calibration = setting.calibration(setting.steps if reconstructed else 0)
+        return convert(setting.dense, made, calibration, seed=setting.seed).model
 
     return way
 
@@ -233,7 +235,7 @@ METHODS: dict[str, tuple[Way, bool]] = {  # and whether it comes in sizes
     SPATIAL_SVD: (spatial_svd, True),
     TUCKER_2: (planned(is_tucker), True),
     "groupify": (planned(), True),
-    "groupify, reconstruction": (planned(steps=STEPS), True),
+    "groupify, reconstruction": (planned(reconstructed=True), True),
 }
 
 
@@ -326,7 +328,8 @@ def main() -> None:
     arguments = parser.parse()
     if arguments.quick:
         images = text_images(arguments.photographs, calibration=8, test=4, side=64, seed=arguments.seed)
-        setting = Setting(random_craft(8, arguments.seed), images, None, arguments.seed, QUICK_RULES)
+        dense = random_craft(8, arguments.seed)
+        setting = Setting(dense, images, None, arguments.seed, QUICK_RULES, steps=2)
     else:
         images = kept_images(arguments.photographs, arguments.cache, arguments.seed)
         setting = Setting(trained_craft(arguments.cache), images, arguments.cache, arguments.seed)

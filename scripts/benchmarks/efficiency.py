@@ -27,6 +27,7 @@ from groupify.graph.call import example_input
 from groupify.measure.profiling import profile_onnx
 from groupify.measure.timed_files import export_for_timing
 from groupify.models.sources import load_model
+from groupify.planning.rules import Rules
 from groupify.planning.search import SearchOptions, plan_for_budget
 from groupify.scores import measure_cost
 from groupify.structures import Plan
@@ -36,6 +37,7 @@ MODELS, SIZES = ("resnet18", "resnet50"), (4, 8)
 ASKED = 0.92
 DENSE, OWN = "dense", "planned"
 KEYS = ("model", "budget")
+QUICK, QUICK_RULES = ("squeezenet1_1", "macs=95%"), Rules(include=("features.7.expand3x3",))
 
 
 @dataclass(frozen=True)
@@ -73,15 +75,15 @@ class Row:
 
 def main() -> None:
     """Parse and measure."""
-    parser = Parser(__doc__, "efficiency", "squeezenet1_1 at 64×64 with half of its MACs, a moment of timing")
+    parser = Parser(__doc__, "efficiency", "a conv of squeezenet1_1 at 64×64, a moment of timing")
     parser.add_numbers("--threads", "1,2", "threads of ONNX Runtime")
     parser.add_argument("--seconds", type=float, default=6.0, help="of a timing (default: %(default)s)")
     parser.add_argument("--size", type=int, default=224, help="side of the images (default: %(default)s)")
     arguments = parser.parse()
     cases = [(model, budget) for model in MODELS for size in SIZES for budget in budgets(size)]
-    processes = PROCESSES
+    processes, rules = PROCESSES, Rules()
     if arguments.quick:
-        cases, processes = [("squeezenet1_1", "macs=50%")], 1
+        cases, processes, rules = [QUICK], 1, QUICK_RULES
         arguments.seconds, arguments.threads, arguments.size = 0.2, arguments.threads[:1], 64
     results = Results(Row, KEYS, arguments.json, order=lambda row: row.model, again=arguments.again)
     for model, budget in cases:
@@ -89,7 +91,7 @@ def main() -> None:
             continue
         shape = (3, arguments.size, arguments.size)
         try:
-            row = measure(model, shape, budget, arguments.threads, arguments.seconds, processes)
+            row = measure(model, shape, budget, arguments.threads, arguments.seconds, processes, rules)
         except PlanError as problem:
             print(f"{model}, {budget}: {problem}", flush=True)
         else:
@@ -111,11 +113,12 @@ def measure(
     threads: Sequence[int],
     seconds: float,
     processes: int,
+    rules: Rules,
 ) -> Row:
     """Plan, cut the weights accordingly, time."""
     model = load_model(model_name, weights="none", input_shape=shape).model
     plan = plan_for_budget(
-        model, shape, budget, options=SearchOptions(cache=cache_folder(), progress=True)
+        model, shape, budget, rules=rules, options=SearchOptions(cache=cache_folder(), progress=True)
     ).plan
     planned = restructure(model, plan.recipes)
     macs = [measure_cost(one, example_input(shape, like=model)).macs for one in (model, planned)]

@@ -30,7 +30,7 @@ from groupify.planning.search import Images, SearchOptions, plan_for_budget
 from scripts.benchmarks.conversion import peak_memory_bytes
 
 BATCH = 32
-QUICK = ("squeezenet1_1", 8, 64, "macs=60%")
+QUICK = ("squeezenet1_1", 8, 64, "macs=95%", "features.7.expand3x3")
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         file = options.plan or Path(folder, "plan.json")
-        names = ("model", "images", "size", "budget", "profile")
+        names = ("model", "images", "size", "budget", "include", "profile")
         given = [f"--{name}={getattr(options, name)}" for name in names]
         for part in ("convert",) if file.exists() else ("plan", "convert"):
             command = [sys.executable, "-m", "scripts.benchmarks.planning_speed", *given]
@@ -57,15 +57,18 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=256, help="default: %(default)s")
     parser.add_argument("--size", type=int, default=224, help="pixels (default: %(default)s)")
     parser.add_argument("--budget", default="macs=25%", help="default: a quarter of the MACs")
+    parser.add_argument("--include", default="", metavar="GLOB", help="convs to replace (default: all)")
     parser.add_argument(
         "--plan", type=Path, metavar="FILE", help="the plan; if it is there, only convert by it"
     )
-    parser.add_argument("--quick", action="store_true", help="a small model; proves that it works, no more")
+    parser.add_argument(
+        "--quick", action="store_true", help="one conv of a small model; proves that it works"
+    )
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="also the N dearest functions")
     parser.add_argument("--part", choices=("plan", "convert"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
-        options.model, options.images, options.size, options.budget = QUICK
+        options.model, options.images, options.size, options.budget, options.include = QUICK
     return options
 
 
@@ -73,7 +76,7 @@ def plan(options: argparse.Namespace) -> None:
     """Plan for the budget and write the plan."""
     model, images = model_and_images(options)
     forward = dense_forward(model, images)
-    rules = groupify.Rules(cpu="avx512")
+    rules = groupify.Rules(cpu="avx512", include=(options.include,) if options.include else ())
     profile = cProfile.Profile(time.process_time)
     profile.enable()
     found = plan_for_budget(

@@ -12,12 +12,17 @@ import warnings
 
 import torch
 
-from groupify.conversion import factor_fit
+from groupify.conversion import factor_fit, held_out
 from tests.devices import fake
 from tests.devices.steps import STEPS
 
 # Of each fit of factors: every operator takes Python's time here.
-_EVALUATIONS = 12
+_FEW = (
+    (factor_fit, "EVALUATIONS", 4),
+    (factor_fit, "_CHECKING_EVALUATIONS", 2),
+    (factor_fit, "_FOLLOWING_EVALUATIONS", 2),
+    (held_out, "_LADDER", (10.0,)),
+)
 
 
 def main() -> None:
@@ -27,7 +32,8 @@ def main() -> None:
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "An output with one or more elements was resized")  # of the fake's own
     warnings.filterwarnings("ignore", ".*are expected to be slower than the dense ones")
-    factor_fit.EVALUATIONS = _EVALUATIONS  # type: ignore[attr-defined]
+    for module, name, few in _FEW:
+        setattr(module, name, few)
     found: dict[str, str | None] = {}
     for name, step in STEPS.items():
         try:

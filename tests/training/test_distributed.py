@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -24,7 +25,8 @@ from torch.utils.data import TensorDataset
 
 from groupify.conversion.surgery import restructure
 from groupify.data.ranks import Ranks, process_group
-from groupify.errors import GroupifyWarning
+from groupify.errors import GroupifyWarning, SpecError
+from groupify.pipeline import run as pipeline_run
 from groupify.scores import evaluate
 from groupify.structures import SiteRecipe, Structure
 from groupify.training import finetuning
@@ -33,7 +35,7 @@ from groupify.training.holdout import hold_out
 from groupify.training.processes import Speeds, measure_speeds
 from groupify.training.settings import FinetuneSettings
 from groupify.training.shared_norm import SharedBatchNorm, synchronise_batch_norms
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Run
 from tests.training.nets import SETTINGS, SOURCES, make_data, make_net, splits
 
 # Batches of 15 of 160 images: shares of 8 and 7, and of 5 and 5 at the end.
@@ -144,12 +146,8 @@ def save(state: dict[str, Tensor], file: Path) -> None:
 
 def torchrun(*command: object, folder: Path) -> subprocess.CompletedProcess[str]:
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    return run(*launcher, *command, folder=folder)
-
-
-def run(*command: object, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        list(map(str, command)),
+        list(map(str, (*launcher, *command))),
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -218,48 +216,52 @@ def test_an_accuracy_is_that_of_all_images(of_two: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
-    command = (
-        "-m", "groupify", "convert", "tests.cli_nets:net", "--input-size", "3,8,8", "--weights", "none",
-        "--data", "tests.cli_nets:data", "--calibrate", 90, "--groups", 2, "--min-group-width", 1, "--json",
+def test_the_command_line_under_torchrun(run: Run, tmp_path: Path) -> None:
+    net = ("tests.cli_nets:net", "--input-size", "3,8,8", "--weights", "none")
+    # The structures are chosen in one process.
+    planned = run("plan", *net, "--quiet", "--save-plan", "plan.json")
+    assert planned.code == 0, planned.err
+    convert = (
+        "convert", *net, "--data", "tests.cli_nets:data", "--calibrate", 90, "--plan", "plan.json", "--json",
     )  # fmt: skip
     training = (
         "--epochs", 2, "--batch-size", 16, "--log-file", "log.jsonl", "--log-every", 3, "--resume",
     )  # fmt: skip
-    done = torchrun(*command, *training, "-o", "out", folder=tmp_path)
+    done = torchrun("-m", "groupify", *convert, *training, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)  # one document, not two
     assert report["accuracy"]["images"] == 40
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "net-planned", "plan.json"]
     steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert steps.count(12) == 2  # one training line and one validation
 
     # Each of two processes looked at half of the test images, with the model that one process gets.
-    alone = run(sys.executable, *command, "-o", "alone", folder=tmp_path)
-    assert alone.returncode == 0, alone.stderr
-    assert json.loads(alone.stdout)["accuracy"]["converted"] == report["accuracy"]["converted"]
-
-
-@pytest.mark.slow
-def test_structures_are_chosen_before_torchrun(tmp_path: Path) -> None:
-    """Neither groups nor a budget: each process would choose for itself."""
-    net = ("tests.cli_nets:net", "--input-size", "3,8,8", "--weights", "none", "--quiet")
-    refused = torchrun("-m", "groupify", "convert", *net, folder=tmp_path)
-    assert refused.returncode != 0
-    assert "structures are chosen for each conv in one process: write the plan with" in refused.stderr
-    assert (
-        "MODEL --save-plan FILE', then give --plan FILE under torchrun; or give --groups 4" in refused.stderr
-    )
-    assert list(tmp_path.iterdir()) == []
-
-    planned = run(sys.executable, "-m", "groupify", "plan", *net, "--save-plan", "plan.json", folder=tmp_path)
-    assert planned.returncode == 0, planned.stderr
-    done = torchrun("-m", "groupify", "convert", *net, "--plan", "plan.json", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["net-planned", "plan.json"]
+    alone = run(*convert, "-o", "alone")
+    assert alone.code == 0, alone.err
+    assert json.loads(alone.out)["accuracy"]["converted"] == report["accuracy"]["converted"]
 
 
 # without processes ---------------------------------------------------------------------------------
+
+
+def test_structures_are_chosen_before_torchrun(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither groups nor a budget: each process would choose for itself."""
+    monkeypatch.setattr(pipeline_run, "process_group", lambda: contextlib.nullcontext(Ranks(0, 2)))
+    net = ("tests.cli_nets:net", "--input-size", "3,8,8", "--weights", "none", "--quiet")
+    refused = run("convert", *net)
+    assert refused.code == 2
+    assert "structures are chosen for each conv in one process: write the plan with" in refused.err
+    assert "MODEL --save-plan FILE', then give --plan FILE under torchrun; or give --groups 4" in refused.err
+    assert list(tmp_path.iterdir()) == []
+    # Groups leave nothing to choose: the first process converts, and would give the others its weights.
+    monkeypatch.setattr(Ranks, "share_weights", share_with_nobody)
+    assert run("convert", *net, "--groups", 2, "--min-group-width", 1).err.endswith("nobody to share with\n")
+
+
+def share_with_nobody(ranks: Ranks, model: nn.Module) -> nn.Module:
+    raise SpecError("nobody to share with")
 
 
 @pytest.mark.parametrize("kind", ["map-style", *SOURCES])
