@@ -16,11 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from groupify.conversion.conversion import convert
 from groupify.conversion.surgery import SHUFFLED
-from groupify.models.demo import INPUT_SHAPE, demo_model
 from groupify.planning.rules import Rules
 from groupify.planning.sites import describe
 from groupify.planning.uniform import plan
 from groupify.structures import SiteRecipe, Structure
+from tests.conversion.nets import SHAPE, Residual, randomise
 
 KINDS: dict[str, dict[str, Any]] = {
     "grouped": {},
@@ -32,16 +32,15 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(params=KINDS, scope="module")
 def model(request: pytest.FixtureRequest) -> nn.Module:
-    torch.manual_seed(0)
-    dense = demo_model().eval()
-    chosen = plan(dense, INPUT_SHAPE, groups=4, rules=Rules(min_group_width=1, **KINDS[request.param]))
+    dense = randomise(Residual()).eval()
+    chosen = plan(dense, SHAPE, groups=4, rules=Rules(min_group_width=1, **KINDS[request.param]))
     if request.param == "block-term":
         recipes = [
             SiteRecipe(site.name, Structure(site.in_channels // 2, 4, site.out_channels // 2))
             for site in chosen.converted
             if max(site.kernel_size) > 1
         ]
-        chosen = describe(dense, recipes, INPUT_SHAPE, chosen.cpu)
+        chosen = describe(dense, recipes, SHAPE, chosen.cpu)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return convert(dense, chosen).model.eval()
@@ -49,7 +48,7 @@ def model(request: pytest.FixtureRequest) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def images() -> Tensor:
-    return torch.randn(4, *INPUT_SHAPE, generator=torch.Generator().manual_seed(0))
+    return torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture

@@ -62,7 +62,9 @@ def build(name: str) -> nn.Module:
     if name in ("googlenet", "inception_v3"):
         options["init_weights"] = False
     generator = torch.Generator().manual_seed(0)
-    model = efficientnet_v2() if name == "efficientnet_v2" else torchvision.models.get_model(name, **options)
+    model: nn.Module = (
+        efficientnet_v2() if name == "efficientnet_v2" else torchvision.models.get_model(name, **options)
+    )
     model.eval()
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point() and (tensor.dim() == 1 or "layer_scale" in key):
