@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import groupify
+from tests.cli_nets import part_of_the_demo
 from tests.conftest import ROOT, Run
 
 # What pytest was started from may ignore SIGINT, and a child would inherit that.
@@ -29,6 +30,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 from groupify.cli.main import main
 main()
 """
+
+
+DATA = ("--data", "tests.cli_nets:part_of_the_demo")
 
 
 def environment() -> Mapping[str, str]:
@@ -57,7 +61,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The folder that one whole conversion wrote, and the document that it printed."""
     folder = tmp_path_factory.mktemp("whole")
-    options = ("--groups", 4, "--data", "demo", "--calibrate", 250, "--epochs", 0.05, "--json")
+    options = ("--groups", 4, *DATA, "--calibrate", 100, "--epochs", 0.5, "--json")
     code, out, err = finish(start(folder, "convert", "demo", *options))
     assert code == 0, err
     notes = [line for line in err.splitlines() if not re.match(r"\[\d/\d\] [a-z]", line)]
@@ -65,7 +69,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     assert notes[0].startswith(
         "groupify: preprocessing (the data set's own): the whole image to 28×28, bilinear;"
     )
-    assert notes[1].startswith("groupify: memory: activations of 250 images take about ")
+    assert notes[1].startswith("groupify: memory: activations of 100 images take about ")
     return folder / "demo-g4", json.loads(out)
 
 
@@ -110,7 +114,7 @@ def test_the_document(converted: tuple[Path, dict[str, Any]]) -> None:
 def test_onnx_runtime_computes_what_pytorch_does(converted: tuple[Path, dict[str, Any]]) -> None:
     folder, document = converted
     model = groupify.load(folder)
-    data = groupify.load_data("demo", groupify.load_model("demo").spec)
+    data = part_of_the_demo()
     assert data.test is not None
     images = groupify.calibration_images(data.test, 50, seed=1)
     with torch.inference_mode():
@@ -128,13 +132,13 @@ def test_onnx_runtime_computes_what_pytorch_does(converted: tuple[Path, dict[str
 @pytest.mark.slow
 def test_evaluate(converted: tuple[Path, dict[str, Any]], run: Run) -> None:
     folder, document = converted
-    outcome = run("evaluate", folder, "--data", "demo", "--json")
+    outcome = run("evaluate", folder, *DATA, "--json")
     assert (outcome.code, outcome.err) == (0, "")
     assert json.loads(outcome.out) == {
         "model": str(folder),
-        "data": "demo",
+        "data": DATA[1],
         "top1": document["accuracy"]["recovered"],
-        "images": 2000,
+        "images": 200,
     }
 
 
@@ -142,11 +146,10 @@ def test_evaluate(converted: tuple[Path, dict[str, Any]], run: Run) -> None:
 def test_finetune(converted: tuple[Path, dict[str, Any]], run: Run, tmp_path: Path) -> None:
     folder, document = converted
     shutil.copytree(folder, tmp_path / "moved")
-    data = ("--data", "tests.cli_nets:part_of_the_demo")
-    outcome = run("finetune", "moved", *data, "--epochs", 0.5, "--labels", "none", "--json")
+    outcome = run("finetune", "moved", *DATA, "--epochs", 0.5, "--labels", "none", "--json")
     assert (outcome.code, outcome.err) == (0, "")
     report = json.loads(outcome.out)
-    before = json.loads(run("evaluate", "moved", *data, "--json").out)
+    before = json.loads(run("evaluate", "moved", *DATA, "--json").out)
     assert before["images"] == report["accuracy"]["images"] == 200
     assert report["files"]["onnx"] == "moved-finetuned/model.onnx"
     # "converted" is the model that was given: the one that the first run recovered.
@@ -158,7 +161,7 @@ def test_finetune(converted: tuple[Path, dict[str, Any]], run: Run, tmp_path: Pa
     ]
     assert report["params"] == document["params"]
     assert len(report["history"]) >= 2
-    refused = run("finetune", "moved", *data)
+    refused = run("finetune", "moved", *DATA)
     assert (refused.code, refused.err.count("\n")) == (2, 1)
     assert "moved-finetuned exists; pass --force" in refused.err
 
@@ -236,8 +239,9 @@ def test_a_signal_leaves_nothing(tmp_path: Path) -> None:
         assert list((tmp_path / number.name).iterdir()) == []
 
 
-def test_a_reader_that_leaves(tmp_path: Path) -> None:
-    processes = [start(tmp_path, "plan", "demo", "-g", 4, *options) for options in ([], ["--json"])]
+def test_a_reader_that_leaves(converted: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    tiny = ("plan", "tests.cli_nets:net", "--input-size", "3,8,8", "-g", 4, "--json")
+    processes = [start(tmp_path, *command) for command in (tiny, ("report", converted[0]))]
     for process in processes:
         assert process.stdout is not None
         process.stdout.close()

@@ -46,7 +46,7 @@ def report_of(folder: Path) -> dict[str, Any]:
 def test_a_folder_keeps_its_task_its_budget_and_its_metric(run: Run, tmp_path: Path) -> None:
     torch.manual_seed(0)
     metric, loss = ("--metric", f"{HERE}:likelihood"), ("--loss", f"{HERE}:of_pixels")
-    limits = ("--budget", "macs=60%,drop=5", "--task", "outputs", "--calibrate", 64)
+    limits = ("--budget", "macs=60%,drop=5", "--structure", "grouped", "--task", "outputs", "--calibrate", 64)
     outcome = run("convert", *NET, *DATA, *limits, *metric, "-o", "out")
     assert outcome.code == 0, outcome.err
     recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())

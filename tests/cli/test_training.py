@@ -19,6 +19,7 @@ from tests.conftest import Run
 
 TINY = ("tests.cli_nets:net", "--input-size", INPUT_SIZE, "--min-group-width", "8")
 CONVERT = ("convert", *TINY, "--groups", 4)
+GROUPED = ("--structure", "grouped")
 STREAM = ("--data", "tests.cli_nets:stream", "--images-per-epoch", 192, "--batch-size", 16)
 
 
@@ -70,7 +71,7 @@ def test_streams_in_every_verb(run: Run, tmp_path: Path) -> None:
     tuned = run("finetune", "out", *options, "--labels", "none", "--trust", "--json")
     assert tuned.code == 0, tuned.err
     assert json.loads(tuned.out)["accuracy"]["images"] == 40
-    planned = run("plan", *TINY, *STREAM[:2], "--budget", "macs=60%", "--calibrate", 64, "--json")
+    planned = run("plan", *TINY, *STREAM[:2], "--budget", "macs=60%", *GROUPED, "--calibrate", 64, "--json")
     assert planned.code == 0, planned.err
     assert "unlabelled images" in json.loads(planned.out)["method"]
     exported = run("export", "out", *STREAM[:2], "--trust", "--precision", "both", "--json")

@@ -37,7 +37,7 @@ def few_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Let ``groupify.load_data`` give the first images only; return the folder to write into."""
     splits = part_of_the_demo()
     assert splits.train is not None
-    splits = replace(splits, train=Subset(splits.train, range(100)))  # type: ignore[arg-type]
+    splits = replace(splits, train=Subset(splits.train, range(64)))  # type: ignore[arg-type]
 
     def load_data(spec: str, model_spec: ModelSpec) -> DataSplits:
         assert (spec, model_spec.name) == ("demo", "demo")
@@ -66,7 +66,7 @@ def test_the_readme_s_python(few_images: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.slow
 def test_five_minute_tour(few_images: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    accuracy = example("five_minute_tour").main(few_images, images=100, epochs=1)
+    accuracy = example("five_minute_tour").main(few_images, images=64, epochs=1)
     assert list(accuracy) == ["dense", "converted", "tuned"]
     assert accuracy["dense"] > 0.9
     assert min(accuracy.values()) > 0.75
@@ -90,13 +90,19 @@ def test_own_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "limit", "sizes", "metric"),
-    [("segmentation", 2.0, "32×32 and", "miou"), ("super_resolution", 0.5, "16×16 and", "psnr")],
+    ("name", "count", "limit", "sizes", "metric"),
+    [("segmentation", 48, 2.0, "32×32 and", "miou"), ("super_resolution", 96, 0.5, "16×16 and", "psnr")],
 )
 def test_tasks_without_classes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, limit: float, sizes: str, metric: str
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    count: int,
+    limit: float,
+    sizes: str,
+    metric: str,
 ) -> None:
-    measured = example(name).main(tmp_path)
+    measured = example(name).main(tmp_path, count)
     assert measured["converted"] >= measured["dense"] - limit
     assert (
         measured["tuned"] > measured["converted"] - limit / 4
@@ -110,7 +116,7 @@ def test_tasks_without_classes(
 def test_plain_training_loop(capsys: pytest.CaptureFixture[str]) -> None:
     splits = part_of_the_demo()
     accuracies = example("plain_training_loop").main(
-        splits.train, splits.test, epochs=4, convert_after=3, images=100
+        splits.train, splits.test, epochs=4, convert_after=3, images=48
     )
     dense, converted, grouped = accuracies[-3:]
     assert len(accuracies) == 5
@@ -127,7 +133,7 @@ def test_lightning_loop(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's advice on workers and loggers
         module = example("lightning_loop").main(
-            splits.train, splits.test, epochs=2, convert_after=1, images=100, folder=tmp_path, logger=False,
+            splits.train, splits.test, epochs=2, convert_after=1, images=48, folder=tmp_path, logger=False,
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
             accelerator="cpu", limit_train_batches=3, limit_val_batches=1, num_sanity_val_steps=0,
         )  # fmt: skip

@@ -20,12 +20,10 @@ FAMILIES: dict[str, set[str]] = {
     "resnet18": set(),
     "resnext50_32x4d": set(),
     "vgg11": set(),
-    "vgg11_bn": set(),
     "densenet121": set(),
     "googlenet": set(),
     "inception_v3": set(),
     "squeezenet1_1": {"classifier.1"},
-    "efficientnet_b0": set(),
     "efficientnet_v2": set(),
     "regnet_y_400mf": set(),
     "mobilenet_v2": set(),
@@ -82,7 +80,8 @@ def efficientnet_v2() -> nn.Module:
         FusedMBConvConfig(4, 3, 2, 8, 16, 2),
         MBConvConfig(4, 3, 2, 16, 24, 2),
     ]
-    return EfficientNet(blocks, dropout=0.2, last_channel=64)
+    model: nn.Module = EfficientNet(blocks, dropout=0.2, last_channel=64)
+    return model
 
 
 def find(model: nn.Module, x: Tensor) -> Channels:

@@ -16,7 +16,7 @@ from groupify.graph.permute import apply_orders
 from tests.graph.random_nets import SIZE, RandomNet, Step, steps
 
 relaxed = settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
 )
 
 

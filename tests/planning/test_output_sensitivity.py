@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from groupify.conversion.conversion import convert
 from groupify.errors import DataError, GroupifyWarning, SpecError
+from groupify.files import cache_folder
 from groupify.graph.forward import output_tensors
 from groupify.planning.race import BudgetPlan
 from groupify.planning.rules import Rules
@@ -34,6 +35,14 @@ def _few_samples() -> Iterator[None]:
     """The nets are tiny: a poor fit is no concern here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", GroupifyWarning)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the convs of a net lose is measured once for all tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GROUPIFY_CACHE", str(tmp_path_factory.mktemp("kept")))
         yield
 
 
@@ -84,7 +93,8 @@ def images(count: int = 48, seed: int = 0) -> Tensor:
 
 
 def planned(model: nn.Module, budget: str = "macs=45%", **options: Any) -> BudgetPlan:
-    return plan_for_budget(model, SHAPE, budget, images(), rules=RULES, options=SearchOptions(**options))
+    search = SearchOptions(**{"cache": cache_folder(), **options})
+    return plan_for_budget(model, SHAPE, budget, images(), rules=RULES, options=search)
 
 
 def error(model: nn.Module, other: nn.Module) -> float:

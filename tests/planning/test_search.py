@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 from groupify.conversion.surgery import restructure
 from groupify.data.splits import DataSplits
 from groupify.errors import GroupifyError, GroupifyWarning, PlanError, SpecError
+from groupify.files import cache_folder
 from groupify.graph.call import example_input
 from groupify.measure import benchmarks
 from groupify.measure.benchmarks import Latency, Timing, speed_ups
@@ -96,12 +97,21 @@ def _few_samples() -> Any:
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the convs of the net lose is measured once for all tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GROUPIFY_CACHE", str(tmp_path_factory.mktemp("kept")))
+        yield
+
+
 ANY = Rules(min_group_width=1, cpu="avx512")
 GROUPED = replace(ANY, structures="grouped")
 
 
 def planned(budget: str, rules: Rules = ANY, **options: Any) -> BudgetPlan:
-    return plan_for_budget(net(), SHAPE, budget, images(), rules=rules, options=SearchOptions(**options))
+    search = SearchOptions(**{"cache": cache_folder(), **options})
+    return plan_for_budget(net(), SHAPE, budget, images(), rules=rules, options=search)
 
 
 # ---- candidates
