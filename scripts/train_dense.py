@@ -42,7 +42,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -90,6 +91,8 @@ def main() -> None:
         "--small-epochs", type=int, default=0, metavar="N",
         help=f"first epochs, on images of {SMALL_SIDE}×{SMALL_SIDE} pixels (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument("--rate", type=float, default=0.1, help="the highest (default: %(default)s)")
+    parser.add_argument("--start", type=Path, metavar="FILE", help="weights of this script to go on from")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.safetensors")
     arguments = parser.parse_args()
     if arguments.epochs < 1:
@@ -110,11 +113,13 @@ def main() -> None:
     if arguments.without_demo_images:
         images = without(images, read_fashion_mnist(DATA_FOLDER, "train")[0])
 
-    setting = {name: value for name, value in vars(arguments).items() if name != "output"}
+    if arguments.start is not None:
+        model.load_state_dict(load_file(arguments.start))
+    setting = {name: str(value) for name, value in vars(arguments).items() if name != "output"}
     kept = Kept(arguments.output.with_name(arguments.output.name + ".training"), setting)
     minutes = train(
         model, images, splits.augment, epochs=arguments.epochs, small_epochs=arguments.small_epochs,
-        seed=arguments.seed, kept=kept,
+        rate=arguments.rate, seed=arguments.seed, kept=kept,
     )  # fmt: skip
     accuracy = evaluate(model, test)
 
@@ -128,6 +133,8 @@ def main() -> None:
         "data": arguments.data,
         "epochs": str(arguments.epochs),
         "small_epochs": str(arguments.small_epochs),
+        "rate": str(arguments.rate),
+        "start": "none" if arguments.start is None else str(metadata_of(arguments.start)),
         "without_demo_images": str(arguments.without_demo_images),
         "training_images": str(len(images)),
         "seed": str(arguments.seed),
@@ -203,6 +210,7 @@ def train(
     epochs: int,
     seed: int,
     small_epochs: int = 0,
+    rate: float = 0.1,
     kept: Kept | None = None,
 ) -> float:
     """Train ``model`` in place with the recipe described above, and return the minutes that took.
@@ -214,13 +222,14 @@ def train(
         epochs: how many.
         seed: of the order and the augmentation.
         small_epochs: how many of the first epochs have small images.
+        rate: the highest learning rate.
         kept: where the state is kept from epoch to epoch, and found by a training that was stopped.
     """
     generator = torch.Generator().manual_seed(seed)
     steps = len(images) // BATCH_SIZE
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=0.1, total_steps=epochs * steps, cycle_momentum=False
+        optimizer, max_lr=rate, total_steps=epochs * steps, cycle_momentum=False
     )
     model.train().to(memory_format=torch.channels_last)
     state = generator, model, optimizer, schedule
@@ -251,6 +260,12 @@ def _step(model: nn.Module, inputs: Tensor, labels: Tensor, optimizer: torch.opt
     loss.backward()
     optimizer.step()
     return loss.item()
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """Return how weights were trained."""
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata() or {})
 
 
 def store(weights: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
