@@ -2,8 +2,8 @@
 
     python -m scripts.benchmarks.recovery --checkpoint FILE --twin FILE [--only 'groupify ÷*'] [--quick]
 
-Every method gets the same 1,000 unlabelled images to make its net from, the same images to train on (54,000,
-and 6,000 held out to choose between the net as made and as trained), the same number of steps, and the same
+Every method gets the same 1,000 unlabelled images to make its net from, the same images to train on (55,000,
+and 5,000 held out to choose between the net as made and as trained), the same number of steps, and the same
 distillation from the dense net. Its learning rate is the best of --learning-rates for it, chosen on a smaller
 net by images that neither that net nor its training has seen; see training.py. "groupify" takes the rate that
 follows from what was lost, as the product does, which looks at no other run. Accuracy is that of all 10,000
