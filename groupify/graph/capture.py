@@ -94,7 +94,7 @@ def _capture(model: nn.Module, calls: Sequence[Call]) -> ModelGraph:
     clear_onlookers(copy, example)  # or they would be given fake tensors
     counts = _count_calls(copy)
     options: Any = {"dynamic_shapes": _dynamic(calls), "strict": False}
-    program = torch.export.export(_Whole(copy), *example.arguments, **options)
+    program = torch.export.export(_Whole(copy), example.arguments, **options)
     program, reduced = functional(program)
     return _Builder(model, copy, program, counts).build(example, reduced)
 
@@ -106,7 +106,8 @@ class _Whole(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+    # Two arguments: with **kwargs torch 2.9 expects dynamic shapes for each of them twice.
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         return output_tensors(self.model(*args, **kwargs))
 
 
@@ -146,8 +147,7 @@ def _dynamic(calls: Sequence[Call]) -> Any:
 
     flat, spec = pytree.tree_flatten(calls[0].arguments)
     args, kwargs = pytree.tree_unflatten([sizes(i, leaf) for i, leaf in enumerate(flat)], spec)
-    # The wrapper takes *args and **kwargs.
-    return {name: value for name, value in (("args", args), ("kwargs", kwargs)) if value}
+    return {"args": args, "kwargs": kwargs}
 
 
 class _Builder:
