@@ -168,7 +168,7 @@ class _Quantisation:
     def _feeds(self, images: Tensor) -> list[Feed]:
         """Cut images into batches that the file takes, the last one filled up with the first images."""
         source = self._model.graph.input[0]
-        fixed = source.type.tensor_type.shape.dim[0].dim_value
+        fixed = max(0, source.type.tensor_type.shape.dim[0].dim_value)  # some exporters write -1 for any
         size = fixed or _BATCH
         if fixed and len(images) % fixed:
             count = -(-len(images) // fixed) * fixed
