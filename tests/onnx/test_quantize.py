@@ -54,6 +54,16 @@ def test_a_file_of_fixed_batch_is_calibrated_at_that_batch(net: nn.Module, tmp_p
         torch.testing.assert_close(outputs, net(IMAGES), atol=1e-5, rtol=1e-5)
 
 
+def test_a_batch_of_minus_one_is_any_batch(net: nn.Module, tmp_path: Path) -> None:
+    """PaddlePaddle's exporter writes what is open so."""
+    path = export_onnx(net, tmp_path / "net.onnx", input_shape=INPUT_SHAPE).path
+    model = onnx.load(str(path))
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -1
+    onnx.save(model, str(path))
+    quantized = quantize_onnx(path, tmp_path / "net.int8.onnx", images=IMAGES)
+    assert compare_files(path, quantized.path, images=IMAGES).max_rel_diff < 0.1
+
+
 def test_a_file_is_called_like_a_module(net: nn.Module, exported: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(OnnxModule(exported)(IMAGES), net(IMAGES), atol=1e-5, rtol=1e-5)
