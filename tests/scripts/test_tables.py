@@ -22,6 +22,7 @@ from scripts.benchmarks import (
     planner,
     prediction,
     ranking,
+    recovery,
     rivals,
     tables,
     whole_way,
@@ -179,6 +180,7 @@ FILES: dict[str, Results[Any]] = {
     "planner": Results(planner.Row, planner.KEYS),
     "prediction": Results(prediction.Row, prediction.KEYS),
     "ranking": Results(ranking.Row, ranking.KEYS),
+    "recovery": Results(recovery.Row, recovery.KEYS),
     "rivals": Results(rivals.Row, rivals.KEYS),
 }
 
