@@ -41,8 +41,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -50,6 +49,7 @@ from tqdm import tqdm
 from groupify.data.files import read_fashion_mnist
 from groupify.data.images import FlipAndShift, ImageArrays
 from groupify.data.splits import load_data
+from groupify.files import read_tensors
 from groupify.machine import bfloat16_is_slow
 from groupify.models.demo import (
     DATA_FOLDER,
@@ -112,8 +112,11 @@ def main() -> None:
     if arguments.without_demo_images:
         images = without(images, read_fashion_mnist(DATA_FOLDER, "train")[0])
 
+    start = "none"
     if arguments.start is not None:
-        model.load_state_dict(load_file(arguments.start))
+        tensors, made = read_tensors(arguments.start)
+        model.load_state_dict(tensors)
+        start = str(made)
     setting = {name: str(value) for name, value in vars(arguments).items() if name != "output"}
     kept = Kept(arguments.output.with_name(arguments.output.name + ".training"), setting)
     minutes = train(
@@ -133,7 +136,7 @@ def main() -> None:
         "epochs": str(arguments.epochs),
         "small_epochs": str(arguments.small_epochs),
         "rate": str(arguments.rate),
-        "start": "none" if arguments.start is None else str(metadata_of(arguments.start)),
+        "start": start,
         "without_demo_images": str(arguments.without_demo_images),
         "training_images": str(len(images)),
         "seed": str(arguments.seed),
@@ -259,12 +262,6 @@ def _step(model: nn.Module, inputs: Tensor, labels: Tensor, optimizer: torch.opt
     loss.backward()
     optimizer.step()
     return loss.item()
-
-
-def metadata_of(path: Path) -> dict[str, str]:
-    """Return how weights were trained."""
-    with safe_open(path, "pt") as file:
-        return dict(file.metadata() or {})
 
 
 def store(weights: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
@@ -27,6 +26,7 @@ from groupify.data.batches import Data, calibration_images
 from groupify.data.files import read_fashion_mnist
 from groupify.data.images import ImageArrays
 from groupify.data.splits import DataSplits
+from groupify.files import read_tensors
 from groupify.machine import bfloat16_is_slow
 from groupify.models.demo import DATA_FOLDER, MODEL_FILE
 from groupify.models.sources import load_model
@@ -86,8 +86,7 @@ class Twin:
 
         Exits if they were trained on the images that are to be held out.
         """
-        with safe_open(checkpoint, "pt") as file:
-            metadata = file.metadata() or {}
+        _, metadata = read_tensors(checkpoint)
         if metadata.get("without_demo_images") != "True":
             sys.exit(
                 f"{checkpoint.name} may have been trained on the images that learning rates are chosen by: "
