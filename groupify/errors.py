@@ -104,6 +104,6 @@ def attribute_of(value: Any, types: type | tuple[type, ...]) -> str:
     """Return ``"; give its .model"`` where an attribute of a result of groupify was meant, or ``""``."""
     if not type(value).__module__.startswith("groupify."):
         return ""
-    names = ("model", "plan", "recipe", "train")
+    names = ("model", "plan", "recipe", "train", "spec")
     found = (name for name in names if isinstance(getattr(value, name, None), types))
     return "".join(f"; give its .{name}" for name in list(found)[:1])

@@ -18,7 +18,15 @@ from groupify.data.calls import Inputs, iterate_calls
 from groupify.data.files import find_fashion_mnist, read_cifar10, read_fashion_mnist
 from groupify.data.images import CropAndFlip, FlipAndShift, ImageArrays, read_image_folder, size_in_common
 from groupify.data.items import Labelled
-from groupify.errors import DataError, GroupifyError, GroupifyWarning, SpecError, WrongTypeError, near_names
+from groupify.errors import (
+    DataError,
+    GroupifyError,
+    GroupifyWarning,
+    SpecError,
+    WrongTypeError,
+    expect_type,
+    near_names,
+)
 from groupify.models import demo
 from groupify.models.preprocessing import Preprocessing, PreprocessingOptions, unknown
 from groupify.models.sources import import_attribute
@@ -109,6 +117,8 @@ def load_data(
     Warns:
         GroupifyWarning: the data set has fewer classes than the model.
     """
+    expect_type(spec, str, "spec", "a name like demo, or package.module:function")
+    expect_type(model_spec, ModelSpec, "model_spec", "the spec of a model, load_model(...).spec")
     splits = _resolve(spec, model_spec, preprocessing or PreprocessingOptions(), seed)
     if num_classes is not None:
         check_classes(splits, num_classes)

@@ -20,12 +20,14 @@ from groupify.files import cache_folder, fingerprint
 from groupify.graph.plain_layers import Conv, conv_of
 from groupify.machine import describe_machine
 from groupify.measure.conv_timing import TimedConv, time_convs
+from groupify.measure.kernel_overhead import Alone, Replaced, find_overhead
 from groupify.measure.profiling import Milliseconds, NetworkTime, mean_time, time_network
-from groupify.measure.timed_files import export_for_timing
+from groupify.measure.timed_files import export_for_timing, share_of_dense
 from groupify.stats.positions import padding_amounts
-from groupify.structures import FLOAT32, INT8, Candidate, Choices, Observed, Precision
+from groupify.structures import FLOAT32, INT8, Candidate, Choices, Observed, Plan, Precision
 
 Times = Annotated[Mapping[str, Milliseconds], Field(max_length=100_000)]
+Row = Sequence[TimedConv | None]  # what one conv may become; None where it never runs or has no choice
 
 
 @dataclass(frozen=True)
@@ -36,20 +38,18 @@ class LatencyTable(Document):
         machine: where it was measured.
         threads: intra-op threads of ONNX Runtime.
         convs: shape of a conv, what replaces it and its precision → time with its activation.
-        warm_convs: the same with the weights in the caches.
-        networks: fingerprint of a dense network and its precision → time of all of it, and of each of its
-            convs in it.
+        networks: fingerprint of a dense network and its precision → time of all of it, of each of its convs
+            in it, and what single times exceed those in it by.
     """
 
     what: ClassVar[str] = "latency table"
     remedy: ClassVar[str] = "make one with groupify bench MODEL --table FILE"
 
     format: Literal["groupify latency table"] = field(default="groupify latency table", kw_only=True)
-    schema_version: Literal[5] = field(default=5, kw_only=True)
+    schema_version: Literal[6] = field(default=6, kw_only=True)
     machine: Text
     threads: Annotated[int, Field(ge=1, le=65_536)] = 1
     convs: Times = field(default_factory=dict)
-    warm_convs: Times = field(default_factory=dict)
     networks: Mapping[str, NetworkTime] = field(default_factory=dict)
 
 
@@ -112,16 +112,24 @@ class Stopwatch:
         self._model, self._shape = model, input_shape
         self._threads, self._progress = threads, progress
 
-    def convs(self, shapes: Sequence[TimedConv], *, warm: bool) -> Iterator[Mapping[TimedConv, float]]:
-        """Give the milliseconds of convs, some at a time, with their weights in the caches or not."""
-        return time_convs(shapes, threads=self._threads, warm=warm, progress=self._progress)
+    def convs(self, shapes: Sequence[TimedConv]) -> Iterator[Mapping[TimedConv, float]]:
+        """Give the milliseconds of convs, some at a time."""
+        return time_convs(shapes, threads=self._threads, progress=self._progress)
 
     def network(self, sites: Sequence[str], precision: Precision) -> NetworkTime:
         """Return how long the dense model runs, and its sites in it."""
+        path = self._dense(precision)
+        return time_network(path, sites, threads=self._threads, input_shape=self._shape)
+
+    def share(self, plan: Plan) -> float:
+        """Return the latency of the model with a plan ÷ that of the dense one."""
+        return share_of_dense(self._model, self._dense(plan.precision), plan, threads=self._threads)
+
+    def _dense(self, precision: Precision) -> Path:
         path = self._folder / f"{precision}.onnx"
         if not path.exists():
             export_for_timing(self._model, path, self._shape, precision)
-        return time_network(path, sites, threads=self._threads, input_shape=self._shape)
+        return path
 
     @functools.cached_property
     def _folder(self) -> Path:
@@ -133,7 +141,7 @@ class Stopwatch:
 
 def measure_table(
     model: nn.Module, choices: Choices, known: LatencyTable | None = None, *, threads: int = 1,
-    warm: bool = False, progress: bool = False, stopwatch: Stopwatch | None = None,
+    progress: bool = False, stopwatch: Stopwatch | None = None,
     keep: Callable[[LatencyTable], None] = lambda _: None,
 ) -> LatencyTable:  # fmt: skip
     """Time all that a table lacks of a model: its convs, their candidates, and the whole of it.
@@ -145,7 +153,6 @@ def measure_table(
         choices: what may become of each conv, and the precision.
         known: an earlier table of this machine.
         threads: intra-op threads.
-        warm: time the convs with their weights in the caches as well.
         progress: show a bar on stderr.
         stopwatch: what takes the times; None = ONNX Runtime on this machine.
         keep: is given the table so far, again and again: an interrupted measurement goes on from there.
@@ -162,20 +169,38 @@ def measure_table(
         sites = [options[0].site.name for options, row in zip(choices.sites, rows, strict=True) if row[0]]
         # In front and behind: the convs take minutes, in which the speed of a machine may change.
         before = {precision: stopwatch.network(sites, precision) for precision in names}
-        for times in stopwatch.convs(missing, warm=False) if missing else ():
+        for times in stopwatch.convs(missing) if missing else ():
             table = replace(table, convs={**table.convs, **_by_text(times)})
             keep(table)
         networks = {
             name: mean_time(before[precision], stopwatch.network(sites, precision))
             for precision, name in names.items()
         }
+        planned = names[choices.precision]
+        overhead = _overhead(networks[planned], table, choices, rows, stopwatch)
+        networks[planned] = replace(networks[planned], overhead_ms=overhead)
         table = replace(table, networks={**table.networks, **networks})
         keep(table)
-    missing = [shape for shape in shapes if warm and str(shape) not in table.warm_convs]
-    for times in stopwatch.convs(missing, warm=True) if missing else ():
-        table = replace(table, warm_convs={**table.warm_convs, **_by_text(times)})
-        keep(table)
     return table
+
+
+def _overhead(
+    network: NetworkTime, table: LatencyTable, choices: Choices, rows: Sequence[Row], stopwatch: Stopwatch
+) -> float:
+    """Time the network of which every conv has the fewest MACs; return what that says of single times."""
+    thin = tuple(
+        min(range(len(options)), key=lambda index: options[index].site.macs.grouped)
+        for options in choices.sites
+    )
+    convs = [
+        replaced[index]
+        for replaced, index in zip(_replaced(network, table, choices, rows), thin, strict=True)
+        if index
+    ]
+    if not convs:
+        return 0.0
+    saved = (1 - stopwatch.share(choices.plan(thin))) * network.total_ms
+    return find_overhead(convs, sum(conv.inside_ms for conv in convs) - saved)
 
 
 def _by_text(times: Mapping[TimedConv, float]) -> dict[str, float]:
@@ -188,7 +213,6 @@ def cached_table(
     *,
     threads: int = 1,
     cache: Path | None = None,
-    warm: bool = False,
     progress: bool = False,
     stopwatch: Stopwatch | None = None,
 ) -> LatencyTable:
@@ -198,7 +222,7 @@ def cached_table(
     """
     path = _cached(threads, cache)
     return measure_table(
-        model, choices, _known(path), threads=threads, warm=warm, progress=progress, stopwatch=stopwatch,
+        model, choices, _known(path), threads=threads, progress=progress, stopwatch=stopwatch,
         keep=lambda table: table.write(path),
     )  # fmt: skip
 
@@ -228,14 +252,13 @@ def machine_fingerprint(threads: int) -> str:
     return fingerprint((machine.cpu, machine.simd, machine.system, str(machine.onnxruntime), str(threads)))
 
 
-def look_up(table: LatencyTable, model: nn.Module, choices: Choices, *, warm: bool = False) -> Latencies:
+def look_up(table: LatencyTable, model: nn.Module, choices: Choices) -> Latencies:
     """Find the convs and candidates of a model in a table.
 
     Args:
         table: what was measured.
         model: the dense model.
         choices: what may become of each conv.
-        warm: take the times of convs whose weights are in the caches; the rest of the model stays the same.
 
     Raises:
         PlanError: the table was made for another model, or for other options.
@@ -248,35 +271,38 @@ def look_up(table: LatencyTable, model: nn.Module, choices: Choices, *, warm: bo
             "--input-size and --precision"
         )
     network, dense_float32 = (table.networks[name] for name in names)
-    convs = []
-    rest = network.total_ms
-    for options, shapes in zip(choices.sites, _shapes(model, choices), strict=True):
+    replaced = _replaced(network, table, choices, _shapes(model, choices))
+    convs = tuple(tuple(conv.predicted_ms(network.overhead_ms) for conv in options) for options in replaced)
+    rest = network.total_ms - sum(options[0].inside_ms for options in replaced)
+    return Latencies(max(0.0, rest), convs, dense_float32.total_ms)
+
+
+def _replaced(
+    network: NetworkTime, table: LatencyTable, choices: Choices, rows: Sequence[Row]
+) -> list[list[Replaced]]:
+    """Each candidate of each conv beside the conv itself; what never runs or has no choice takes no time."""
+    found = []
+    for options, shapes in zip(choices.sites, rows, strict=True):
+        alone = [Alone(0.0, 1) if s is None else Alone(_find(table, s), s.kernels) for s in shapes]
         site = options[0].site.name
         calls = 0 if shapes[0] is None else choices.observed[site].calls
-        alone = [calls * _find(table, table.convs, shape) for shape in shapes]
-        inside = network.convs_ms.get(site, alone[0])
-        times = [calls * _find(table, table.warm_convs, shape) for shape in shapes] if warm else alone
-        # What replaces a conv takes more or less time in the network than alone, as the dense conv does.
-        scale = inside / alone[0] if alone[0] else 1.0
-        convs.append(tuple(scale * time for time in times))
-        rest -= inside
-    return Latencies(max(0.0, rest), tuple(convs), dense_float32.total_ms)
+        inside = network.convs_ms.get(site, calls * alone[0].without(network.overhead_ms))
+        found.append([Replaced(inside, alone[0], one) for one in alone])
+    return found
 
 
-def _find(table: LatencyTable, times: Mapping[str, float], shape: TimedConv | None) -> float:
-    if shape is None:
-        return 0.0
-    if str(shape) not in times:
+def _find(table: LatencyTable, shape: TimedConv) -> float:
+    if str(shape) not in table.convs:
         raise PlanError(
             f"the latency table (of {table.machine}) has no conv {str(shape)!r}: make it with the "
             "options of this plan, groupify bench MODEL --table FILE, on that machine"
         )
-    return times[str(shape)]
+    return table.convs[str(shape)]
 
 
-def _shapes(model: nn.Module, choices: Choices) -> list[list[TimedConv | None]]:
+def _shapes(model: nn.Module, choices: Choices) -> list[Row]:
     """The shape of each candidate of each conv; None where the conv never runs or has no choice."""
-    rows: list[list[TimedConv | None]] = []
+    rows: list[Row] = []
     for options in choices.sites:
         run = choices.observed.get(options[0].site.name)
         conv = conv_of(model, options[0].site.name)

@@ -1,7 +1,6 @@
 """The latency of whole converted models, measured beside the dense one.
 
-A latency table adds up single convs whose weights have left the caches. The weights of a small model stay in
-them, and so do those of a large one that a plan makes small: it is then faster than the sum by up to half.
+A latency table adds up single convs, which is right within a tenth or two: a limit is held by the whole plan.
 """
 
 from __future__ import annotations
@@ -10,19 +9,15 @@ import functools
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import nn
 
-from groupify.conversion.surgery import restructure
 from groupify.files import NumberCache, cache_folder, fingerprint
 from groupify.measure.benchmarks import SESSIONS, speed_ups
 from groupify.measure.latency_table import machine_fingerprint, network_fingerprint
-from groupify.measure.timed_files import export_for_timing
+from groupify.measure.timed_files import TimeFiles, export_for_timing, share_of_dense
 from groupify.structures import Choices, Plan
-
-TimeFiles = Callable[..., Mapping[str, float]]
 
 
 class PlanTimer:
@@ -85,14 +80,10 @@ class PlanTimer:
         return self._shares.numbers[key] * self._dense_ms
 
     def _measure(self, plan: Plan) -> float:
-        model = restructure(self._model, plan.recipes)
-        with tempfile.TemporaryDirectory(prefix="groupify-") as folder:
-            own = export_for_timing(model, Path(folder, "planned.onnx"), self._shape, self._precision)
-            found = self._time_files(
-                {"dense": self._dense_file, "planned": own}, "dense", input_shape=self._shape,
-                threads=self._threads, progress=self._progress,
-            )  # fmt: skip
-        return 1 / found["planned"]
+        return share_of_dense(
+            self._model, self._dense_file, plan, threads=self._threads, progress=self._progress,
+            time_files=self._time_files,
+        )  # fmt: skip
 
     @functools.cached_property
     def _dense_file(self) -> Path:

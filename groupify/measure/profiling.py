@@ -133,10 +133,12 @@ class NetworkTime:
     Attributes:
         total_ms: all of it.
         convs_ms: its sites, as far as they can be told from the profile.
+        overhead_ms: what each kernel takes longer alone, as a latency table times it, than in this network.
     """
 
     total_ms: Milliseconds
     convs_ms: Mapping[str, Milliseconds]
+    overhead_ms: Milliseconds = 0.0
 
 
 def time_network(

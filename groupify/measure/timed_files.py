@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from groupify.conversion.surgery import restructure
+from groupify.measure.benchmarks import speed_ups
 from groupify.onnx.exporting import export_onnx
 from groupify.onnx.int8.quantisation import quantize_onnx
-from groupify.structures import INT8, Precision
+from groupify.structures import INT8, Plan, Precision
+
+TimeFiles = Callable[..., Mapping[str, float]]
 
 
 def export_for_timing(
@@ -37,3 +43,37 @@ def export_for_timing(
         return quantize_onnx(exported, path, images=image, only_for_timing=True).path
     finally:
         exported.unlink()
+
+
+def share_of_dense(
+    model: nn.Module,
+    dense: Path,
+    plan: Plan,
+    *,
+    threads: int = 1,
+    progress: bool = False,
+    time_files: TimeFiles = speed_ups,
+) -> float:
+    """Return the latency of a model with a plan ÷ that of the dense model, timed in turns.
+
+    The weights are truncated: latency does not depend on them.
+
+    Args:
+        model: the dense model; left untouched.
+        dense: its file, in the precision of the plan.
+        plan: what becomes of its convs.
+        threads: intra-op threads.
+        progress: show a bar on stderr.
+        time_files: returns by how much files are faster than one of them.
+
+    Raises:
+        GroupifyError: the model cannot be exported, or ONNX Runtime refuses it.
+    """
+    planned = restructure(model, plan.recipes)
+    with tempfile.TemporaryDirectory(prefix="groupify-") as folder:
+        own = export_for_timing(planned, Path(folder, "planned.onnx"), plan.input_shape, plan.precision)
+        found = time_files(
+            {"dense": dense, "planned": own}, "dense", input_shape=plan.input_shape, threads=threads,
+            progress=progress,
+        )  # fmt: skip
+    return 1 / found["planned"]

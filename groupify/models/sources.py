@@ -18,6 +18,7 @@ from groupify.errors import (
     GroupifyError,
     GroupifyWarning,
     SpecError,
+    expect_type,
     near_names,
 )
 from groupify.models import demo, torchvision_models
@@ -60,6 +61,8 @@ def load_model(
     Warns:
         GroupifyWarning: ``auto`` went on with random weights.
     """
+    expect_type(name, str, "name", "a torchvision name, demo, or package.module:factory")
+    expect_type(weights, str, "weights", "auto, none, or a name of torchvision's weights")
     arguments = _checked_arguments(name, arguments or {})
     if input_shape is not None:
         input_shape = _checked_shape(input_shape)

@@ -1,7 +1,7 @@
 """What a plan costs as a whole, and which plan loses the least within limits.
 
-The sum over single convs is not the latency of a whole model: a small one keeps its weights in the caches. A
-limit on the latency is therefore held by measured ones, where there is a timer.
+The sum over single convs is not quite the latency of a whole model. A limit on the latency is therefore held
+by measured ones, where there is a timer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ _CONFIRMATIONS = 3  # how many plans may turn out too slow when they are timed a
 _CLOSEST = 1.002  # limits that are nearer than this give the same plans
 _WIDER = 1.02
 _SLACK = 0.03  # a plan that is faster than asked by more than this could lose less
-_WARM = 0.85  # of the predicted latency: a plan that is faster than this has its weights in the caches
 _WARMER = 1.2  # how much more than other plans one may be faster than predicted
 _NOISE = 0.01  # what a measured latency may be over its limit
 
@@ -183,14 +182,12 @@ class Finder:
         budget: what was asked for, for messages.
         costing: predicted losses and costs.
         timer: measures the latency of a whole plan, milliseconds; None = the predicted one counts.
-        warm: returns the costing for a model whose weights stay in the caches; None = there is none.
         again: measures a latency a second time; None = the first one counts.
     """
 
     budget: Budget
     costing: Costing
     timer: Callable[[Plan], float] | None = None
-    warm: Callable[[], Costing] | None = None
     again: Callable[[Plan], float] | None = None
 
     def best(self, limits: Limits, power: float) -> Chosen:
@@ -225,11 +222,7 @@ class Finder:
     def _holding(self, limits: Limits, power: float) -> Chosen:
         """Return the plan that loses the least of those whose measured latencies are within the limit."""
         costing = self.costing
-        tried = self._timed(costing, limits, power)
-        if self.warm is not None and any(
-            time < _WARM * costing.costs(chosen)[LATENCY] for chosen, time in tried.items()
-        ):
-            tried |= self._timed(self._warm_costing, limits, power)
+        tried = self._timed(limits, power)
         if not tried:
             raise costing.refuse(self.budget.costs)
         holding = [chosen for chosen in tried if self.holds(chosen, limits)]
@@ -258,11 +251,12 @@ class Finder:
         costs = self.costing.costs(chosen)
         return costs if self.timer is None else {**costs, LATENCY: self._milliseconds(chosen)}
 
-    def _timed(self, costing: Costing, limits: Limits, power: float) -> dict[Chosen, float]:
+    def _timed(self, limits: Limits, power: float) -> dict[Chosen, float]:
         """Plans whose measured latencies approach the limit, with these.
 
         The limit on the predicted latency is corrected by how far the prediction was off.
         """
+        costing = self.costing
         asked, least = limits[LATENCY], costing.least(LATENCY) * (1 + 1e-9)
         predicted = max(asked, least)
         low, high = 0.0, math.inf  # limits on what is predicted: of a plan that holds, of one that does not
@@ -298,8 +292,3 @@ class Finder:
         if chosen not in self._times:
             self._times[chosen] = self.timer(self.costing.choices.plan(chosen))
         return self._times[chosen]
-
-    @functools.cached_property
-    def _warm_costing(self) -> Costing:
-        assert self.warm is not None
-        return self.warm()

@@ -27,8 +27,8 @@ _FIT_PASSES, _SENSITIVITY_PASSES = 4, 4
 _PLAIN, _FACTORS, _CANDIDATES = 1.7e4, 1.3e5, 6.8e4
 # Seconds of a multiply-accumulate: in a tiny net the calls take longer than the sums.
 _SLOWEST = 1e-10
-# Of timing one conv in ONNX Runtime: seconds for its session, and runs of it.
-_SESSION_SECONDS, _TIMED_RUNS = 0.02, 30
+# Of timing one conv in ONNX Runtime: seconds for its session, and runs of it; and of timing whole networks.
+_SESSION_SECONDS, _TIMED_RUNS, _NETWORKS_SECONDS = 0.02, 30, 15
 
 
 class Pace:
@@ -72,10 +72,10 @@ class Pace:
         return _SENSITIVITY_PASSES * images * self.seconds + self._work(solves)
 
     def timing(self, choices: Choices, missing: int) -> float:
-        """Seconds of timing some of the candidates of all convs."""
+        """Seconds of timing some of the candidates of all convs, and the networks around them."""
         candidates = [option.site for options in choices.open_sites for option in options]
         macs = sum(site.macs.grouped for site in candidates) / max(1, len(candidates))
-        return missing * (_SESSION_SECONDS + self._work(_TIMED_RUNS * macs))
+        return _NETWORKS_SECONDS + missing * (_SESSION_SECONDS + self._work(_TIMED_RUNS * macs))
 
     def passes(self, images: float) -> float:
         """Seconds of running the model on so many images."""

@@ -271,7 +271,9 @@ def make_costing(
             f"timing {len(choices.open_sites)} convs and what could replace them{known}",
             functools.partial(pace.timing, choices, missing) if missing else None,
         )
-        table = _own_table(model, choices, options)
+        table = cached_table(
+            model, choices, threads=options.threads, cache=options.cache, progress=options.progress
+        )
     return Costing(choices, sensitivity, dense, look_up(table, model, choices))
 
 
@@ -324,8 +326,7 @@ def _finder(model: nn.Module, budget: Budget, costing: Costing, options: SearchO
         model, costing.choices, costing.latencies.dense_ms, threads=options.threads, cache=options.cache,
         progress=options.progress,
     )  # fmt: skip
-    warm = functools.partial(_warm_costing, model, costing, options)
-    return Finder(budget, costing, timer, warm, timer.again)
+    return Finder(budget, costing, timer, timer.again)
 
 
 def _sensitivity(
@@ -351,21 +352,6 @@ def _sensitivity(
     if options.memory is not None:
         how["memory"] = options.memory
     return measure_sensitivity(model, choices, images.fit, of=options.sensitivity, captured=captured, **how)
-
-
-def _own_table(
-    model: nn.Module, choices: Choices, options: SearchOptions, *, warm: bool = False
-) -> LatencyTable:
-    """Return the latencies of this machine."""
-    return cached_table(
-        model, choices, threads=options.threads, cache=options.cache, warm=warm, progress=options.progress
-    )
-
-
-def _warm_costing(model: nn.Module, costing: Costing, options: SearchOptions) -> Costing:
-    """Return the costing for a model whose weights stay in the caches."""
-    table = _own_table(model, costing.choices, options, warm=True)
-    return replace(costing, latencies=look_up(table, model, costing.choices, warm=True))
 
 
 class HeldOut:

@@ -30,9 +30,10 @@ from groupify.data.batches import (
 from groupify.data.files import read_idx, write_idx
 from groupify.data.images import CropAndFlip, FlipAndShift, ImageArrays, ImageFolder
 from groupify.data.splits import DataSplits, load_data
-from groupify.errors import DataError, GroupifyWarning, SpecError
+from groupify.errors import DataError, GroupifyWarning, SpecError, WrongTypeError
 from groupify.models import demo
 from groupify.models.preprocessing import Preprocessing, PreprocessingOptions
+from groupify.models.sources import load_model
 from groupify.models.specs import ModelSpec
 
 SPEC = ModelSpec("demo", {}, (3, 28, 28), None)
@@ -884,3 +885,11 @@ def test_bad_user_data(user_data: str, name: str, kind: type[Exception], match: 
     with pytest.raises(kind, match=match) as error:
         load_data(f"user_data:{name}", SPEC)
     one_line(error)
+
+
+def test_arguments_of_another_type_are_told() -> None:
+    source = load_model("demo")
+    with pytest.raises(WrongTypeError, match="spec is a NoneType: expected a name like demo"):
+        load_data(None, source.spec)  # type: ignore[arg-type]
+    with pytest.raises(WrongTypeError, match=r"model_spec is a Source: expected .*; give its \.spec"):
+        load_data("demo", source)  # type: ignore[arg-type]

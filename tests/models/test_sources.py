@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights
 
-from groupify.errors import CheckpointError, GroupifyWarning, SpecError
+from groupify.errors import CheckpointError, GroupifyWarning, SpecError, WrongTypeError
 from groupify.models import weights as zoo_weights
 from groupify.models.checkpoints import load_checkpoint, read_checkpoint
 from groupify.models.sources import build_model, load_model
@@ -593,3 +593,15 @@ def test_auxiliary_heads_follow_the_checkpoint(tmp_path: Path, heads: bool) -> N
     save_file(state, tmp_path / "mine.safetensors")
     source = load_model("googlenet", checkpoint=tmp_path / "mine.safetensors")
     assert source.spec.arguments["aux_logits"] is heads
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"name": nn.Linear(1, 1)}, "name is a Linear: expected a torchvision name, demo, or package.module"),
+        ({"name": "demo", "weights": None}, "weights is a NoneType: expected auto, none, or a name of"),
+    ],
+)
+def test_arguments_of_another_type_are_told(arguments: dict[str, Any], says: str) -> None:
+    with pytest.raises(WrongTypeError, match=says):
+        load_model(**arguments)

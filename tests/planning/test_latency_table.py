@@ -14,7 +14,7 @@ from groupify.measure.latency_table import LatencyTable, Stopwatch, cached_table
 from groupify.measure.profiling import NetworkTime
 from groupify.planning.candidates import candidates
 from groupify.planning.rules import Rules
-from groupify.structures import FLOAT32, INT8, Precision, Structure
+from groupify.structures import FLOAT32, INT8, Plan, Precision, Structure
 from tests.cli_nets import net
 
 SHAPE = (3, 8, 8)
@@ -25,11 +25,14 @@ CONV = TimedConv(32, 32, (3, 3), (1, 1), (1, 1), (1, 1, 1, 1), (28, 28))
 class Fake(Stopwatch):
     """Times that are known beforehand."""
 
-    def __init__(self, time: Callable[[TimedConv, bool], float], network: NetworkTime) -> None:
-        self._time, self._network = time, network
+    def __init__(self, time: Callable[[TimedConv], float], network: NetworkTime, share: float = 1.0) -> None:
+        self._time, self._network, self._share = time, network, share
 
-    def convs(self, shapes: Sequence[TimedConv], *, warm: bool) -> Iterator[dict[TimedConv, float]]:
-        yield {shape: self._time(shape, warm) for shape in shapes}
+    def convs(self, shapes: Sequence[TimedConv]) -> Iterator[dict[TimedConv, float]]:
+        yield {shape: self._time(shape) for shape in shapes}
+
+    def share(self, plan: Plan) -> float:
+        return self._share
 
     def network(self, sites: Sequence[str], precision: Precision) -> NetworkTime:
         return self._network
@@ -113,39 +116,33 @@ def test_an_interrupted_table_goes_on_where_it_stopped(tmp_path: Path) -> None:
     class Interrupted(Fake):
         left = 3
 
-        def convs(self, shapes: Sequence[TimedConv], *, warm: bool) -> Iterator[dict[TimedConv, float]]:
+        def convs(self, shapes: Sequence[TimedConv]) -> Iterator[dict[TimedConv, float]]:
             for shape in shapes:
                 if self.left == 0:
                     raise KeyboardInterrupt
                 self.left -= 1
-                yield {shape: self._time(shape, warm)}
+                yield {shape: self._time(shape)}
 
     asked: list[TimedConv] = []
 
-    def note(shape: TimedConv, warm: bool) -> float:
+    def note(shape: TimedConv) -> float:
         asked.append(shape)
         return 1.0
 
     choices = candidates(net(), SHAPE, GROUPED)
-    interrupted = Interrupted(note, NetworkTime(100.0, {}))
-    for warm in (False, True):
-        interrupted.left = 3
-        with pytest.raises(KeyboardInterrupt):
-            cached_table(net(), choices, cache=tmp_path, warm=warm, stopwatch=interrupted)
-        assert len(asked) == 3
-        whole = cached_table(
-            net(), choices, cache=tmp_path, warm=warm, stopwatch=Fake(note, NetworkTime(1.0, {}))
-        )
-        assert len(asked) == len(set(asked)) == len(whole.warm_convs if warm else whole.convs) > 3
-        look_up(whole, net(), choices, warm=warm)
-        asked.clear()
+    with pytest.raises(KeyboardInterrupt):
+        cached_table(net(), choices, cache=tmp_path, stopwatch=Interrupted(note, NetworkTime(100.0, {})))
+    assert len(asked) == 3
+    whole = cached_table(net(), choices, cache=tmp_path, stopwatch=Fake(note, NetworkTime(1.0, {})))
+    assert len(asked) == len(set(asked)) == len(whole.convs) > 3
+    look_up(whole, net(), choices)
 
 
 def test_one_table_holds_both_precisions() -> None:
     float32, int8 = (
         candidates(net(), SHAPE, replace(GROUPED, precision=precision)) for precision in (FLOAT32, INT8)
     )
-    fake = Fake(lambda shape, _: 1.0 if shape.precision == INT8 else 3.0, NetworkTime(100.0, {}))
+    fake = Fake(lambda shape: 1.0 if shape.precision == INT8 else 3.0, NetworkTime(100.0, {}))
     table = measure_table(net(), float32, stopwatch=fake)
     with pytest.raises(PlanError, match="does not know this model in int8"):
         look_up(table, net(), int8)
@@ -155,21 +152,21 @@ def test_one_table_holds_both_precisions() -> None:
         assert {time for row in found for time in row} == {0.0, expected}
 
 
-def test_convs_with_warm_weights_have_times_of_their_own(tmp_path: Path) -> None:
-    fake = Fake(lambda shape, warm: (1.0 if warm else 3.0) / shape.structure.groups, NetworkTime(100.0, {}))
+def test_what_kernels_take_longer_alone_is_told_by_a_network_of_thin_convs(tmp_path: Path) -> None:
+    """A machine on which a kernel takes 1 ms longer alone, and thin convs take a quarter of the time."""
     choices = candidates(net(), SHAPE, GROUPED, group_counts=(4,))
-    cold = cached_table(net(), choices, cache=tmp_path, stopwatch=fake)
-    table = cached_table(net(), choices, cache=tmp_path, warm=True, stopwatch=fake)
-    assert table.networks == cold.networks
-    assert table.convs == cold.convs
-    assert table.warm_convs.keys() == cold.convs.keys()
-    one, other = (look_up(table, net(), choices, warm=warm) for warm in (False, True))
-    assert other.rest_ms == pytest.approx(one.rest_ms)
-    assert [time for row in one.convs_ms for time in row] == pytest.approx(
-        [3 * time for row in other.convs_ms for time in row]
-    )
-    with pytest.raises(PlanError, match=r"has no conv .*"):
-        look_up(cold, net(), choices, warm=True)
+    converted = [options[0].site.name for options in choices.sites if len(options) > 1]
+    inside = dict.fromkeys(converted, 8.0)
+    network = NetworkTime(10 + sum(inside.values()), inside)
+    share = (10 + 2 * len(converted)) / network.total_ms
+    fake = Fake(lambda shape: 1 + 4 / shape.structure.groups, network, share)
+    table = cached_table(net(), choices, cache=tmp_path, stopwatch=fake)
+    assert [known.overhead_ms for known in table.networks.values()] == [pytest.approx(1, rel=1e-6)]
+    latencies = look_up(table, net(), choices)
+    assert latencies.rest_ms == pytest.approx(10)
+    thin = tuple(len(options) - 1 for options in choices.sites)
+    assert latencies.total(thin) == pytest.approx(share * network.total_ms)
+    assert latencies.dense_ms == pytest.approx(network.total_ms)
 
 
 @pytest.mark.parametrize(
@@ -183,14 +180,14 @@ def test_convs_take_what_the_dense_ones_take_in_the_network(
     choices = candidates(net(), SHAPE, GROUPED, group_counts=(4,))
     number, site = next((n, o[0].site.name) for n, o in enumerate(choices.sites) if len(o) > 1)
     network = NetworkTime(100.0, {} if inside is None else {site: inside})
-    fake = Fake(lambda shape, _: 4 / shape.structure.groups, network)
+    fake = Fake(lambda shape: 4 / shape.structure.groups, network)
     latencies = look_up(measure_table(net(), choices, stopwatch=fake), net(), choices)
     assert latencies.convs_ms[number] == expected
     assert latencies.dense_ms == pytest.approx(100)
 
 
 def test_a_table_of_another_model_or_of_other_options_is_refused() -> None:
-    fake = Fake(lambda *_: 1.0, NetworkTime(1.0, {}))
+    fake = Fake(lambda _: 1.0, NetworkTime(1.0, {}))
     few = candidates(net(), SHAPE, GROUPED, group_counts=(2,))
     table = measure_table(net(), few, stopwatch=fake)
     with pytest.raises(PlanError, match="does not know this model"):
@@ -203,13 +200,16 @@ def test_a_table_of_another_model_or_of_other_options_is_refused() -> None:
     ("changed", "says"),
     [
         ({"format": "x"}, "no latency table"),
-        ({"schema_version": 2}, "schema version is 2, this groupify reads version 5: make one with"),
+        ({"schema_version": 2}, "schema version is 2, this groupify reads version 6: make one with"),
         ({"convs": {"a": -1}}, "latency table.convs.a is -1; expected greater than or equal to 0"),
         ({"convs": {"a": 1e9}}, "less than or equal to 10000000"),
         ({"convs": {"a": "fast"}}, "latency table.convs.a is 'fast'; expected a valid number"),
-        ({"warm_convs": {"a": None}}, "latency table.warm_convs.a is None; expected a valid number"),
         ({"networks": [1]}, "networks is .*; expected"),
         ({"networks": {"a": 1.0}}, "networks.a is 1.0; expected"),
+        (
+            {"networks": {"a": {"total_ms": 1, "convs_ms": {}, "overhead_ms": -1}}},
+            "networks.a.overhead_ms is -1",
+        ),
         ({"networks": {"a": {"total_ms": -1, "convs_ms": {}}}}, "networks.a.total_ms is -1"),
         ({"networks": {"a": {"total_ms": 1, "convs_ms": {"b": "fast"}}}}, "networks.a.convs_ms.b is 'fast'"),
         ({"threads": 0}, "greater than or equal to 1"),

@@ -43,6 +43,7 @@ from groupify.planning.uniform import plan
 from groupify.reporting.budget import plot_frontier
 from groupify.scores import Judgement, measure_cost
 from groupify.structures import FLOAT32, INT8, Plan, Precision, SiteRecipe, Uniform
+from tests.cli_nets import net as wide_net
 
 SHAPE = (3, 12, 12)
 
@@ -316,7 +317,10 @@ class Clock(Stopwatch):
     def __init__(self) -> None:
         pass
 
-    def convs(self, shapes: Sequence[TimedConv], *, warm: bool) -> Iterator[dict[TimedConv, float]]:
+    def share(self, plan: Plan) -> float:
+        return 1.0  # no more than single convs say
+
+    def convs(self, shapes: Sequence[TimedConv]) -> Iterator[dict[TimedConv, float]]:
         yield {shape: self._share(shape) * shape.weights / 1000 for shape in shapes}
 
     def _share(self, shape: TimedConv) -> float:
@@ -366,15 +370,16 @@ def test_a_plan_for_int8_counts_one_byte_for_each_weight() -> None:
 def test_a_plan_for_int8_is_timed_and_judged_in_int8(tmp_path: Path) -> None:
     rules = replace(ANY, precision=INT8)
     options = SearchOptions(cache=tmp_path)
-    found = plan_for_budget(net(), SHAPE, "latency=95%", images(), rules=rules, options=options)
+    model = wide_net(128)  # in a smaller one no plan need be faster
+    found = plan_for_budget(model, SHAPE, "latency=90%", images(), rules=rules, options=options)
     assert found.plan.precision == INT8
     assert 0 < found.winner.costs["latency"] < found.dense_costs["latency"]
     (table,) = map(LatencyTable.read, tmp_path.glob("latency-*.json"))
     assert len(table.networks) == 2  # the dense model in float32 as well
     assert all(shape.endswith(", int8") for shape in table.convs)
-    judge = HeldOut(net(), Images.split(images()), options)
+    judge = HeldOut(model, Images.split(images()), options)
     as_float = judge(replace(found.plan, precision=FLOAT32))
-    in_int8 = HeldOut(net(), Images.split(images()), options)(found.plan)
+    in_int8 = HeldOut(model, Images.split(images()), options)(found.plan)
     assert in_int8 != as_float
     assert in_int8.divergence == pytest.approx(as_float.divergence, rel=0.5, abs=0.01)
 
@@ -436,24 +441,6 @@ def test_a_plan_whose_first_measurement_was_lucky_is_not_believed() -> None:
     winner = Race(Finder(Budget.parse("latency=77%"), costing, timer, again=again)).run().winner
     assert winner.costs["latency"] == pytest.approx(1.1 * costing.costs(winner.chosen)["latency"])
     assert winner.costs["latency"] <= 0.77 * 1.01 * DENSE_MS
-
-
-@pytest.mark.parametrize(("factor", "is_warm"), [(0.9, False), (0.7, True)])
-def test_convs_are_timed_warm_where_plans_are_much_faster_than_predicted(
-    factor: float, is_warm: bool
-) -> None:
-    costing = timed_costing(net())
-    asked: list[str] = []
-
-    def warm() -> Costing:
-        asked.append("warm")
-        return costing
-
-    def timer(given: Plan) -> float:
-        return factor * predicted_ms(costing, given)
-
-    Race(Finder(Budget.parse("latency=60%"), costing, timer, warm)).run()
-    assert bool(asked) == is_warm
 
 
 def test_a_latency_limit_that_no_measured_plan_holds_is_refused() -> None:
