@@ -206,7 +206,10 @@ class _Builder:
             raise NotImplementedError(f"it reads something that is no tensor: {spec.kind.name.lower()}")
         name = self._first_name(str(spec.target).removeprefix(_ROOT))
         if spec.kind is InputKind.CONSTANT_TENSOR and not self._is_attribute(name):
-            self._constants[name] = self._program.constants[str(spec.target)].detach()
+            constant = self._program.constants[str(spec.target)].detach()
+            if type(constant) is not Tensor:  # torch 2.9 keeps a stand-in of what is read from a .data
+                raise NotImplementedError(f"the graph holds a constant without its values, {spec.target}")
+            self._constants[name] = constant
         copied = self._graph.create_node("get_attr", name, name=node.name)
         copied.meta = dict(node.meta)
         return copied
