@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import shutil
-import tempfile
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +18,7 @@ from groupify.machine import describe_machine
 from groupify.measure.conv_timing import TimedConv, time_convs
 from groupify.measure.kernel_overhead import Alone, Replaced, find_overhead
 from groupify.measure.profiling import Milliseconds, NetworkTime, mean_time, time_network
-from groupify.measure.timed_files import export_for_timing, share_of_dense
+from groupify.measure.timed_files import DenseFiles, share_of_dense
 from groupify.stats.positions import padding_amounts
 from groupify.structures import FLOAT32, INT8, Candidate, Choices, Observed, Plan, Precision
 
@@ -111,6 +107,7 @@ class Stopwatch:
     ) -> None:
         self._model, self._shape = model, input_shape
         self._threads, self._progress = threads, progress
+        self._dense = DenseFiles(model, input_shape)
 
     def convs(self, shapes: Sequence[TimedConv]) -> Iterator[Mapping[TimedConv, float]]:
         """Give the milliseconds of convs, some at a time."""
@@ -118,25 +115,11 @@ class Stopwatch:
 
     def network(self, sites: Sequence[str], precision: Precision) -> NetworkTime:
         """Return how long the dense model runs, and its sites in it."""
-        path = self._dense(precision)
-        return time_network(path, sites, threads=self._threads, input_shape=self._shape)
+        return time_network(self._dense[precision], sites, threads=self._threads, input_shape=self._shape)
 
     def share(self, plan: Plan) -> float:
         """Return the latency of the model with a plan ÷ that of the dense one."""
-        return share_of_dense(self._model, self._dense(plan.precision), plan, threads=self._threads)
-
-    def _dense(self, precision: Precision) -> Path:
-        path = self._folder / f"{precision}.onnx"
-        if not path.exists():
-            export_for_timing(self._model, path, self._shape, precision)
-        return path
-
-    @functools.cached_property
-    def _folder(self) -> Path:
-        """Where the dense model is exported; it goes when the stopwatch does."""
-        folder = tempfile.mkdtemp(prefix="groupify-")
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        return Path(folder)
+        return share_of_dense(self._model, self._dense[plan.precision], plan, threads=self._threads)
 
 
 def measure_table(

@@ -5,10 +5,6 @@ A latency table adds up single convs, which is right within a tenth or two: a li
 
 from __future__ import annotations
 
-import functools
-import shutil
-import tempfile
-import weakref
 from pathlib import Path
 
 from torch import nn
@@ -16,7 +12,7 @@ from torch import nn
 from groupify.files import NumberCache, cache_folder, fingerprint
 from groupify.measure.benchmarks import SESSIONS, speed_ups
 from groupify.measure.latency_table import machine_fingerprint, network_fingerprint
-from groupify.measure.timed_files import TimeFiles, export_for_timing, share_of_dense
+from groupify.measure.timed_files import DenseFiles, TimeFiles, share_of_dense
 from groupify.structures import Choices, Plan
 
 
@@ -49,7 +45,8 @@ class PlanTimer:
         time_files: TimeFiles = speed_ups,
     ) -> None:
         self._time_files = time_files
-        self._model, self._shape, self._precision = model, choices.input_shape, choices.precision
+        self._model, self._precision = model, choices.precision
+        self._dense = DenseFiles(model, choices.input_shape)
         self._dense_ms = dense_ms
         self._threads = threads
         self._progress = progress
@@ -81,13 +78,6 @@ class PlanTimer:
 
     def _measure(self, plan: Plan) -> float:
         return share_of_dense(
-            self._model, self._dense_file, plan, threads=self._threads, progress=self._progress,
+            self._model, self._dense[self._precision], plan, threads=self._threads, progress=self._progress,
             time_files=self._time_files,
         )  # fmt: skip
-
-    @functools.cached_property
-    def _dense_file(self) -> Path:
-        """The exported dense model, which goes when the timer does."""
-        folder = tempfile.mkdtemp(prefix="groupify-")
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        return export_for_timing(self._model, Path(folder, "dense.onnx"), self._shape, self._precision)

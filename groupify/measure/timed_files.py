@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -43,6 +46,31 @@ def export_for_timing(
         return quantize_onnx(exported, path, images=image, only_for_timing=True).path
     finally:
         exported.unlink()
+
+
+class DenseFiles:
+    """The files of a dense model, each made when it is first asked for; they go when this does.
+
+    Args:
+        model: any module that ``export_onnx`` takes; left untouched.
+        input_shape: (C, H, W) of one image.
+    """
+
+    def __init__(self, model: nn.Module, input_shape: tuple[int, ...]) -> None:
+        self._model, self._shape = model, input_shape
+        self._files: dict[Precision, Path] = {}
+
+    def __getitem__(self, precision: Precision) -> Path:
+        if precision not in self._files:
+            path = self._folder / f"{precision}.onnx"
+            self._files[precision] = export_for_timing(self._model, path, self._shape, precision)
+        return self._files[precision]
+
+    @functools.cached_property
+    def _folder(self) -> Path:
+        folder = tempfile.mkdtemp(prefix="groupify-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return Path(folder)
 
 
 def share_of_dense(

@@ -25,7 +25,7 @@ _CONFIRMATIONS = 3  # how many plans may turn out too slow when they are timed a
 _CLOSEST = 1.002  # limits that are nearer than this give the same plans
 _WIDER = 1.02
 _SLACK = 0.03  # a plan that is faster than asked by more than this could lose less
-_WARMER = 1.2  # how much more than other plans one may be faster than predicted
+_FASTER = 1.2  # how much more than other plans one may be faster than predicted
 _NOISE = 0.01  # what a measured latency may be over its limit
 
 Chosen = tuple[int, ...]
@@ -244,7 +244,7 @@ class Finder:
         if self.timer is None or LATENCY not in limits:
             return limits
         ratios = [time / self.costing.costs(chosen)[LATENCY] for chosen, time in self._times.items()]
-        return {**limits, LATENCY: _WARMER * limits[LATENCY] / min([1.0, *ratios])}
+        return {**limits, LATENCY: _FASTER * limits[LATENCY] / min([1.0, *ratios])}
 
     def costs(self, chosen: Chosen) -> Costs:
         """Return what a plan costs; its latency is measured where there is a timer."""

@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.torch_version import TorchVersion
 
 import groupify
 from groupify.errors import ConversionError
 from groupify.onnx.parity import check_parity
-from tests.cases.nets import grouped_already
+from tests.cases.nets import TORCH_2_9, grouped_already
 from tests.cases.small import CHANNELS, PAIRS, TINY, assert_converts, convert_small, together
 
 Use = Callable[["Parts", Tensor], Tensor]
@@ -154,7 +153,7 @@ def several(net: Parts, x: Tensor) -> Tensor:
 def test_what_is_exported_computes_the_same(tmp_path: Path) -> None:
     model = convert_small(grouped_already(Parts(several), PAIRS)).model
     batch = None
-    if TorchVersion(torch.__version__) < "2.10":  # which exports attention for a fixed batch only
+    if TORCH_2_9:  # which exports attention for a fixed batch only
         batch = 1
         with pytest.raises(ConversionError, match="give static_batch=1"):
             groupify.export(model, tmp_path / "m.onnx", input_shape=TINY)

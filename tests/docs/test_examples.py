@@ -147,7 +147,7 @@ def test_lightning_loop(tmp_path: Path) -> None:
 def test_the_readme_s_commands_are_those_of_ci() -> None:
     ci = (ROOT / ".ci" / "run").read_text("utf-8")
     quick_starts = re.findall(r"groupify convert demo.*?(?=  |`)", README)
-    assert any(quick_start in ci for quick_start in quick_starts)
+    (_,) = [quick_start for quick_start in quick_starts if quick_start in ci]
     for words in ("pip install .", "pip install -e '.[dev,docs]'", "scripts/test"):
         assert words in README or words.replace("'", '"') in README
         assert words.removeprefix("pip install ") in ci
